@@ -1,0 +1,449 @@
+"""Checkpoint x plan -> checkpoint: streaming, in bounded memory, published whole or not at all.
+
+Nothing is instantiated. Every output tensor follows a recipe (see fold.py) and is made row chunk by
+row chunk, so that memory depends neither on the checkpoint's size nor on that of its largest
+tensor. The result is an ordinary Hugging Face checkpoint whose layers differ in width.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abreast import __version__
+from abreast.checkpoint import (
+    DTYPES,
+    MANIFEST,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    CheckpointError,
+    NewTensor,
+    TensorInfo,
+    check_free,
+    companions,
+    lay_out,
+    open_checkpoint,
+    publish,
+    read_rows,
+    sha256_of,
+    write_shards,
+)
+from abreast.errors import AbreastError
+from abreast.families import (
+    Family,
+    all_tensors,
+    attention_kinds,
+    family_of,
+    head_dim_of,
+    is_tied,
+    num_layers_of,
+)
+from abreast.fold import Recipe, check_plan, fold_gain, join_columns, recipes, sum_biases
+from abreast.plan import Plan
+
+# save_pretrained writes the file back under the name of its module: keep the two the same.
+REMOTE_CODE = "modeling.py"
+CHUNK_BYTES = 16 << 20
+_SAFETENSORS_NAME = {dtype: name for name, dtype in DTYPES.items()}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion would do. Sizes in bytes; peak_memory is over the interpreter's own."""
+
+    source: str
+    family: str
+    plan: str
+    num_layers: int
+    depth: int
+    stages: tuple[tuple[int, ...], ...]
+    architecture: str
+    dtype: str
+    bytes_read: int
+    bytes_written: int
+    shards: tuple[str, ...]
+    peak_memory: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion that has passed every check that needs no weights."""
+
+    checkpoint: Checkpoint
+    family: Family
+    plan: Plan
+    config: dict[str, Any]
+    work: tuple[tuple[Recipe, NewTensor], ...]
+    shards: dict[str, list[NewTensor]]
+    dropped: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.work)
+
+
+def preview(
+    model: str | Path,
+    plan: Plan | str,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Preview:
+    """Check everything that can be checked without reading weights, and say what would be done.
+
+    Arguments and errors as for `convert`.
+    """
+    job = _prepare(model, plan, revision, force, dtype, max_shard_bytes)
+    return Preview(
+        source=job.checkpoint.source,
+        family=job.family.model_type,
+        plan=job.plan.shorthand,
+        num_layers=job.plan.num_layers,
+        depth=job.plan.depth,
+        stages=job.plan.stages,
+        architecture=job.config["architectures"][0],
+        dtype=str(job.config["dtype"]),
+        bytes_read=job.checkpoint.nbytes,
+        bytes_written=job.bytes_written,
+        shards=tuple(job.shards),
+        peak_memory=_peak_memory(job),
+        warnings=job.warnings,
+    )
+
+
+def convert(
+    model: str | Path,
+    plan: Plan | str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Rewrite a checkpoint under a plan into the new folder `out`; return its manifest.
+
+    model: folder or Hugging Face id. plan: a Plan, shorthand, or the path of a plan file; lp groups
+    of any size (Layer Parallelism, arXiv 2502.02790, section 3, with every member's own norm kept
+    exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
+    "float16" to cast, None to keep. max_shard_bytes: size limit of one safetensors file.
+    progress(done, total) is called with bytes written.
+
+    The manifest, also written to abreast.json, records the plan and the sha256 of every input and
+    output. Raises AbreastError for anything the user can mend; `out` is then absent.
+    """
+    target = Path(out)
+    check_free(target)
+    job = _prepare(model, plan, revision, force, dtype, max_shard_bytes)
+    with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
+        stop = threading.Event()
+        with ThreadPoolExecutor(1) as hasher:
+            inputs = hasher.submit(_hash_inputs, job.checkpoint, stop)
+            try:
+                outputs = write_shards(staging, job.shards, _stream(job, progress))
+                source_files = inputs.result()
+            except BaseException:
+                stop.set()
+                raise
+        _write_companions(job, staging)
+        for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+            name = path.relative_to(staging).as_posix()
+            if name not in outputs:
+                outputs[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        manifest = _manifest(job, source_files, outputs)
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _prepare(
+    model: str | Path,
+    plan: Plan | str,
+    revision: str | None,
+    force: bool,
+    dtype: str | None,
+    max_shard_bytes: int,
+) -> _Job:
+    checkpoint = open_checkpoint(model, revision=revision)
+    config = checkpoint.config
+    family = family_of(config)
+    num_layers = num_layers_of(config)
+    if isinstance(plan, str):
+        plan = Plan.read(plan, num_layers)
+    if plan.num_layers != num_layers:
+        raise AbreastError(
+            f"the plan is for {plan.num_layers} layers, the model has {num_layers}; "
+            "make a plan for this model"
+        )
+    dropped = _check_tensors(checkpoint, family)
+    warnings = check_plan(config, plan, force=force)
+    cast = _cast_name(dtype)
+    expected = all_tensors(family, config)
+    work = tuple(
+        (recipe, _new_tensor(recipe, checkpoint, expected, cast))
+        for recipe in recipes(family, config, plan)
+    )
+    dtypes = {tensor.dtype for _, tensor in work}
+    main = str(DTYPES[work[0][1].dtype]).removeprefix("torch.")
+    if len(dtypes) > 1:
+        warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
+    return _Job(
+        checkpoint=checkpoint,
+        family=family,
+        plan=plan,
+        config=converted_config(config, family, plan, dtype=main),
+        work=work,
+        shards=lay_out([tensor for _, tensor in work], max_shard_bytes),
+        dropped=dropped,
+        warnings=tuple(warnings),
+    )
+
+
+def _cast_name(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    known = {str(d).removeprefix("torch."): n for n, d in DTYPES.items() if d != torch.float64}
+    if dtype not in known:
+        raise AbreastError(f"dtype '{dtype}' is not one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
+    """Compare a checkpoint with what its config promises; return the tensors to be dropped."""
+    config, found = checkpoint.config, checkpoint.tensors
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"'{checkpoint.source}' is quantised, its weights cannot be folded; "
+            "convert the unquantised original and quantise the result"
+        )
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"'{checkpoint.source}' brings its own code (auto_map in config.json), which is not "
+            "run here; only stock architectures can be converted"
+        )
+    expected = all_tensors(family, config)
+    dropped = {name for name in found if name.endswith(family.ignore)}
+    if is_tied(config) and family.head in found:
+        dropped.add(family.head)
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(
+                f"tensor '{name}' is missing from '{checkpoint.source}'; download it again"
+            )
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' has shape {list(tensor.shape)}, config.json says {list(shape)}; "
+                "weights and config do not belong together"
+            )
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor '{name}' has dtype {tensor.dtype}, which cannot be folded; "
+                "give the checkpoint in float32, bfloat16 or float16"
+            )
+    left = [name for name in found if name not in expected and name not in dropped]
+    if left:
+        raise CheckpointError(
+            f"tensor '{left[0]}' ({len(left)} in all) does not belong to a {family.model_type} of "
+            f"{num_layers_of(config)} layers; weights and config do not belong together"
+        )
+    return tuple(sorted(dropped))
+
+
+def _new_tensor(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    cast: str | None,
+) -> NewTensor:
+    shape = list(expected[recipe.members[0]])
+    if recipe.how in ("rows", "columns"):
+        shape["rows columns".split().index(recipe.how)] *= len(recipe.members)
+    dtype = DTYPES[checkpoint.tensors[recipe.members[0]].dtype]
+    for name in recipe.members[1:]:
+        dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
+    return NewTensor(recipe.name, cast or _SAFETENSORS_NAME[dtype], tuple(shape))
+
+
+def converted_config(
+    config: Mapping[str, Any], family: Family, plan: Plan, *, dtype: str
+) -> dict[str, Any]:
+    """config.json of the converted checkpoint.
+
+    Widths live in transformers' own `per_layer_config`. Where all stages come out equally wide the
+    result is a stock model and needs none. `abreast` records the plan for tools that want it.
+    """
+    new = copy.deepcopy(dict(config))
+    new.pop("torch_dtype", None)
+    new.update(
+        num_hidden_layers=plan.depth,
+        head_dim=head_dim_of(config),
+        dtype=dtype,
+        abreast={"num_layers": plan.num_layers, "plan": plan.shorthand},
+    )
+    base = {key: config.get(key) or config["num_attention_heads"] for key in family.wide}
+    new.update(base)
+    kinds = attention_kinds(config)
+    if config.get("layer_types") is not None or len(set(kinds)) > 1:
+        new["layer_types"] = [kinds[stage[0]] for stage in plan.stages]
+    widths = [len(stage) for stage in plan.stages]
+    uniform = widths[0] if len(set(widths)) == 1 else None
+    heads = config["num_attention_heads"]
+    if uniform and config["hidden_size"] % (uniform * heads) == 0:
+        new.update({key: uniform * value for key, value in base.items()})
+        new.update(model_type=family.model_type, architectures=[family.stock])
+        return new
+    digits = len(str(plan.depth - 1))
+    new["per_layer_config"] = {
+        str(index).zfill(digits): {key: width * value for key, value in base.items()}
+        for index, width in enumerate(widths)
+        if width > 1
+    }
+    module = REMOTE_CODE.removesuffix(".py")
+    name = family.converted
+    new.update(
+        model_type=family.converted_type,
+        architectures=[name],
+        auto_map={
+            "AutoConfig": f"{module}.{name.replace('ForCausalLM', 'Config')}",
+            "AutoModel": f"{module}.{name.replace('ForCausalLM', 'Model')}",
+            "AutoModelForCausalLM": f"{module}.{name}",
+        },
+    )
+    return new
+
+
+def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
+    total, done = job.bytes_written, 0
+    for recipe, new in job.work:
+        dtype = DTYPES[new.dtype]
+        sources = [job.checkpoint.tensors[name] for name in recipe.members]
+        gains = [read_rows(job.checkpoint.tensors[name]) for name in recipe.gains]
+        for chunk in _chunks(recipe, sources, gains):
+            cast = chunk.to(dtype)
+            if not _is_finite(cast):
+                _blame(recipe, sources, cast.dtype)
+            done += cast.nbytes
+            yield new.name, cast
+            if progress is not None:
+                progress(done, total)
+
+
+def _chunks(
+    recipe: Recipe, sources: list[TensorInfo], gains: list[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    if recipe.how in ("copy", "rows"):
+        for index, source in enumerate(sources):
+            for start, stop in _spans(source.shape[0], source.row_bytes):
+                rows = read_rows(source, start, stop)
+                yield fold_gain(rows, gains[index]) if gains else rows
+    elif recipe.how == "columns":
+        for start, stop in _spans(sources[0].shape[0], sum(s.row_bytes for s in sources)):
+            yield join_columns([read_rows(source, start, stop) for source in sources])
+    elif recipe.how == "sum":
+        yield sum_biases([read_rows(source) for source in sources])
+    else:
+        yield torch.ones(sources[0].shape)
+
+
+def _spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # One reduction that NaN and Inf both survive is several times cheaper than a mask of every
+    # element. A sum can also overflow by itself, so a non-finite one is looked at more closely.
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+
+
+def _blame(recipe: Recipe, sources: list[TensorInfo], dtype: torch.dtype) -> None:
+    for source in sources:
+        for start, stop in _spans(source.shape[0], source.row_bytes):
+            if not read_rows(source, start, stop).isfinite().all():
+                raise CheckpointError(
+                    f"tensor '{source.name}' holds NaN or Inf; the checkpoint is damaged"
+                )
+    name = str(dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"tensor '{recipe.name}' exceeds the range of {name}; convert with --dtype bfloat16"
+    )
+
+
+def _hash_inputs(checkpoint: Checkpoint, stop: threading.Event) -> dict[str, dict[str, Any]]:
+    paths = [checkpoint.folder / "config.json"]
+    paths += [checkpoint.folder / shard for shard in checkpoint.shards]
+    paths += [path for path in companions(checkpoint.folder) if path.is_file()]
+    return {
+        path.name: {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
+        for path in paths
+    }
+
+
+def _write_companions(job: _Job, staging: Path) -> None:
+    for path in companions(job.checkpoint.folder):
+        if path.is_dir():
+            shutil.copytree(path, staging / path.name)
+        else:
+            shutil.copyfile(path, staging / path.name)
+    text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
+    (staging / "config.json").write_text(text, encoding="utf-8")
+    if "auto_map" in job.config:
+        shutil.copyfile(Path(__file__).with_name("modeling.py"), staging / REMOTE_CODE)
+
+
+def _manifest(
+    job: _Job, inputs: dict[str, dict[str, Any]], outputs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "plan": job.plan.model_dump(mode="json", exclude_none=True),
+        "shorthand": job.plan.shorthand,
+        "num_layers": job.plan.num_layers,
+        "depth": job.plan.depth,
+        "architecture": job.config["architectures"][0],
+        "warnings": list(job.warnings),
+        "source": {
+            "name": job.checkpoint.source,
+            "revision": job.checkpoint.revision,
+            "files": inputs,
+            "dropped_tensors": list(job.dropped),
+        },
+        "files": outputs,
+        "versions": {
+            "python": platform.python_version(),
+            "abreast": __version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _peak_memory(job: _Job) -> int:
+    # A chunk is read, widened to float32 twice over while folding, and cast; four finished ones
+    # wait for the writer, one is being written, and two hash buffers stand beside them.
+    widest = max(
+        (t.row_bytes for t in job.checkpoint.tensors.values() if len(t.shape) > 1), default=0
+    )
+    chunk = max(CHUNK_BYTES, max(map(len, job.plan.stages)) * widest)
+    return 12 * chunk + (16 << 20)

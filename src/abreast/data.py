@@ -1,0 +1,194 @@
+"""Token streams: seeded, hashed, and available offline.
+
+A *source* names text: a file, a folder, ``hub:NAME[:SPLIT[:COLUMN]]`` for a data set on the
+Hugging Face Hub, or ``stdlib`` (the default). ``stdlib`` is real text that every Python has: the
+modules of the running interpreter's own standard library. One module in twenty, chosen by the hash
+of its name, is *held out*: the bundled model never saw it, so it can be evaluated on it. The others
+(``stdlib-train``) serve for calibration, and the two never overlap.
+
+At import this module needs the standard library and numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abreast.errors import AbreastError
+
+HELD_OUT = "stdlib"
+CALIBRATION = "stdlib-train"
+TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".text", ".csv"})
+
+
+class DataError(AbreastError):
+    """A data source that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """One long sequence of token ids and where it came from.
+
+    tokens: int64 array of shape [num_tokens]. source: the name it was asked for by.
+    num_documents: how many documents went into it. num_bytes: UTF-8 bytes of the text that the
+    tokens stand for.
+    """
+
+    tokens: np.ndarray
+    source: str
+    num_documents: int
+    num_bytes: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the token ids: two results with the same hash rest on the same data."""
+        return hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+
+def is_held_out(name: str) -> bool:
+    """Whether the standard-library module file `name` (posix path relative to Lib) is held out."""
+    return int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) % 20 == 0
+
+
+def stdlib_files() -> dict[str, Path]:
+    """Every module file of the running standard library, without its tests: name -> path.
+
+    Names are posix paths relative to the library folder, in sorted order.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found = {}
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root).as_posix()
+        parts = name.split("/")
+        if parts[0] == "test" or {"site-packages", "dist-packages", "__pycache__"} & set(parts):
+            continue
+        found[name] = path
+    return dict(sorted(found.items()))
+
+
+def documents(source: str = HELD_OUT) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of every document of a source, in a fixed order.
+
+    Raises DataError when the source does not exist, holds no text, or needs a package that is not
+    installed.
+    """
+    if source in (HELD_OUT, CALIBRATION):
+        yield from _stdlib_documents(held_out=source == HELD_OUT)
+    elif source.startswith("hub:"):
+        yield from _hub_documents(source)
+    else:
+        yield from _file_documents(Path(source).expanduser())
+
+
+def load_tokens(
+    tokenizer: Any, source: str = HELD_OUT, *, max_tokens: int | None = None, seed: int = 0
+) -> TokenStream:
+    """Tokenise a source into one stream, its documents in seeded random order.
+
+    tokenizer: a transformers tokenizer. Each document is followed by the end-of-text token if the
+    tokenizer has one; no beginning-of-text token is inserted. max_tokens cuts the stream. The order
+    depends on the seed and the documents' number only, so the same source, tokenizer and seed give
+    the same stream. Raises DataError when fewer than 2 tokens come out.
+    """
+    docs = list(documents(source))
+    eos = tokenizer.eos_token_id
+    pieces: list[np.ndarray] = []
+    total = num_bytes = 0
+    for index in np.random.default_rng(seed).permutation(len(docs)):
+        text = docs[index][1]
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        if eos is not None:
+            ids.append(eos)
+        pieces.append(np.asarray(ids, dtype=np.int64))
+        total += len(ids)
+        num_bytes += len(text.encode())
+        if max_tokens is not None and total >= max_tokens:
+            break
+    tokens = np.concatenate(pieces)
+    if max_tokens is not None and total > max_tokens:
+        num_bytes = round(num_bytes * max_tokens / total)
+        tokens = tokens[:max_tokens]
+    if len(tokens) < 2:
+        raise DataError(f"data source '{source}' gives {len(tokens)} tokens; name a longer text")
+    return TokenStream(tokens, source=source, num_documents=len(pieces), num_bytes=num_bytes)
+
+
+def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:
+    found = False
+    for name, path in stdlib_files().items():
+        if is_held_out(name) == held_out:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text.strip():
+                found = True
+                yield name, text
+    if not found:
+        raise DataError(
+            "this Python has no source files of its standard library; name a text file or folder"
+        )
+
+
+def _file_documents(path: Path) -> Iterator[tuple[str, str]]:
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)
+        if not files:
+            known = " ".join(sorted(TEXT_SUFFIXES))
+            raise DataError(f"folder '{path}' holds no text files (looked for {known})")
+    else:
+        raise DataError(
+            f"data source '{path}' not found; name a text file, a folder, '{HELD_OUT}', "
+            f"'{CALIBRATION}' or 'hub:DATASET'"
+        )
+    found = False
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"'{file}' is not UTF-8 text; convert it or leave it out") from None
+        except OSError as error:
+            raise DataError(f"'{file}' cannot be read: {error.strerror}") from None
+        if text.strip():
+            found = True
+            yield file.name if path.is_file() else file.relative_to(path).as_posix(), text
+    if not found:
+        raise DataError(f"data source '{path}' holds no text; name a longer text")
+
+
+def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
+    name, _, rest = source.removeprefix("hub:").partition(":")
+    split, _, column = rest.partition(":")
+    split, column = split or "test", column or "text"
+    try:
+        from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        raise DataError(
+            "reading a Hub data set needs the 'datasets' package: pip install 'abreast[eval]'"
+        ) from None
+    try:
+        rows = load_dataset(name, split=split, streaming=True)
+        for number, row in enumerate(rows):
+            if column not in row:
+                raise DataError(
+                    f"data set '{name}' has no column '{column}'; it has {', '.join(row)}: "
+                    f"use hub:{name}:{split}:COLUMN"
+                )
+            if row[column].strip():
+                yield str(number), row[column]
+    except DataError:
+        raise
+    except Exception as error:  # the Hub client raises many kinds; all mean "not available"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"data set '{name}' cannot be read: {reason}") from None

@@ -1,0 +1,200 @@
+"""Run a plan on a loaded transformers model: in memory, reversible, nothing copied.
+
+The members of a group keep their own weights, norms and places in the KV cache; only the order of
+execution changes. Each member's `forward` is replaced on the instance: all but the last hand their
+input through and leave behind what the model passed them (mask, positions, cache), and the last
+one runs the whole group. So every member attends under its own mask, and the model's own loop,
+hooks and caches stay untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from abreast.errors import AbreastError
+from abreast.families import BRANCHES, Branches
+from abreast.plan import Group, Plan, PlanError
+
+_MARK = "_abreast_plan"
+
+
+class GroupingError(AbreastError):
+    """A model on which a plan cannot run."""
+
+
+@contextmanager
+def grouped(model: nn.Module, plan: Plan | str) -> Iterator[nn.Module]:
+    """Run `model` under `plan` inside the block, and as it was after it.
+
+    model: any loaded transformers causal language model of a known family; its weights are neither
+    copied nor changed. plan: a Plan or its shorthand. Both wirings, groups of any size.
+    Raises as `apply`.
+    """
+    apply(model, plan)
+    try:
+        yield model
+    finally:
+        remove(model)
+
+
+def apply(model: nn.Module, plan: Plan | str) -> None:
+    """Make `model` run under `plan` until `remove`.
+
+    A group computes, for its common input x of shape [batch, length, hidden], the attention
+    branches a_k(x), the FFN inputs y_j = x + sum of the a_k that wiring lets member j see (all for
+    lp: arXiv 2502.02790, section 3; members j-d..j for cqil: arXiv 2404.06709, section 3.2, with
+    the bypass in the FFN's input only), and returns x + sum_k a_k(x) + sum_j f_j(y_j).
+    In families whose FFN reads the layer's input, wirings make no difference.
+
+    Raises GroupingError for an unknown family, a submodule that is not found, a model without
+    weights or already grouped, and PlanError for a plan of another number of layers; the model is
+    then left as it was.
+    """
+    layers = decoder_layers(model)
+    if isinstance(plan, str):
+        plan = Plan.parse(plan, len(layers))
+    if plan.num_layers != len(layers):
+        raise PlanError(
+            f"the plan is for {plan.num_layers} layers, the model has {len(layers)}; "
+            "make a plan for this model"
+        )
+    if hasattr(model, _MARK):
+        raise GroupingError("the model is grouped already; remove that plan first")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise GroupingError("the model is on the meta device and has no weights; load it first")
+    branches = _branches(model)
+    for group in plan.groups:
+        for layer in group.layers:
+            _check_submodules(layers[layer], layer, branches)
+    for group in plan.groups:
+        _install([layers[layer] for layer in group.layers], group, branches)
+    setattr(model, _MARK, plan)
+
+
+def remove(model: nn.Module) -> None:
+    """Undo `apply`. Raises GroupingError when the model is not grouped."""
+    plan = getattr(model, _MARK, None)
+    if plan is None:
+        raise GroupingError("the model is not grouped; there is no plan to remove")
+    layers = decoder_layers(model)
+    for group in plan.groups:
+        for layer in group.layers:
+            del layers[layer].forward
+    delattr(model, _MARK)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers causal language model. Raises GroupingError."""
+    base = getattr(model, "base_model", model)
+    for holder in (base, getattr(base, "language_model", None)):
+        layers = getattr(holder, "layers", None)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            return layers
+    raise GroupingError(
+        f"{type(model).__name__} has no list of decoder layers 'layers' in its base model; "
+        "give a decoder language model"
+    )
+
+
+def _branches(model: nn.Module) -> Branches:
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None else None
+    model_type = getattr(text, "model_type", None)
+    if model_type not in BRANCHES:
+        raise GroupingError(
+            f"model_type '{model_type}' cannot run grouped; known are {', '.join(sorted(BRANCHES))}"
+        )
+    return BRANCHES[model_type]
+
+
+def _check_submodules(layer: nn.Module, index: int, branches: Branches) -> None:
+    names = (
+        *(branches.attention, branches.mlp),
+        *(branches.before_attention + branches.after_attention + branches.after_mlp),
+        *(() if _is_parallel(layer, branches) else branches.before_mlp),
+    )
+    for name in names:
+        if not isinstance(getattr(layer, name, None), nn.Module):
+            raise GroupingError(
+                f"layer {index} ({type(layer).__name__}) has no submodule '{name}'; "
+                "this version of the architecture cannot run grouped"
+            )
+
+
+def _is_parallel(layer: nn.Module, branches: Branches) -> bool:
+    if isinstance(branches.parallel, str):
+        return bool(getattr(layer, branches.parallel))
+    return branches.parallel
+
+
+def _install(members: Sequence[nn.Module], group: Group, branches: Branches) -> None:
+    left_behind: list[dict[str, Any]] = [{} for _ in members]
+
+    def forward_of(place: int) -> Callable[..., torch.Tensor]:
+        names = list(inspect.signature(type(members[place]).forward).parameters)[2:]
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            left_behind[place] = {**dict(zip(names, args, strict=False)), **kwargs}
+            if place < len(members) - 1:
+                return hidden_states
+            return _run(members, group.visibility, branches, hidden_states, left_behind)
+
+        return forward
+
+    for place, member in enumerate(members):
+        member.forward = forward_of(place)  # type: ignore[method-assign,assignment]
+
+
+def _run(
+    members: Sequence[nn.Module],
+    visibility: Sequence[Sequence[bool]],
+    branches: Branches,
+    x: torch.Tensor,
+    kwargs: Sequence[dict[str, Any]],
+) -> torch.Tensor:
+    attended = [
+        _attend(member, branches, x, given) for member, given in zip(members, kwargs, strict=True)
+    ]
+    out = x + sum(attended[1:], attended[0])
+    seen_by: dict[tuple[bool, ...], torch.Tensor] = {(True,) * len(members): out}
+    for member, visible in zip(members, visibility, strict=True):
+        if _is_parallel(member, branches):
+            y = x
+        else:
+            key = tuple(visible)
+            if key not in seen_by:
+                seen = [a for a, shown in zip(attended, visible, strict=True) if shown]
+                seen_by[key] = x + sum(seen[1:], seen[0])
+            y = seen_by[key]
+        out = out + _feed(member, branches, y)
+    return out
+
+
+def _attend(
+    layer: nn.Module, branches: Branches, x: torch.Tensor, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    for name in branches.before_attention:
+        x = getattr(layer, name)(x)
+    # By position, because families disagree on the name; keyword arguments as the model gave them.
+    out = getattr(layer, branches.attention)(x, **kwargs)[0]
+    for name in branches.after_attention:
+        out = getattr(layer, name)(out)
+    return out * getattr(layer, branches.scale) if branches.scale else out
+
+
+def _feed(layer: nn.Module, branches: Branches, y: torch.Tensor) -> torch.Tensor:
+    parallel = _is_parallel(layer, branches)
+    for name in branches.before_mlp:
+        # A parallel StableLM layer has no second norm: its FFN reads the attention's.
+        norm = getattr(layer, name)
+        y = norm(y) if norm is not None or not parallel else layer.input_layernorm(y)
+    out = getattr(layer, branches.mlp)(y)
+    for name in branches.after_mlp:
+        out = getattr(layer, name)(out)
+    return out * getattr(layer, branches.scale) if branches.scale else out

@@ -1,0 +1,69 @@
+"""Original, grouped or converted model in memory: one way in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from abreast.checkpoint import CheckpointError, open_checkpoint, resolve
+from abreast.grouped import apply
+from abreast.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load(
+    model: str | Path,
+    *,
+    plan: Plan | str | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer; return (model, tokenizer), the tokenizer None if it has none.
+
+    model: folder or Hugging Face id of an original or a converted checkpoint. plan: run it grouped
+    under this plan. dtype: "auto" keeps that of the checkpoint. Code inside the checkpoint never
+    runs unless trust_remote_code is set; converted checkpoints need none of it here.
+    Raises AbreastError for whatever the user can mend.
+    """
+    import transformers
+
+    import abreast.modeling  # noqa: F401  registers the converted architectures
+
+    folder, _ = resolve(model, revision=revision)
+    open_checkpoint(folder)
+    target = torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("no CUDA device here; use --device cpu")
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise CheckpointError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
+        dtype = named
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    loaded = loaded.to(target).eval()
+    if plan is not None:
+        apply(loaded, plan)
+    return loaded, _tokenizer(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from None

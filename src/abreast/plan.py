@@ -1,0 +1,233 @@
+"""Plans: which consecutive layers run abreast, and what each member's FFN may see.
+
+A plan is an ordered partition of a model's layers into *stages*; a stage is one layer or a *group*
+of consecutive layers with a *wiring*. All members of a group read one common input x; the wiring
+says which attention outputs a_k(x) enter the input of member j's FFN:
+
+- ``lp`` (Layer Parallelism, arXiv 2502.02790, section 3): the sum of all members' attentions;
+- ``cqil`` with bypass distance d (CQIL, arXiv 2404.06709, section 3.2): those of members
+  j-d .. j of the group; d = 0 is CQIL without bypassing, d = p-1 full causal visibility.
+
+Shorthand: ``5+6`` is an lp group, ``7|8`` cqil with d = 0, ``7|8:1`` with d = 1; groups are
+separated by spaces or commas. Layer numbers are zero-based and always explicit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from abreast.errors import AbreastError
+
+Wiring = Literal["lp", "cqil"]
+_GROUP = re.compile(r"(\d+(?:\+\d+)+|\d+(?:\|\d+)+(?::\d+)?)")
+
+
+class PlanError(AbreastError):
+    """A plan that cannot be read or cannot be carried out."""
+
+
+class Group(BaseModel):
+    """A group of p >= 2 consecutive layers that read one common input.
+
+    layers: zero-based layer numbers, ascending, without gaps. bypass: CQIL's distance d with
+    0 <= d <= p-1; it has no meaning for ``lp`` and must be left at 0 there.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+    wiring: Wiring = "lp"
+    bypass: Annotated[int, Field(ge=0, strict=True)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Group:
+        name = self.shorthand
+        if len(self.layers) < 2:
+            raise ValueError(f"group {list(self.layers)} has fewer than 2 layers; a group needs 2")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ValueError(f"group {name} is not in ascending order; list each layer once, upwards")
+        if self.layers[-1] - self.layers[0] != len(self.layers) - 1:
+            raise ValueError(f"group {name} is not consecutive; a group may not leave layers out")
+        if self.wiring == "lp" and self.bypass:
+            raise ValueError(f"group {name}: bypass belongs to cqil wiring; remove it or use '|'")
+        if self.bypass >= len(self.layers):
+            raise ValueError(
+                f"group {name}: bypass {self.bypass} exceeds the group; "
+                f"at most {len(self.layers) - 1} for {len(self.layers)} layers"
+            )
+        return self
+
+    @property
+    def shorthand(self) -> str:
+        text = ("+" if self.wiring == "lp" else "|").join(map(str, self.layers))
+        return f"{text}:{self.bypass}" if self.bypass else text
+
+    @property
+    def visibility(self) -> tuple[tuple[bool, ...], ...]:
+        """V of shape [p, p]: V[j][k] says that FFN j sees attention k (both counted from 0)."""
+        size = range(len(self.layers))
+        if self.wiring == "lp":
+            return tuple(tuple(True for _ in size) for _ in size)
+        return tuple(tuple(j - self.bypass <= k <= j for k in size) for j in size)
+
+
+class Plan(BaseModel):
+    """An ordered partition of num_layers layers: the groups; every other layer stands alone.
+
+    source, revision and sha256 say what the plan was made for; they are for the record, and None
+    where nobody knows.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    num_layers: Annotated[int, Field(ge=1, strict=True)]
+    groups: tuple[Group, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        owner: dict[int, str] = {}
+        for group in self.groups:
+            for layer in group.layers:
+                if layer >= self.num_layers:
+                    raise ValueError(
+                        f"group {group.shorthand}: layer {layer} does not exist; "
+                        f"the model has layers 0 to {self.num_layers - 1}"
+                    )
+                if layer in owner:
+                    raise ValueError(
+                        f"groups {owner[layer]} and {group.shorthand} overlap in layer {layer}; "
+                        "a layer belongs to one group"
+                    )
+                owner[layer] = group.shorthand
+        starts = [group.layers[0] for group in self.groups]
+        if starts != sorted(starts):
+            raise ValueError("groups are not in ascending order; list them from the first layer up")
+        return self
+
+    @classmethod
+    def parse(cls, text: str, num_layers: int, **record: str | None) -> Plan:
+        """Read the shorthand, for example ``"5+6 7|8:1"``. Raises PlanError."""
+        groups = []
+        for word in text.replace(",", " ").split():
+            if not _GROUP.fullmatch(word):
+                raise PlanError(
+                    f"plan: cannot read group '{word}'; write lp as 5+6, cqil as 5|6 or 5|6:1"
+                )
+            body, _, bypass = word.partition(":")
+            groups.append(
+                {
+                    "layers": tuple(int(n) for n in re.split(r"[+|]", body)),
+                    "wiring": "lp" if "+" in body else "cqil",
+                    "bypass": int(bypass or 0),
+                }
+            )
+        return cls._build({"num_layers": num_layers, "groups": groups, **record}, "plan")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a YAML plan file; unknown keys are refused. Raises PlanError."""
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"plan file '{path}' cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise PlanError(f"plan file '{path}' is not UTF-8 text; give a YAML plan") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" line {mark.line + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or "not valid"
+            raise PlanError(f"plan file '{path}'{where} is not YAML: {problem}") from None
+        if not isinstance(data, dict):
+            raise PlanError(f"plan file '{path}' must hold the keys num_layers and groups")
+        return cls._build(data, f"plan file '{path}'")
+
+    @classmethod
+    def read(cls, argument: str, num_layers: int) -> Plan:
+        """What a user typed after ``--plan``: shorthand, or the path of a plan file.
+
+        Raises PlanError, also when a file's plan is for another number of layers.
+        """
+        if not re.search(r"[^\d+|:,\s]", argument):
+            return cls.parse(argument, num_layers)
+        if not re.search(r"\.(ya?ml|json)$", argument) and not Path(argument).is_file():
+            return cls.parse(argument, num_layers)
+        plan = cls.load(argument)
+        if plan.num_layers != num_layers:
+            raise PlanError(
+                f"plan file '{argument}' is for {plan.num_layers} layers, "
+                f"the model has {num_layers}; make a plan for this model"
+            )
+        return plan
+
+    @classmethod
+    def _build(cls, data: dict[str, Any], where: str) -> Plan:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(f"{where}: {_one_line(error)}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the YAML plan file that `load` reads."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    def to_yaml(self) -> str:
+        data = self.model_dump(mode="json", exclude_none=True)
+        for group in data["groups"]:
+            if group["wiring"] == "lp":
+                del group["bypass"]
+        head = {key: value for key, value in data.items() if key != "groups"}
+        lines = [yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip()]
+        lines.append("groups:" if data["groups"] else "groups: []")
+        for group in data["groups"]:
+            flow = yaml.safe_dump(group, default_flow_style=True, sort_keys=False, width=10_000)
+            lines.append(f"  - {flow.strip()}")
+        return "\n".join(lines) + "\n"
+
+    @property
+    def shorthand(self) -> str:
+        return " ".join(group.shorthand for group in self.groups)
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The layers of every stage in order; a stage of one layer has one number."""
+        first = {group.layers[0]: group.layers for group in self.groups}
+        grouped = {layer for group in self.groups for layer in group.layers}
+        return tuple(
+            first.get(layer, (layer,))
+            for layer in range(self.num_layers)
+            if layer in first or layer not in grouped
+        )
+
+    @property
+    def depth(self) -> int:
+        """Effective depth: the number of stages."""
+        return len(self.stages)
+
+    def group_of(self, stage: Sequence[int]) -> Group | None:
+        """The group that a stage of `stages` is, or None for a single layer."""
+        return next((g for g in self.groups if g.layers == tuple(stage)), None)
+
+    def edge_groups(self) -> tuple[Group, ...]:
+        """Groups that hold the first or the last layer, where quality is known to collapse."""
+        edges = {0, self.num_layers - 1}
+        return tuple(group for group in self.groups if edges & set(group.layers))
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{where}'; remove it"
+    if first["type"] == "missing":
+        return f"key '{where}' is missing; add it"
+    return f"{where}: {message}" if where and first["type"] != "value_error" else message
