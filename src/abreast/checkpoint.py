@@ -96,10 +96,10 @@ def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, st
     None. Only safetensors, JSON, tokenizer and text files are fetched; remote code is not.
     Raises CheckpointError when there is no such folder and the Hub has, or gives, no such model.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))
+    if os.path.isdir(folder):
         return folder, None
-    if folder.exists():
+    if os.path.exists(folder):
         raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json")
     name = str(model)
     parts = name.split("/")
@@ -244,7 +244,7 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
     """Rows start..stop (exclusive) of a tensor along its first dimension, as a fresh CPU tensor."""
     stop = tensor.shape[0] if stop is None else stop
     buffer = torch.empty((stop - start) * tensor.row_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
     with tensor.file.open("rb", buffering=0) as file:
         file.seek(tensor.offset + start * tensor.row_bytes)
         filled = 0
@@ -342,8 +342,9 @@ def write_shards(
             for tensor in tensors:
                 left = tensor.nbytes
                 while left:
-                    got, chunk = next(chunks)
-                    data = memoryview(chunk.contiguous().view(-1).view(torch.uint8).numpy())
+                    got, chunk = next(chunks, ("nothing", torch.empty(0)))
+                    flat = chunk.contiguous().view(-1).view(torch.uint8)
+                    data = memoryview(flat.numpy())  # type: ignore[arg-type]
                     left -= len(data)
                     if got != tensor.name or left < 0:
                         raise CheckpointError(f"writing '{tensor.name}': got a piece of '{got}'")
@@ -429,8 +430,9 @@ def publish(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         )
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot write in '{parent}': {error.strerror}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write in '{parent}': {reason}") from None
     try:
         yield staging
         for path in staging.iterdir():
@@ -448,7 +450,7 @@ def check_free(out: Path) -> None:
     """Raise CheckpointError unless `out` can be made: it is absent and its parent is a folder."""
     if os.path.lexists(out):
         raise CheckpointError(f"output '{out}' exists; name a new folder or remove it first")
-    if not out.absolute().parent.is_dir():
+    if not os.path.isdir(out.absolute().parent):
         raise CheckpointError(f"folder '{out.absolute().parent}' does not exist; create it first")
 
 

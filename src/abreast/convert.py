@@ -240,6 +240,11 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
             f"'{checkpoint.source}' brings its own code (auto_map in config.json), which is not "
             "run here; only stock architectures can be converted"
         )
+    if num_layers_of(config) > len(found):  # also spares us a list of absurd length
+        raise CheckpointError(
+            f"config.json says {num_layers_of(config)} layers, '{checkpoint.source}' holds only "
+            f"{len(found)} tensors; weights and config do not belong together"
+        )
     expected = all_tensors(family, config)
     dropped = {name for name in found if name.endswith(family.ignore)}
     if is_tied(config) and family.head in found:
@@ -277,7 +282,7 @@ def _new_tensor(
 ) -> NewTensor:
     shape = list(expected[recipe.members[0]])
     if recipe.how in ("rows", "columns"):
-        shape["rows columns".split().index(recipe.how)] *= len(recipe.members)
+        shape[("rows", "columns").index(recipe.how)] *= len(recipe.members)
     dtype = DTYPES[checkpoint.tensors[recipe.members[0]].dtype]
     for name in recipe.members[1:]:
         dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
@@ -337,11 +342,12 @@ def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.T
     for recipe, new in job.work:
         dtype = DTYPES[new.dtype]
         sources = [job.checkpoint.tensors[name] for name in recipe.members]
-        gains = [read_rows(job.checkpoint.tensors[name]) for name in recipe.gains]
+        gain_sources = [job.checkpoint.tensors[name] for name in recipe.gains]
+        gains = [read_rows(source) for source in gain_sources]
         for chunk in _chunks(recipe, sources, gains):
             cast = chunk.to(dtype)
             if not _is_finite(cast):
-                _blame(recipe, sources, cast.dtype)
+                _blame(recipe, gain_sources + sources, cast.dtype)
             done += cast.nbytes
             yield new.name, cast
             if progress is not None:

@@ -72,7 +72,9 @@ class Family:
         return f"abreast_{self.model_type}"
 
 
-def _gated(attention_bias: str = "", output_bias: str = "", mlp_bias: str = "") -> tuple[Matrix, ...]:
+def _gated(
+    attention_bias: str = "", output_bias: str = "", mlp_bias: str = ""
+) -> tuple[Matrix, ...]:
     """The matrices of a Llama-like layer: attention with q, k, v, o and a gated FFN."""
     before, after = "input_layernorm", "post_attention_layernorm"
     return (
@@ -257,7 +259,11 @@ def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
             raise FamilyError(f"config.json: layer_types must list the kind of all {count} layers")
         return tuple(str(kind) for kind in kinds)
     if config.get("use_sliding_window") and config.get("sliding_window") is not None:
-        first = int(config.get("max_window_layers", 28))
+        first = config.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise FamilyError(
+                f"config.json: max_window_layers must be a whole number, not {first!r}"
+            )
         return ("full_attention",) * min(first, count) + ("sliding_attention",) * (count - first)
     return ("full_attention",) * count
 

@@ -135,9 +135,7 @@ def _stage_recipes(
     for matrix in family.matrices:
         tensor = f"{matrix.name}.weight"
         gains = source(f"{matrix.norm}.weight") if matrix.norm and not alone else ()
-        made.append(
-            Recipe(target(tensor), "copy" if alone else matrix.join, source(tensor), gains)
-        )
+        made.append(Recipe(target(tensor), "copy" if alone else matrix.join, source(tensor), gains))
         if has_bias(matrix, config):
             tensor = f"{matrix.name}.bias"
             how: How = "rows" if matrix.join == "rows" else "sum"

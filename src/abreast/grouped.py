@@ -148,7 +148,7 @@ def _install(members: Sequence[nn.Module], group: Group, branches: Branches) -> 
         return forward
 
     for place, member in enumerate(members):
-        member.forward = forward_of(place)  # type: ignore[method-assign,assignment]
+        member.forward = forward_of(place)  # type: ignore[assignment,unused-ignore]
 
 
 def _run(
@@ -189,11 +189,10 @@ def _attend(
 
 
 def _feed(layer: nn.Module, branches: Branches, y: torch.Tensor) -> torch.Tensor:
-    parallel = _is_parallel(layer, branches)
     for name in branches.before_mlp:
-        # A parallel StableLM layer has no second norm: its FFN reads the attention's.
         norm = getattr(layer, name)
-        y = norm(y) if norm is not None or not parallel else layer.input_layernorm(y)
+        # A parallel StableLM layer has no second norm: its FFN reads the attention's.
+        y = norm(y) if norm is not None else getattr(layer, branches.before_attention[0])(y)
     out = getattr(layer, branches.mlp)(y)
     for name in branches.after_mlp:
         out = getattr(layer, name)(out)

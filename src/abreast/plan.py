@@ -14,6 +14,7 @@ separated by spaces or commas. Layer numbers are zero-based and always explicit.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from abreast.errors import AbreastError
 
 Wiring = Literal["lp", "cqil"]
-_GROUP = re.compile(r"(\d+(?:\+\d+)+|\d+(?:\|\d+)+(?::\d+)?)")
+_NUMBER = "[0-9]{1,9}"
+_GROUP = re.compile(rf"{_NUMBER}(?:\+{_NUMBER})+|{_NUMBER}(?:\|{_NUMBER})+(?::{_NUMBER})?")
 
 
 class PlanError(AbreastError):
@@ -51,7 +53,9 @@ class Group(BaseModel):
         if len(self.layers) < 2:
             raise ValueError(f"group {list(self.layers)} has fewer than 2 layers; a group needs 2")
         if list(self.layers) != sorted(set(self.layers)):
-            raise ValueError(f"group {name} is not in ascending order; list each layer once, upwards")
+            raise ValueError(
+                f"group {name} is not in ascending order; list each layer once, upwards"
+            )
         if self.layers[-1] - self.layers[0] != len(self.layers) - 1:
             raise ValueError(f"group {name} is not consecutive; a group may not leave layers out")
         if self.wiring == "lp" and self.bypass:
@@ -141,7 +145,8 @@ class Plan(BaseModel):
             raise PlanError(f"plan file '{path}' cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise PlanError(f"plan file '{path}' is not UTF-8 text; give a YAML plan") from None
-        except yaml.YAMLError as error:
+        # PyYAML lets out what its scalar constructors raise, and recurses once per bracket
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             mark = getattr(error, "problem_mark", None)
             where = f" line {mark.line + 1}" if mark else ""
             problem = getattr(error, "problem", None) or "not valid"
@@ -158,7 +163,7 @@ class Plan(BaseModel):
         """
         if not re.search(r"[^\d+|:,\s]", argument):
             return cls.parse(argument, num_layers)
-        if not re.search(r"\.(ya?ml|json)$", argument) and not Path(argument).is_file():
+        if not re.search(r"\.(ya?ml|json)$", argument) and not os.path.isfile(argument):
             return cls.parse(argument, num_layers)
         plan = cls.load(argument)
         if plan.num_layers != num_layers:

@@ -147,7 +147,7 @@ def _name(dtype: torch.dtype) -> str:
 def _run(
     model: Any, ids: torch.Tensor, new_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits [length, vocab] of `ids` [1, length] at once and through the cache, and greedy text."""
+    """Logits [length, vocab] of ids [1, length] at once, through the cache, and greedy text."""
     whole = model(ids, use_cache=False).logits[0].float()
     half = ids.shape[1] // 2
     step = model(ids[:, :half], use_cache=True)

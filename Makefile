@@ -1,0 +1,57 @@
+# Everything a contributor runs. PYTHON=python3.12 picks the interpreter that makes .venv
+# (`make clean` first when one is there already).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.core ## convert and measure the bundled model (core dependencies only)
+	$(BIN)/abreast demo
+
+test: $(VENV)/.dev ## run all tests
+	$(PYTEST)
+
+test-fast: $(VENV)/.dev ## run the tests that are not marked slow
+	$(PYTEST) -m "not slow"
+
+lint: $(VENV)/.dev ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## run every script in benchmarks/
+	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean: ## remove .venv, build outputs and caches
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
+# torch comes first and alone: whatever a later package would accept, the pinned build is in place.
+$(VENV)/.core: pyproject.toml constraints.txt
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "$(PYTHON) not found: install Python 3.10 or newer, or run: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) is older than Python 3.10; run: make PYTHON=/path/to/a/newer/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make virtual environments: its ensurepip module is missing." >&2; \
+	  echo "On Debian or Ubuntu: apt install python3-venv; elsewhere: make PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(PIP) install "pip>=22.3"
+	$(PIP) install torch -c constraints.txt
+	$(PIP) install -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@

@@ -1,0 +1,126 @@
+"""`convert` against `cp` on synthetic checkpoints: throughput and peak memory.
+
+Each round copies the source with `cp` and converts it, in turn, in a process of its own; the
+files are in the page cache for both. Target: at least half the throughput of `cp` (2 GB, 32
+layers), peak resident memory at most 1 GB over the interpreter with its imports, whatever the size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from abreast.checkpoint import NewTensor, lay_out, write_shards
+from abreast.families import FAMILIES, all_tensors
+
+SHAPES = {1: (1024, 3072), 2: (1536, 4096), 4: (2048, 6144)}  # GB: hidden size, FFN size
+LAYERS = 32
+PLAN = " ".join(f"{i}+{i + 1}" for i in range(10, 24, 2))
+CHILD = """
+import json, resource, sys, time
+import abreast.convert as _; from abreast.convert import convert
+def high(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+base, start = high(), time.perf_counter()
+convert(sys.argv[1], sys.argv[2], sys.argv[3])
+print(json.dumps({"seconds": time.perf_counter() - start, "memory": high() - base}))
+"""
+
+
+def make_source(folder: Path, gigabytes: int) -> int:
+    """Write a random bf16 Llama checkpoint of about that size; return its bytes."""
+    hidden, ffn = SHAPES[gigabytes]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 64,
+        "num_hidden_layers": LAYERS,
+        "vocab_size": 32_000,
+        "tie_word_embeddings": False,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = [NewTensor(n, "BF16", s) for n, s in all_tensors(FAMILIES["llama"], config).items()]
+    generator = torch.Generator().manual_seed(0)
+
+    def chunks():  # type: ignore[no-untyped-def]
+        for tensor in tensors:
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+            yield tensor.name, (noise * 0.02).to(torch.bfloat16)
+
+    written = write_shards(folder, lay_out(tensors, 1_000_000_000), chunks())
+    return sum(entry["bytes"] for entry in written.values())
+
+
+def timed_copy(source: Path, target: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    return time.perf_counter() - start
+
+
+def timed_convert(source: Path, target: Path) -> tuple[float, int]:
+    command = [sys.executable, "-c", CHILD, str(source), PLAN, str(target)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return found["seconds"], found["memory"]
+
+
+def run(gigabytes: int, rounds: int, folder: Path) -> dict[str, object]:
+    source, target = folder / f"source-{gigabytes}", folder / "target"
+    size = make_source(source, gigabytes)
+    os.sync()
+    ratios, copies, conversions, memory = [], [], [], []
+    for turn in range(rounds + 1):  # the first round only warms up
+        took: dict[str, float] = {}
+        for name in ("cp", "convert") if turn % 2 else ("convert", "cp"):
+            if name == "cp":
+                took[name] = timed_copy(source, target)
+            else:
+                took[name], peak = timed_convert(source, target)
+            shutil.rmtree(target)
+            os.sync()
+        if turn:
+            copies.append(size / took["cp"] / 1e9)
+            conversions.append(size / took["convert"] / 1e9)
+            ratios.append(took["cp"] / took["convert"])
+            memory.append(peak)
+    shutil.rmtree(source)
+    return {
+        "gigabytes": round(size / 1e9, 2),
+        "rounds": rounds,
+        "cp_GB_per_s": round(statistics.median(copies), 3),
+        "convert_GB_per_s": round(statistics.median(conversions), 3),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "peak_memory_over_baseline_MB": round(max(memory) / 1e6),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--folder", type=Path, help="where to work; default: the temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        results = [run(size, options.rounds, Path(folder)) for size in options.sizes]
+    for result in results:
+        print(result, file=sys.stderr)
+    print(json.dumps({"benchmark": "convert_throughput", "results": results}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Converted checkpoints against the original weights run ungrouped under the same plan.
+
+float32: every family, tied and untied head, derived and explicit head_dim, with and without KV
+cache; target: largest logit difference at most 1e-4 of the logit range. bf16: greedy tokens on the
+bundled model, both sides in bf16; target: the same 64 tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from abreast.convert import convert
+from abreast.data import HELD_OUT, load_tokens
+from abreast.demo import model_folder
+from abreast.grouped import grouped
+from abreast.load import load
+from abreast.plan import Plan
+from abreast.verify import verify
+
+PLAN = "1+2 3+4+5"
+NEW_TOKENS = 64
+PROMPTS = 16
+CONFIGS = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+}
+
+
+def random_model(family: str, folder: Path, *, tied: bool, head_dim: int | None) -> None:
+    torch.manual_seed(0)
+    config = CONFIGS[family](
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        **({"head_dim": head_dim} if head_dim else {}),
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.3)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+            else:
+                parameter.mul_(4)  # sharper attention and larger logits than an untrained model's
+    model.save_pretrained(folder)
+
+
+def float32_parity() -> dict[str, float]:
+    worst: dict[str, float] = {}
+    for family, tied, head_dim in itertools.product(CONFIGS, (False, True), (None, 24)):
+        with tempfile.TemporaryDirectory() as folder:
+            source, out = Path(folder) / "source", Path(folder) / "out"
+            random_model(family, source, tied=tied, head_dim=head_dim)
+            convert(source, PLAN, out)
+            found = verify(out, source, new_tokens=NEW_TOKENS)
+        for key, value in (("uncached", found.uncached), ("cached", found.cached)):
+            name = f"{family} {key}"
+            worst[name] = max(worst.get(name, 0.0), value)
+        worst.setdefault(f"{family} greedy tokens that differ", 0)
+        worst[f"{family} greedy tokens that differ"] += found.generated_tokens - found.same_tokens
+    return worst
+
+
+def bf16_tokens() -> dict[str, object]:
+    """Greedy continuations of held-out text by both sides in bf16."""
+    source = model_folder()
+    plan = Plan.load(source / "plan.yaml")
+    original, tokenizer = load(source, dtype="bfloat16")
+    stream = load_tokens(tokenizer, HELD_OUT, max_tokens=PROMPTS * 64)
+    prompts = torch.from_numpy(stream.tokens[: PROMPTS * 64]).view(PROMPTS, 1, 64)
+    with tempfile.TemporaryDirectory() as folder:
+        convert(source, plan, Path(folder) / "out")
+        converted, _ = load(Path(folder) / "out", dtype="bfloat16")
+    agree = []
+    for prompt in prompts:
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
+        options |= {"attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
+        got = converted.generate(prompt, **options)[0, 64:].tolist()
+        with grouped(original, plan):
+            want = original.generate(prompt, **options)[0, 64:].tolist()
+        same = itertools.takewhile(lambda p: p[0] == p[1], zip(got, want, strict=True))
+        agree.append(sum(1 for _ in same))
+    whole = sum(count == NEW_TOKENS for count in agree)
+    return {"prompts": PROMPTS, "tokens": NEW_TOKENS, "all_the_same": whole, "same": agree}
+
+
+def main() -> None:
+    float32 = {name: float(f"{value:.2e}") for name, value in float32_parity().items()}
+    print(float32, file=sys.stderr)
+    print(json.dumps({"benchmark": "parity", "float32": float32, "bf16": bf16_tokens()}))
+
+
+if __name__ == "__main__":
+    main()

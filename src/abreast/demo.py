@@ -1,0 +1,123 @@
+"""The whole job on the bundled model: convert, verify, evaluate, time; one table.
+
+Everything is measured where it runs. Only the plan is fixed beforehand: its groups were chosen on
+calibration text that the evaluation does not touch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abreast.bench import BenchResult, bench, verdict
+from abreast.convert import convert
+from abreast.data import HELD_OUT, load_tokens
+from abreast.errors import AbreastError
+from abreast.evaluate import Comparison, compare
+from abreast.load import load
+from abreast.plan import Plan
+from abreast.verify import Verification, verify
+
+ORIGINAL, CONVERTED = "original", "converted"
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured. out: the converted checkpoint, if it was kept."""
+
+    plan: Plan
+    verification: Verification
+    comparison: Comparison
+    decode: BenchResult
+    prefill: BenchResult
+    dtype: str
+    out: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "plan": self.plan.shorthand,
+            "num_layers": self.plan.num_layers,
+            "depth": self.plan.depth,
+            "dtype": self.dtype,
+            "verification": self.verification.to_dict(),
+            "quality": self.comparison.to_dict(),
+            "decode": self.decode.to_dict(),
+            "prefill": self.prefill.to_dict(),
+            "verdict": {"decode": verdict(self.decode), "prefill": verdict(self.prefill)},
+            "out": self.out,
+        }
+
+
+def model_folder() -> Path:
+    """Folder of the bundled model. Raises AbreastError if the installation lacks it."""
+    folder = Path(__file__).with_name("demo_model")
+    if not (folder / "config.json").is_file():
+        raise AbreastError("this installation has no bundled model; reinstall abreast")
+    return folder
+
+
+def run_demo(
+    *,
+    plan: Plan | str | None = None,
+    out: str | Path | None = None,
+    max_tokens: int = 100_000,
+    rounds: int = 12,
+    new_tokens: int = 48,
+    context: int = 256,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+    step: Step = lambda message: None,
+) -> Demo:
+    """Convert the bundled model, verify it, and measure what that cost and won.
+
+    plan: another plan than the bundled one. out: keep the converted checkpoint in this new folder.
+    max_tokens: how much held-out text to score. rounds, new_tokens, context: of the timing.
+    dtype: in which both models are evaluated and timed. step(message) announces each step.
+    Raises AbreastError, also when the verification fails.
+    """
+    source = model_folder()
+    chosen = Plan.load(source / "plan.yaml")
+    if plan is not None:
+        chosen = Plan.read(plan, chosen.num_layers) if isinstance(plan, str) else plan
+    with _kept(out) as target:
+        step(f"convert {chosen.num_layers} layers into {chosen.depth} stages: {chosen.shorthand}")
+        convert(source, chosen, target)
+        step("verify against the original weights run under the same plan")
+        verification = verify(target, source, device=device, seed=seed)
+        if not verification.ok:
+            raise AbreastError(f"the conversion is wrong: {'; '.join(verification.faults)}")
+        original, tokenizer = load(source, dtype=dtype, device=device)
+        converted, _ = load(target, dtype=dtype, device=device)
+        step("compare next-token predictions on text that neither model has seen")
+        stream = load_tokens(tokenizer, HELD_OUT, max_tokens=max_tokens, seed=seed)
+        comparison = compare(converted, original, stream, window=512, stride=512, batch_size=4)
+        step("time both models in turn")
+        models = {ORIGINAL: original, CONVERTED: converted}
+        decode = bench(
+            models, task="decode", context=context, new_tokens=new_tokens, rounds=rounds, seed=seed
+        )
+        prefill = bench(models, task="prefill", context=context, rounds=rounds, seed=seed)
+    return Demo(
+        plan=chosen,
+        verification=verification,
+        comparison=comparison,
+        decode=decode,
+        prefill=prefill,
+        dtype=dtype,
+        out=str(out) if out is not None else None,
+    )
+
+
+@contextmanager
+def _kept(out: str | Path | None) -> Iterator[Path]:
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="abreast-demo-") as folder:
+        yield Path(folder) / "converted"

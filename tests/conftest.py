@@ -1,0 +1,84 @@
+"""Shared by all tests: no network, and tiny random checkpoints as transformers saves them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+CONFIGS = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config"}
+TinyCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """A factory of random checkpoints, 6 layers of hidden size 64 unless told otherwise.
+
+    One folder per set of arguments, shared by the whole session: copy it before changing it. Gains
+    and biases are far from 1 and 0, so that a wrong fold shows. biases: every bias that the family
+    knows. sharded: several files with an index. config: any other key of the config class.
+    """
+    made: dict[str, Path] = {}
+
+    def factory(
+        family: str = "llama",
+        *,
+        dtype: str = "float32",
+        tied: bool = False,
+        head_dim: int | None = None,
+        sharded: bool = False,
+        num_layers: int = 6,
+        biases: bool = False,
+        seed: int = 0,
+        **config: Any,
+    ) -> Path:
+        arguments = (family, dtype, tied, head_dim, sharded, num_layers, biases, seed, config)
+        key = json.dumps(arguments, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"tiny-{family}")
+            settings = {
+                "vocab_size": 128,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": tied,
+                **({"head_dim": head_dim} if head_dim else {}),
+                **({"attention_bias": True, "mlp_bias": True} if biases else {}),
+                **config,
+            }
+            _save(CONFIGS[family], settings, dtype, seed, sharded, folder)
+            made[key] = folder
+        return made[key]
+
+    return factory
+
+
+def _save(
+    config_class: str, settings: dict[str, Any], dtype: str, seed: int, sharded: bool, folder: Path
+) -> None:
+    import torch
+    import transformers
+
+    config = getattr(transformers, config_class)(**settings)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            else:
+                parameter.copy_(noise * 0.3 + (0.0 if name.endswith(".bias") else 1.0))
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size="100KB" if sharded else "1GB"
+    )

@@ -1,0 +1,270 @@
+"""Plans: round trips, what stages and visibility mean, and one-line errors for everything else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abreast.errors import AbreastError
+from abreast.plan import Group, Plan, PlanError
+
+TEXT = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    """Any plan: a random partition of the layers, every longer part a group of either wiring."""
+    groups, layer = [], 0
+    for size in draw(st.lists(st.integers(1, 5), min_size=1, max_size=10)):
+        if size > 1:
+            wiring = draw(st.sampled_from(["lp", "cqil"]))
+            bypass = draw(st.integers(0, size - 1)) if wiring == "cqil" else 0
+            layers = tuple(range(layer, layer + size))
+            groups.append(Group(layers=layers, wiring=wiring, bypass=bypass))
+        layer += size
+    return Plan(num_layers=layer, groups=tuple(groups))
+
+
+@given(plans())
+def test_shorthand_round_trip(plan: Plan) -> None:
+    assert Plan.parse(plan.shorthand, plan.num_layers) == plan
+    assert Plan.parse(plan.shorthand.replace(" ", ", "), plan.num_layers) == plan
+    assert Plan.read(plan.shorthand, plan.num_layers) == plan
+
+
+@settings(deadline=None)
+@given(plans(), TEXT, TEXT, TEXT)
+def test_file_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    plan: Plan,
+    source: str | None,
+    revision: str | None,
+    sha256: str | None,
+) -> None:
+    record = {"source": source, "revision": revision, "sha256": sha256}
+    plan = plan.model_copy(update=record)
+    path = tmp_path_factory.getbasetemp() / "plan.yaml"
+    plan.save(path)
+    assert Plan.load(path) == plan
+    assert Plan.read(str(path), plan.num_layers) == plan
+
+
+@given(plans())
+def test_stages_are_an_ordered_partition(plan: Plan) -> None:
+    assert [layer for stage in plan.stages for layer in stage] == list(range(plan.num_layers))
+    assert plan.depth == len(plan.stages)
+    assert plan.depth == plan.num_layers - sum(len(group.layers) - 1 for group in plan.groups)
+    found = [plan.group_of(stage) for stage in plan.stages]
+    assert tuple(group for group in found if group) == plan.groups
+    assert all(group or len(stage) == 1 for group, stage in zip(found, plan.stages, strict=True))
+
+
+@given(st.integers(0, 20), st.integers(2, 7), st.data())
+def test_visibility(first: int, size: int, data: st.DataObject) -> None:
+    layers = tuple(range(first, first + size))
+    square = [(j, k) for j in range(size) for k in range(size)]
+    assert all(Group(layers=layers).visibility[j][k] for j, k in square)
+    bypass = data.draw(st.integers(0, size - 1))
+    band = Group(layers=layers, wiring="cqil", bypass=bypass).visibility
+    assert all(band[j][k] == (0 <= j - k <= bypass) for j, k in square)
+    causal = Group(layers=layers, wiring="cqil", bypass=size - 1).visibility
+    assert all(causal[j][k] == (k <= j) for j, k in square)
+
+
+def test_known_plan() -> None:
+    plan = Plan.parse("1+2,3|4|5:1", 8)
+    assert plan.groups == (
+        Group(layers=(1, 2)),
+        Group(layers=(3, 4, 5), wiring="cqil", bypass=1),
+    )
+    assert plan.stages == ((0,), (1, 2), (3, 4, 5), (6,), (7,))
+    assert plan.groups[1].visibility == (
+        (True, False, False),
+        (True, True, False),
+        (False, True, True),
+    )
+    assert plan.edge_groups() == ()
+    assert [group.layers for group in Plan.parse("0+1 3+4 6+7", 8).edge_groups()] == [
+        (0, 1),
+        (6, 7),
+    ]
+
+
+def test_plan_without_groups() -> None:
+    plan = Plan.parse("", 3)
+    assert plan.stages == ((0,), (1,), (2,))
+    assert plan.shorthand == ""
+
+
+def one_line(caught: pytest.ExceptionInfo[PlanError]) -> str:
+    message = str(caught.value)
+    assert isinstance(caught.value, AbreastError)
+    assert message.strip() and len(message.splitlines()) == 1
+    return message
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("1+2 2+3", "overlap in layer 2"),
+        ("1+2+3 2+3", "overlap"),
+        ("3+4 1+2", "not in ascending order"),
+        ("2+1", "not in ascending order"),
+        ("2+2", "not in ascending order"),
+        ("1+3", "not consecutive"),
+        ("1|2|4:1", "not consecutive"),
+        ("4+5+6", "layer 6 does not exist"),
+        ("7+8", "layer 7 does not exist"),
+        ("3", "cannot read group '3'"),
+        ("1+2 3", "cannot read group '3'"),
+        ("1+2:1", "cannot read group"),
+        ("1|2:2", "bypass 2 exceeds the group"),
+        ("1|2:-1", "cannot read group"),
+        ("-1+0", "cannot read group"),
+        ("1-2", "cannot read group"),
+        ("1+2|3", "cannot read group"),
+        ("1+", "cannot read group"),
+        ("1.0+2.0", "cannot read group"),
+        ("1..3", "cannot read group"),
+        ("1++2", "cannot read group"),
+        ("٢+٣", "cannot read group"),  # digits, but not ASCII ones
+        ("1+" + "2" * 5000, "cannot read group"),
+        ("1+2\x00", "cannot read group"),
+        ("no-such-plan", "cannot read group"),
+        ("x" * 5000, "cannot read group"),
+    ],
+    ids=lambda value: value[:20].encode("unicode_escape").decode(),
+)
+def test_malformed_shorthand(text: str, fault: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.parse(text, 6)
+    assert fault in one_line(caught)
+    with pytest.raises(PlanError) as caught:
+        Plan.read(text, 6)
+    assert fault in one_line(caught)
+
+
+@pytest.mark.parametrize("num_layers", [0, -1, True, 6.0, "6", None])
+def test_malformed_number_of_layers(num_layers: object) -> None:
+    with pytest.raises(PlanError, match="num_layers") as caught:
+        Plan.parse("1+2", num_layers)  # type: ignore[arg-type]
+    one_line(caught)
+
+
+def group(text: str) -> str:
+    return f"num_layers: 6\ngroups: [{{{text}}}]"
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (group("layers: [1, 2]") + "\nextra: 1", "unknown key 'extra'"),
+        (group("layers: [1, 2], bypas: 0"), "unknown key 'groups.0.bypas'"),
+        ("groups: []", "key 'num_layers' is missing"),
+        (group("wiring: lp"), "key 'groups.0.layers' is missing"),
+        (group("layers: [1, 2], wiring: both"), "groups.0.wiring"),
+        (group("layers: [1, 2], wiring: LP"), "groups.0.wiring"),
+        (group("layers: [1, 2], wiring: null"), "groups.0.wiring"),
+        (group("layers: [1, 2], bypass: 1"), "bypass belongs to cqil"),
+        (group("layers: [1, 2], wiring: lp, bypass: 1"), "bypass belongs to cqil"),
+        (group("layers: [1, 2], wiring: cqil, bypass: 2"), "bypass 2 exceeds the group"),
+        (group("layers: [1, 2], wiring: cqil, bypass: -1"), "groups.0.bypass"),
+        (group("layers: [1, 2], wiring: cqil, bypass: true"), "groups.0.bypass"),
+        (group("layers: [1, 2], wiring: cqil, bypass: '1'"), "groups.0.bypass"),
+        (group("layers: [1, 2], wiring: cqil, bypass: 1.0"), "groups.0.bypass"),
+        (group("layers: []"), "fewer than 2 layers"),
+        (group("layers: [3]"), "fewer than 2 layers"),
+        (group("layers: [2, 1]"), "not in ascending order"),
+        (group("layers: [1, 1]"), "not in ascending order"),
+        (group("layers: [1, 3]"), "not consecutive"),
+        (group("layers: [5, 6]"), "layer 6 does not exist"),
+        (group("layers: [-1, 0]"), "groups.0.layers.0"),
+        (group("layers: ['1', '2']"), "groups.0.layers.0"),
+        (group("layers: [1.0, 2.0]"), "groups.0.layers.0"),
+        (group("layers: [1, true]"), "groups.0.layers.1"),
+        (group("layers: 1+2"), "groups.0.layers"),
+        (group("layers: null"), "groups.0.layers"),
+        ("num_layers: 6\ngroups: [1+2]", "groups.0"),
+        ("num_layers: 6\ngroups: 1+2", "groups"),
+        ("num_layers: 6\ngroups:", "groups"),
+        ("num_layers: 6\ngroups: [{layers: [1, 2]}, {layers: [2, 3]}]", "overlap in layer 2"),
+        ("num_layers: 6\ngroups: [{layers: [3, 4]}, {layers: [1, 2]}]", "not in ascending order"),
+        ("num_layers: '6'", "num_layers"),
+        ("num_layers: 6.0", "num_layers"),
+        ("num_layers: true", "num_layers"),
+        ("num_layers: null", "num_layers"),
+        ("num_layers: 0", "num_layers"),
+        ("num_layers: -6", "num_layers"),
+        ("num_layers: 6\nsource: 1", "source"),
+        ("num_layers: 6\n1: 2", "Keys should be strings"),
+        ("- num_layers: 6", "must hold the keys"),
+        ("6", "must hold the keys"),
+        ("", "must hold the keys"),
+        ("num_layers: [", "is not YAML"),
+        ("num_layers: 6: 7", "line 1 is not YAML"),
+        ("num_layers: 6\ngroups:\n\t- 1", "line 3 is not YAML"),
+        ("a: \x01", "is not YAML"),
+        ("!!python/object/apply:os.getcwd []", "is not YAML"),
+        ("num_layers: 2020-13-45", "is not YAML"),  # a date that datetime refuses
+        ("num_layers: " + "1" * 5000, "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        (bytes(range(256)), "is not UTF-8 text"),
+    ],
+    ids=lambda value: repr(value)[:50],
+)
+def test_malformed_file(tmp_path: Path, content: str | bytes, fault: str) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(PlanError) as caught:
+        Plan.load(path)
+    message = one_line(caught)
+    assert fault in message
+    assert str(path) in message
+
+
+@pytest.mark.parametrize("name", ["absent.yaml", "."])
+def test_file_that_cannot_be_read(tmp_path: Path, name: str) -> None:
+    with pytest.raises(PlanError, match="cannot be read") as caught:
+        Plan.load(tmp_path / name)
+    one_line(caught)
+
+
+def test_file_for_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "a plan"  # recognised without a suffix, since it exists
+    Plan.parse("1+2", 6).save(path)
+    assert Plan.read(str(path), 6).shorthand == "1+2"
+    with pytest.raises(PlanError, match="is for 6 layers, the model has 8") as caught:
+        Plan.read(str(path), 8)
+    assert str(path) in one_line(caught)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_plan_or_a_plan_error(text: str) -> None:
+    try:
+        plan = Plan.parse(text, 6)
+    except PlanError:
+        return
+    assert Plan.parse(plan.shorthand, 6) == plan
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80))
+def test_any_file_is_a_plan_or_a_plan_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    try:
+        plan = Plan.load(path)
+    except PlanError:
+        return
+    assert plan.num_layers >= 1
+
+
+def test_plans_cannot_be_changed() -> None:
+    plan = Plan.parse("1+2", 6)
+    with pytest.raises(ValueError, match="frozen"):
+        plan.num_layers = 7  # type: ignore[misc]
