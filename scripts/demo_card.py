@@ -195,9 +195,10 @@ bundled.
 ## Training
 
 Trained on a CPU for 104 minutes on Python source text: the standard library and installed packages,
-35 M tokens, of which it saw 16.8 M. Which packages these were was not recorded. Held out were the standard library's modules whose name (relative to `Lib`, without
-`test/`) has an MD5 hash divisible by 20. The log, [training.log](training.log), ends at a held-out
-loss of {loss:.3f} nats per token (perplexity {perplexity:.1f}).
+35 M tokens, of which it saw 16.8 M. Which packages these were was not recorded. Held out were the
+standard library's modules whose name (relative to `Lib`, without `test/`) has an MD5 hash divisible
+by 20. The log, [training.log](training.log), ends at a held-out loss of {loss:.3f} nats per token
+(perplexity {perplexity:.1f}).
 """
 
 

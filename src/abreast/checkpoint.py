@@ -153,7 +153,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"'{path.parent}' has no {path.name}; give a model folder") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number too long
         reason = getattr(error, "strerror", None) or "not valid JSON"
         raise CheckpointError(f"'{path}' cannot be read: {reason}") from None
     if not isinstance(data, dict):

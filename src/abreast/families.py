@@ -264,7 +264,8 @@ def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
             raise FamilyError(
                 f"config.json: max_window_layers must be a whole number, not {first!r}"
             )
-        return ("full_attention",) * min(first, count) + ("sliding_attention",) * (count - first)
+        full = min(first, count)
+        return ("full_attention",) * full + ("sliding_attention",) * (count - full)
     return ("full_attention",) * count
 
 

@@ -44,10 +44,19 @@ class Recipe:
     gains: tuple[str, ...] = ()
 
 
-def fold_gain(weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """W diag(g) in float32 or wider: weight [rows, columns], gain [columns] -> [rows, columns]."""
+def fold_gain(
+    weight: torch.Tensor, gain: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """W diag(g), each product rounded once: weight [rows, columns], gain [columns].
+
+    Products are formed in float32 or wider, and cast to `dtype` at the end if one is given.
+    """
+    if weight.dtype == gain.dtype == dtype:
+        # PyTorch multiplies half-precision numbers in float32 and rounds the product once, which
+        # is the same result at a third of the memory traffic.
+        return weight * gain
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return weight.to(wide) * gain.to(wide)
+    return (weight.to(wide) * gain.to(wide)).to(dtype or wide)
 
 
 def join_rows(weights: Sequence[torch.Tensor]) -> torch.Tensor:

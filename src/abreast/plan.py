@@ -190,7 +190,9 @@ class Plan(BaseModel):
             if group["wiring"] == "lp":
                 del group["bypass"]
         head = {key: value for key, value in data.items() if key != "groups"}
-        lines = [yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip()]
+        # PyYAML writes \x85 and the like as they are, and reads them back as line breaks
+        plain = all(str(value).isprintable() for value in head.values())
+        lines = [yaml.safe_dump(head, sort_keys=False, allow_unicode=plain).rstrip()]
         lines.append("groups:" if data["groups"] else "groups: []")
         for group in data["groups"]:
             flow = yaml.safe_dump(group, default_flow_style=True, sort_keys=False, width=10_000)
