@@ -45,6 +45,8 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW = {"use_sliding_window": True, "sliding_window": 5}
 
@@ -56,8 +58,10 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "mlp-bias": ("1+2+3", {"mlp_bias": True}),
         "rope-llama3": (PLAN, {"rope_parameters": LLAMA3}),
         "rope-yarn": (PLAN, {"rope_parameters": YARN, "head_dim": 32}),
+        "rope-dynamic": (PLAN, {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
+        "rope-linear": (PLAN, {"rope_parameters": LINEAR}),
         "no-shared-heads": (PLAN, {"num_key_value_heads": 4}),
-        "one-kv-head": (PLAN, {"num_key_value_heads": 1, "num_attention_heads": 3, "head_dim": 8}),
+        "one-kv-head": (PLAN, {"num_key_value_heads": 1, "num_attention_heads": 2, "head_dim": 8}),
         "sharded": (PLAN, {"sharded": True}),
     },
     "mistral": {
@@ -280,17 +284,17 @@ def test_attention_stays_causal_when_its_implementation_changes(converted, famil
     agree(model, reference)
 
 
-@pytest.mark.parametrize("window", [False, True], ids=["full", "sliding"])
-@each_family
-def test_static_cache(converted, family, window):
-    settings = {
-        "llama": {},
-        "mistral": {"sliding_window": 5 if window else None},
-        "qwen2": WINDOW | {"max_window_layers": 3} if window else {},
-    }
-    if window and not settings[family]:
-        pytest.skip(f"{family} has no sliding window")
-    model, reference = pair(converted(family, **settings[family]))
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        *((family, {}) for family in FAMILIES),
+        ("mistral", VARIANTS["mistral"]["sliding"][1]),
+        ("qwen2", VARIANTS["qwen2"]["sliding-tail"][1]),
+    ],
+    ids=[*FAMILIES, "mistral-sliding", "qwen2-sliding"],
+)
+def test_static_cache(converted, family, settings):
+    model, reference = pair(converted(family, **settings))
     with torch.inference_mode():
         cache = StaticCache(config=model.config, max_cache_len=LENGTH + 8)
         assert difference(through_cache(model, cache), uncached(reference)) <= FLOAT32
@@ -346,11 +350,15 @@ def test_auto_model_loads_the_body(converted, family):
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    ("family", "backend"),
+    [
+        (FAMILIES[0], "aot_eager"),
+        *(pytest.param(f, "aot_eager", marks=pytest.mark.slow) for f in FAMILIES[1:]),
+        *(pytest.param(f, "inductor", marks=pytest.mark.slow) for f in FAMILIES),
+    ],
 )
-@each_family
 def test_torch_compile(converted, family, backend):
-    model, reference = pair(converted(family))
+    model, reference = pair(converted(family, "1+2", num_layers=4), "1+2")
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
     with torch.inference_mode():

@@ -81,6 +81,8 @@ def documents(source: str = HELD_OUT) -> Iterator[tuple[str, str]]:
     Raises DataError when the source does not exist, holds no text, or needs a package that is not
     installed.
     """
+    if not source:
+        raise DataError(f"the data source is empty; name a text file, a folder or '{HELD_OUT}'")
     if source in (HELD_OUT, CALIBRATION):
         yield from _stdlib_documents(held_out=source == HELD_OUT)
     elif source.startswith("hub:"):
@@ -95,31 +97,43 @@ def load_tokens(
     """Tokenise a source into one stream, its documents in seeded random order.
 
     tokenizer: a transformers tokenizer. Each document is followed by the end-of-text token if the
-    tokenizer has one; no beginning-of-text token is inserted. max_tokens cuts the stream. The order
+    tokenizer has one; no beginning-of-text token is inserted. max_tokens cuts the stream; a Hub
+    data set is then read no further, and never shuffled. The order
     depends on the seed and the documents' number only, so the same source, tokenizer and seed give
     the same stream. Raises DataError when fewer than 2 tokens come out.
     """
-    docs = list(documents(source))
+    if max_tokens is not None and max_tokens < 2:
+        raise DataError(f"{max_tokens} tokens are too few; ask for at least 2")
     eos = tokenizer.eos_token_id
     pieces: list[np.ndarray] = []
     total = num_bytes = 0
-    for index in np.random.default_rng(seed).permutation(len(docs)):
-        text = docs[index][1]
+    for _, text in _shuffled(source, seed):
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if eos is not None:
             ids.append(eos)
+        size = len(text.encode())
+        if max_tokens is not None and total + len(ids) > max_tokens:
+            size = round(size * (max_tokens - total) / len(ids))
+            ids = ids[: max_tokens - total]
         pieces.append(np.asarray(ids, dtype=np.int64))
         total += len(ids)
-        num_bytes += len(text.encode())
+        num_bytes += size
         if max_tokens is not None and total >= max_tokens:
             break
     tokens = np.concatenate(pieces)
-    if max_tokens is not None and total > max_tokens:
-        num_bytes = round(num_bytes * max_tokens / total)
-        tokens = tokens[:max_tokens]
     if len(tokens) < 2:
         raise DataError(f"data source '{source}' gives {len(tokens)} tokens; name a longer text")
     return TokenStream(tokens, source=source, num_documents=len(pieces), num_bytes=num_bytes)
+
+
+def _shuffled(source: str, seed: int) -> Iterator[tuple[str, str]]:
+    if source.startswith("hub:"):
+        # A data set may be far larger than memory: it is read as far as needed, in its own order.
+        yield from documents(source)
+        return
+    docs = list(documents(source))
+    for index in np.random.default_rng(seed).permutation(len(docs)):
+        yield docs[index]
 
 
 def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:

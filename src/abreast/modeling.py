@@ -77,9 +77,10 @@ def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 class LayersOfOwnWidth(PreTrainedModel):
     """Mixed in before a stock model: builds it without layers, then gives it layers of own width.
 
-    Every submodule is pointed at the one main config afterwards. Left with their per-layer copies,
-    attention modules would miss a later change of the attention implementation and silently run
-    without a causal mask.
+    The models and everything in their layers are pointed at the one main config afterwards. Left
+    with their per-layer copies, attention modules would miss a later change of the attention
+    implementation and silently run without a causal mask. The rotary embedding keeps the bare copy:
+    several kinds of RoPE scaling read the number of heads, which the main config refuses to name.
     """
 
     layer_class: type[nn.Module]
@@ -93,7 +94,7 @@ class LayersOfOwnWidth(PreTrainedModel):
             self.layer_class(config.per_layer_config[index], index)
             for index in range(config.num_hidden_layers)
         )
-        for module in self.modules():
+        for module in (self, self.base_model, *self.base_model.layers.modules()):
             if isinstance(getattr(module, "config", None), PreTrainedConfig):
                 module.config = config
         self.post_init()
