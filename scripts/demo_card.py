@@ -3,7 +3,7 @@
 For the bundled one, from the repository's root (leave out --corpus for baselines counted on the
 standard library only; scripts/train_demo.py tells how that file is made):
 
-    python scripts/demo_card.py --model src/abreast/demo_model --window 256 \\
+    python scripts/demo_card.py --model src/abreast/demo_model --reach 1024 \\
         --corpus run/corpus.jsonl.xz --work run
 """
 
@@ -195,10 +195,14 @@ bundled.
 ## Training
 
 Trained on a CPU for 104 minutes on Python source text: the standard library and installed packages,
-35 M tokens, of which it saw 16.8 M. Which packages these were was not recorded. Held out were the
-standard library's modules whose name (relative to `Lib`, without `test/`) has an MD5 hash divisible
-by 20. The log, [training.log](training.log), ends at a held-out loss of {loss:.3f} nats per token
-(perplexity {perplexity:.1f}).
+35 M tokens, of which it saw 16.8 M. Held out were the standard library's modules whose name
+(relative to `Lib`, without `test/`) has an MD5 hash divisible by 20. Not recorded: which packages
+these were, and whether some of them repeat text of held-out modules.
+
+The log, [training.log](training.log), ends at a held-out loss of {loss:.3f} nats per token
+(perplexity {perplexity:.1f}); which of the held-out tokens, in windows of what length, is not
+recorded, so the numbers below need not agree with it. Of the files this model came with, only
+`config.json` was changed: `max_position_embeddings` was 1024.
 """
 
 
@@ -260,8 +264,8 @@ def card(args: argparse.Namespace) -> None:
     loss_plot(entries, args.model / "loss.png")
     meter = Meter(args.model, args.device)
     m, depth = meter.config, len(meter.layers)
-    longest = m.max_position_embeddings
-    window = args.window or longest
+    window = m.max_position_embeddings
+    reach = args.reach or window
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     held = load_tokens(tokenizer, HELD_OUT)
 
@@ -285,13 +289,13 @@ def card(args: argparse.Namespace) -> None:
     def spread(count: int, most: int) -> np.ndarray:
         return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
-    long_x, long_y = windows(held.tokens, longest, args.max_windows)
-    some = spread(len(long_x), max(1, args.some_tokens // longest))
-    by_position = meter.intact(long_x[some], long_y[some]).mean(0).reshape(-1, longest // 8)
+    long_x, long_y = windows(held.tokens, reach, args.max_windows)
+    some = spread(len(long_x), max(1, args.some_tokens // reach))
+    by_position = meter.intact(long_x[some], long_y[some]).mean(0).reshape(8, -1)
     positions = [math.exp(part.mean()) for part in by_position]
     print("by position:", [round(p, 2) for p in positions], flush=True)
     ranges = [
-        f"| {i * longest // 8} to {(i + 1) * longest // 8 - 1} | {p:.1f} |"
+        f"| {i * reach // 8} to {(i + 1) * reach // 8 - 1} | {p:.1f} |"
         for i, p in enumerate(positions)
     ]
 
@@ -312,13 +316,11 @@ def card(args: argparse.Namespace) -> None:
     else:
         origin = STARTER.format(loss=final["heldout"], perplexity=math.exp(final["heldout"]))
     parameters = sum(p.numel() for p in meter.whole.parameters())
-    extra = " \\\n        --corpus run/corpus.jsonl.xz --work run" if args.corpus else ""
-    usable = (
-        f"\n**Use windows of at most {window} tokens.** The configuration allows {longest}, but "
-        "what the model\npredicts later in a window is much worse (see the table by position).\n"
-        if window < longest
-        else ""
-    )
+    extra = f" --reach {reach}" if args.reach else ""
+    extra += " \\\n        --corpus run/corpus.jsonl.xz --work run" if args.corpus else ""
+    limit = f"**Use at most {window} tokens at a time**: "
+    limit += "what it predicts further on is much worse (see\nthe table by position)."
+    limit = f"\n{limit}\n" if reach > window else ""
     (args.model / "README.md").write_text(f"""\
 ---
 license: apache-2.0
@@ -340,7 +342,7 @@ Llama architecture, {parameters / 1e6:.1f} M parameters: {depth} layers, hidden 
 key-value heads, feed-forward size {m.intermediate_size},
 {m.vocab_size}-token byte-level BPE, tied embeddings, stored in bfloat16.
 What it writes need not run or be safe.
-{usable}
+{limit}
 {origin}
 ![Loss](loss.png)
 
@@ -356,7 +358,7 @@ token has between 1 and {window} tokens before it.
 The bigram is smoothed towards the unigram; its one constant was chosen on the held-out tokens
 themselves, which favours it. The corpora contain no module that is held out by name.
 
-By position in windows of {longest} tokens ({len(some) * longest} held-out tokens):
+By position in windows of {reach} tokens ({len(some) * reach} held-out tokens):
 
 {table("position | perplexity", ranges)}
 
@@ -379,7 +381,7 @@ attentions read the shared input, both feed-forward blocks the shared sum.
 
 It is written, and its numbers measured again, by
 
-    python scripts/demo_card.py --model src/abreast/demo_model --window {window}{extra}
+    python scripts/demo_card.py --model src/abreast/demo_model{extra}
 """)
 
 
@@ -391,7 +393,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="count the baselines on this, too")
     parser.add_argument("--work", type=Path, help="where the corpus' tokens are or are to be kept")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--window", type=int, help="tokens, default the longest the model allows")
+    parser.add_argument("--reach", type=int, help="tokens: show positions beyond the context, too")
     parser.add_argument("--max-windows", type=int, default=1 << 30, help="held-out windows to use")
     parser.add_argument(
         "--some-tokens", type=int, default=16_384, help="of them for positions and changed layers"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -367,6 +368,39 @@ def test_mixed_dtypes_are_kept_with_a_warning(
     wide = {name for name, tensor in made.items() if tensor.dtype == torch.float32}
     assert wide == {name}  # stage 1, where a member is wide
     assert config_of(tmp_path / "out")["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_only_nan_and_infinity_count_as_damage(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    limits = torch.finfo(kind)
+    fine = torch.tensor([0.0, -0.0, limits.max, limits.min, limits.smallest_normal, 1], dtype=kind)
+    subnormal = torch.tensor([1], dtype=torch.int16).view(torch.uint8)
+    fine = torch.cat([fine, subnormal.repeat(kind.itemsize // 2).view(kind)])
+    assert fine.isfinite().all()
+    assert convert_module._is_finite(fine)
+    assert convert_module._is_finite(fine[:0])
+    for value in (math.nan, -math.nan, math.inf, -math.inf):
+        for place in range(len(fine)):
+            damaged = fine.clone()
+            damaged[place] = value
+            assert not convert_module._is_finite(damaged)
+
+
+def test_thread_count_is_put_back(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    def fail(done: int, total: int) -> None:
+        raise RuntimeError("stop")
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        convert(tiny_checkpoint(), PLAN, tmp_path / "out")
+        assert torch.get_num_threads() == 4
+        with pytest.raises(RuntimeError, match="stop"):
+            convert(tiny_checkpoint(), PLAN, tmp_path / "failed", progress=fail)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -63,12 +63,10 @@ def ffn(layer: Tensors, y: torch.Tensor) -> torch.Tensor:
     return linear(layer, "mlp.down_proj", gate * gate.sigmoid() * up)
 
 
-def run(stages: list[list[Tensors]], x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Every stage under lp wiring: all attentions read x, all FFNs the sum of them."""
-    for members in stages:
-        y = x + sum(attention(layer, x, head_dim) for layer in members)
-        x = y + sum(ffn(layer, y) for layer in members)
-    return x
+def run(members: list[Tensors], x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """One stage under lp wiring: all attentions read x, all FFNs the sum of them."""
+    y = x + sum(attention(layer, x, head_dim) for layer in members)
+    return y + sum(ffn(layer, y) for layer in members)
 
 
 def cook(recipe: Recipe, source: Tensors) -> torch.Tensor:
@@ -136,7 +134,7 @@ def test_wide_layers_equal_the_group_run_member_by_member(
     family = FAMILIES[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
     source = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        name: torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[-1])
         for name, shape in all_tensors(family, config).items()
     }
     made = {recipe.name: cook(recipe, source) for recipe in recipes(family, config, plan)}
@@ -145,11 +143,12 @@ def test_wide_layers_equal_the_group_run_member_by_member(
     x = torch.randn(length, config["hidden_size"], generator=generator, dtype=torch.float64)
     narrow = layers_of(source, plan.num_layers)
     wide = layers_of(made, plan.depth)
-    want = run([[narrow[layer] for layer in stage] for stage in plan.stages], x, config["head_dim"])
-    got = run([[layer] for layer in wide], x, config["head_dim"])
-    assert (got - want).abs().max() <= 1e-12 * max(1.0, float(want.abs().max()))
-
     for layer, stage in zip(wide, plan.stages, strict=True):
+        want = run([narrow[member] for member in stage], x, config["head_dim"])
+        got = run([layer], x, config["head_dim"])
+        assert (got - want).abs().max() <= 1e-12 * max(1.0, float(want.abs().max()))
+        x = want  # both go on from here: a chain of layers would amplify rounding
+
         width = len(stage)
         grown = {
             **config,
@@ -179,14 +178,17 @@ def test_recipes_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> No
         assert (recipe.how == "copy") == (len(recipe.members) == 1)
 
 
-@given(st.integers(1, 5), st.integers(1, 5), st.sampled_from(["float16", "bfloat16"]))
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from(["float16", "bfloat16"]))
 def test_half_precision_folds_in_float32(rows: int, columns: int, dtype: str) -> None:
-    generator = torch.Generator().manual_seed(rows * 8 + columns)
+    generator = torch.Generator().manual_seed(rows * 64 + columns)
     weight = torch.randn(rows, columns, generator=generator).to(getattr(torch, dtype))
     gain = torch.randn(columns, generator=generator).to(getattr(torch, dtype))
     folded = fold_gain(weight, gain)
     assert folded.dtype == torch.float32
     assert torch.equal(folded.double(), weight.double() * gain.double())  # no rounding at all
+    for target in (torch.float16, torch.bfloat16, torch.float32):
+        assert torch.equal(fold_gain(weight, gain, target), folded.to(target))  # rounded once
     total = sum_biases([gain, gain, gain])
     assert total.dtype == torch.float32
     assert torch.allclose(total, 3 * gain.float(), atol=0, rtol=1e-6)

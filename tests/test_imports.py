@@ -20,8 +20,8 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "checkpoint", "modeling", "data"),
-    ("fold", "grouped", "search", "estimate", "report", "engines"),
-    ("load",),
+    ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
+    ("load", "interventions"),
     (  # the verbs
         "inspection",
         "convert",
@@ -47,7 +47,7 @@ ONLY = {
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
 }
 ONLY_LAZILY = {"data": {"datasets"}}
-NEVER = {"search": {"torch", "transformers"}, "report": {"torch", "transformers"}}
+NEVER = {name: {"torch", "transformers"} for name in ("search", "report", "findings")}
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}
 

@@ -58,7 +58,6 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "mlp-bias": ("1+2+3", {"mlp_bias": True}),
         "rope-llama3": (PLAN, {"rope_parameters": LLAMA3}),
         "rope-yarn": (PLAN, {"rope_parameters": YARN, "head_dim": 32}),
-        "rope-dynamic": (PLAN, {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
         "rope-linear": (PLAN, {"rope_parameters": LINEAR}),
         "no-shared-heads": (PLAN, {"num_key_value_heads": 4}),
         "one-kv-head": (PLAN, {"num_key_value_heads": 1, "num_attention_heads": 2, "head_dim": 8}),
@@ -127,11 +126,11 @@ def uncached(model: Any) -> torch.Tensor:
 
 
 def through_cache(model: Any, cache: Any = None) -> torch.Tensor:
-    """A prefill of a third of the tokens, then one at a time."""
-    ids, third = tokens(2, LENGTH), LENGTH // 3
-    step = model(ids[:, :third], past_key_values=cache, use_cache=True)
+    """A prefill of two thirds of the tokens, then one at a time."""
+    ids, start = tokens(2, LENGTH), LENGTH * 2 // 3
+    step = model(ids[:, :start], past_key_values=cache, use_cache=True)
     pieces = [step.logits]
-    for place in range(third, LENGTH):
+    for place in range(start, LENGTH):
         step = model(
             ids[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True
         )
@@ -209,6 +208,15 @@ def test_variants_of_a_family(converted, family, name):
     agree(*pair(converted(family, plan, **settings), plan))
 
 
+def test_rope_scaling_that_depends_on_the_length(converted):
+    """Past max_position_embeddings every length has a RoPE of its own: like calls only."""
+    settings = {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}
+    model, reference = pair(converted("llama", **settings))
+    with torch.inference_mode():
+        for call in (uncached, through_cache, uncached):
+            assert difference(call(model), call(reference)) <= FLOAT32
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -272,9 +280,9 @@ def test_eager_and_sdpa_agree(converted, family):
 def test_attention_stays_causal_when_its_implementation_changes(converted, family, switch):
     model, reference = pair(converted(family), attn_implementation=switch[0])
     model.set_attn_implementation(switch[1])
-    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {
-        switch[1]
-    }
+    for module in (model, model.base_model, *decoder_layers(model).modules()):
+        assert not hasattr(module, "config") or module.config is model.config
+    assert model.config._attn_implementation == switch[1]
     changed = tokens(2, LENGTH)
     changed[:, -1] = (changed[:, -1] + 1) % 128
     with torch.inference_mode():

@@ -1,0 +1,67 @@
+"""The six interventions of the LP paper on every stretch of the bundled model, in two processes.
+
+Targets: 15 minutes on two cores, and at most 1/1.7 of the layer evaluations that it takes to run
+every changed model from its first layer. ``--out FOLDER`` keeps the results (and goes on with what
+is there, so the time then means nothing); ``--cqil`` adds the two wirings of CQIL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+
+from abreast.demo import model_folder
+from abreast.findings import wins
+from abreast.interventions import INTERVENTIONS
+from abreast.study import study
+
+
+def show(done: int, total: int) -> None:
+    if done % 100 == 0 or done == total:
+        print(f"{done} of {total}", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out")
+    parser.add_argument("--cqil", action="store_true")
+    arguments = parser.parse_args()
+    interventions = INTERVENTIONS if arguments.cqil else INTERVENTIONS[:6]
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        result = study(
+            model_folder(),
+            arguments.out or f"{folder}/study",
+            interventions=interventions,
+            dtype="float32",
+            devices=("cpu", "cpu"),
+            progress=show,
+        )
+        seconds = time.perf_counter() - start
+    counts = result.evaluations
+    longer = [row for row in result.rows if row.end - row.start > 1]
+    record = {
+        "benchmark": "study",
+        "seconds": round(seconds, 1),
+        "rows": len(result.rows),
+        "tokens": result.num_tokens,
+        "loss": round(result.loss, 4),
+        "layer_evaluations": counts.spent,
+        "without_reuse": counts.without_reuse,
+        "prefix_only": counts.prefix_only,
+        "saved": round(counts.without_reuse / counts.spent, 3),
+        "saved_by_prefix_only": round(counts.without_reuse / counts.prefix_only, 3),
+        "2-parallel_loses_less_same_more_from_3_layers": {
+            other: wins(longer, "2-parallel", other)
+            for other in interventions
+            if other != "2-parallel"
+        },
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

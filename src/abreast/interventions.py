@@ -1,0 +1,289 @@
+"""Changed models as programs: the steps they run, and running many of them without repetition.
+
+A *program* is what a model with some of its layers shuffled, pruned, merged or put side by side
+runs: steps, one after another. Programs are run in lexicographic order with the hidden states of
+the current one at hand, so whatever steps two of them begin with is run once: the layers before a
+changed stretch, the pairs that a longer stretch shares with a shorter one, and programs that are
+the same altogether.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from abreast.errors import AbreastError
+from abreast.grouped import decoder_layers, grouped
+from abreast.plan import Group, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+INTERVENTIONS = (
+    *("shuffle", "prune", "merge", "parallel", "2-parallel", "3-parallel"),
+    *("cqil", "cqil-full"),
+)
+LOGITS = 2**25  # logits at once: 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A step: one layer whose weights are the mean of those of `layers`."""
+
+    layers: tuple[int, ...]
+
+
+Step = int | Group | Merged
+Program = tuple[Step, ...]
+Case = tuple[str, int, int]  # intervention, start, end
+
+
+def cases(
+    num_layers: int,
+    interventions: Sequence[str] = INTERVENTIONS,
+    *,
+    max_length: int | None = None,
+    permutations: int = 3,
+    seed: int = 0,
+) -> dict[Case, tuple[Program, ...]]:
+    """The programs of every intervention on every stretch; more than one for shuffle only."""
+    longest = max_length or num_layers
+    return {
+        (intervention, start, end): programs(
+            intervention, start, end, num_layers, permutations=permutations, seed=seed
+        )
+        for intervention in interventions
+        for start in range(num_layers)
+        for end in range(start + 1, min(start + longest, num_layers))
+    }
+
+
+def programs(
+    intervention: str,
+    start: int,
+    end: int,
+    num_layers: int,
+    *,
+    permutations: int = 3,
+    seed: int = 0,
+) -> tuple[Program, ...]:
+    """What a model of num_layers layers runs under an intervention on layers start..end.
+
+    shuffle gives `permutations` different programs (orders of the stretch other than its own, by
+    `seed`, start and end), or as many as there are; the others give one.
+    """
+    inside = tuple(range(start, end + 1))
+    middles: list[Program]
+    if intervention == "shuffle":
+        middles = _orders(inside, permutations, seed)
+    elif intervention == "prune":
+        middles = [()]
+    elif intervention == "merge":
+        middles = [(Merged(inside),)]
+    elif intervention in ("cqil", "cqil-full"):
+        bypass = len(inside) - 1 if intervention == "cqil-full" else 0
+        middles = [(Group(layers=inside, wiring="cqil", bypass=bypass),)]
+    else:
+        width = {"parallel": len(inside), "2-parallel": 2, "3-parallel": 3}[intervention]
+        parts = [inside[at : at + width] for at in range(0, len(inside), width)]
+        middles = [tuple(Group(layers=p) if len(p) > 1 else p[0] for p in parts)]
+    before, after = range(start), range(end + 1, num_layers)
+    return tuple((*before, *middle, *after) for middle in middles)
+
+
+def planned(wanted: Iterable[Program]) -> int:
+    """Layer evaluations that `run_programs` spends on these programs, per batch."""
+    spent, path = 0, ()  # type: tuple[int, Program]
+    for program in sorted(set(wanted), key=_order):
+        spent += cost_of(program[shared_steps(path, program) :])
+        path = program
+    return spent
+
+
+@torch.inference_mode()
+def run_programs(
+    model: PreTrainedModel, ids: torch.Tensor, wanted: Iterable[Program]
+) -> Iterator[tuple[Program, np.ndarray, int]]:
+    """Yield (program, nll, evaluated) of each program, in the order that shares most work.
+
+    ids: token ids of shape [batch, window]. nll: float64 [batch], each window's summed negative
+    log-likelihood in nats over all tokens but its first. evaluated: layers run for it. A layer
+    keeps its own mask and positions wherever it runs; a merged one has those of its first layer.
+    Held in memory: one state [batch, window, hidden] in the model's dtype per step of the current
+    program and one more, and one merged layer. Raises AbreastError for layers of unlike shape that
+    cannot be merged, and as `apply`.
+    """
+    layers = decoder_layers(model)
+    if any("forward" in vars(layer) for layer in layers):
+        raise AbreastError("the model's layers run under a plan or hooks; remove them first")
+    ids = ids.to(model.device)
+    embedded, given = _capture(model, layers, ids)
+    path: Program = ()
+    states = [embedded]
+    for program in sorted(set(wanted), key=_order):
+        shared = shared_steps(path, program)
+        del states[shared + 1 :]
+        for step in program[shared:]:
+            states.append(_advance(model, layers, given, step, states[-1]))
+        path = program
+        yield program, _score(model, layers, states[-1], ids), cost_of(program[shared:])
+
+
+def split(wanted: set[Program], original: Program, shares: int) -> list[set[Program]]:
+    """Programs per worker: those that leave the original at the same layer stay together."""
+    by_start: dict[int, set[Program]] = {}
+    for program in wanted:
+        by_start.setdefault(shared_steps(program, original), set()).add(program)
+    parts: list[set[Program]] = [set() for _ in range(shares)]
+    loads = [0] * shares
+    for _, together in sorted(by_start.items()):
+        lightest = loads.index(min(loads))
+        parts[lightest] |= together
+        loads[lightest] += planned(together)
+    return parts
+
+
+def _orders(inside: tuple[int, ...], permutations: int, seed: int) -> list[Program]:
+    generator = np.random.default_rng((seed, inside[0], inside[-1]))
+    found: list[Program] = []
+    while len(found) < min(permutations, math.factorial(len(inside)) - 1):
+        order = tuple(generator.permutation(inside).tolist())
+        if order != inside and order not in found:
+            found.append(order)
+    return found
+
+
+def _order(program: Program) -> tuple[str, ...]:
+    return tuple(name_of((step,)) for step in program)
+
+
+def name_of(program: Program) -> str:
+    """The journal's name of a program, as in "0 1 2+3 4~5"; "~" joins merged layers."""
+    return " ".join(
+        step.shorthand
+        if isinstance(step, Group)
+        else "~".join(map(str, step.layers if isinstance(step, Merged) else [step]))
+        for step in program
+    )
+
+
+def cost_of(steps: Program) -> int:
+    return sum(len(step.layers) if isinstance(step, Group) else 1 for step in steps)
+
+
+def shared_steps(one: Program, other: Program) -> int:
+    """How many steps two programs begin with alike."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def _capture(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """What enters the first layer, and what else the model hands to each; runs no layer."""
+    given: list[dict[str, Any]] = [{} for _ in layers]
+    entering: list[torch.Tensor] = []
+
+    def forward_of(place: int) -> Callable[..., torch.Tensor]:
+        names = list(signature(type(layers[place]).forward).parameters)[2:]
+
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            given[place] = {**dict(zip(names, args, strict=False)), **kwargs}
+            entering.append(hidden_states)
+            return hidden_states
+
+        return forward
+
+    with _replaced(layers, forward_of):
+        model.base_model(input_ids=ids, use_cache=False)
+    return entering[0], given
+
+
+@contextmanager
+def _replaced(
+    layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., torch.Tensor]]
+) -> Iterator[None]:
+    for place, layer in enumerate(layers):
+        layer.forward = forward_of(place)  # type: ignore[assignment,unused-ignore]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _advance(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    given: list[dict[str, Any]],
+    step: Step,
+    x: torch.Tensor,
+) -> torch.Tensor:
+    """The hidden state after a step, for the one before it; both [batch, window, hidden]."""
+    if isinstance(step, Merged):
+        return _result(_mean_layer(layers, step.layers)(x, **given[step.layers[0]]))
+    if isinstance(step, Group):
+        with grouped(model, Plan(num_layers=len(layers), groups=(step,))):
+            for layer in step.layers:  # all but the last hand x through
+                x = layers[layer](x, **given[layer])
+            return x
+    return _result(layers[step](x, **given[step]))
+
+
+def _result(returned: Any) -> torch.Tensor:
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
+    """A new layer whose every weight is the mean of the members', taken in float32."""
+    weights = [dict(layers[member].named_parameters()) for member in members]
+    shapes = [{name: weight.shape for name, weight in each.items()} for each in weights]
+    for member, shape in zip(members, shapes, strict=True):
+        if shape != shapes[0]:
+            raise AbreastError(
+                f"layers {members[0]} and {member} have weights of different shape and cannot be "
+                "merged; leave merge out of --interventions"
+            )
+    merged = copy.deepcopy(layers[members[0]])
+    for name, weight in merged.named_parameters():
+        total = weight.float()
+        for each in weights[1:]:
+            total = total + each[name]
+        weight.copy_(total / len(members))
+    return merged
+
+
+def _score(
+    model: PreTrainedModel, layers: nn.ModuleList, state: torch.Tensor, ids: torch.Tensor
+) -> np.ndarray:
+    """Summed nll per window, float64 [batch], of the last layer's output [batch, window, hidden].
+
+    The model runs with every layer replaced, so norm, head and whatever a family does around them
+    (scaling, soft caps) are its own.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
+    sums: list[torch.Tensor] = []
+    for part, wanted in zip(state.split(rows), ids.split(rows), strict=True):
+        with _replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
+            logits = model(input_ids=wanted, use_cache=False).logits[:, :-1]
+        at_once = max(1, LOGITS // (len(part) * vocabulary))
+        total = torch.zeros(len(part), dtype=torch.float64)
+        for some, tokens in zip(
+            logits.split(at_once, 1), wanted[:, 1:].split(at_once, 1), strict=True
+        ):
+            nll = nn.functional.cross_entropy(
+                some.float().transpose(1, 2), tokens, reduction="none"
+            )
+            total += nll.double().sum(1).cpu()
+        sums.append(total)
+    return np.asarray(torch.cat(sums).numpy())

@@ -1,0 +1,427 @@
+"""The papers' interventions on any model: what a stretch of layers loses when it is changed.
+
+For every *stretch* start..end of at least two layers (zero-based, both ends included) and every
+intervention of arXiv 2502.02790, section 3, the model is run with that stretch changed:
+
+- ``shuffle``: its layers in random order, averaged over several seeded orders;
+- ``prune``: without them;
+- ``merge``: one layer in their place, whose every weight is the mean of theirs;
+- ``parallel``: all of them as one ``lp`` group;
+- ``2-parallel``, ``3-parallel``: as consecutive ``lp`` pairs or triples from `start` on; what is
+  left over at the end is a smaller group, or a single layer as it was;
+- ``cqil``, ``cqil-full``: as one group wired as in CQIL (arXiv 2404.06709, section 3.2) with bypass
+  distance 0, or with full causal visibility.
+
+`interventions` says what a changed model runs and runs many of them without repeating what they
+have in common; here is the study of all of them: on disk, resumable, over devices, drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from abreast.checkpoint import open_checkpoint, resolve, sha256_of
+from abreast.data import HELD_OUT, TokenStream, load_tokens
+from abreast.errors import AbreastError
+from abreast.findings import Row, draw, figure_class, row_of, to_csv
+from abreast.grouped import decoder_layers
+from abreast.interventions import (
+    INTERVENTIONS,
+    Program,
+    cases,
+    cost_of,
+    name_of,
+    run_programs,
+    shared_steps,
+    split,
+)
+from abreast.load import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CSV, RECORD = "study.csv", "study.json"
+JOURNAL = "journal-{}.jsonl"
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Layers run on one batch of windows each; a merged layer counts 1, a group of p layers p.
+
+    spent: counted as they ran, with what was run before an interruption. without_reuse: had every
+    row's model run from its first layer. prefix_only: had the unmodified layers before a stretch
+    been reused, and nothing else.
+    """
+
+    spent: int
+    without_reuse: int
+    prefix_only: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """The result: rows in the order interventions, start, end, and what they rest on.
+
+    identity: what the numbers depend on (hashes of model and tokens, sizes, seed, dtype).
+    """
+
+    rows: tuple[Row, ...]
+    loss: float
+    num_layers: int
+    num_tokens: int
+    evaluations: Evaluations
+    identity: dict[str, Any]
+    folder: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready values (NaN and infinity become None)."""
+        found = asdict(self)
+        for row in found["rows"]:
+            row.update({k: None for k, v in row.items() if v != v or v == math.inf})
+        return found
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one worker has to do: programs per batch, in `size` windows of tokens [all, window]."""
+
+    folder: Path
+    tokens: np.ndarray
+    size: int
+    work: tuple[tuple[int, tuple[Program, ...]], ...]
+    options: dict[str, Any]
+    threads: int
+    journal: Path
+
+
+def study(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | TokenStream = HELD_OUT,
+    interventions: Sequence[str] = INTERVENTIONS,
+    max_length: int | None = None,
+    num_windows: int = 16,
+    window: int = 256,
+    permutations: int = 3,
+    seed: int = 0,
+    dtype: str = "auto",
+    devices: Sequence[str] = ("cpu",),
+    batch_size: int = 8,
+    max_cache_bytes: int = 2**30,
+    plots: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Study:
+    """Run the interventions on every stretch, and write folder `out`: study.csv, study.json, PNGs.
+
+    model: folder or Hugging Face id of any family that can run grouped. data: a source as for
+    `load_tokens`, or a stream; cut into num_windows windows of `window` tokens that do not overlap,
+    of which all but the first token are scored. max_length: longest stretch, in layers.
+    permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
+    each; name "cpu" twice for two. batch_size: windows at once, fewer where the hidden states kept
+    for reuse, (layers + 1) x batch x window x hidden values, would exceed max_cache_bytes per
+    worker. plots: also draw the maps and the curve. progress: called with (evaluations done, in
+    all), one being a program on a batch.
+
+    Each evaluation is on disk before the next begins. A later call with the same model, tokens,
+    seed, window, dtype and batch goes on from there, also for more interventions or lengths, and
+    gives the very file that an uninterrupted one would have given; study.csv holds what the last
+    call asked for. Raises AbreastError for a folder with another study, or something else, in it,
+    sizes that make no sense, missing matplotlib, and as `load`, `load_tokens` and `apply` do.
+    """
+    _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
+    _check_devices(devices)
+    if plots:
+        figure_class()
+    folder, _ = resolve(model, revision=revision)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = load(folder, device=devices[0], **options)  # type: ignore[arg-type]
+    if not isinstance(data, TokenStream):
+        if tokenizer is None:
+            raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
+        data = load_tokens(tokenizer, data, max_tokens=num_windows * window, seed=seed)
+    tokens = _cut(data, num_windows, window, loaded)
+    num_layers = len(decoder_layers(loaded))
+    size = min(len(tokens), batch_size, _fitting(loaded, window, max_cache_bytes))
+    identity = {
+        "model": _model_hash(folder),
+        "tokens": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+        "num_layers": num_layers,
+        "num_windows": len(tokens),
+        "window": window,
+        "batch": size,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    asked = cases(
+        num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
+    )
+    out = _open_folder(Path(out), identity)
+    done = _gather(out)
+    original: Program = tuple(range(num_layers))
+    wanted = {original, *(program for group in asked.values() for program in group)}
+    batches = range(math.ceil(len(tokens) / size))
+    todo = {
+        (batch, program)
+        for batch in batches
+        for program in wanted
+        if (name_of(program), batch) not in done
+    }
+    cpus = max(1, sum(torch.device(device).type == "cpu" for device in devices))
+    shares = [
+        _Share(
+            folder,
+            tokens,
+            size,
+            tuple((b, tuple(p for p in part if (b, p) in todo)) for b in batches),
+            {**options, "device": device},
+            max(1, torch.get_num_threads() // cpus),
+            out / JOURNAL.format(number),
+        )
+        for number, (device, part) in enumerate(
+            zip(devices, split({p for _, p in todo}, original, len(devices)), strict=True)
+        )
+    ]
+    total = len(wanted) * len(batches)
+    _run_shares(shares, loaded, progress, len(done) - total + len(todo), total)
+    done = _gather(out)
+    nll = {
+        program: np.concatenate([done[name_of(program), b]["nll"] for b in batches])
+        for program in wanted
+    }
+    every = [original, *(program for group in asked.values() for program in group)]
+    losses = {program: sums / (window - 1) for program, sums in nll.items()}
+    if not np.isfinite(losses[original]).all():
+        raise AbreastError(
+            "the unmodified model gives a loss that is not finite; use --dtype bfloat16 or float32"
+        )
+    result = Study(
+        rows=tuple(
+            row_of(case, len(group[0]), [losses[p] for p in group], losses[original])
+            for case, group in asked.items()
+        ),
+        loss=float(losses[original].mean()),
+        num_layers=num_layers,
+        num_tokens=len(tokens) * (window - 1),
+        evaluations=Evaluations(
+            spent=sum(line["evaluated"] for line in done.values()),
+            without_reuse=len(batches) * sum(map(cost_of, every)),
+            prefix_only=len(batches)
+            * (num_layers + sum(cost_of(p[shared_steps(p, original) :]) for p in every)),
+        ),
+        identity=identity,
+        folder=str(out),
+    )
+    _write(out / CSV, to_csv(result.rows))
+    summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
+    _write(out / RECORD, json.dumps(summary, indent=2) + "\n")
+    if plots:
+        draw(result.rows, num_layers, out)
+    return result
+
+
+def _check_arguments(
+    interventions: Sequence[str],
+    max_length: int | None,
+    num_windows: int,
+    window: int,
+    permutations: int,
+    batch_size: int,
+) -> None:
+    unknown = [name for name in interventions if name not in INTERVENTIONS]
+    if unknown or not interventions:
+        wrong = f"intervention '{unknown[0]}' is unknown" if unknown else "no intervention is named"
+        raise AbreastError(f"{wrong}; choose from {', '.join(INTERVENTIONS)}")
+    if len(set(interventions)) < len(interventions):
+        raise AbreastError("an intervention is named twice; name each once")
+    for label, value, least in (
+        ("the longest stretch", 2 if max_length is None else max_length, 2),
+        ("the number of windows", num_windows, 1),
+        ("the window", window, 2),
+        ("the number of permutations", permutations, 1),
+        ("the batch size", batch_size, 1),
+    ):
+        if value < least:
+            raise AbreastError(f"{label} is {value}; give at least {least}")
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    if not devices:
+        raise AbreastError("no device is named; give at least one, such as cpu or cuda:0")
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise AbreastError(f"device '{name}' is unknown; write cpu or cuda:0") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise AbreastError(f"there is no device '{name}' here; use cpu or fewer devices")
+
+
+def _cut(stream: TokenStream, num_windows: int, window: int, model: PreTrainedModel) -> np.ndarray:
+    """The stream's first whole windows, [at most num_windows, window]."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
+    if window > longest:
+        raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
+    count = min(num_windows, len(stream) // window)
+    if not count:
+        raise AbreastError(
+            f"the data has {len(stream)} tokens, less than one window of {window}; "
+            "name a longer text or use a shorter window"
+        )
+    tokens = stream.tokens[: count * window].reshape(count, window)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise AbreastError(
+            f"the data has token ids outside the model's vocabulary ({vocabulary} tokens); "
+            "tokenise it with the model's own tokenizer"
+        )
+    return tokens
+
+
+def _fitting(model: PreTrainedModel, window: int, max_cache_bytes: int) -> int:
+    """How many windows' hidden states fit the limit."""
+    states = len(decoder_layers(model)) + 1
+    each = states * window * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    if each > max_cache_bytes:
+        raise AbreastError(
+            f"the hidden states of one window need {each} bytes, the limit is {max_cache_bytes}; "
+            "raise it or use a shorter window"
+        )
+    return max_cache_bytes // each
+
+
+def _model_hash(folder: Path) -> str:
+    """Hash of the whole content of the config and every shard."""
+    names = ["config.json", *open_checkpoint(folder).shards]
+    listed = "".join(f"{name} {sha256_of(folder / name)}\n" for name in names)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def _open_folder(out: Path, identity: dict[str, Any]) -> Path:
+    """Make the folder, or check that it holds the same study."""
+    if (out / RECORD).is_file():
+        try:
+            found = json.loads((out / RECORD).read_text(encoding="utf-8"))["identity"]
+            differing = [key for key in identity if found.get(key) != identity[key]]
+        except (ValueError, LookupError, AttributeError, TypeError):
+            raise AbreastError(f"'{out / RECORD}' is damaged; choose a new folder") from None
+        if differing:
+            raise AbreastError(
+                f"'{out}' holds a study with other {', '.join(differing)}; choose a new folder"
+            )
+        return out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise AbreastError(f"'{out}' exists and is not a study; choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RECORD, json.dumps({"identity": identity}, indent=2) + "\n")
+    return out
+
+
+def _gather(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Merge the workers' journals into one; return its lines by program and batch.
+
+    A line that an interruption cut short is dropped.
+    """
+    journals = sorted(out.glob("journal-*.jsonl"))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for journal in journals:
+        for text in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            found.setdefault((line["program"], line["batch"]), line)
+    if journals:
+        _write(out / JOURNAL.format(0), "".join(json.dumps(x) + "\n" for x in found.values()))
+    for journal in journals:
+        if journal.name != JOURNAL.format(0):
+            journal.unlink()
+    return found
+
+
+def _run_shares(
+    shares: Sequence[_Share],
+    model: PreTrainedModel,
+    progress: Progress | None,
+    finished: int,
+    total: int,
+) -> None:
+    """Do the first share here with the model given, the others in processes of their own."""
+    before = {share.journal: _lines(share.journal) for share in shares}
+
+    def report() -> None:
+        if progress is not None:
+            new = sum(_lines(share.journal) - before[share.journal] for share in shares)
+            progress(finished + new, total)
+
+    context = multiprocessing.get_context("spawn")
+    busy = [share for share in shares[1:] if any(part for _, part in share.work)]
+    workers = [context.Process(target=_work, args=(share,), daemon=True) for share in busy]
+    try:
+        for worker in workers:
+            worker.start()
+        _work(shares[0], model, report)
+        for share, worker in zip(busy, workers, strict=True):
+            while worker.is_alive():
+                worker.join(1.0)
+                report()
+            if worker.exitcode:
+                raise AbreastError(
+                    f"the worker on {share.options['device']} ended with status {worker.exitcode} "
+                    "(its last words are above); run again to go on, perhaps with fewer devices"
+                )
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
+
+
+def _work(
+    share: _Share,
+    model: PreTrainedModel | None = None,
+    report: Callable[[], None] | None = None,
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(share.threads)
+    try:
+        if model is None:
+            model, _ = load(share.folder, **share.options)
+        with open(share.journal, "a", encoding="utf-8") as journal:
+            for batch, wanted in share.work:
+                ids = torch.from_numpy(share.tokens[batch * share.size :][: share.size])
+                for program, nll, evaluated in run_programs(model, ids, wanted):
+                    line = {"program": name_of(program), "batch": batch, "evaluated": evaluated}
+                    journal.write(json.dumps({**line, "nll": nll.tolist()}) + "\n")
+                    journal.flush()
+                    if report is not None:
+                        report()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    staging = path.with_name(f".{path.name}.new")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
