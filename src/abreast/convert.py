@@ -121,13 +121,14 @@ def preview(
     revision: str | None = None,
     force: bool = False,
     dtype: str | None = None,
+    prefill: str = "grouped",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Preview:
     """Check everything that can be checked without reading weights, and say what would be done.
 
     Arguments and errors as for `convert`.
     """
-    job = _prepare(model, plan, revision, force, dtype, max_shard_bytes)
+    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
     return Preview(
         source=job.checkpoint.source,
         family=job.family.model_type,
@@ -153,6 +154,7 @@ def convert(
     revision: str | None = None,
     force: bool = False,
     dtype: str | None = None,
+    prefill: str = "grouped",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -161,7 +163,8 @@ def convert(
     model: folder or Hugging Face id. plan: a Plan, shorthand, or the path of a plan file; lp groups
     of any size (Layer Parallelism, arXiv 2502.02790, section 3, with every member's own norm kept
     exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
-    "float16" to cast, None to keep. max_shard_bytes: size limit of one safetensors file.
+    "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
+    the original order and only decode abreast. max_shard_bytes: size limit of one safetensors file.
     progress(done, total) is called with bytes written.
 
     The manifest, also written to abreast.json, records the plan and the sha256 of every input and
@@ -169,7 +172,7 @@ def convert(
     """
     target = Path(out)
     check_free(target)
-    job = _prepare(model, plan, revision, force, dtype, max_shard_bytes)
+    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         stop = threading.Event()
         with _threads_to_spare(), ThreadPoolExecutor(1) as hasher:
@@ -207,6 +210,7 @@ def _prepare(
     revision: str | None,
     force: bool,
     dtype: str | None,
+    prefill: str,
     max_shard_bytes: int,
 ) -> _Job:
     checkpoint = open_checkpoint(model, revision=revision)
@@ -222,7 +226,7 @@ def _prepare(
             "make a plan for this model"
         )
     dropped = _check_tensors(checkpoint, family)
-    warnings = check_plan(config, plan, force=force)
+    warnings = check_plan(config, plan, force=force, prefill=prefill)
     cast = _cast_name(dtype)
     expected = all_tensors(family, config)
     work = tuple(
@@ -237,7 +241,7 @@ def _prepare(
         checkpoint=checkpoint,
         family=family,
         plan=plan,
-        config=converted_config(config, family, plan, dtype=main),
+        config=converted_config(config, family, plan, dtype=main, prefill=prefill),
         work=work,
         shards=lay_out([tensor for _, tensor in work], max_shard_bytes),
         dropped=dropped,

@@ -24,6 +24,7 @@ from abreast.families import (
     Matrix,
     all_tensors,
     attention_kinds,
+    family_of,
     has_bias,
     head_dim_of,
     layer_tensors,
@@ -139,12 +140,25 @@ def splits_members(family: Family, group: Group | None) -> bool:
     return family.keeps_members or (group.wiring == "cqil" and not family.parallel)
 
 
-def check_plan(config: Mapping[str, Any], plan: Plan, *, force: bool = False) -> list[str]:
+def check_plan(
+    config: Mapping[str, Any], plan: Plan, *, force: bool = False, prefill: str = "grouped"
+) -> list[str]:
     """Whether every group of a plan can be fused. Returns warnings; raises FoldError.
 
-    force: allow groups with the first or the last layer, with a warning.
+    force: allow groups with the first or the last layer, with a warning. prefill: "sequential"
+    needs the members back from the wide weights, which summed biases do not give.
     """
     warnings = []
+    if prefill not in ("grouped", "sequential"):
+        raise FoldError(f"prefill '{prefill}' is not one of grouped, sequential")
+    family = family_of(config)
+    for matrix in family.matrices if prefill == "sequential" else ():
+        summed = matrix.join == "columns" and has_bias(matrix, config)
+        if summed and not all(_stays_apart(family, matrix, group) for group in plan.groups):
+            raise FoldError(
+                f"{matrix.name} has a bias, of which a group keeps only the sum: prefill cannot be "
+                "sequential; leave it grouped"
+            )
     if not plan.groups:
         raise FoldError("the plan has no group; name at least one, for example 5+6")
     for group in plan.groups:
@@ -251,7 +265,7 @@ def _stays_apart(family: Family, matrix: Matrix, group: Group) -> bool:
 
 
 def converted_config(
-    config: Mapping[str, Any], family: Family, plan: Plan, *, dtype: str
+    config: Mapping[str, Any], family: Family, plan: Plan, *, dtype: str, prefill: str = "grouped"
 ) -> dict[str, Any]:
     """config.json of the converted checkpoint.
 
@@ -274,6 +288,9 @@ def converted_config(
     uniform = widths[0] if len(set(widths)) == 1 else None
     apart = any(splits_members(family, group) for group in groups)
     heads = config["num_attention_heads"]
+    if prefill == "sequential":
+        apart = True
+        new["abreast_prefill"] = prefill
     if uniform and not apart and config["hidden_size"] % (uniform * heads) == 0:
         new.update({key: uniform * value for key, value in base.items()})
         new.update(model_type=family.model_type, architectures=[family.stock])

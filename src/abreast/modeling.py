@@ -139,6 +139,106 @@ class CqilForward:
         return x_BLD + a_BLPD.sum(-2) + f_BLD
 
 
+class SequentialPrefill:
+    """Mixed into the layer of a group: may run prompts through the original order of its members.
+
+    With `abreast_prefill` = "sequential" in the config, whatever is longer than one token goes
+    through the members one after another, as in the unconverted model; single tokens, that is
+    decoding, run abreast. Prefill is bound by arithmetic and gains nothing from grouping, so this
+    buys quality for nothing. Members are slices of the wide weights; there is no second copy.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sequential = getattr(self.main_config, "abreast_prefill", None) == "sequential"
+        if not sequential or hidden_states.shape[1] == 1:
+            return super().forward(hidden_states, *args, **kwargs)
+        return _one_by_one(self, hidden_states, *args, **kwargs)
+
+
+class MemberCache:
+    """Stands in for the KV cache while one member runs: collects what the member would store."""
+
+    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        self.past = past
+        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.new = key, value
+        if self.past is None:
+            return key, value
+        return torch.cat([self.past[0], key], -2), torch.cat([self.past[1], value], -2)
+
+
+def _one_by_one(
+    layer: Any, x: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """Run a group's members in their original order on x [B, L, D], and fill the wide KV cache."""
+    (narrow,) = layer.narrow
+    members, index = layer.members, layer.self_attn.layer_idx
+    attention = narrow.self_attn
+    attention.config._attn_implementation_internal = layer.main_config._attn_implementation_internal
+    cache = kwargs.pop("past_key_values", None)
+    heads = attention.config.num_key_value_heads
+    past = _past(cache, index)
+    if isinstance(attention_mask, torch.Tensor):
+        # A static cache's mask spans all of its room; the members see only what is filled.
+        seen = x.shape[1] + (past[0].shape[-2] if past is not None else 0)
+        attention_mask = attention_mask[..., :seen]
+    stored = []
+    for member in range(members):
+        mine = slice(member * heads, (member + 1) * heads)
+        own = MemberCache((past[0][:, mine], past[1][:, mine]) if past is not None else None)
+        weights = {n: _member_of(layer, n, p, member) for n, p in narrow.named_parameters()}
+        given = {**kwargs, "attention_mask": attention_mask, "past_key_values": own}
+        x = torch.func.functional_call(narrow, weights, (x,), given)
+        stored.append(own.new)
+    if cache is not None:
+        keys, values = (torch.cat(parts, 1) for parts in zip(*stored, strict=True))
+        cache.update(keys, values, index)
+    return x
+
+
+def _past(cache: Any, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    length = cache.get_seq_length(index) if cache is not None else 0
+    if not length:
+        return None
+    entry = cache.layers[index]
+    if getattr(entry, "is_sliding", False) and entry.is_compileable:
+        raise ValueError("sequential prefill cannot go on from a static sliding-window cache")
+    return entry.keys[:, :, :length], entry.values[:, :, :length]
+
+
+def _member_of(layer: Any, name: str, like: torch.Tensor, member: int) -> torch.Tensor:
+    """The slice of a group's parameter that belongs to one member and has the shape of `like`."""
+    holder = layer.get_submodule(name.rpartition(".")[0])
+    wide, members = layer.get_parameter(name), layer.members
+    if wide.shape == like.shape:
+        if name.endswith(("o_proj.bias", "down_proj.bias", "c_proj.bias")):
+            raise ValueError(f"{name} is the sum of its members': prefill cannot be sequential")
+        return wide
+    if wide.dim() > like.dim():  # gains: one row per member, or per head of a member
+        return wide[member * (wide.shape[0] // members)]
+    if wide.numel() != members * like.numel():
+        raise ValueError("sequential prefill needs whole weights, not shards of them")
+    packed = name.rpartition(".")[0].endswith(("qkv_proj", "gate_up_proj"))
+    if packed and not isinstance(holder, MemberLinear):
+        parts = _packed_parts(layer, name, like)
+        starts = [members * sum(parts[:i]) + member * part for i, part in enumerate(parts)]
+        pieces = [wide[a : a + part] for a, part in zip(starts, parts, strict=True)]
+        return torch.cat(pieces)
+    side = next(d for d in range(wide.dim()) if wide.shape[d] != like.shape[d])
+    return wide.narrow(side, member * like.shape[side], like.shape[side])
+
+
+def _packed_parts(layer: Any, name: str, like: torch.Tensor) -> list[int]:
+    if "gate_up_proj" in name:
+        return [like.shape[0] // 2] * 2
+    config, head = layer.narrow[0].self_attn.config, layer.self_attn.head_dim
+    return [config.num_attention_heads * head, *[config.num_key_value_heads * head] * 2]
+
+
 def _mix(module: Any, mixin: type) -> None:
     """Put `mixin` before the class of a module; hooks that look for that class still find it."""
     kind = type(module)
@@ -185,6 +285,17 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
     _mix(layer, CqilForward)
 
 
+def _remember_members(
+    layer: Any, stock: Any, members: int, bare: PreTrainedConfig, config: PreTrainedConfig
+) -> None:
+    """Let the layer of a group run its members one by one, see SequentialPrefill."""
+    with torch.device("meta"):
+        narrow = stock(copy.copy(bare), layer.self_attn.layer_idx)
+    # In a list, so that its parameters, which only lend their shapes, are not the layer's own.
+    layer.members, layer.main_config, layer.narrow = members, config, [narrow.eval()]
+    _mix(layer, SequentialPrefill)
+
+
 def _check_widths(config: PreTrainedConfig) -> None:
     """Every layer's heads must share its KV heads evenly; hidden_size need not divide by them."""
     for index, layer in enumerate(config.per_layer_config):
@@ -225,6 +336,9 @@ class LayersOfOwnWidth(PreTrainedModel):
             layers.append(self.layer_class(own, index))
             if getattr(own, "abreast_members", 1) > 1:
                 _keep_members(layers[-1], own)
+            members = own.num_attention_heads // bare.num_attention_heads
+            if members > 1:
+                _remember_members(layers[-1], self.layer_class, members, bare, config)
         self.base_model.layers = layers
         for module in (self, self.base_model, *layers.modules()):
             # Phi 3 reads the number of heads while it runs, and so has to keep its layer's copy.
