@@ -7,7 +7,6 @@ tensor. The result is an ordinary Hugging Face checkpoint whose layers differ in
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import shutil
@@ -15,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -45,17 +44,25 @@ from abreast.errors import AbreastError
 from abreast.families import (
     Family,
     all_tensors,
-    attention_kinds,
+    complete,
     family_of,
-    head_dim_of,
     is_tied,
     num_layers_of,
 )
-from abreast.fold import Recipe, check_plan, fold_gain, join_columns, recipes, sum_biases
+from abreast.fold import (
+    REMOTE_CODE,
+    Recipe,
+    check_plan,
+    converted_config,
+    fold_gain,
+    fold_shift,
+    join_columns,
+    join_rows,
+    recipes,
+    sum_biases,
+)
 from abreast.plan import Plan
 
-# save_pretrained writes the file back under the name of its module: keep the two the same.
-REMOTE_CODE = "modeling.py"
 CHUNK_BYTES = 16 << 20
 _SAFETENSORS_NAME = {dtype: name for name, dtype in DTYPES.items()}
 _BITS = {  # integer type of the same size, mask without the sign, pattern of infinity
@@ -114,13 +121,14 @@ def preview(
     revision: str | None = None,
     force: bool = False,
     dtype: str | None = None,
+    prefill: str = "grouped",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Preview:
     """Check everything that can be checked without reading weights, and say what would be done.
 
     Arguments and errors as for `convert`.
     """
-    job = _prepare(model, plan, revision, force, dtype, max_shard_bytes)
+    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
     return Preview(
         source=job.checkpoint.source,
         family=job.family.model_type,
@@ -146,6 +154,7 @@ def convert(
     revision: str | None = None,
     force: bool = False,
     dtype: str | None = None,
+    prefill: str = "grouped",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -154,7 +163,8 @@ def convert(
     model: folder or Hugging Face id. plan: a Plan, shorthand, or the path of a plan file; lp groups
     of any size (Layer Parallelism, arXiv 2502.02790, section 3, with every member's own norm kept
     exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
-    "float16" to cast, None to keep. max_shard_bytes: size limit of one safetensors file.
+    "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
+    the original order and only decode abreast. max_shard_bytes: size limit of one safetensors file.
     progress(done, total) is called with bytes written.
 
     The manifest, also written to abreast.json, records the plan and the sha256 of every input and
@@ -162,7 +172,7 @@ def convert(
     """
     target = Path(out)
     check_free(target)
-    job = _prepare(model, plan, revision, force, dtype, max_shard_bytes)
+    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         stop = threading.Event()
         with _threads_to_spare(), ThreadPoolExecutor(1) as hasher:
@@ -200,11 +210,13 @@ def _prepare(
     revision: str | None,
     force: bool,
     dtype: str | None,
+    prefill: str,
     max_shard_bytes: int,
 ) -> _Job:
     checkpoint = open_checkpoint(model, revision=revision)
-    config = checkpoint.config
-    family = family_of(config)
+    family = family_of(checkpoint.config)
+    config = complete(checkpoint.config)
+    checkpoint = replace(checkpoint, config=config)
     num_layers = num_layers_of(config)
     if isinstance(plan, str):
         plan = Plan.read(plan, num_layers)
@@ -214,7 +226,7 @@ def _prepare(
             "make a plan for this model"
         )
     dropped = _check_tensors(checkpoint, family)
-    warnings = check_plan(config, plan, force=force)
+    warnings = check_plan(config, plan, force=force, prefill=prefill)
     cast = _cast_name(dtype)
     expected = all_tensors(family, config)
     work = tuple(
@@ -229,7 +241,7 @@ def _prepare(
         checkpoint=checkpoint,
         family=family,
         plan=plan,
-        config=converted_config(config, family, plan, dtype=main),
+        config=converted_config(config, family, plan, dtype=main, prefill=prefill),
         work=work,
         shards=lay_out([tensor for _, tensor in work], max_shard_bytes),
         dropped=dropped,
@@ -299,95 +311,66 @@ def _new_tensor(
     expected: Mapping[str, tuple[int, ...]],
     cast: str | None,
 ) -> NewTensor:
-    shape = list(expected[recipe.members[0]])
-    if recipe.how in ("rows", "columns"):
-        shape[("rows", "columns").index(recipe.how)] *= len(recipe.members)
     dtype = DTYPES[checkpoint.tensors[recipe.members[0]].dtype]
     for name in recipe.members[1:]:
         dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
-    return NewTensor(recipe.name, cast or _SAFETENSORS_NAME[dtype], tuple(shape))
-
-
-def converted_config(
-    config: Mapping[str, Any], family: Family, plan: Plan, *, dtype: str
-) -> dict[str, Any]:
-    """config.json of the converted checkpoint.
-
-    Widths live in transformers' own `per_layer_config`. Where all stages come out equally wide the
-    result is a stock model and needs none. `abreast` records the plan for tools that want it.
-    """
-    new = copy.deepcopy(dict(config))
-    new.pop("torch_dtype", None)
-    new.update(
-        num_hidden_layers=plan.depth,
-        head_dim=head_dim_of(config),
-        dtype=dtype,
-        abreast={"num_layers": plan.num_layers, "plan": plan.shorthand},
-    )
-    base = {key: config.get(key) or config["num_attention_heads"] for key in family.wide}
-    new.update(base)
-    kinds = attention_kinds(config)
-    if config.get("layer_types") is not None or len(set(kinds)) > 1:
-        new["layer_types"] = [kinds[stage[0]] for stage in plan.stages]
-    widths = [len(stage) for stage in plan.stages]
-    uniform = widths[0] if len(set(widths)) == 1 else None
-    heads = config["num_attention_heads"]
-    if uniform and config["hidden_size"] % (uniform * heads) == 0:
-        new.update({key: uniform * value for key, value in base.items()})
-        new.update(model_type=family.model_type, architectures=[family.stock])
-        return new
-    digits = len(str(plan.depth - 1))
-    new["per_layer_config"] = {
-        str(index).zfill(digits): {key: width * value for key, value in base.items()}
-        for index, width in enumerate(widths)
-        if width > 1
-    }
-    module = REMOTE_CODE.removesuffix(".py")
-    name = family.converted
-    new.update(
-        model_type=family.converted_type,
-        architectures=[name],
-        auto_map={
-            "AutoConfig": f"{module}.{name.replace('ForCausalLM', 'Config')}",
-            "AutoModel": f"{module}.{name.replace('ForCausalLM', 'Model')}",
-            "AutoModelForCausalLM": f"{module}.{name}",
-        },
-    )
-    return new
+    shape = recipe.shape(expected[recipe.members[0]])
+    return NewTensor(recipe.name, cast or _SAFETENSORS_NAME[dtype], shape)
 
 
 def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
     total, done = job.bytes_written, 0
     for recipe, new in job.work:
         dtype = DTYPES[new.dtype]
-        sources = [job.checkpoint.tensors[name] for name in recipe.members]
-        gain_sources = [job.checkpoint.tensors[name] for name in recipe.gains]
-        gains = [read_rows(source) for source in gain_sources]
-        for chunk in _chunks(recipe, sources, gains, dtype):
+        gains = [_gain(job.checkpoint.tensors[name], recipe) for name in recipe.gains]
+        for chunk in _chunks(recipe, job.checkpoint, gains, dtype):
             cast = chunk.to(dtype)
             if not _is_finite(cast):
-                _blame(recipe, gain_sources + sources, cast.dtype)
+                _blame(recipe, job.checkpoint, cast.dtype)
             done += cast.nbytes
             if progress is not None:  # before the yield: nobody comes back after the last one
                 progress(done, total)
             yield new.name, cast
 
 
+def _gain(tensor: TensorInfo, recipe: Recipe) -> torch.Tensor:
+    gain = read_rows(tensor)
+    return gain.float() + recipe.gain_offset if recipe.gain_offset else gain
+
+
 def _chunks(
-    recipe: Recipe, sources: list[TensorInfo], gains: list[torch.Tensor], dtype: torch.dtype
+    recipe: Recipe, checkpoint: Checkpoint, gains: list[torch.Tensor], dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
+    sources = [checkpoint.tensors[name] for name in recipe.members]
     if recipe.how in ("copy", "rows"):
-        for index, source in enumerate(sources):
-            for start, stop in _spans(source.shape[0], source.row_bytes):
-                rows = read_rows(source, start, stop)
-                yield fold_gain(rows, gains[index], dtype) if gains else rows
+        for index, start, stop in _row_spans(recipe, sources):
+            rows = read_rows(sources[index], start, stop)
+            yield fold_gain(rows, gains[index], dtype) if gains else rows
     elif recipe.how == "columns":
         for start, stop in _spans(sources[0].shape[0], sum(s.row_bytes for s in sources)):
             yield join_columns([read_rows(source, start, stop) for source in sources])
     elif recipe.how == "sum":
         yield sum_biases([read_rows(source) for source in sources])
+    elif recipe.how == "shift":
+        for source, shift, weight in zip(sources, recipe.shifts, recipe.weights, strict=True):
+            matrix, beta = checkpoint.tensors[weight], read_rows(checkpoint.tensors[shift])
+            bias = read_rows(source)
+            for start, stop in _spans(matrix.shape[0], matrix.row_bytes):
+                yield fold_shift(read_rows(matrix, start, stop), beta, bias[start:stop])
+    elif recipe.how == "heads":
+        yield join_rows([read_rows(source).expand(recipe.heads, -1) for source in sources])
     else:
-        yield torch.ones(sources[0].shape)
+        yield torch.full(sources[0].shape, recipe.fill)
+
+
+def _row_spans(recipe: Recipe, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:
+    """(member, start, stop) of every chunk of stacked rows, part by part if there are parts."""
+    first = 0
+    for part in recipe.parts or (sources[0].shape[0] if sources[0].shape else 1,):
+        for index, source in enumerate(sources):
+            for start, stop in _spans(part, source.row_bytes):
+                yield index, first + start, first + stop
+        first += part
 
 
 def _spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
@@ -404,8 +387,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bits.size == 0 or int((bits & magnitude).max()) < infinite
 
 
-def _blame(recipe: Recipe, sources: list[TensorInfo], dtype: torch.dtype) -> None:
-    for source in sources:
+def _blame(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    for name in recipe.gains + recipe.shifts + recipe.weights + recipe.members:
+        source = checkpoint.tensors[name]
         for start, stop in _spans(source.shape[0], source.row_bytes):
             if not read_rows(source, start, stop).isfinite().all():
                 raise CheckpointError(

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 from abreast.errors import AbreastError
 
-Size = Literal["D", "Q", "K", "F", "V"]
 Join = Literal["rows", "columns"]
 
 
@@ -28,15 +27,16 @@ class FamilyError(AbreastError):
 class Matrix:
     """One linear map of a decoder layer, stored as `name`.weight of shape [rows, columns].
 
-    join: members of a group are stacked along output rows (they read the shared input) or along
-    input columns (their outputs add up). norm: the norm whose gain folds into the columns.
-    bias: "" for none, "always", or the config key that switches it on. A "rows" bias is stacked; a
-    "columns" bias adds to the residual stream, so the members' biases are summed.
+    rows: size symbols of the output's parts, "QKK" for a packed q, k, v. join: members of a group
+    are stacked along output rows (they read the shared input) or along input columns (their outputs
+    add up). norm: the norm whose gain folds into the columns. bias: "" for none, "always", or the
+    config key that switches it on. A "rows" bias is stacked; a "columns" bias adds to the residual
+    stream, so the members' biases are summed.
     """
 
     name: str
-    rows: Size
-    columns: Size
+    rows: str
+    columns: str
     join: Join
     norm: str | None = None
     bias: str = ""
@@ -46,20 +46,34 @@ class Matrix:
 class Family:
     """How one model_type stores its decoder layers.
 
-    wide: config keys that grow p-fold in a group of p layers. ignore: suffixes of tensors that old
-    checkpoints carry and no engine reads. stock: architecture of the unconverted checkpoint.
+    norms: those whose gain folds into the matrices that read them. gain_offset: what a norm adds to
+    its stored gain (Gemma stores gain - 1). norm_bias: they are LayerNorms with a bias. head_norms:
+    per-head norms of q and k, with the size symbol of the heads they act on; each layer has one
+    gain of head_dim for all its heads, a group one for each head. member_norms: norms after a
+    branch, which stay with their member. flat_norms: likewise, over all heads of q or k at once.
+    wide: config keys that grow p-fold in a group of p layers. stock: architecture of the
+    unconverted checkpoint. defaults: config keys whose absence means something else than off.
+    per_layer: config lists with one entry per layer. ignore: suffixes of tensors that old
+    checkpoints carry and no engine reads.
     """
 
     model_type: str
     stock: str
     matrices: tuple[Matrix, ...]
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    gain_offset: float = 0.0
+    norm_bias: bool = False
+    head_norms: tuple[tuple[str, str], ...] = ()
+    member_norms: tuple[str, ...] = ()
+    flat_norms: tuple[tuple[str, str], ...] = ()
     wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    defaults: tuple[tuple[str, Any], ...] = ()
+    per_layer: tuple[str, ...] = ("layer_types",)
     ignore: tuple[str, ...] = (".rotary_emb.inv_freq",)
     layer_prefix: str = "model.layers."
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
-    final_norm: str = "model.norm.weight"
+    final_norm: str = "model.norm"
 
     @property
     def converted(self) -> str:
@@ -71,22 +85,52 @@ class Family:
         """model_type of a converted checkpoint."""
         return f"abreast_{self.model_type}"
 
+    @property
+    def keeps_members(self) -> bool:
+        """Whether a group has parts that stay with their member in every wiring."""
+        return bool(self.head_norms or self.member_norms or self.flat_norms)
 
-def _gated(
-    attention_bias: str = "", output_bias: str = "", mlp_bias: str = ""
+    @property
+    def parallel(self) -> bool:
+        """Whether the FFN reads the layer's input, which makes all wirings one."""
+        return BRANCHES[self.model_type].parallel is True
+
+
+_BEFORE, _AFTER = "input_layernorm", "post_attention_layernorm"
+
+
+def _attention(
+    norm: str | None = _BEFORE, bias: str = "", output_bias: str = ""
 ) -> tuple[Matrix, ...]:
-    """The matrices of a Llama-like layer: attention with q, k, v, o and a gated FFN."""
-    before, after = "input_layernorm", "post_attention_layernorm"
     return (
-        Matrix("self_attn.q_proj", "Q", "D", "rows", before, attention_bias),
-        Matrix("self_attn.k_proj", "K", "D", "rows", before, attention_bias),
-        Matrix("self_attn.v_proj", "K", "D", "rows", before, attention_bias),
+        Matrix("self_attn.q_proj", "Q", "D", "rows", norm, bias),
+        Matrix("self_attn.k_proj", "K", "D", "rows", norm, bias),
+        Matrix("self_attn.v_proj", "K", "D", "rows", norm, bias),
         Matrix("self_attn.o_proj", "D", "Q", "columns", None, output_bias),
-        Matrix("mlp.gate_proj", "F", "D", "rows", after, mlp_bias),
-        Matrix("mlp.up_proj", "F", "D", "rows", after, mlp_bias),
-        Matrix("mlp.down_proj", "D", "F", "columns", None, mlp_bias),
     )
 
+
+def _gated_ffn(norm: str | None = _AFTER, bias: str = "") -> tuple[Matrix, ...]:
+    return (
+        Matrix("mlp.gate_proj", "F", "D", "rows", norm, bias),
+        Matrix("mlp.up_proj", "F", "D", "rows", norm, bias),
+        Matrix("mlp.down_proj", "D", "F", "columns", None, bias),
+    )
+
+
+def _plain_ffn(inner: str, outer: str, bias: str) -> tuple[Matrix, ...]:
+    return (
+        Matrix(f"mlp.{inner}", "F", "D", "rows", _AFTER, bias),
+        Matrix(f"mlp.{outer}", "D", "F", "columns", None, bias),
+    )
+
+
+_QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
+_TIED = ("tie_word_embeddings", True)
+_GEMMA_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_SANDWICHED = _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(
+    "pre_feedforward_layernorm"
+)
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -94,10 +138,111 @@ FAMILIES: dict[str, Family] = {
         Family(
             "llama",
             "LlamaForCausalLM",
-            _gated("attention_bias", "attention_bias", "mlp_bias"),
+            _attention(bias="attention_bias", output_bias="attention_bias")
+            + _gated_ffn(bias="mlp_bias"),
         ),
-        Family("mistral", "MistralForCausalLM", _gated()),
-        Family("qwen2", "Qwen2ForCausalLM", _gated(attention_bias="always")),
+        Family("mistral", "MistralForCausalLM", _attention() + _gated_ffn()),
+        Family("ministral", "MinistralForCausalLM", _attention() + _gated_ffn()),
+        Family("qwen2", "Qwen2ForCausalLM", _attention(bias="always") + _gated_ffn()),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(),
+            head_norms=_QK_HEADS,
+            defaults=(("head_dim", 128),),
+        ),
+        Family(
+            "seed_oss",
+            "SeedOssForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_out_bias")
+            + _gated_ffn(bias="mlp_bias"),
+            defaults=(("attention_bias", True), ("head_dim", 128)),
+        ),
+        Family(
+            "smollm3",
+            "SmolLM3ForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_bias")
+            + _gated_ffn(bias="mlp_bias"),
+            defaults=(_TIED,),
+            per_layer=("layer_types", "no_rope_layers"),
+        ),
+        Family(
+            "granite",
+            "GraniteForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_bias")
+            + _gated_ffn(bias="mlp_bias"),
+        ),
+        Family(
+            "ernie4_5",
+            "Ernie4_5ForCausalLM",
+            _attention(bias="use_bias", output_bias="use_bias") + _gated_ffn(bias="use_bias"),
+            defaults=(_TIED, ("head_dim", 128)),
+        ),
+        Family(
+            "arcee",
+            "ArceeForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_bias")
+            + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+        ),
+        Family(
+            "starcoder2",
+            "Starcoder2ForCausalLM",
+            _attention(bias="use_bias", output_bias="use_bias")
+            + _plain_ffn("c_fc", "c_proj", "use_bias"),
+            norm_bias=True,
+            defaults=(_TIED, ("use_bias", True)),
+        ),
+        Family(
+            "phi3",
+            "Phi3ForCausalLM",
+            (
+                Matrix("self_attn.qkv_proj", "QKK", "D", "rows", _BEFORE),
+                Matrix("self_attn.o_proj", "D", "Q", "columns"),
+                Matrix("mlp.gate_up_proj", "FF", "D", "rows", _AFTER),
+                Matrix("mlp.down_proj", "D", "F", "columns"),
+            ),
+        ),
+        Family(
+            "gemma",
+            "GemmaForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(),
+            gain_offset=1.0,
+            defaults=(_TIED, ("head_dim", 256)),
+        ),
+        Family(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            _SANDWICHED,
+            norms=("input_layernorm", "pre_feedforward_layernorm"),
+            gain_offset=1.0,
+            member_norms=_GEMMA_NORMS,
+            defaults=(_TIED, ("head_dim", 256)),
+        ),
+        Family(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            _SANDWICHED,
+            norms=("input_layernorm", "pre_feedforward_layernorm"),
+            gain_offset=1.0,
+            head_norms=_QK_HEADS,
+            member_norms=_GEMMA_NORMS,
+            defaults=(_TIED, ("head_dim", 256)),
+        ),
+        Family(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            _attention(None, "attention_bias", "attention_bias") + _gated_ffn(None),
+            norms=(),
+            member_norms=_GEMMA_NORMS,
+            flat_norms=_QK_HEADS,
+        ),
+        Family(
+            "cohere2",
+            "Cohere2ForCausalLM",
+            _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(_BEFORE),
+            norms=("input_layernorm",),
+            defaults=(_TIED,),
+        ),
     )
 }
 
@@ -171,12 +316,22 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise FamilyError(
             "this checkpoint is converted already; give the original that it was made from"
         )
+    if model_type in BRANCHES:
+        raise FamilyError(
+            f"a {model_type} cannot be written as wide layers, only run grouped in memory "
+            "(abreast.grouped, or eval with --plan)"
+        )
     raise FamilyError(
         f"model_type '{model_type}' is not supported; supported are {', '.join(FAMILIES)}"
     )
 
 
-def sizes(config: Mapping[str, Any]) -> dict[Size, int]:
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with the family's defaults for keys that it leaves out."""
+    return {**dict(family_of(config).defaults), **config}
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The value of every size symbol for a config.json. Raises FamilyError when a key is off."""
     hidden = _positive(config, "hidden_size")
     heads = _positive(config, "num_attention_heads")
@@ -208,7 +363,7 @@ def num_layers_of(config: Mapping[str, Any]) -> int:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the output head is the embedding. The three families' configs default to untied."""
+    """Whether the output head is the embedding."""
     return bool(config.get("tie_word_embeddings", False))
 
 
@@ -219,11 +374,21 @@ def has_bias(matrix: Matrix, config: Mapping[str, Any]) -> bool:
 def layer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of one layer, named without the layer's prefix."""
     size = sizes(config)
-    shapes: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size["D"],) for norm in family.norms}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for norm in family.norms:
+        for kind in ("weight", "bias") if family.norm_bias else ("weight",):
+            shapes[f"{norm}.{kind}"] = (size["D"],)
+    for norm, _ in family.head_norms:
+        shapes[f"{norm}.weight"] = (head_dim_of(config),)
+    for norm in family.member_norms:
+        shapes[f"{norm}.weight"] = (size["D"],)
+    for norm, heads in family.flat_norms:
+        shapes[f"{norm}.weight"] = (size[heads],)
     for matrix in family.matrices:
-        shapes[f"{matrix.name}.weight"] = (size[matrix.rows], size[matrix.columns])
+        rows = sum(size[part] for part in matrix.rows)
+        shapes[f"{matrix.name}.weight"] = (rows, size[matrix.columns])
         if has_bias(matrix, config):
-            shapes[f"{matrix.name}.bias"] = (size[matrix.rows],)
+            shapes[f"{matrix.name}.bias"] = (rows,)
     return shapes
 
 
@@ -231,7 +396,8 @@ def outer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
     """Shape of every tensor outside the layers."""
     size = sizes(config)
     shapes: dict[str, tuple[int, ...]] = {family.embedding: (size["V"], size["D"])}
-    shapes[family.final_norm] = (size["D"],)
+    for kind in ("weight", "bias") if family.norm_bias else ("weight",):
+        shapes[f"{family.final_norm}.{kind}"] = (size["D"],)
     if not is_tied(config):
         shapes[family.head] = (size["V"], size["D"])
     return shapes
@@ -249,15 +415,49 @@ def all_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[in
 def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Kind of attention of every layer, for example "full_attention": unlike kinds never fuse.
 
-    Follows the three families' config classes in transformers: an explicit layer_types list, else
-    Qwen 2's max_window_layers, else one kind throughout.
+    Follows the config classes in transformers: an explicit layer_types list, else a repeating
+    pattern of sliding and full attention (Gemma, Cohere), else max_window_layers (Qwen), else one
+    kind throughout. Layers without RoPE (SmolLM 3) are a kind of their own.
     """
     count = num_layers_of(config)
+    kinds = _explicit_kinds(config, count) or _default_kinds(config, count)
+    rotated = rope_layers(config)
+    if rotated is None:
+        return kinds
+    return tuple(k if r else f"{k} without RoPE" for k, r in zip(kinds, rotated, strict=True))
+
+
+def rope_layers(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Which layers rotate q and k, for families in which not all do, else None."""
+    if config.get("model_type") != "smollm3":
+        return None
+    count = num_layers_of(config)
+    flags = config.get("no_rope_layers")
+    if flags is None:
+        interval = _positive(config, "no_rope_layer_interval", 4)
+        flags = [int((layer + 1) % interval != 0) for layer in range(count)]
+    if not isinstance(flags, list) or len(flags) != count:
+        raise FamilyError(f"config.json: no_rope_layers must have one entry per layer ({count})")
+    return tuple(bool(flag) for flag in flags)
+
+
+def _explicit_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
     kinds = config.get("layer_types")
-    if kinds is not None:
-        if not isinstance(kinds, list) or len(kinds) != count:
-            raise FamilyError(f"config.json: layer_types must list the kind of all {count} layers")
-        return tuple(str(kind) for kind in kinds)
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise FamilyError(f"config.json: layer_types must list the kind of all {count} layers")
+    return tuple(str(kind) for kind in kinds)
+
+
+def _default_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    pattern = _PATTERNS.get(str(config.get("model_type")))
+    if pattern is not None:
+        period = _positive(config, "sliding_window_pattern", pattern)
+        return tuple(
+            "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
+            for layer in range(count)
+        )
     if config.get("use_sliding_window") and config.get("sliding_window") is not None:
         first = config.get("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
@@ -267,6 +467,10 @@ def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
         full = min(first, count)
         return ("full_attention",) * full + ("sliding_attention",) * (count - full)
     return ("full_attention",) * count
+
+
+# How many layers until the next one with full attention, where config.json does not list the kinds.
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
 
 
 def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from abreast.errors import AbreastError
 from abreast.families import BRANCHES, Branches
 from abreast.plan import Group, Plan, PlanError
 
+Prefill = Literal["grouped", "sequential"]
 _MARK = "_abreast_plan"
 
 
@@ -29,21 +30,23 @@ class GroupingError(AbreastError):
 
 
 @contextmanager
-def grouped(model: nn.Module, plan: Plan | str) -> Iterator[nn.Module]:
+def grouped(
+    model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped"
+) -> Iterator[nn.Module]:
     """Run `model` under `plan` inside the block, and as it was after it.
 
     model: any loaded transformers causal language model of a known family; its weights are neither
     copied nor changed. plan: a Plan or its shorthand. Both wirings, groups of any size.
-    Raises as `apply`.
+    prefill: as for `apply`. Raises as `apply`.
     """
-    apply(model, plan)
+    apply(model, plan, prefill=prefill)
     try:
         yield model
     finally:
         remove(model)
 
 
-def apply(model: nn.Module, plan: Plan | str) -> None:
+def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -> None:
     """Make `model` run under `plan` until `remove`.
 
     A group computes, for its common input x of shape [batch, length, hidden], the attention
@@ -51,6 +54,9 @@ def apply(model: nn.Module, plan: Plan | str) -> None:
     lp: arXiv 2502.02790, section 3; members j-d..j for cqil: arXiv 2404.06709, section 3.2, with
     the bypass in the FFN's input only), and returns x + sum_k a_k(x) + sum_j f_j(y_j).
     In families whose FFN reads the layer's input, wirings make no difference.
+
+    prefill: "sequential" runs every forward over more than one token in the original order, exactly
+    as the unchanged model, and only single tokens, that is decoding, under the plan.
 
     Raises GroupingError for an unknown family, a submodule that is not found, a model without
     weights or already grouped, and PlanError for a plan of another number of layers; the model is
@@ -64,6 +70,8 @@ def apply(model: nn.Module, plan: Plan | str) -> None:
             f"the plan is for {plan.num_layers} layers, the model has {len(layers)}; "
             "make a plan for this model"
         )
+    if prefill not in get_args(Prefill):
+        raise GroupingError(f"prefill '{prefill}' is not one of {', '.join(get_args(Prefill))}")
     if hasattr(model, _MARK):
         raise GroupingError("the model is grouped already; remove that plan first")
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -73,7 +81,7 @@ def apply(model: nn.Module, plan: Plan | str) -> None:
         for layer in group.layers:
             _check_submodules(layers[layer], layer, branches)
     for group in plan.groups:
-        _install([layers[layer] for layer in group.layers], group, branches)
+        _install([layers[layer] for layer in group.layers], group, branches, prefill)
     setattr(model, _MARK, plan)
 
 
@@ -133,13 +141,20 @@ def _is_parallel(layer: nn.Module, branches: Branches) -> bool:
     return branches.parallel
 
 
-def _install(members: Sequence[nn.Module], group: Group, branches: Branches) -> None:
+def _install(
+    members: Sequence[nn.Module], group: Group, branches: Branches, prefill: Prefill
+) -> None:
     left_behind: list[dict[str, Any]] = [{} for _ in members]
 
     def forward_of(place: int) -> Callable[..., torch.Tensor]:
         names = list(inspect.signature(type(members[place]).forward).parameters)[2:]
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if prefill == "sequential" and hidden_states.shape[1] > 1:
+                # The class's own, which the one on the instance stands before.
+                stock = type(members[place]).forward
+                out: torch.Tensor = stock(members[place], hidden_states, *args, **kwargs)
+                return out
             left_behind[place] = {**dict(zip(names, args, strict=False)), **kwargs}
             if place < len(members) - 1:
                 return hidden_states
