@@ -105,8 +105,8 @@ def test_a_cast_conversion_is_held_to_its_own_dtype(tiny_checkpoint, tmp_path):
     original = tiny_checkpoint("llama")
     convert(original, PLAN, tmp_path / "out", dtype="bfloat16")
     result = checked(tmp_path / "out", original)
-    assert result.ok and result.dtype == "bfloat16"
-    assert result.uncached > TOLERANCE[torch.float32]
+    assert result.ok and result.dtype == "bfloat16", result.faults
+    assert TOLERANCE[torch.float32] < result.uncached < TOLERANCE[torch.bfloat16]
 
 
 def test_it_is_seeded(made):
@@ -203,6 +203,14 @@ def test_widths_that_do_not_fit_the_weights_are_an_error_in_words(made):
         checked(out, original)
 
 
+def test_a_tensor_that_is_gone_is_an_error_in_words(made):
+    """transformers would make one up."""
+    original, out = made()
+    spoil(out, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(AbreastError, match=r"'model.layers.1.mlp.up_proj.weight' is missing"):
+        checked(out, original)
+
+
 @pytest.mark.parametrize("where", [0.3, 0.9])
 def test_one_bit_of_a_shard(made, where):
     original, out = made()
@@ -283,7 +291,7 @@ def test_a_plan_that_is_none_is_an_error_in_words(made, change):
 
 
 @pytest.mark.parametrize("key", ["plan", "files", "source"])
-@pytest.mark.parametrize("value", [None, [], "x", {"a": 1}])
+@pytest.mark.parametrize("value", [None, [], "x", {}, {"a": 1}], ids=repr)
 def test_a_manifest_with_a_key_of_the_wrong_kind(made, key, value):
     original, out = made()
     manifest = json.loads((out / "abreast.json").read_text())

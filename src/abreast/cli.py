@@ -89,6 +89,13 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
 @click.option(
     "--max-shard-size", default="5GB", show_default=True, help="Largest file of weights, e.g. 2GB."
 )
+@click.option(
+    "--prefill",
+    type=click.Choice(["grouped", "sequential"]),
+    default="grouped",
+    show_default=True,
+    help="sequential: run prompts in the original order, decode abreast.",
+)
 @_force
 @_revision
 @_json
@@ -96,6 +103,7 @@ def convert(
     model: str,
     plan: str,
     out: str,
+    prefill: str,
     dry_run: bool,
     dtype: str | None,
     max_shard_size: str,
@@ -111,6 +119,7 @@ def convert(
         "revision": revision,
         "force": force,
         "dtype": dtype,
+        "prefill": prefill,
         "max_shard_bytes": _parse_size(max_shard_size),
     }
     planned = preview(model, plan, **options)

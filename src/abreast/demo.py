@@ -67,8 +67,8 @@ def run_demo(
     out: str | Path | None = None,
     max_tokens: int = 100_000,
     rounds: int = 12,
-    new_tokens: int = 48,
-    context: int = 256,
+    new_tokens: int = 64,
+    context: int = 128,
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
@@ -96,7 +96,7 @@ def run_demo(
         converted, _ = load(target, dtype=dtype, device=device)
         step("compare next-token predictions on text that neither model has seen")
         stream = load_tokens(tokenizer, HELD_OUT, max_tokens=max_tokens, seed=seed)
-        comparison = compare(converted, original, stream, window=512, stride=512, batch_size=4)
+        comparison = compare(converted, original, stream, window=256, stride=256, batch_size=8)
         step("time both models in turn")
         models = {ORIGINAL: original, CONVERTED: converted}
         decode = bench(

@@ -49,11 +49,24 @@ def load(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    # Left alone, transformers fills what is missing or does not fit with random numbers.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    _complain(folder, report)
     loaded = loaded.to(target).eval()
     if plan is not None:
         apply(loaded, plan)
     return loaded, _tokenizer(folder)
+
+
+def _complain(folder: Path, report: dict[str, Any]) -> None:
+    for name in sorted(report["missing_keys"]):
+        raise CheckpointError(f"tensor '{name}' is missing from '{folder}'; download it again")
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"tensor '{name}' in '{folder}' has shape {list(found)}, config.json says "
+            f"{list(expected)}; weights and config do not belong together"
+        )
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from abreast.checkpoint import MANIFEST, CheckpointError, read_json, resolve, sha256_of
 from abreast.grouped import grouped
@@ -33,7 +34,8 @@ class Verification:
     """What `verify` found. Differences are fractions of the range of the original's logits.
 
     uncached: one forward over all tokens. cached: a prefill of half of them, then one at a time.
-    kl: mean KL(original under the plan || converted) in nats per position. same_tokens: how many of
+    prefill: for a checkpoint with sequential prefill, one forward against the original in its own
+    order; else None. kl: mean KL(original under the plan || converted) in nats per position. same_tokens: how many of
     generated_tokens greedy ones agree before the first that differs. faults: in words, empty when
     the checkpoint is right.
     """
@@ -43,6 +45,7 @@ class Verification:
     tolerance: float
     uncached: float
     cached: float
+    prefill: float | None
     kl: float
     same_tokens: int
     generated_tokens: int
@@ -72,40 +75,45 @@ def verify(
     out: the converted folder, with abreast.json. against: the original it was made from (Hugging
     Face id or folder). Every file of `out` is compared with the recorded hash; both models read
     num_tokens seeded random tokens, and generate new_tokens from 16 of them. Greedy tokens must
-    agree for float32 checkpoints; for half-precision ones the number is reported.
+    agree for float32 checkpoints; for half-precision ones the number is reported. Where the
+    conversion also cast to a narrower dtype, the original's weights are rounded to it first.
     Raises AbreastError when `out` is no conversion, or `against` is not its original.
     """
     folder, _ = resolve(out)
     original, _ = resolve(against, revision=revision)
-    manifest = read_json(folder / MANIFEST)
-    plan = Plan.model_validate(manifest.get("plan"))
-    faults = list(_damaged(folder, manifest["files"]))
-    for name in _damaged(original, manifest["source"]["files"]):
+    plan, files, source_files = _manifest(folder)
+    faults = list(_damaged(folder, files))
+    for name in _damaged(original, source_files):
         raise CheckpointError(
             f"'{out}' was not made from '{against}': {name}; name the original it was made from"
         )
     stored = _stored_dtype(folder)
+    dtype, tolerance = _name(stored), TOLERANCE[stored]
     if faults:
-        nan = math.nan
-        return Verification(
-            plan.shorthand, _name(stored), TOLERANCE[stored], nan, nan, nan, 0, 0, 0, tuple(faults)
-        )
+        nothing = (math.nan, math.nan, None, math.nan, 0, 0, 0)
+        return Verification(plan.shorthand, dtype, tolerance, *nothing, faults=tuple(faults))
     converted, _ = load(folder, dtype="float32", device=device)
     reference, _ = load(original, dtype="float32", device=device)
+    sequential = getattr(converted.config, "abreast_prefill", None) == "sequential"
+    converted.config.abreast_prefill = "grouped"  # the plan is to be checked on long inputs, too
     generator = torch.Generator().manual_seed(seed)
     vocab = reference.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device)
+    prefill = None
     with torch.inference_mode():
         got, got_cached, got_text = _run(converted, ids, new_tokens)
         with grouped(reference, plan):
             want, want_cached, want_text = _run(reference, ids, new_tokens)
-    extent = float(want.max() - want.min())
-    uncached = float((got - want).abs().max()) / extent
-    cached = float((got_cached - want_cached).abs().max()) / extent
+        if sequential:
+            converted.config.abreast_prefill = "sequential"
+            stock = reference(ids, use_cache=False).logits[0].float()
+            prefill = _difference(converted(ids, use_cache=False).logits[0].float(), stock)
+    uncached, cached = _difference(got, want), _difference(got_cached, want_cached)
     agree = itertools.takewhile(lambda p: p[0] == p[1], zip(got_text, want_text, strict=True))
     same = sum(1 for _ in agree)
-    for name, value in (("without cache", uncached), ("with cache", cached)):
-        if not value <= TOLERANCE[stored]:
+    found = {"without cache": uncached, "with cache": cached, "of sequential prefill": prefill}
+    for name, value in found.items():
+        if value is not None and not value <= tolerance:
             faults.append(f"logits {name} differ by {value:.1e} of their range")
     if stored == torch.float32 and same < len(want_text):
         faults.append(f"greedy generation differs from token {same} on")
@@ -113,10 +121,11 @@ def verify(
     kl = float((log_want.exp() * (log_want - log_got)).sum(-1).mean())
     return Verification(
         plan=plan.shorthand,
-        dtype=_name(stored),
-        tolerance=TOLERANCE[stored],
+        dtype=dtype,
+        tolerance=tolerance,
         uncached=uncached,
         cached=cached,
+        prefill=prefill,
         kl=kl,
         same_tokens=same,
         generated_tokens=len(want_text),
@@ -125,12 +134,29 @@ def verify(
     )
 
 
-def _damaged(folder: Path, files: dict[str, dict[str, Any]]) -> Iterator[str]:
-    for name, entry in files.items():
+def _manifest(folder: Path) -> tuple[Plan, dict[str, str], dict[str, str]]:
+    """The plan, and the sha256 of every converted and every original file. Raises AbreastError."""
+    manifest, where = read_json(folder / MANIFEST), f"'{folder / MANIFEST}'"
+    try:
+        plan = Plan.model_validate(manifest["plan"])
+        lists = [manifest["files"], manifest["source"]["files"]]
+        hashes = [{str(k): str(v["sha256"]) for k, v in files.items()} for files in lists]
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{where} holds no valid plan: {reason}; convert again") from None
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"{where} is not the record of a conversion; convert again") from None
+    if not all("config.json" in files for files in hashes):
+        raise CheckpointError(f"{where} does not record all files; convert again")
+    return plan, hashes[0], hashes[1]
+
+
+def _damaged(folder: Path, files: dict[str, str]) -> Iterator[str]:
+    for name, sha256 in files.items():
         path = folder / name
         if not path.is_file():
             yield f"file {name} is missing"
-        elif sha256_of(path) != entry["sha256"]:
+        elif sha256_of(path) != sha256:
             yield f"file {name} is not the one recorded in {MANIFEST}"
 
 
@@ -138,6 +164,10 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     name = str(read_json(folder / "config.json").get("dtype", "float32"))
     dtype = getattr(torch, name, torch.float32)
     return dtype if dtype in TOLERANCE else torch.float32
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).abs().max() / (want.max() - want.min()))
 
 
 def _name(dtype: torch.dtype) -> str:
