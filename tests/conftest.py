@@ -13,7 +13,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-CONFIGS = {"llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config"}
+BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -21,9 +21,10 @@ TinyCheckpoint = Callable[..., Path]
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     """A factory of random checkpoints, 6 layers of hidden size 64 unless told otherwise.
 
-    One folder per set of arguments, shared by the whole session: copy it before changing it. Gains
-    and biases are far from 1 and 0, so that a wrong fold shows. biases: every bias that the family
-    knows. sharded: several files with an index. config: any other key of the config class.
+    family: any model_type that transformers knows. One folder per set of arguments, shared by the
+    whole session: copy it before changing it. Gains and biases are far from 1 and 0, so that a
+    wrong fold shows. biases: every bias that the family knows. sharded: several files with an
+    index. config: any other key of the config class.
     """
     made: dict[str, Path] = {}
 
@@ -51,12 +52,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 "num_attention_heads": 4,
                 "num_key_value_heads": 2,
                 "max_position_embeddings": 512,
+                "pad_token_id": None,  # some families' own is not among 128 words
                 "tie_word_embeddings": tied,
                 **({"head_dim": head_dim} if head_dim else {}),
-                **({"attention_bias": True, "mlp_bias": True} if biases else {}),
+                **(dict.fromkeys(BIASES, True) if biases else {}),
                 **config,
             }
-            _save(CONFIGS[family], settings, dtype, seed, sharded, folder)
+            _save(family, settings, dtype, seed, sharded, folder)
             made[key] = folder
         return made[key]
 
@@ -64,12 +66,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
 
 
 def _save(
-    config_class: str, settings: dict[str, Any], dtype: str, seed: int, sharded: bool, folder: Path
+    family: str, settings: dict[str, Any], dtype: str, seed: int, sharded: bool, folder: Path
 ) -> None:
     import torch
     import transformers
 
-    config = getattr(transformers, config_class)(**settings)
+    config = transformers.AutoConfig.for_model(family, **settings)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model = transformers.AutoModelForCausalLM.from_config(config)

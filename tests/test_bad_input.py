@@ -91,7 +91,7 @@ def craft(folder: Path, header: Any, data: bytes, length: int | None = None) -> 
     ("changes", "fault"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"model_type": "mixtral"}, "supported are llama"),
+        ({"model_type": "gpt_neox"}, "cannot be written as wide layers"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": "abreast_llama"}, "converted already"),
         ({"num_hidden_layers": "6"}, "num_hidden_layers"),
@@ -319,6 +319,31 @@ def test_damaged_bias(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, name: str
     refused(source, tmp_path / "out", f"tensor '{name}' holds NaN or Inf")
 
 
+@pytest.mark.parametrize("plan", ["1+2 3+4", "1|2 3|4:1"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("starcoder2", "input_layernorm.bias"),
+        ("starcoder2", "mlp.c_fc.weight"),
+        ("starcoder2", "mlp.c_fc.bias"),
+        ("phi3", "self_attn.qkv_proj.weight"),
+        ("qwen3", "self_attn.k_norm.weight"),
+        ("gemma2", "input_layernorm.weight"),
+        ("gemma2", "post_feedforward_layernorm.weight"),
+        ("olmo2", "self_attn.q_norm.weight"),
+    ],
+)
+def test_damaged_weights_of_other_families(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str, name: str, plan: str
+) -> None:
+    kinds = {"layer_types": ["full_attention"] * 6} if family == "gemma2" else {}
+    origin = tiny_checkpoint(family, head_dim=16, biases=family == "starcoder2", **kinds)
+    source = Path(shutil.copytree(origin, tmp_path / "source"))
+    name = f"model.layers.3.{name}"
+    change(source, lambda tensors: tensors[name].view(-1)[:1].fill_(math.nan))
+    refused(source, tmp_path / "out", f"tensor '{name}' holds NaN or Inf", plan=plan)
+
+
 def test_opposite_infinities_do_not_cancel(source: Path, tmp_path: Path) -> None:
     change(
         source, lambda tensors: tensors[MATRIX][0, :2].copy_(torch.tensor([math.inf, -math.inf]))
@@ -420,7 +445,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "smollm3", "gemma3_text"])
 def test_any_value_of_any_config_key(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str
 ) -> None:
@@ -429,13 +454,16 @@ def test_any_value_of_any_config_key(
     config = json.loads(path.read_text())
     if family == "qwen2":
         config.update(use_sliding_window=True, sliding_window=8)
-        del config["layer_types"]
-    for key in [*config, "layer_types", "quantization_config", "auto_map", "torch_dtype"]:
+    if family != "smollm3":
+        config.pop("layer_types", None)
+    extra = ["layer_types", "quantization_config", "auto_map", "torch_dtype"]
+    extra += ["no_rope_layer_interval", "sliding_window_pattern", "per_layer_config"]
+    for key in [*config, *extra]:
         for value in WRONG:
             path.write_text(json.dumps({**config, key: value}))
             survives(source)
-    path.write_text(json.dumps(config))
-    assert survives(source)
+    path.write_text(json.dumps({**config, "layer_types": ["full_attention"] * 6}))
+    assert survives(source) == (family != "smollm3")  # where layer 3 has no RoPE
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 1000])
@@ -623,10 +651,6 @@ def test_plan_at_fault(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(source, tmp_path / "out", fault, plan=plan)
-
-
-def test_cqil_is_not_written_yet(source: Path, tmp_path: Path) -> None:
-    refused(source, tmp_path / "out", "1|2", "only lp groups", plan="1|2")
 
 
 @pytest.mark.parametrize("plan", ["0+1", "4+5", "0+1+2+3+4+5"])

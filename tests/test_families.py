@@ -19,6 +19,7 @@ from abreast.families import (
     FamilyError,
     all_tensors,
     attention_kinds,
+    complete,
     family_of,
     head_dim_of,
     is_tied,
@@ -45,7 +46,7 @@ def test_tensors_are_those_that_transformers_saves(
     tiny_checkpoint: Callable[..., Path], family: str, options: dict[str, Any], tied: bool
 ) -> None:
     folder = tiny_checkpoint(family, tied=tied, **options)
-    config = json.loads((folder / "config.json").read_text())
+    config = complete(json.loads((folder / "config.json").read_text()))
     row = family_of(config)
     with safe_open(folder / "model.safetensors", "pt") as file:
         saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -57,9 +58,10 @@ def test_tensors_are_those_that_transformers_saves(
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_rows_are_sound(family: Any) -> None:
     for matrix in family.matrices:
-        assert matrix.norm in (*family.norms, None)
-        # what reads the residual stream has a norm before it; what writes it has none
-        assert (matrix.norm is None) == (matrix.join == "columns") == (matrix.rows == "D")
+        # what reads the residual stream may have a norm before it; what writes it has none
+        reads = matrix.join == "rows"
+        assert reads == (matrix.columns == "D") == (matrix.rows != "D")
+        assert matrix.norm in (family.norms if reads and family.norms else (None,))
     assert family.model_type in BRANCHES
     with pytest.raises(dataclasses.FrozenInstanceError):
         family.model_type = "other"
@@ -78,6 +80,47 @@ def test_branches_name_known_models() -> None:
     from transformers import CONFIG_MAPPING
 
     assert [name for name in BRANCHES if name not in CONFIG_MAPPING] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(family)
+    ours = complete({"model_type": family})
+    assert is_tied(ours) == bool(theirs.tie_word_embeddings)
+    for matrix in FAMILIES[family].matrices:
+        if matrix.bias not in ("", "always"):
+            assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias))
+    shape = {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads")}
+    derived = shape["hidden_size"] // shape["num_attention_heads"]
+    assert head_dim_of({**ours, **shape}) == (getattr(theirs, "head_dim", None) or derived)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_kinds_are_those_of_transformers(family: str, count: int) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, num_hidden_layers=count).to_dict()
+    theirs = config.pop("layer_types", None) or [""] * count
+    config.pop("no_rope_layers", None)
+    ours = [kind.removesuffix(" without RoPE") for kind in attention_kinds(config)]
+    if len(set(theirs)) > 1:
+        assert ours == theirs
+    else:
+        assert len(set(ours)) == 1
+
+
+def test_layers_without_rope_are_a_kind_of_their_own() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("smollm3", num_hidden_layers=10).to_dict()
+    theirs = config.pop("no_rope_layers")
+    assert set(theirs) == {0, 1}
+    for listed in ({}, {"no_rope_layers": theirs}):
+        kinds = attention_kinds({**config, **listed})
+        assert [int("without RoPE" not in kind) for kind in kinds] == theirs
 
 
 @given(
@@ -123,6 +166,7 @@ def test_defaults() -> None:
         ({"model_type": ["llama"]}, "no model_type"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama"),
         ({"model_type": "abreast_llama"}, "converted already"),
+        ({"model_type": "mixtral"}, "a mixtral cannot be written as wide layers"),
         ({"hidden_size": None}, "no hidden_size"),
         ({"hidden_size": "64"}, "hidden_size must be a positive whole number, not '64'"),
         ({"hidden_size": 64.0}, "hidden_size"),

@@ -20,13 +20,14 @@ from abreast.fold import (
     Recipe,
     check_plan,
     fold_gain,
+    fold_shift,
     join_columns,
     join_rows,
     obstacle,
     recipes,
     sum_biases,
 )
-from abreast.plan import Plan
+from abreast.plan import Group, Plan
 
 Tensors = dict[str, torch.Tensor]
 EPSILON = 1e-5
@@ -80,16 +81,16 @@ def cook(recipe: Recipe, source: Tensors) -> torch.Tensor:
         return join_columns(members)
     if recipe.how == "sum":
         return sum_biases(members)
-    if recipe.how == "ones":
-        return torch.ones_like(members[0])
+    if recipe.how == "fill":
+        return torch.full_like(members[0], recipe.fill)
     (only,) = members
     return only
 
 
-def config_of(draw: st.DrawFn, num_layers: int) -> dict[str, Any]:
+def config_of(draw: st.DrawFn, families: list[str], num_layers: int) -> dict[str, Any]:
     kv_heads = draw(st.integers(1, 3))
     return {
-        "model_type": draw(st.sampled_from(sorted(FAMILIES))),
+        "model_type": draw(st.sampled_from(families)),
         "num_hidden_layers": num_layers,
         "hidden_size": draw(st.integers(1, 12)),
         "num_key_value_heads": kv_heads,
@@ -98,22 +99,25 @@ def config_of(draw: st.DrawFn, num_layers: int) -> dict[str, Any]:
         "intermediate_size": draw(st.integers(1, 10)),
         "vocab_size": draw(st.integers(1, 8)),
         "attention_bias": draw(st.booleans()),
+        "attention_out_bias": draw(st.booleans()),
         "mlp_bias": draw(st.booleans()),
+        "use_bias": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
     }
 
 
 @st.composite
-def models(draw: st.DrawFn) -> tuple[dict[str, Any], Plan]:
-    """A config of any family, and an lp plan for it."""
-    sizes = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    words = [
-        "+".join(map(str, range(start, start + size)))
-        for start, size in zip(starts, sizes, strict=True)
-        if size > 1
-    ]
-    return config_of(draw, sum(sizes)), Plan.parse(" ".join(words), sum(sizes))
+def models(draw: st.DrawFn, families: list[str], wirings: list[str]) -> tuple[dict[str, Any], Plan]:
+    """A config of one of the families, and a plan for it."""
+    groups, layer = [], 0
+    for size in draw(st.lists(st.integers(1, 4), min_size=1, max_size=5)):
+        if size > 1:
+            wiring = draw(st.sampled_from(wirings))
+            bypass = draw(st.integers(0, size - 1)) if wiring == "cqil" else 0
+            layers = tuple(range(layer, layer + size))
+            groups.append(Group(layers=layers, wiring=wiring, bypass=bypass))
+        layer += size
+    return config_of(draw, families, layer), Plan(num_layers=layer, groups=tuple(groups))
 
 
 def layers_of(tensors: Tensors, count: int) -> list[Tensors]:
@@ -126,7 +130,7 @@ def layers_of(tensors: Tensors, count: int) -> list[Tensors]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(models(), st.integers(0, 2**32), st.integers(1, 5))
+@given(models(["llama", "mistral", "qwen2"], ["lp"]), st.integers(0, 2**32), st.integers(1, 5))
 def test_wide_layers_equal_the_group_run_member_by_member(
     model: tuple[dict[str, Any], Plan], seed: int, length: int
 ) -> None:
@@ -160,7 +164,7 @@ def test_wide_layers_equal_the_group_run_member_by_member(
         assert shapes == layer_tensors(family, grown)
 
 
-@given(models())
+@given(models(sorted(FAMILIES), ["lp", "cqil"]))
 def test_recipes_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> None:
     config, plan = model
     family = FAMILIES[config["model_type"]]
@@ -171,11 +175,31 @@ def test_recipes_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> No
     expected = all_tensors(family, {**config, "num_hidden_layers": plan.depth})
     assert {recipe.name for recipe in made} == set(expected)
     folded = {name for recipe in made for name in recipe.gains}
-    ones = {name for recipe in made if recipe.how == "ones" for name in recipe.members}
-    assert folded == ones
+    folded |= {name for recipe in made for name in recipe.shifts}
+    filled = {name for recipe in made if recipe.how == "fill" for name in recipe.members}
+    assert folded - filled == set()
+    # a LayerNorm's bias has nowhere to go without the bias of a matrix: `obstacle` refuses
+    if all(obstacle(config, (layer,)) is None for layer in range(plan.num_layers)):
+        assert filled == folded
     for recipe in made:
-        assert len(recipe.gains) in (0, len(recipe.members))
+        for read in (recipe.gains, recipe.shifts, recipe.weights):
+            assert len(read) in (0, len(recipe.members))
         assert (recipe.how == "copy") == (len(recipe.members) == 1)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))
+def test_bias_of_a_layer_norm_moves_into_that_of_the_matrix(
+    rows: int, columns: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    x, gain, beta = torch.randn(3, columns, generator=generator, dtype=torch.float64)
+    bias = torch.randn(rows, generator=generator, dtype=torch.float64)
+    wanted = weight @ (x * gain + beta) + bias
+    folded = fold_gain(weight, gain) @ x + fold_shift(weight, beta, bias)
+    assert torch.allclose(folded, wanted, rtol=0, atol=1e-12)
+    half = (t.bfloat16() for t in (weight, beta, bias))
+    assert fold_shift(*half).dtype == torch.float64
 
 
 @settings(deadline=None)
@@ -221,6 +245,25 @@ def test_edge_groups_want_force(text: str) -> None:
         check_plan(CONFIG, plan)
     (warning,) = check_plan(CONFIG, plan, force=True)
     assert text in warning
+
+
+def test_norm_bias_needs_a_bias_to_go_to() -> None:
+    config = {**CONFIG, "model_type": "starcoder2"}
+    plan = Plan.parse("1+2", 6)
+    assert check_plan({**config, "use_bias": True}, plan) == []
+    with pytest.raises(FoldError, match="has no bias to take up that of its norm"):
+        check_plan({**config, "use_bias": False}, plan)
+
+
+def test_summed_biases_rule_out_a_sequential_prefill() -> None:
+    config = {**CONFIG, "model_type": "llama", "attention_bias": True}
+    plan = Plan.parse("1+2", 6)
+    assert check_plan(config, plan) == []
+    assert check_plan({**config, "attention_bias": False}, plan, prefill="sequential") == []
+    with pytest.raises(FoldError, match="o_proj has a bias"):
+        check_plan(config, plan, prefill="sequential")
+    with pytest.raises(FoldError, match="prefill 'other' is not one of grouped, sequential"):
+        check_plan(config, plan, prefill="other")
 
 
 def test_plan_without_groups_is_refused() -> None:

@@ -199,7 +199,7 @@ def study(
         )
     ]
     total = len(wanted) * len(batches)
-    _run_shares(shares, loaded, progress, len(done) - total + len(todo), total)
+    _run_shares(shares, loaded, progress, total - len(todo), total)
     done = _gather(out)
     nll = {
         program: np.concatenate([done[name_of(program), b]["nll"] for b in batches])

@@ -1,0 +1,30 @@
+"""Decode time of the grouped runtime under a plan without groups, against the untouched model.
+
+Target: at most 3 % slower. Interleaved; ratio untouched / grouped with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import json
+
+from abreast.bench import bench
+from abreast.demo import model_folder
+from abreast.grouped import apply
+from abreast.load import load
+from abreast.plan import Plan
+
+
+def main() -> None:
+    untouched, _ = load(model_folder(), dtype="float32")
+    model, _ = load(model_folder(), dtype="float32")
+    apply(model, Plan(num_layers=16))
+    models = {"untouched": untouched, "grouped": model}
+    found = bench(models, task="decode", context=64, new_tokens=64, rounds=30).timings["grouped"]
+    result = {"ratio": found.ratio, "low": found.ratio_low, "high": found.ratio_high}
+    print(
+        json.dumps({"benchmark": "grouped_overhead", **{k: round(v, 3) for k, v in result.items()}})
+    )
+
+
+if __name__ == "__main__":
+    main()
