@@ -28,7 +28,8 @@ PLANS = {  # depth: groups, by what single pairs cost on calibration text
     9: "1+2 3+4 5+6 7+8 9+10 11+12 13+14",
 }
 WORDS = (
-    "name path data value index size text line node item count start limit offset buffer".split()
+    *("name", "path", "data", "value", "index", "size", "text", "line"),
+    *("node", "item", "count", "start", "limit", "offset", "buffer"),
 )
 
 

@@ -54,7 +54,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 "max_position_embeddings": 512,
                 "pad_token_id": None,  # some families' own is not among 128 words
                 "tie_word_embeddings": tied,
-                **({"head_dim": head_dim} if head_dim else {}),
+                **({"head_dim": head_dim or 16} if head_dim or family == "ministral" else {}),
                 **(dict.fromkeys(BIASES, True) if biases else {}),
                 **config,
             }

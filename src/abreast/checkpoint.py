@@ -97,9 +97,9 @@ def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, st
     Raises CheckpointError when there is no such folder and the Hub has, or gives, no such model.
     """
     folder = Path(os.path.expanduser(model))
-    if os.path.isdir(folder):
+    if str(model) and os.path.isdir(folder):
         return folder, None
-    if os.path.exists(folder):
+    if os.path.isfile(folder):
         raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json")
     name = str(model)
     parts = name.split("/")
@@ -245,14 +245,19 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
     stop = tensor.shape[0] if stop is None else stop
     buffer = torch.empty((stop - start) * tensor.row_bytes, dtype=torch.uint8)
     view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-    with tensor.file.open("rb", buffering=0) as file:
-        file.seek(tensor.offset + start * tensor.row_bytes)
-        filled = 0
-        while filled < len(view):
-            count = file.readinto(view[filled:])
-            if not count:
-                raise CheckpointError(f"'{tensor.file}' ended while it was read; download it again")
-            filled += count
+    try:
+        with tensor.file.open("rb", buffering=0) as file:
+            file.seek(tensor.offset + start * tensor.row_bytes)
+            filled = 0
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise CheckpointError(
+                        f"'{tensor.file}' ended while it was read; download it again"
+                    )
+                filled += count
+    except OSError as error:
+        raise CheckpointError(f"'{tensor.file}' cannot be read: {error.strerror}") from None
     return buffer.view(DTYPES[tensor.dtype]).view(stop - start, *tensor.shape[1:])
 
 
@@ -441,7 +446,11 @@ def publish(out: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         check_free(out)
         staging.rename(out)
     except OSError as error:
-        raise CheckpointError(f"'{out}' cannot be written: {error.strerror or error}") from None
+        # The file that failed may be one of the source's, which is read inside the block.
+        place = error.filename or out
+        raise CheckpointError(
+            f"'{place}': {error.strerror or error}; nothing was written"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

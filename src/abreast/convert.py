@@ -266,6 +266,15 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
             f"'{checkpoint.source}' is quantised, its weights cannot be folded; "
             "convert the unquantised original and quantise the result"
         )
+    if "abreast" in config:
+        raise CheckpointError(
+            f"'{checkpoint.source}' is converted already; give the original that it was made from"
+        )
+    if config.get("per_layer_config"):
+        raise CheckpointError(
+            f"'{checkpoint.source}' has layers of different shape already (per_layer_config), "
+            "which cannot be joined; give a model whose layers are all alike"
+        )
     if config.get("auto_map"):
         raise CheckpointError(
             f"'{checkpoint.source}' brings its own code (auto_map in config.json), which is not "
@@ -335,7 +344,9 @@ def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.T
 
 def _gain(tensor: TensorInfo, recipe: Recipe) -> torch.Tensor:
     gain = read_rows(tensor)
-    return gain.float() + recipe.gain_offset if recipe.gain_offset else gain
+    if not recipe.gain_offset:
+        return gain
+    return gain.to(torch.promote_types(gain.dtype, torch.float32)) + recipe.gain_offset
 
 
 def _chunks(
@@ -404,11 +415,13 @@ def _blame(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
 def _hash_inputs(checkpoint: Checkpoint, stop: threading.Event) -> dict[str, dict[str, Any]]:
     paths = [checkpoint.folder / "config.json"]
     paths += [checkpoint.folder / shard for shard in checkpoint.shards]
-    paths += [path for path in companions(checkpoint.folder) if path.is_file()]
-    return {
-        path.name: {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
-        for path in paths
-    }
+    for path in companions(checkpoint.folder):
+        paths += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = {}
+    for path in paths:
+        entry = {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
+        found[path.relative_to(checkpoint.folder).as_posix()] = entry
+    return found
 
 
 def _write_companions(job: _Job, staging: Path) -> None:

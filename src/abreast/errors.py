@@ -6,3 +6,7 @@ class AbreastError(ValueError):
 
     The command line prints it and leaves with status 2; every other exception is ours.
     """
+
+    def __init__(self, message: str) -> None:
+        # Names from files may hold line breaks.
+        super().__init__(" ".join(message.split()))

@@ -150,7 +150,8 @@ def _heat_map(grid: np.ndarray, title: str, path: str | Path) -> None:
     if count <= 16:
         for (first, last), value in np.ndenumerate(grid):
             if np.isfinite(value):
-                text = f"{value:.1f}" if value >= 1 else f"{value:.2f}".replace("0.", ".")
+                short = f"{value:.2f}".replace("0.", ".") if abs(value) >= 0.005 else "0"
+                text = f"{value:.1f}" if value >= 1 else short
                 colour = "black" if norm(max(value, SCALE[0])) > 0.6 else "white"
                 axes.text(last, first, text, ha="center", va="center", fontsize=6, color=colour)
     bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.9)
@@ -159,7 +160,7 @@ def _heat_map(grid: np.ndarray, title: str, path: str | Path) -> None:
 
 
 def _depth_curve(series: Mapping[str, Mapping[int, float]], title: str, path: str | Path) -> None:
-    """Draw one line per name: effective depth -> loss increase in nats per token."""
+    """Draw one line per name: effective depth -> loss increase in nats, at SCALE's end if less."""
     figure = figure_class()(figsize=(6.4, 4.4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for name, line in series.items():
@@ -167,7 +168,7 @@ def _depth_curve(series: Mapping[str, Mapping[int, float]], title: str, path: st
         heights = [max(line[depth], SCALE[0]) for depth in depths]
         axes.plot(depths, heights, marker="o", markersize=3, label=name)
     axes.set(yscale="log", xlabel="effective depth", title=title)
-    axes.set_ylabel("lowest loss increase (nats per token)")
+    axes.set_ylabel(f"lowest loss increase (nats per token, at least {SCALE[0]})")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -30,6 +30,18 @@ _NUMBER = "[0-9]{1,9}"
 _GROUP = re.compile(rf"{_NUMBER}(?:\+{_NUMBER})+|{_NUMBER}(?:\|{_NUMBER})+(?::{_NUMBER})?")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses what YAML would resolve by letting the last of two equal keys win."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                mark = node.value[index][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"key '{key}' twice", problem_mark=mark)
+        return super().construct_mapping(node, deep)
+
+
 class PlanError(AbreastError):
     """A plan that cannot be read or cannot be carried out."""
 
@@ -140,7 +152,7 @@ class Plan(BaseModel):
     def load(cls, path: str | Path) -> Plan:
         """Read a YAML plan file; unknown keys are refused. Raises PlanError."""
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
         except OSError as error:
             raise PlanError(f"plan file '{path}' cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

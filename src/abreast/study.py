@@ -220,7 +220,7 @@ def study(
         num_layers=num_layers,
         num_tokens=len(tokens) * (window - 1),
         evaluations=Evaluations(
-            spent=sum(line["evaluated"] for line in done.values()),
+            spent=sum(done[name_of(p), b]["evaluated"] for p in wanted for b in batches),
             without_reuse=len(batches) * sum(map(cost_of, every)),
             prefix_only=len(batches)
             * (num_layers + sum(cost_of(p[shared_steps(p, original) :]) for p in every)),
@@ -365,10 +365,14 @@ def _run_shares(
     """Do the first share here with the model given, the others in processes of their own."""
     before = {share.journal: _lines(share.journal) for share in shares}
 
+    told = finished
+
     def report() -> None:
-        if progress is not None:
-            new = sum(_lines(share.journal) - before[share.journal] for share in shares)
-            progress(finished + new, total)
+        nonlocal told
+        new = sum(_lines(share.journal) - before[share.journal] for share in shares)
+        if progress is not None and finished + new > told:
+            told = finished + new
+            progress(told, total)
 
     context = multiprocessing.get_context("spawn")
     busy = [share for share in shares[1:] if any(part for _, part in share.work)]

@@ -35,9 +35,9 @@ class Verification:
 
     uncached: one forward over all tokens. cached: a prefill of half of them, then one at a time.
     prefill: for a checkpoint with sequential prefill, one forward against the original in its own
-    order; else None. kl: mean KL(original under the plan || converted) in nats per position. same_tokens: how many of
-    generated_tokens greedy ones agree before the first that differs. faults: in words, empty when
-    the checkpoint is right.
+    order; else None. kl: mean KL(original under the plan || converted) in nats per position.
+    same_tokens: how many of generated_tokens greedy ones agree before the first that differs.
+    faults: in words, empty when the checkpoint is right.
     """
 
     plan: str
@@ -94,6 +94,8 @@ def verify(
         return Verification(plan.shorthand, dtype, tolerance, *nothing, faults=tuple(faults))
     converted, _ = load(folder, dtype="float32", device=device)
     reference, _ = load(original, dtype="float32", device=device)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.to(stored).float()
     sequential = getattr(converted.config, "abreast_prefill", None) == "sequential"
     converted.config.abreast_prefill = "grouped"  # the plan is to be checked on long inputs, too
     generator = torch.Generator().manual_seed(seed)
