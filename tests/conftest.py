@@ -17,6 +17,14 @@ BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
 TinyCheckpoint = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Threads cost tiny models far more than they give, above all on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     """A factory of random checkpoints, 6 layers of hidden size 64 unless told otherwise.

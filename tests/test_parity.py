@@ -82,15 +82,6 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 Converted = Callable[..., tuple[Path, Path]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost tiny models far more than they give, above all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def converted(tiny_checkpoint, tmp_path_factory) -> Converted:
     """(original, converted) folders for a family, a plan and arguments of tiny_checkpoint."""

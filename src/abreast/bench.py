@@ -8,10 +8,8 @@ within a round, not two averages taken at different times.
 from __future__ import annotations
 
 import gc
-import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from abreast.errors import AbreastError
+from abreast.load import inference, keeps_last
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -262,7 +261,7 @@ def bench(
             for index in range(torch.accelerator.device_count()):
                 torch.accelerator.synchronize(index)
 
-    with _inference(models):
+    with inference(*models.values()):
         measurement = measure(
             candidates,
             rounds=rounds,
@@ -333,30 +332,11 @@ def _shared(values: dict[str, str], what: str) -> str:
     return next(iter(values.values()))
 
 
-@contextmanager
-def _inference(models: Mapping[str, PreTrainedModel]) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is as it was."""
-    modes = [(module, module.training) for model in models.values() for module in model.modules()]
-    try:
-        for model in models.values():
-            model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _last_only(model: PreTrainedModel) -> dict[str, int]:
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-
-
 def _prefill_run(
     model: PreTrainedModel, ids: torch.Tensor, held: list[Any]
 ) -> tuple[Callable[[], None], Callable[[], int]]:
     """Untimed preparation and timed run; `held` keeps the cache, so freeing it is not timed."""
-    options = _last_only(model)
+    options = keeps_last(model, 1)
 
     def prefill() -> int:
         held.append(model(input_ids=ids, use_cache=True, **options))
@@ -369,7 +349,7 @@ def _decode_run(
     model: PreTrainedModel, ids: torch.Tensor, held: list[Any], new_tokens: int
 ) -> tuple[Callable[[], None], Callable[[], int]]:
     """The untimed prefill and the timed decode loop, which find the KV cache in `held`."""
-    options = _last_only(model)
+    options = keeps_last(model, 1)
 
     def prefill() -> None:
         held.clear()

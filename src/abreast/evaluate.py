@@ -7,10 +7,8 @@ therefore the clusters of a cluster-robust error (see `ratio_of_means`).
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ import torch
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
+from abreast.load import inference, keeps_last
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -278,20 +277,6 @@ def _summarise(
     )
 
 
-@contextmanager
-def _inference(models: list[PreTrainedModel]) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule is as it was."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _score(
     models: list[PreTrainedModel],
     stream: TokenStream,
@@ -319,7 +304,7 @@ def _score(
             )
     spans = sliding_windows(len(stream), window, stride)
     scores: list[np.ndarray] = []
-    with _inference(models):
+    with inference(*models):
         for batch in _batches(spans, batch_size):
             ids = torch.from_numpy(np.stack([stream.tokens[begin:end] for begin, end, _ in batch]))
             longest = max(scored for _, _, scored in batch)
@@ -361,11 +346,9 @@ def _batches(
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:
     """Logits that predict the last `scored` tokens of each row, shape [batch, scored, vocab]."""
-    options: dict[str, Any] = {"use_cache": False}
     # Overlapping windows score only some of their positions, and the head is a large part of the
     # work where the vocabulary is large.
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = scored + 1
+    options: dict[str, Any] = {"use_cache": False, **keeps_last(model, scored + 1)}
     logits: torch.Tensor = model(input_ids=ids.to(model.device), **options).logits
     return logits[:, -scored - 1 : -1]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from abreast.families import BRANCHES, Branches
 from abreast.plan import Group, Plan, PlanError
 
 Prefill = Literal["grouped", "sequential"]
-_MARK = "_abreast_plan"
+_MARK = "_abreast_replaced"
 
 
 class GroupingError(AbreastError):
@@ -80,20 +81,26 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     for group in plan.groups:
         for layer in group.layers:
             _check_submodules(layers[layer], layer, branches)
+    # Whatever stood on the instances before, as accelerate's dispatching does, comes back later.
+    replaced = [
+        (layers[layer], layers[layer].__dict__.get("forward"))
+        for group in plan.groups
+        for layer in group.layers
+    ]
     for group in plan.groups:
         _install([layers[layer] for layer in group.layers], group, branches, prefill)
-    setattr(model, _MARK, plan)
+    setattr(model, _MARK, replaced)
 
 
 def remove(model: nn.Module) -> None:
     """Undo `apply`. Raises GroupingError when the model is not grouped."""
-    plan = getattr(model, _MARK, None)
-    if plan is None:
+    replaced = getattr(model, _MARK, None)
+    if replaced is None:
         raise GroupingError("the model is not grouped; there is no plan to remove")
-    layers = decoder_layers(model)
-    for group in plan.groups:
-        for layer in group.layers:
-            del layers[layer].forward
+    for layer, forward in replaced:
+        del layer.forward
+        if forward is not None:
+            layer.forward = forward
     delattr(model, _MARK)
 
 
@@ -147,31 +154,44 @@ def _install(
     left_behind: list[dict[str, Any]] = [{} for _ in members]
 
     def forward_of(place: int) -> Callable[..., torch.Tensor]:
+        stock: Callable[..., torch.Tensor] = members[place].forward
         names = list(inspect.signature(type(members[place]).forward).parameters)[2:]
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if prefill == "sequential" and hidden_states.shape[1] > 1:
-                # The class's own, which the one on the instance stands before.
-                stock = type(members[place]).forward
-                out: torch.Tensor = stock(members[place], hidden_states, *args, **kwargs)
-                return out
+                return stock(hidden_states, *args, **kwargs)
             left_behind[place] = {**dict(zip(names, args, strict=False)), **kwargs}
             if place < len(members) - 1:
                 return hidden_states
-            return _run(members, group.visibility, branches, hidden_states, left_behind)
+            last = members[place]
+            run = partial(_run, members, group.visibility, branches)
+            # Recent versions of transformers checkpoint in the class's `forward`, which this one
+            # stands before; earlier ones in `__call__`, around this one.
+            checkpointing = last.training and getattr(last, "gradient_checkpointing", False)
+            if checkpointing and type(last).__call__ is nn.Module.__call__:
+                given = [_without_cache(k) for k in left_behind]
+                checkpoint: Any = last._gradient_checkpointing_func
+                return checkpoint(partial(run, given), hidden_states)
+            return run(left_behind, hidden_states)
 
         return forward
 
-    for place, member in enumerate(members):
-        member.forward = forward_of(place)  # type: ignore[assignment,unused-ignore]
+    for member, forward in [(m, forward_of(place)) for place, m in enumerate(members)]:
+        member.forward = forward  # type: ignore[assignment,unused-ignore]
+
+
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Recomputing a layer would write to the cache twice; stock layers leave it out as well."""
+    cache = {"past_key_values": None, "layer_past": None, "use_cache": False}
+    return {**kwargs, **{name: off for name, off in cache.items() if name in kwargs}}
 
 
 def _run(
     members: Sequence[nn.Module],
     visibility: Sequence[Sequence[bool]],
     branches: Branches,
-    x: torch.Tensor,
     kwargs: Sequence[dict[str, Any]],
+    x: torch.Tensor,
 ) -> torch.Tensor:
     attended = [
         _attend(member, branches, x, given) for member, given in zip(members, kwargs, strict=True)

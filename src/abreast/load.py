@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,3 +83,26 @@ def _tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from None
+
+
+@contextmanager
+def inference(*models: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule is as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def keeps_last(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """Arguments of a forward pass that make it compute logits of the last `count` positions only.
+
+    Empty for a model class that knows no `logits_to_keep`.
+    """
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": count} if "logits_to_keep" in known else {}

@@ -345,6 +345,10 @@ class LayersOfOwnWidth(PreTrainedModel):
             if hasattr(module, "config") and not isinstance(module, Phi3Attention):
                 module.config = config
         self.post_init()
+        if "abreast_members" in (config.per_layer_attributes or ()):
+            # The family's plan would cut right through the members. Without one, every rank holds
+            # and computes everything: no gain, but right.
+            self.tp_plan = None
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
