@@ -404,7 +404,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(case):
     model = copy.deepcopy(tiny(case)).train()
     batches = [tokens(2, LENGTH), left_padded()[0]]
     if "__call__" in vars(GradientCheckpointingLayer):
-        # Versions that checkpoint around `forward` recompute with what the last forward left behind.
+        # Such a version checkpoints around `forward`: it recomputes with what came by last.
         del batches[0]
     calls = [0] * LAYERS
 

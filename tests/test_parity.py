@@ -1,7 +1,7 @@
 """A converted checkpoint computes what the original computes when it runs grouped under the plan.
 
 One runner, `agree`, compares the two in every way a model is called; the tables name the families
-and the variants that go through it. A new family joins by a row in VARIANTS.
+and the variants that go through it. A new family joins by a row in EVERY.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
 from abreast.convert import convert
+from abreast.errors import AbreastError
+from abreast.families import FAMILIES as FAMILY_ROWS
 from abreast.fold import FoldError
 from abreast.grouped import decoder_layers, grouped
 from abreast.load import load
@@ -206,6 +208,79 @@ def test_every_shape_under_every_plan(converted, family, tied, head_dim, plan):
 def test_variants_of_a_family(converted, family, name):
     plan, settings = VARIANTS[family][name]
     agree(*pair(converted(family, plan, **settings), plan))
+
+
+ALIKE = [SLIDING] * 5 + [FULL]  # so that layers 1 to 4 may share groups
+# every family that can be written: what its layers need to be groupable and its parts to show
+EVERY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 5},
+    "ministral": {"layer_types": ALIKE, "sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {},
+    "seed_oss": {},
+    "smollm3": {"no_rope_layers": [1, 1, 1, 1, 1, 0]},
+    "granite": {"residual_multiplier": 0.7, "attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "ernie4_5": {},
+    "arcee": {},
+    "starcoder2": {},
+    "phi3": {},
+    "gemma": {},
+    "gemma2": {"layer_types": ALIKE, "sliding_window": 5},
+    "gemma3_text": {"layer_types": ALIKE, "sliding_window": 5},
+    "olmo2": {},
+    "cohere2": {"layer_types": ALIKE, "sliding_window": 5},
+}
+SUMMED_BIAS = {"starcoder2"}  # keeps only the sum of its members' output biases
+
+
+def test_no_family_is_forgotten():
+    assert set(EVERY) == set(FAMILY_ROWS)
+
+
+@pytest.mark.parametrize("plan", ["1+2 3+4", "1+2+3", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"])
+@pytest.mark.parametrize("family", EVERY)
+def test_every_family_under_every_wiring(converted, family, plan):
+    agree(*pair(converted(family, plan, **EVERY[family]), plan))
+
+
+@pytest.mark.parametrize("plan", ["1+2 3+4", "1|2|3:1"])
+@pytest.mark.parametrize("family", [name for name in EVERY if name not in SUMMED_BIAS])
+def test_sequential_prefill(tiny_checkpoint, tmp_path, family, plan):
+    """Prompts as the original runs them, single tokens under the plan, whatever the cache."""
+    original = tiny_checkpoint(family, **EVERY[family])
+    convert(original, plan, tmp_path / "out", prefill="sequential")
+    model, reference = load(tmp_path / "out")[0], load(original)[0]
+    ids, mask, _ = left_padded()
+    with torch.inference_mode():
+        assert difference(uncached(model), uncached(reference)) <= FLOAT32
+        decoded = through_cache(reference)
+        with grouped(reference, plan, prefill="sequential"):
+            want, text = through_cache(reference), greedy(reference, ids, mask)
+            continued = two_prefills(reference)
+        assert difference(through_cache(model), want) <= FLOAT32
+        assert difference(want, decoded) > 100 * FLOAT32, "decoding is not under the plan"
+        assert greedy(model, ids, mask) == text
+        assert greedy(model, ids, mask, cache_implementation="static") == text
+        assert difference(two_prefills(model), continued) <= FLOAT32
+        model.config.abreast_prefill = "grouped"
+        with grouped(reference, plan):
+            assert difference(uncached(model), uncached(reference)) <= FLOAT32
+
+
+def two_prefills(model: Any) -> torch.Tensor:
+    """The second prompt of a conversation: more than one token on top of a filled cache."""
+    ids = tokens(2, LENGTH)
+    first = model(ids[:, :10], use_cache=True)
+    return model(ids[:, 10:], past_key_values=first.past_key_values, use_cache=True).logits
+
+
+@pytest.mark.parametrize(("family", "settings"), [("starcoder2", {}), ("llama", {"biases": True})])
+def test_sequential_prefill_needs_the_members_back(tiny_checkpoint, tmp_path, family, settings):
+    original = tiny_checkpoint(family, **settings)
+    with pytest.raises(AbreastError, match="bias"):
+        convert(original, PLAN, tmp_path / "out", prefill="sequential")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rope_scaling_that_depends_on_the_length(converted):
