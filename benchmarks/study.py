@@ -9,19 +9,45 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+import numpy as np
 
 from abreast.demo import model_folder
 from abreast.findings import wins
-from abreast.interventions import INTERVENTIONS
-from abreast.study import study
+from abreast.interventions import INTERVENTIONS, name_of, programs
+from abreast.study import JOURNAL, Study, study
 
 
 def show(done: int, total: int) -> None:
     if done % 100 == 0 or done == total:
         print(f"{done} of {total}", file=sys.stderr)
+
+
+def clear_wins(result: Study, folder: Path, first: str, second: str) -> tuple[int, int]:
+    """Stretches of 3 layers or more where `first` loses less, or more, than `second` by over twice
+    the standard error of their difference, paired over windows."""
+    text = (folder / JOURNAL.format(0)).read_text(encoding="utf-8")
+    lines = {(line["program"], line["batch"]): line for line in map(json.loads, text.splitlines())}
+    batches = range(1 + max(batch for _, batch in lines))
+    layers = result.num_layers
+
+    def losses(intervention: str, start: int, end: int) -> np.ndarray:
+        name = name_of(programs(intervention, start, end, layers)[0])
+        return np.concatenate([lines[name, batch]["nll"] for batch in batches])
+
+    less = more = 0
+    for start in range(layers):
+        for end in range(start + 2, layers):
+            difference = losses(first, start, end) - losses(second, start, end)
+            twice = 2 * difference.std(ddof=1) / math.sqrt(len(difference))
+            less += bool(difference.mean() < -twice)
+            more += bool(difference.mean() > twice)
+    return less, more
 
 
 def main() -> None:
@@ -31,16 +57,21 @@ def main() -> None:
     arguments = parser.parse_args()
     interventions = INTERVENTIONS if arguments.cqil else INTERVENTIONS[:6]
     with tempfile.TemporaryDirectory() as folder:
+        out = Path(arguments.out or f"{folder}/study")
         start = time.perf_counter()
         result = study(
             model_folder(),
-            arguments.out or f"{folder}/study",
+            out,
             interventions=interventions,
             dtype="float32",
             devices=("cpu", "cpu"),
             progress=show,
         )
         seconds = time.perf_counter() - start
+        clear = {
+            other: clear_wins(result, out, "2-parallel", other)
+            for other in ("prune", "merge", "parallel", "3-parallel")
+        }
     counts = result.evaluations
     longer = [row for row in result.rows if row.end - row.start > 1]
     record = {
@@ -59,6 +90,7 @@ def main() -> None:
             for other in interventions
             if other != "2-parallel"
         },
+        "by_over_two_standard_errors": clear,
     }
     print(json.dumps(record))
 
