@@ -34,6 +34,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "bench",
     ),
     ("optimize", "demo"),
+    ("tables",),
     ("cli",),
 )
 FLOOR_OF = {name: height for height, floor in enumerate(FLOORS) for name in floor}

@@ -14,9 +14,9 @@ import click
 
 from abreast import __version__
 from abreast.errors import AbreastError
+from abreast.tables import bytes_text, print_demo, print_table, quality_rows
 
 if TYPE_CHECKING:
-    from abreast.demo import Demo
     from abreast.evaluate import Comparison, Perplexity
 
 Progress = Callable[[int, int], None]
@@ -65,7 +65,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         "FFN": str(found.intermediate_size),
         "vocabulary": f"{found.vocab_size}, {'tied' if found.tied else 'untied'} output head",
         "weights": f"{found.parameters / 1e6:.1f} M in {', '.join(found.dtypes)}, "
-        f"{_bytes(found.nbytes)} in {len(found.shards)} file{'s' * (len(found.shards) > 1)}",
+        f"{bytes_text(found.nbytes)} in {len(found.shards)} file{'s' * (len(found.shards) > 1)}",
     }
     if found.plan is not None:
         rows["converted"] = f"from {found.original_layers} layers under plan {found.plan}"
@@ -77,7 +77,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
             rows["fusion"] = "not for this family yet: its groups can only run grouped in memory"
         for first, second, reason in found.refused[:8]:
             rows[f"refused {first}+{second}"] = reason
-    _print_table(rows)
+    print_table(rows)
 
 
 @cli.command()
@@ -129,14 +129,14 @@ def convert(
         if as_json:
             return _print_json(planned.to_dict())
         stages = " ".join("+".join(map(str, stage)) for stage in planned.stages)
-        return _print_table(
+        return print_table(
             {
                 "model": f"{planned.source} ({planned.family})",
                 "stages": f"{planned.num_layers} layers -> {planned.depth}: {stages}",
                 "architecture": f"{planned.architecture}, {planned.dtype}",
-                "reads": _bytes(planned.bytes_read),
-                "writes": f"{_bytes(planned.bytes_written)} in {len(planned.shards)} file(s)",
-                "peak memory": f"about {_bytes(planned.peak_memory)} beyond Python and torch",
+                "reads": bytes_text(planned.bytes_read),
+                "writes": f"{bytes_text(planned.bytes_written)} in {len(planned.shards)} file(s)",
+                "peak memory": f"about {bytes_text(planned.peak_memory)} beyond Python and torch",
             }
         )
     with _progress("convert", as_json) as progress:
@@ -177,7 +177,7 @@ def verify(
     if as_json:
         _print_json(found.to_dict())
     else:
-        _print_table(
+        print_table(
             {
                 "plan": found.plan,
                 "files": "as recorded" if found.num_tokens else "damaged",
@@ -262,7 +262,80 @@ def evaluate(
         }
         record = {"model": model, "against": against, "plan": plan, "dtype": dtype, "seed": seed}
         return _print_json({**record, "data": about, **{"result": result.to_dict()}})
-    _print_table(_quality(result))
+    print_table(quality_rows(result))
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-o", "--out", required=True, help="Folder of results; goes on with it.")
+@click.option("--interventions", help="Some of them, by commas. Default: all.")
+@click.option("--data", default="stdlib", show_default=True, help="As for eval.")
+@click.option("--windows", default=16, show_default=True, help="Windows of text to score.")
+@click.option("--window", default=256, show_default=True, help="Tokens in each.")
+@click.option("--max-length", type=int, help="Longest stretch of layers. Default: all.")
+@click.option("--permutations", default=3, show_default=True, help="Orders per shuffled stretch.")
+@click.option("--batch-size", default=8, show_default=True, help="Windows at once.")
+@click.option("--max-cache", default="1GB", show_default=True, help="States kept for reuse.")
+@click.option("--devices", default="cpu", show_default=True, help="A worker each: cuda:0,cuda:1")
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
+@click.option("--no-plots", is_flag=True, help="Write no PNGs; needs no matplotlib.")
+@_revision
+@_remote
+@_seed
+@_json
+def study(
+    model: str,
+    out: str,
+    interventions: str | None,
+    data: str,
+    windows: int,
+    window: int,
+    max_length: int | None,
+    permutations: int,
+    batch_size: int,
+    max_cache: str,
+    devices: str,
+    dtype: str,
+    no_plots: bool,
+    revision: str | None,
+    trust_remote_code: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """What MODEL loses when stretches of its layers are shuffled, pruned, merged or run abreast."""
+    from abreast.interventions import INTERVENTIONS
+    from abreast.study import study as run
+
+    with _progress("study", as_json) as progress:
+        result = run(
+            model,
+            out,
+            data=data,
+            interventions=interventions.split(",") if interventions else INTERVENTIONS,
+            max_length=max_length,
+            permutations=permutations,
+            batch_size=batch_size,
+            max_cache_bytes=_parse_size(max_cache),
+            num_windows=windows,
+            window=window,
+            seed=seed,
+            dtype=dtype,
+            devices=devices.split(","),
+            plots=not no_plots,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        return _print_json(result.to_dict())
+    print_table(
+        {
+            "results": out,
+            "rows": str(len(result.rows)),
+            "layer evaluations": f"{result.evaluations.spent}, "
+            f"{result.evaluations.without_reuse} without reuse",
+        }
+    )
 
 
 @cli.command()
@@ -303,75 +376,7 @@ def demo(
     )
     if as_json:
         return _print_json(result.to_dict())
-    _print_demo(result)
-
-
-def _quality(result: Comparison | Perplexity) -> dict[str, str]:
-    from abreast.evaluate import Perplexity
-
-    if isinstance(result, Perplexity):
-        return {
-            "perplexity": f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}",
-            "loss": f"{result.nll:.4f} ± {result.nll_stderr:.4f} nats per token",
-            "bits per byte": f"{result.bits_per_byte:.4f}",
-            "scored": f"{result.num_tokens} tokens, window {result.window}, stride {result.stride}",
-        }
-    ours, theirs = result.model, result.reference
-    return {
-        "perplexity": f"{ours.perplexity:.3f} ± {ours.perplexity_stderr:.3f}",
-        "of the original": f"{theirs.perplexity:.3f} ± {theirs.perplexity_stderr:.3f}",
-        "loss increase": f"{result.nll_difference:+.4f} ± {result.nll_difference_stderr:.4f} nats",
-        "KL divergence": f"{result.kl:.4f} ± {result.kl_stderr:.4f} nats, "
-        f"95th percentile {result.kl_p95:.4f}",
-        "same top token": f"{result.top1_agreement:.1%} ± {result.top1_agreement_stderr:.1%}",
-        "scored": f"{result.num_tokens} tokens, window {result.window}, stride {result.stride}",
-    }
-
-
-def _print_demo(result: Demo) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from abreast.bench import verdict
-
-    quality = result.comparison
-    decode, prefill = result.decode.timings, result.prefill.timings
-
-    def error(value: float, stderr: float) -> str:
-        return f"{value:.2f} ± {stderr:.2f}"
-
-    table = Table(title=f"bundled model, plan {result.plan.shorthand}, {result.dtype}")
-    for heading in ("", "original", "converted", "difference"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row("depth", str(result.plan.num_layers), str(result.plan.depth), "")
-    table.add_row(
-        "perplexity",
-        error(quality.reference.perplexity, quality.reference.perplexity_stderr),
-        error(quality.model.perplexity, quality.model.perplexity_stderr),
-        f"{quality.nll_difference:+.4f} ± {quality.nll_difference_stderr:.4f} nats",
-    )
-    table.add_row("KL divergence", "", f"{quality.kl:.4f} ± {quality.kl_stderr:.4f}", "nats")
-    table.add_row("same top token", "", f"{quality.top1_agreement:.1%}", "")
-    for name, times in (("decode tokens/s", decode), ("prefill tokens/s", prefill)):
-        after = times["converted"]
-        table.add_row(
-            name,
-            f"{times['original'].tokens_per_second:.0f}",
-            f"{after.tokens_per_second:.0f}",
-            f"{after.ratio:.2f}x [{after.ratio_low:.2f}, {after.ratio_high:.2f}]",
-        )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"decode: {verdict(result.decode)}")
-    console.print(f"prefill: {verdict(result.prefill)}")
-    if result.out is not None:
-        console.print(f"converted checkpoint: {result.out}", soft_wrap=True)
-
-
-def _print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
-    for key, value in rows.items():
-        click.echo(f"{key:<{width}}  {value}")
+    print_demo(result)
 
 
 def _print_json(data: Any) -> None:
@@ -380,14 +385,6 @@ def _print_json(data: Any) -> None:
 
 def _say(message: str) -> None:
     click.echo(f"abreast: {message}", err=True)
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.2f} GB"
 
 
 def _parse_size(text: str) -> int:
