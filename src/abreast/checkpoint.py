@@ -15,7 +15,7 @@ import queue
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -367,30 +367,22 @@ def write_shards(
 
 
 class _Put:
-    """Hands buffers to a writer thread; at most 4 wait, which bounds the memory."""
+    """Hands buffers to a thread that writes and one that hashes; at most 4 wait for either."""
 
     def __init__(self, path: Path, file: Any) -> None:
-        self._queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        self._fault: BaseException | None = None
-        self._sha = hashlib.sha256()
         self._path, self._file = path, file
-        self._thread = threading.Thread(target=self._drain, daemon=True)
-        self._thread.start()
+        self._sha = hashlib.sha256()
+        self._faults: list[BaseException] = []
+        self._lines = [_Line(take, self._faults) for take in (self._write, self._sha.update)]
 
     def __call__(self, data: memoryview) -> None:
         self._check()
-        self._queue.put(data)
+        for line in self._lines:
+            line.queue.put(data)
 
-    def _drain(self) -> None:
-        while (data := self._queue.get()) is not None:
-            if self._fault is not None:
-                continue
-            try:
-                self._sha.update(data)
-                while data:
-                    data = data[self._file.write(data) :]
-            except BaseException as error:
-                self._fault = error
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
 
     def digest(self) -> str:
         self.close()
@@ -398,15 +390,38 @@ class _Put:
         return self._sha.hexdigest()
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+        for line in self._lines:
+            line.close()
 
     def _check(self) -> None:
-        if isinstance(self._fault, OSError):
-            raise CheckpointError(f"'{self._path}' cannot be written: {self._fault.strerror}")
-        if self._fault is not None:
-            raise self._fault
+        for fault in self._faults:
+            if isinstance(fault, OSError):
+                raise CheckpointError(f"'{self._path}' cannot be written: {fault.strerror}")
+            raise fault
+
+
+class _Line:
+    """A thread that takes buffers from a short queue, which bounds the memory."""
+
+    def __init__(self, take: Callable[[memoryview], object], faults: list[BaseException]) -> None:
+        self.queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
+        self._take, self._faults = take, faults
+        self._thread = threading.Thread(target=self._drain, daemon=True)
+        self._thread.start()
+
+    def _drain(self) -> None:
+        while (data := self.queue.get()) is not None:
+            if self._faults:  # go on emptying, or the producer would wait for ever
+                continue
+            try:
+                self._take(data)
+            except BaseException as error:
+                self._faults.append(error)
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self.queue.put(None)
+            self._thread.join()
 
 
 @contextmanager
