@@ -29,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MANIFEST = "abreast.json"
 MAX_SHARD_BYTES = 5_000_000_000
-HASH_CHUNK = 8 << 20
+HASH_CHUNK = 2 << 20
 _MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
 
 DTYPES: dict[str, torch.dtype] = {

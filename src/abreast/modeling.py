@@ -15,6 +15,7 @@ Shapes: B batch, L length, D hidden, P members, and X for whatever a matrix is w
 """
 
 import copy
+import functools
 import importlib
 from typing import Any
 
@@ -240,9 +241,14 @@ def _packed_parts(layer: Any, name: str, like: torch.Tensor) -> list[int]:
 
 
 def _mix(module: Any, mixin: type) -> None:
-    """Put `mixin` before the class of a module; hooks that look for that class still find it."""
-    kind = type(module)
-    module.__class__ = type(mixin.__name__ + kind.__name__, (mixin, kind), {"__module__": __name__})
+    """Put `mixin` before the class of a module; what looks for that class still finds it."""
+    module.__class__ = _mixed(type(module), mixin)
+
+
+@functools.cache
+def _mixed(kind: type, mixin: type) -> type:
+    # Under its old name, by which accelerate knows which modules must not be split over devices.
+    return type(kind.__name__, (mixin, kind), {"__module__": __name__})
 
 
 def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
