@@ -41,7 +41,10 @@ def load(
 
     folder, _ = resolve(model, revision=revision)
     open_checkpoint(folder)
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise CheckpointError(f"device '{device}' is unknown; use cpu, cuda or cuda:1") from None
     if target.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("no CUDA device here; use --device cpu")
     if isinstance(dtype, str) and dtype != "auto":

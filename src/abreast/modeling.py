@@ -242,11 +242,11 @@ def _packed_parts(layer: Any, name: str, like: torch.Tensor) -> list[int]:
 
 def _mix(module: Any, mixin: type) -> None:
     """Put `mixin` before the class of a module; what looks for that class still finds it."""
-    module.__class__ = _mixed(type(module), mixin)
+    module.__class__ = _mixed(module.__class__, mixin)
 
 
 @functools.cache
-def _mixed(kind: type, mixin: type) -> type:
+def _mixed(kind: Any, mixin: Any) -> type:
     # Under its old name, by which accelerate knows which modules must not be split over devices.
     return type(kind.__name__, (mixin, kind), {"__module__": __name__})
 
