@@ -62,7 +62,7 @@ def load(
     loaded = loaded.to(target).eval()
     if plan is not None:
         apply(loaded, plan)
-    return loaded, _tokenizer(folder)
+    return loaded, _tokenizer(folder, trust_remote_code)
 
 
 def _complain(folder: Path, report: dict[str, Any]) -> None:
@@ -75,14 +75,16 @@ def _complain(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         return None
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from None
