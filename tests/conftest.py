@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
+OWN_HEAD_DIM = {"ministral", "hunyuan_v1_dense"}  # do not derive one from the hidden size
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -62,7 +63,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 "max_position_embeddings": 512,
                 "pad_token_id": None,  # some families' own is not among 128 words
                 "tie_word_embeddings": tied,
-                **({"head_dim": head_dim or 16} if head_dim or family == "ministral" else {}),
+                **({"head_dim": head_dim or 16} if head_dim or family in OWN_HEAD_DIM else {}),
                 **(dict.fromkeys(BIASES, True) if biases else {}),
                 **config,
             }

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from abreast.branches import BRANCHES
 from abreast.families import (
-    BRANCHES,
     FAMILIES,
     FamilyError,
     all_tensors,

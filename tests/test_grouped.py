@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from abreast.branches import BRANCHES
 from abreast.errors import AbreastError
-from abreast.families import BRANCHES
 from abreast.grouped import GroupingError, apply, decoder_layers, grouped, remove
 from abreast.plan import Plan, PlanError
 
@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True}),
 }
 # Where the FFN reads the layer's input, every wiring is the same.
-PARALLEL = {"cohere", "cohere2", "gpt_neox", "stablelm-parallel"}
+PARALLEL = {"cohere", "cohere2", "gpt_neox", "phi", "stablelm-parallel"}
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,

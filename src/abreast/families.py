@@ -51,6 +51,9 @@ class Family:
     per-head norms of q and k, with the size symbol of the heads they act on; each layer has one
     gain of head_dim for all its heads, a group one for each head. member_norms: norms after a
     branch, which stay with their member. flat_norms: likewise, over all heads of q or k at once.
+    wide_norms: with a gain for every head already, and only where the config says use_qk_norm.
+    parallel: the FFN reads the layer's input, which makes all wirings one. head_bias: the output
+    head has one.
     wide: config keys that grow p-fold in a group of p layers. stock: architecture of the
     unconverted checkpoint. defaults: config keys whose absence means something else than off.
     per_layer: config lists with one entry per layer. ignore: suffixes of tensors that old
@@ -66,6 +69,9 @@ class Family:
     head_norms: tuple[tuple[str, str], ...] = ()
     member_norms: tuple[str, ...] = ()
     flat_norms: tuple[tuple[str, str], ...] = ()
+    wide_norms: tuple[tuple[str, str], ...] = ()
+    parallel: bool = False
+    head_bias: bool = False
     wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     defaults: tuple[tuple[str, Any], ...] = ()
     per_layer: tuple[str, ...] = ("layer_types",)
@@ -89,11 +95,6 @@ class Family:
     def keeps_members(self) -> bool:
         """Whether a group has parts that stay with their member in every wiring."""
         return bool(self.head_norms or self.member_norms or self.flat_norms)
-
-    @property
-    def parallel(self) -> bool:
-        """Whether the FFN reads the layer's input, which makes all wirings one."""
-        return BRANCHES[self.model_type].parallel is True
 
 
 _BEFORE, _AFTER = "input_layernorm", "post_attention_layernorm"
@@ -125,12 +126,17 @@ def _plain_ffn(inner: str, outer: str, bias: str) -> tuple[Matrix, ...]:
     )
 
 
+_BIASED = _attention(bias="attention_bias", output_bias="attention_bias")
+_LLAMA = _BIASED + _gated_ffn(bias="mlp_bias")
+_GLM = (
+    *_attention(bias="attention_bias"),
+    Matrix("mlp.gate_up_proj", "FF", "D", "rows", _AFTER),
+    Matrix("mlp.down_proj", "D", "F", "columns"),
+)
 _QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
 _TIED = ("tie_word_embeddings", True)
 _GEMMA_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-_SANDWICHED = _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(
-    "pre_feedforward_layernorm"
-)
+_SANDWICHED = _BIASED + _gated_ffn("pre_feedforward_layernorm")
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -138,8 +144,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "llama",
             "LlamaForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias")
-            + _gated_ffn(bias="mlp_bias"),
+            _LLAMA,
         ),
         Family("mistral", "MistralForCausalLM", _attention() + _gated_ffn()),
         Family("ministral", "MinistralForCausalLM", _attention() + _gated_ffn()),
@@ -147,7 +152,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(),
+            _BIASED + _gated_ffn(),
             head_norms=_QK_HEADS,
             defaults=(("head_dim", 128),),
         ),
@@ -161,16 +166,14 @@ FAMILIES: dict[str, Family] = {
         Family(
             "smollm3",
             "SmolLM3ForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias")
-            + _gated_ffn(bias="mlp_bias"),
+            _LLAMA,
             defaults=(_TIED,),
             per_layer=("layer_types", "no_rope_layers"),
         ),
         Family(
             "granite",
             "GraniteForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias")
-            + _gated_ffn(bias="mlp_bias"),
+            _LLAMA,
         ),
         Family(
             "ernie4_5",
@@ -181,8 +184,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "arcee",
             "ArceeForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias")
-            + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+            _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
         ),
         Family(
             "starcoder2",
@@ -205,7 +207,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma",
             "GemmaForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(),
+            _BIASED + _gated_ffn(),
             gain_offset=1.0,
             defaults=(_TIED, ("head_dim", 256)),
         ),
@@ -228,81 +230,89 @@ FAMILIES: dict[str, Family] = {
             member_norms=_GEMMA_NORMS,
             defaults=(_TIED, ("head_dim", 256)),
         ),
-        Family(
-            "olmo2",
-            "Olmo2ForCausalLM",
-            _attention(None, "attention_bias", "attention_bias") + _gated_ffn(None),
-            norms=(),
-            member_norms=_GEMMA_NORMS,
-            flat_norms=_QK_HEADS,
+        *(
+            Family(
+                model_type,
+                f"{model_type.capitalize()}ForCausalLM",
+                _attention(None, "attention_bias", "attention_bias") + _gated_ffn(None),
+                norms=(),
+                member_norms=_GEMMA_NORMS,
+                flat_norms=_QK_HEADS,
+            )
+            for model_type in ("olmo2", "olmo3")
         ),
         Family(
             "cohere2",
             "Cohere2ForCausalLM",
-            _attention(bias="attention_bias", output_bias="attention_bias") + _gated_ffn(_BEFORE),
+            _BIASED + _gated_ffn(_BEFORE),
             norms=("input_layernorm",),
+            parallel=True,
             defaults=(_TIED,),
+        ),
+        Family(
+            "cohere",
+            "CohereForCausalLM",
+            _BIASED + _gated_ffn(_BEFORE),
+            norms=("input_layernorm",),
+            wide_norms=_QK_HEADS,
+            parallel=True,
+            defaults=(_TIED,),
+        ),
+        Family(
+            "glm",
+            "GlmForCausalLM",
+            _GLM,
+            defaults=(("attention_bias", True), ("head_dim", 128)),
+        ),
+        Family(
+            "glm4",
+            "Glm4ForCausalLM",
+            _GLM,
+            member_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
+            defaults=(("attention_bias", True), ("head_dim", 128)),
+        ),
+        Family(
+            "phi",
+            "PhiForCausalLM",
+            (
+                *_attention(bias="always")[:3],
+                Matrix("self_attn.dense", "D", "Q", "columns", None, "always"),
+                Matrix("mlp.fc1", "F", "D", "rows", _BEFORE, "always"),
+                Matrix("mlp.fc2", "D", "F", "columns", None, "always"),
+            ),
+            norms=("input_layernorm",),
+            norm_bias=True,
+            parallel=True,
+            head_bias=True,
+            final_norm="model.final_layernorm",
+        ),
+        Family(
+            "olmo",
+            "OlmoForCausalLM",
+            _attention(None, "attention_bias", "attention_bias") + _gated_ffn(None),
+            norms=(),
+            final_norm="",
+        ),
+        Family(
+            "exaone4",
+            "Exaone4ForCausalLM",
+            _attention(None) + _gated_ffn(None),
+            norms=(),
+            head_norms=_QK_HEADS,
+            member_norms=_GEMMA_NORMS,
+        ),
+        Family(
+            "hunyuan_v1_dense",
+            "HunYuanDenseV1ForCausalLM",
+            _BIASED + _gated_ffn(),
+            head_norms=(("self_attn.query_layernorm", "Q"), ("self_attn.key_layernorm", "K")),
         ),
     )
 }
 
 
-@dataclass(frozen=True)
-class Branches:
-    """Names of a decoder layer's submodules in transformers: what a grouped run calls.
-
-    The attention branch is after_attention(attention(before_attention(x))), the FFN branch
-    after_mlp(mlp(before_mlp(y))); each `before` and `after` is a chain of submodules, maybe empty.
-    parallel: the FFN reads the layer's input instead of the attention's result: True, False, or
-    the attribute of the layer that says which. scale: attribute that multiplies both branches.
-    """
-
-    attention: str = "self_attn"
-    before_attention: tuple[str, ...] = ("input_layernorm",)
-    after_attention: tuple[str, ...] = ()
-    mlp: str = "mlp"
-    before_mlp: tuple[str, ...] = ("post_attention_layernorm",)
-    after_mlp: tuple[str, ...] = ()
-    parallel: bool | str = False
-    scale: str | None = None
-
-
-_PLAIN = Branches()
-_SANDWICH = Branches(
-    after_attention=("post_attention_layernorm",),
-    before_mlp=("pre_feedforward_layernorm",),
-    after_mlp=("post_feedforward_layernorm",),
-)
-_POST = Branches(
-    before_attention=(),
-    after_attention=("post_attention_layernorm",),
-    before_mlp=(),
-    after_mlp=("post_feedforward_layernorm",),
-)
-_COHERE = Branches(before_mlp=("input_layernorm",), parallel=True)
-
-BRANCHES: dict[str, Branches] = {
-    **dict.fromkeys(
-        (
-            *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3"),
-            *("qwen3_moe", "smollm3", "starcoder2", "seed_oss", "olmo", "arcee", "ernie4_5"),
-        ),
-        _PLAIN,
-    ),
-    **dict.fromkeys(("gemma", "glm"), _PLAIN),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _SANDWICH),
-    **dict.fromkeys(("olmo2", "olmo3"), _POST),
-    **dict.fromkeys(("cohere", "cohere2"), _COHERE),
-    "phi3": Branches(after_attention=("resid_attn_dropout",), after_mlp=("resid_mlp_dropout",)),
-    "granite": Branches(scale="residual_multiplier"),
-    "gpt_neox": Branches(
-        attention="attention",
-        after_attention=("post_attention_dropout",),
-        after_mlp=("post_mlp_dropout",),
-        parallel="use_parallel_residual",
-    ),
-    "stablelm": Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
-}
+# Experts, partly rotated heads or branches with learned parts that are no matrices: not one layer.
+GROUPED_ONLY = ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_neox", "stablelm", "gemma3")
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -316,7 +326,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         raise FamilyError(
             "this checkpoint is converted already; give the original that it was made from"
         )
-    if model_type in BRANCHES:
+    if model_type in GROUPED_ONLY:
         raise FamilyError(
             f"a {model_type} cannot be written as wide layers, only run grouped in memory "
             "(abreast.grouped, or eval with --plan)"
@@ -384,6 +394,9 @@ def layer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
         shapes[f"{norm}.weight"] = (size["D"],)
     for norm, heads in family.flat_norms:
         shapes[f"{norm}.weight"] = (size[heads],)
+    for norm, heads in family.wide_norms if config.get("use_qk_norm") else ():
+        head_dim = head_dim_of(config)
+        shapes[f"{norm}.weight"] = (size[heads] // head_dim, head_dim)
     for matrix in family.matrices:
         rows = sum(size[part] for part in matrix.rows)
         shapes[f"{matrix.name}.weight"] = (rows, size[matrix.columns])
@@ -396,10 +409,13 @@ def outer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
     """Shape of every tensor outside the layers."""
     size = sizes(config)
     shapes: dict[str, tuple[int, ...]] = {family.embedding: (size["V"], size["D"])}
-    for kind in ("weight", "bias") if family.norm_bias else ("weight",):
+    kinds = ("weight", "bias") if family.norm_bias else ("weight",)
+    for kind in kinds if family.final_norm else ():
         shapes[f"{family.final_norm}.{kind}"] = (size["D"],)
     if not is_tied(config):
         shapes[family.head] = (size["V"], size["D"])
+    if family.head_bias:
+        shapes[family.head.replace("weight", "bias")] = (size["V"],)
     return shapes
 
 
@@ -470,7 +486,7 @@ def _default_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
 
 
 # How many layers until the next one with full attention, where config.json does not list the kinds.
-_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
 
 
 def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -125,6 +125,8 @@ def obstacle(config: Mapping[str, Any], layers: Sequence[int]) -> str | None:
     mixed = {kinds[layer] for layer in layers}
     if len(mixed) > 1:
         return f"they mix {' and '.join(sorted(mixed))}"
+    if config.get("qk_layernorm"):
+        return "their q and k are normed with biases of their own (qk_layernorm)"
     family = FAMILIES.get(str(config.get("model_type")))
     if family is not None and family.norm_bias:
         for matrix in family.matrices:
@@ -219,6 +221,9 @@ def _stage_recipes(
         tensor = f"{norm}.weight"
         heads = size[symbol] // head_dim_of(config)
         made.append(Recipe(target(tensor), "heads", source(tensor), heads=heads))
+    for norm, _ in family.wide_norms:
+        if f"{norm}.weight" in tensors:
+            made.append(Recipe(target(f"{norm}.weight"), "rows", source(f"{norm}.weight")))
     for norm in (*family.member_norms, *(name for name, _ in family.flat_norms)):
         made.append(Recipe(target(f"{norm}.weight"), "heads", source(f"{norm}.weight")))
     for matrix in family.matrices:

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from abreast.branches import BRANCHES, Branches
 from abreast.errors import AbreastError
-from abreast.families import BRANCHES, Branches
 from abreast.plan import Group, Plan, PlanError
 
 Prefill = Literal["grouped", "sequential"]

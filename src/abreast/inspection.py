@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from abreast.branches import BRANCHES
 from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
 from abreast.families import (
-    BRANCHES,
     FAMILIES,
     attention_kinds,
     family_of,

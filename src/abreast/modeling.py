@@ -29,7 +29,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
 # Family in class names -> module below transformers.models; both take the family's own classes.
@@ -51,8 +50,23 @@ FAMILIES = {
     "Gemma3": "gemma3",
     "Olmo2": "olmo2",
     "Cohere2": "cohere2",
+    "Cohere": "cohere",
+    "Glm": "glm",
+    "Glm4": "glm4",
+    "Phi": "phi",
+    "Olmo": "olmo",
+    "Olmo3": "olmo3",
+    "Exaone4": "exaone4",
+    "HunYuanDenseV1": "hunyuan_v1_dense",
 }
-AFTER_ATTENTION, AFTER_FFN = "post_attention_layernorm", "post_feedforward_layernorm"
+# Attention classes that norm q and k after they were transposed to [B, heads, L, X].
+HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
+# Norms after attention, before and after the FFN, in the three orders there are.
+ORDERS: tuple[tuple[Any, Any, Any], ...] = (
+    ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (None, "post_attention_layernorm", None),
+)
 
 
 class MemberLinear(nn.Module):
@@ -125,18 +139,18 @@ class CqilForward:
         scale = getattr(self, "residual_multiplier", 1.0)
         read = self.input_layernorm(x_BLD) if hasattr(self, "input_layernorm") else x_BLD
         a_BLPD = self.self_attn(read, *args, **kwargs)[0] * scale
-        if self.sandwiched:
-            a_BLPD = getattr(self, AFTER_ATTENTION)(a_BLPD)
+        after_attention, before, after = (getattr(self, name or "", None) for name in self.norms)
+        if after_attention is not None:
+            a_BLPD = after_attention(a_BLPD)
         seen_BLPD = a_BLPD
         if self.bypass:
             members = a_BLPD.shape[-2]
             visible = a_BLPD.new_ones(members, members).tril().triu(-self.bypass)
             seen_BLPD = visible @ a_BLPD
         y_BLPD = x_BLD.unsqueeze(-2) + seen_BLPD
-        before = getattr(self, self.ffn_norm, None)
         f_BLD = self.mlp(before(y_BLPD) if before is not None else y_BLPD) * scale
-        if self.sandwiched:
-            f_BLD = getattr(self, AFTER_FFN)(f_BLD)
+        if after is not None:
+            f_BLD = after(f_BLD)
         return x_BLD + a_BLPD.sum(-2) + f_BLD
 
 
@@ -255,15 +269,16 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
     """Replace what stays with its member in a layer built as one wide stock layer."""
     members, bypass, hidden = config.abreast_members, config.abreast_bypass, config.hidden_size
     attention, mlp = layer.self_attn, layer.mlp
-    sandwiched = hasattr(layer, AFTER_FFN)
-    for name in ("q_norm", "k_norm"):
+    norms = next(order for order in ORDERS if order[2] is None or hasattr(layer, order[2]))
+    sandwiched = norms[2] is not None
+    for name in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
         norm = getattr(attention, name, None)
-        if norm is None:
+        if norm is None or norm.weight.dim() > 1:  # Cohere has a gain for every head already
             continue
-        heads = config.num_attention_heads if name == "q_norm" else config.num_key_value_heads
+        heads = config.num_attention_heads if name[0] == "q" else config.num_key_value_heads
         if norm.weight.shape[0] == attention.head_dim:
             norm.weight = nn.Parameter(torch.ones(heads, attention.head_dim))
-            if isinstance(attention, Gemma3Attention):
+            if type(attention).__name__ in HEADS_BEFORE_LENGTH:
                 _mix(norm, HeadsBeforeLength)
         else:
             norm.weight = nn.Parameter(norm.weight.data.view(members, -1))
@@ -274,8 +289,8 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
     down = getattr(mlp, out)
     if sandwiched:
         setattr(mlp, out, MemberLinear(down, members, "columns"))
-        for name, add in ((AFTER_ATTENTION, bypass is None), (AFTER_FFN, True)):
-            norm = getattr(layer, name)
+        for place, add in ((0, bypass is None), (2, True)):
+            norm = getattr(layer, norms[place])
             norm.weight = nn.Parameter(norm.weight.data.expand(members, hidden).clone())
             if add:
                 _mix(norm, AddMembers)
@@ -286,8 +301,7 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
             setattr(mlp, name, MemberLinear(getattr(mlp, name), members, "rows"))
     if not sandwiched:
         _mix(down, JoinMembers)
-    layer.bypass, layer.sandwiched = bypass, sandwiched
-    layer.ffn_norm = "pre_feedforward_layernorm" if sandwiched else AFTER_ATTENTION
+    layer.bypass, layer.norms = bypass, norms
     _mix(layer, CqilForward)
 
 
