@@ -18,7 +18,6 @@ from abreast.families import (
     FAMILIES,
     FamilyError,
     all_tensors,
-    attention_kinds,
     complete,
     family_of,
     head_dim_of,
@@ -27,6 +26,7 @@ from abreast.families import (
     num_layers_of,
     sizes,
 )
+from abreast.fold import attention_kinds
 
 CONFIG = {
     "model_type": "llama",

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abreast.families import FAMILIES, all_tensors, attention_kinds, layer_tensors
+from abreast.families import FAMILIES, all_tensors, layer_tensors
 from abreast.fold import (
     FoldError,
     Recipe,
+    attention_kinds,
     check_plan,
     fold_gain,
     fold_shift,

@@ -234,12 +234,13 @@ EVERY: dict[str, dict[str, Any]] = {
     "glm": {},
     "glm4": {},
     "phi": {},
+    "nemotron": {},
     "olmo": {},
     "olmo3": {"layer_types": ALIKE, "sliding_window": 5},
     "exaone4": {"layer_types": ALIKE, "sliding_window": 5},
     "hunyuan_v1_dense": {"head_dim": 16},
 }
-SUMMED_BIAS = {"starcoder2", "phi"}  # keep only the sum of their members' output biases
+SUMMED_BIAS = {"starcoder2", "phi", "nemotron"}  # keep only the sum of their members' output biases
 
 
 def test_no_family_is_forgotten():

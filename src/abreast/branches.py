@@ -51,7 +51,7 @@ BRANCHES: dict[str, Branches] = {
         ),
         _PLAIN,
     ),
-    **dict.fromkeys(("gemma", "glm", "hunyuan_v1_dense"), _PLAIN),
+    **dict.fromkeys(("gemma", "glm", "hunyuan_v1_dense", "nemotron"), _PLAIN),
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), _SANDWICH),
     **dict.fromkeys(("olmo2", "olmo3", "exaone4"), _POST),
     **dict.fromkeys(("cohere", "cohere2"), _COHERE),

@@ -320,10 +320,11 @@ def _new_tensor(
     expected: Mapping[str, tuple[int, ...]],
     cast: str | None,
 ) -> NewTensor:
-    dtype = DTYPES[checkpoint.tensors[recipe.members[0]].dtype]
-    for name in recipe.members[1:]:
+    sources = recipe.members or (recipe.like,)
+    dtype = DTYPES[checkpoint.tensors[sources[0]].dtype]
+    for name in sources[1:]:
         dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
-    shape = recipe.shape(expected[recipe.members[0]])
+    shape = recipe.shape(expected[sources[0]])
     return NewTensor(recipe.name, cast or _SAFETENSORS_NAME[dtype], shape)
 
 
@@ -332,7 +333,7 @@ def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.T
     for recipe, new in job.work:
         dtype = DTYPES[new.dtype]
         gains = [_gain(job.checkpoint.tensors[name], recipe) for name in recipe.gains]
-        for chunk in _chunks(recipe, job.checkpoint, gains, dtype):
+        for chunk in _chunks(recipe, job.checkpoint, gains, new):
             cast = chunk.to(dtype)
             if not _is_finite(cast):
                 _blame(recipe, job.checkpoint, cast.dtype)
@@ -350,8 +351,9 @@ def _gain(tensor: TensorInfo, recipe: Recipe) -> torch.Tensor:
 
 
 def _chunks(
-    recipe: Recipe, checkpoint: Checkpoint, gains: list[torch.Tensor], dtype: torch.dtype
+    recipe: Recipe, checkpoint: Checkpoint, gains: list[torch.Tensor], new: NewTensor
 ) -> Iterator[torch.Tensor]:
+    dtype = DTYPES[new.dtype]
     sources = [checkpoint.tensors[name] for name in recipe.members]
     if recipe.how in ("copy", "rows"):
         for index, start, stop in _row_spans(recipe, sources):
@@ -363,15 +365,15 @@ def _chunks(
     elif recipe.how == "sum":
         yield sum_biases([read_rows(source) for source in sources])
     elif recipe.how == "shift":
-        for source, shift, weight in zip(sources, recipe.shifts, recipe.weights, strict=True):
+        for index, (shift, weight) in enumerate(zip(recipe.shifts, recipe.weights, strict=True)):
             matrix, beta = checkpoint.tensors[weight], read_rows(checkpoint.tensors[shift])
-            bias = read_rows(source)
+            bias = read_rows(sources[index]) if sources else torch.zeros(matrix.shape[0])
             for start, stop in _spans(matrix.shape[0], matrix.row_bytes):
                 yield fold_shift(read_rows(matrix, start, stop), beta, bias[start:stop])
     elif recipe.how == "heads":
         yield join_rows([read_rows(source).expand(recipe.heads, -1) for source in sources])
     else:
-        yield torch.full(sources[0].shape, recipe.fill)
+        yield torch.full(new.shape, recipe.fill)
 
 
 def _row_spans(recipe: Recipe, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:

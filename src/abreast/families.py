@@ -53,7 +53,8 @@ class Family:
     branch, which stay with their member. flat_norms: likewise, over all heads of q or k at once.
     wide_norms: with a gain for every head already, and only where the config says use_qk_norm.
     parallel: the FFN reads the layer's input, which makes all wirings one. head_bias: the output
-    head has one.
+    head has one. grown_biases: config keys that give a layer the biases it lacks, for a group's to
+    take up those of its norms.
     wide: config keys that grow p-fold in a group of p layers. stock: architecture of the
     unconverted checkpoint. defaults: config keys whose absence means something else than off.
     per_layer: config lists with one entry per layer. ignore: suffixes of tensors that old
@@ -72,6 +73,7 @@ class Family:
     wide_norms: tuple[tuple[str, str], ...] = ()
     parallel: bool = False
     head_bias: bool = False
+    grown_biases: tuple[str, ...] = ()
     wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     defaults: tuple[tuple[str, Any], ...] = ()
     per_layer: tuple[str, ...] = ("layer_types",)
@@ -185,6 +187,14 @@ FAMILIES: dict[str, Family] = {
             "arcee",
             "ArceeForCausalLM",
             _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+        ),
+        Family(
+            "nemotron",
+            "NemotronForCausalLM",
+            _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+            gain_offset=1.0,
+            norm_bias=True,
+            grown_biases=("attention_bias", "mlp_bias"),
         ),
         Family(
             "starcoder2",
@@ -343,9 +353,9 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     """The value of every size symbol for a config.json. Raises FamilyError when a key is off."""
-    hidden = _positive(config, "hidden_size")
-    heads = _positive(config, "num_attention_heads")
-    kv_heads = _positive(config, "num_key_value_heads", heads)
+    hidden = positive(config, "hidden_size")
+    heads = positive(config, "num_attention_heads")
+    kv_heads = positive(config, "num_key_value_heads", heads)
     if heads % kv_heads:
         raise FamilyError(
             f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads"
@@ -357,19 +367,19 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         "D": hidden,
         "Q": heads * head_dim,
         "K": kv_heads * head_dim,
-        "F": _positive(config, "intermediate_size"),
-        "V": _positive(config, "vocab_size"),
+        "F": positive(config, "intermediate_size"),
+        "V": positive(config, "vocab_size"),
     }
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
     """Size of one attention head: explicit, or hidden_size over the number of heads."""
-    derived = _positive(config, "hidden_size") // _positive(config, "num_attention_heads")
-    return _positive(config, "head_dim", derived)
+    derived = positive(config, "hidden_size") // positive(config, "num_attention_heads")
+    return positive(config, "head_dim", derived)
 
 
 def num_layers_of(config: Mapping[str, Any]) -> int:
-    return _positive(config, "num_hidden_layers")
+    return positive(config, "num_hidden_layers")
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -428,68 +438,8 @@ def all_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[in
     return shapes
 
 
-def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """Kind of attention of every layer, for example "full_attention": unlike kinds never fuse.
-
-    Follows the config classes in transformers: an explicit layer_types list, else a repeating
-    pattern of sliding and full attention (Gemma, Cohere), else max_window_layers (Qwen), else one
-    kind throughout. Layers without RoPE (SmolLM 3) are a kind of their own.
-    """
-    count = num_layers_of(config)
-    kinds = _explicit_kinds(config, count) or _default_kinds(config, count)
-    rotated = rope_layers(config)
-    if rotated is None:
-        return kinds
-    return tuple(k if r else f"{k} without RoPE" for k, r in zip(kinds, rotated, strict=True))
-
-
-def rope_layers(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
-    """Which layers rotate q and k, for families in which not all do, else None."""
-    if config.get("model_type") != "smollm3":
-        return None
-    count = num_layers_of(config)
-    flags = config.get("no_rope_layers")
-    if flags is None:
-        interval = _positive(config, "no_rope_layer_interval", 4)
-        flags = [int((layer + 1) % interval != 0) for layer in range(count)]
-    if not isinstance(flags, list) or len(flags) != count:
-        raise FamilyError(f"config.json: no_rope_layers must have one entry per layer ({count})")
-    return tuple(bool(flag) for flag in flags)
-
-
-def _explicit_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
-    kinds = config.get("layer_types")
-    if kinds is None:
-        return None
-    if not isinstance(kinds, list) or len(kinds) != count:
-        raise FamilyError(f"config.json: layer_types must list the kind of all {count} layers")
-    return tuple(str(kind) for kind in kinds)
-
-
-def _default_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    pattern = _PATTERNS.get(str(config.get("model_type")))
-    if pattern is not None:
-        period = _positive(config, "sliding_window_pattern", pattern)
-        return tuple(
-            "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
-            for layer in range(count)
-        )
-    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
-        first = config.get("max_window_layers", 28)
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            raise FamilyError(
-                f"config.json: max_window_layers must be a whole number, not {first!r}"
-            )
-        full = min(first, count)
-        return ("full_attention",) * full + ("sliding_attention",) * (count - full)
-    return ("full_attention",) * count
-
-
-# How many layers until the next one with full attention, where config.json does not list the kinds.
-_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
-
-
-def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number from a config. Raises FamilyError when it is none."""
     value = config.get(key)
     if value is None:
         value = default

@@ -21,15 +21,16 @@ from abreast.errors import AbreastError
 from abreast.families import (
     FAMILIES,
     Family,
+    FamilyError,
     Matrix,
     all_tensors,
-    attention_kinds,
     family_of,
     has_bias,
     head_dim_of,
     layer_tensors,
+    num_layers_of,
     outer_tensors,
-    rope_layers,
+    positive,
     sizes,
 )
 from abreast.plan import Group, Plan
@@ -55,6 +56,7 @@ class Recipe:
     one row each. fill: a constant, after the members were folded elsewhere.
     members: names of the source tensors that this recipe consumes. gains, shifts, weights: others
     that it reads, one per member, consumed by recipes of their own. gain_offset: added to gains.
+    like: for a bias that has no source, the matrix it belongs to; the members' are then 0.
     """
 
     name: str
@@ -67,9 +69,12 @@ class Recipe:
     parts: tuple[int, ...] = ()
     heads: int = 1
     fill: float = 1.0
+    like: str = ""
 
     def shape(self, member: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the output, given that of every member."""
+        """Shape of the output, given that of every member, or of the tensor it is `like`."""
+        if self.like:
+            return (max(1, len(self.weights)) * member[0],)
         count = len(self.members)
         if self.how in ("rows", "shift"):
             return (count * member[0], *member[1:])
@@ -119,6 +124,67 @@ def sum_biases(biases: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([bias.to(wide) for bias in biases]).sum(0)
 
 
+def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Kind of attention of every layer, for example "full_attention": unlike kinds never fuse.
+
+    Follows the config classes in transformers: an explicit layer_types list, else a repeating
+    pattern of sliding and full attention (Gemma, Cohere), else max_window_layers (Qwen), else one
+    kind throughout. Layers without RoPE (SmolLM 3) are a kind of their own.
+    """
+    count = num_layers_of(config)
+    kinds = _explicit_kinds(config, count) or _default_kinds(config, count)
+    rotated = rope_layers(config)
+    if rotated is None:
+        return kinds
+    return tuple(k if r else f"{k} without RoPE" for k, r in zip(kinds, rotated, strict=True))
+
+
+def rope_layers(config: Mapping[str, Any]) -> tuple[bool, ...] | None:
+    """Which layers rotate q and k, for families in which not all do, else None."""
+    if config.get("model_type") != "smollm3":
+        return None
+    count = num_layers_of(config)
+    flags = config.get("no_rope_layers")
+    if flags is None:
+        interval = positive(config, "no_rope_layer_interval", 4)
+        flags = [int((layer + 1) % interval != 0) for layer in range(count)]
+    if not isinstance(flags, list) or len(flags) != count:
+        raise FamilyError(f"config.json: no_rope_layers must have one entry per layer ({count})")
+    return tuple(bool(flag) for flag in flags)
+
+
+def _explicit_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return None
+    if not isinstance(kinds, list) or len(kinds) != count:
+        raise FamilyError(f"config.json: layer_types must list the kind of all {count} layers")
+    return tuple(str(kind) for kind in kinds)
+
+
+def _default_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    pattern = _PATTERNS.get(str(config.get("model_type")))
+    if pattern is not None:
+        period = positive(config, "sliding_window_pattern", pattern)
+        return tuple(
+            "full_attention" if (layer + 1) % period == 0 else "sliding_attention"
+            for layer in range(count)
+        )
+    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
+        first = config.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise FamilyError(
+                f"config.json: max_window_layers must be a whole number, not {first!r}"
+            )
+        full = min(first, count)
+        return ("full_attention",) * full + ("sliding_attention",) * (count - full)
+    return ("full_attention",) * count
+
+
+# How many layers until the next one with full attention, where config.json does not list the kinds.
+_PATTERNS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
+
+
 def obstacle(config: Mapping[str, Any], layers: Sequence[int]) -> str | None:
     """Why these layers cannot become one layer, or None if they can."""
     kinds = attention_kinds(config)
@@ -128,7 +194,7 @@ def obstacle(config: Mapping[str, Any], layers: Sequence[int]) -> str | None:
     if config.get("qk_layernorm"):
         return "their q and k are normed with biases of their own (qk_layernorm)"
     family = FAMILIES.get(str(config.get("model_type")))
-    if family is not None and family.norm_bias:
+    if family is not None and family.norm_bias and not family.grown_biases:
         for matrix in family.matrices:
             if matrix.norm and not has_bias(matrix, config):
                 return f"{matrix.name} has no bias to take up that of its norm"
@@ -155,6 +221,11 @@ def check_plan(
         raise FoldError(f"prefill '{prefill}' is not one of grouped, sequential")
     family = family_of(config)
     for matrix in family.matrices if prefill == "sequential" else ():
+        if family.grown_biases:
+            raise FoldError(
+                f"members of a {family.model_type} group have no biases of their own to run with: "
+                "prefill cannot be sequential; leave it grouped"
+            )
         summed = matrix.join == "columns" and has_bias(matrix, config)
         if summed and not all(_stays_apart(family, matrix, group) for group in plan.groups):
             raise FoldError(
@@ -241,9 +312,20 @@ def _stage_recipes(
                 parts=tuple(size[part] for part in matrix.rows) if packed else (),
             )
         )
-        if not has_bias(matrix, config):
-            continue
+        like = source(tensor)[0]
         tensor = f"{matrix.name}.bias"
+        if not has_bias(matrix, config):
+            if family.grown_biases and matrix.norm:
+                shifts, weights = source(f"{matrix.norm}.bias"), source(f"{matrix.name}.weight")
+                made.append(
+                    Recipe(target(tensor), "shift", (), shifts=shifts, weights=weights, like=like)
+                )
+            elif family.grown_biases:
+                weights = source(f"{matrix.name}.weight") if apart else ()
+                made.append(
+                    Recipe(target(tensor), "fill", (), weights=weights, fill=0.0, like=like)
+                )
+            continue
         if matrix.norm and family.norm_bias:
             shifts, weights = source(f"{matrix.norm}.bias"), source(f"{matrix.name}.weight")
             made.append(
@@ -296,7 +378,11 @@ def converted_config(
     if prefill == "sequential":
         apart = True
         new["abreast_prefill"] = prefill
-    if uniform and not apart and config["hidden_size"] % (uniform * heads) == 0:
+    if (
+        uniform
+        and not (apart or family.grown_biases)
+        and config["hidden_size"] % (uniform * heads) == 0
+    ):
         new.update({key: uniform * value for key, value in base.items()})
         new.update(model_type=family.model_type, architectures=[family.stock])
         return new
@@ -305,6 +391,7 @@ def converted_config(
     for index, group in enumerate(groups):
         if group is not None:
             entry = {key: len(group.layers) * value for key, value in base.items()}
+            entry.update(dict.fromkeys(family.grown_biases, True))
             if splits_members(family, group):
                 entry["abreast_members"] = len(group.layers)
                 if group.wiring == "cqil" and not family.parallel:

@@ -11,13 +11,12 @@ from abreast.branches import BRANCHES
 from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
 from abreast.families import (
     FAMILIES,
-    attention_kinds,
     family_of,
     head_dim_of,
     is_tied,
     num_layers_of,
 )
-from abreast.fold import obstacle
+from abreast.fold import attention_kinds, obstacle
 from abreast.plan import Plan
 
 

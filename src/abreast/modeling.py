@@ -54,6 +54,7 @@ FAMILIES = {
     "Glm": "glm",
     "Glm4": "glm4",
     "Phi": "phi",
+    "Nemotron": "nemotron",
     "Olmo": "olmo",
     "Olmo3": "olmo3",
     "Exaone4": "exaone4",
