@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abreast.families import FAMILIES, all_tensors, layer_tensors
+from abreast.families import FAMILIES, all_tensors, layer_tensors, outer_tensors
 from abreast.fold import (
     FoldError,
     Recipe,
@@ -173,8 +173,12 @@ def test_recipes_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> No
     used = [name for recipe in made for name in recipe.members]
     assert sorted(used) == sorted(all_tensors(family, config))
     assert len({recipe.name for recipe in made}) == len(made)
-    expected = all_tensors(family, {**config, "num_hidden_layers": plan.depth})
-    assert {recipe.name for recipe in made} == set(expected)
+    expected = set(outer_tensors(family, config))
+    for index, stage in enumerate(plan.stages):
+        grown = dict.fromkeys(family.grown_biases, True) if plan.group_of(stage) else {}
+        names = layer_tensors(family, {**config, **grown})
+        expected |= {f"{family.layer_prefix}{index}.{name}" for name in names}
+    assert {recipe.name for recipe in made} == expected
     folded = {name for recipe in made for name in recipe.gains}
     folded |= {name for recipe in made for name in recipe.shifts}
     filled = {name for recipe in made if recipe.how == "fill" for name in recipe.members}
@@ -184,8 +188,9 @@ def test_recipes_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> No
         assert filled == folded
     for recipe in made:
         for read in (recipe.gains, recipe.shifts, recipe.weights):
-            assert len(read) in (0, len(recipe.members))
+            assert len(read) in (0, len(recipe.members) or len(recipe.weights))
         assert (recipe.how == "copy") == (len(recipe.members) == 1)
+        assert bool(recipe.members) != bool(recipe.like)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))

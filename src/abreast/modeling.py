@@ -320,7 +320,8 @@ def _remember_members(
 def _check_widths(config: PreTrainedConfig) -> None:
     """Every layer's heads must share its KV heads evenly; hidden_size need not divide by them."""
     for index, layer in enumerate(config.per_layer_config):
-        if layer.num_attention_heads % layer.num_key_value_heads:
+        # Left out, it means as many; some versions check before they fill it in.
+        if layer.num_attention_heads % (layer.num_key_value_heads or layer.num_attention_heads):
             raise ValueError(
                 f"layer {index}: {layer.num_attention_heads} attention heads cannot share "
                 f"{layer.num_key_value_heads} key-value heads"
