@@ -57,8 +57,7 @@ class Family:
     take up those of its norms.
     wide: config keys that grow p-fold in a group of p layers. stock: architecture of the
     unconverted checkpoint. defaults: config keys whose absence means something else than off.
-    per_layer: config lists with one entry per layer. ignore: suffixes of tensors that old
-    checkpoints carry and no engine reads.
+    ignore: suffixes of tensors that old checkpoints carry and no engine reads.
     """
 
     model_type: str
@@ -76,7 +75,6 @@ class Family:
     grown_biases: tuple[str, ...] = ()
     wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     defaults: tuple[tuple[str, Any], ...] = ()
-    per_layer: tuple[str, ...] = ("layer_types",)
     ignore: tuple[str, ...] = (".rotary_emb.inv_freq",)
     layer_prefix: str = "model.layers."
     embedding: str = "model.embed_tokens.weight"
@@ -170,7 +168,6 @@ FAMILIES: dict[str, Family] = {
             "SmolLM3ForCausalLM",
             _LLAMA,
             defaults=(_TIED,),
-            per_layer=("layer_types", "no_rope_layers"),
         ),
         Family(
             "granite",
