@@ -34,7 +34,8 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "bench",
     ),
     ("optimize", "demo"),
-    ("tables",),
+    ("tables", "options"),
+    ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
     ("cli",),
 )
 FLOOR_OF = {name: height for height, floor in enumerate(FLOORS) for name in floor}
