@@ -12,8 +12,8 @@ import sys
 import torch
 from torch import nn
 
-from abreast.bench import measure, timings
 from abreast.modeling import MemberLinear
+from abreast.timing import measure, timings
 
 ROUNDS, REPEATS = 30, 20
 

@@ -20,7 +20,7 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data"),
-    ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
+    ("fold", "grouped", "search", "estimate", "report", "findings", "timing", "engines"),
     ("load", "interventions"),
     (  # the verbs
         "inspection",
@@ -33,6 +33,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "evaluate",
         "bench",
     ),
+    ("backends",),
     ("optimize", "demo"),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
@@ -49,7 +50,10 @@ ONLY = {
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
 }
 ONLY_LAZILY = {"data": {"datasets"}}
-NEVER = {name: {"torch", "transformers"} for name in ("search", "report", "findings")}
+NEVER = {
+    name: {"torch", "transformers"}
+    for name in ("search", "report", "findings", "estimate", "timing")
+}
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}
 

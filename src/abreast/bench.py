@@ -1,16 +1,16 @@
-"""How fast models run beside each other, timed so that a difference means something.
+"""How fast models run beside each other on one task, timed so that a difference means something.
 
-A machine drifts: clocks, caches and neighbours change from minute to minute. So the models take
-turns within every round, in alternating order (A B, B A, ...), and what is compared is the ratio
-within a round, not two averages taken at different times.
+Three tasks, those of the LP paper: `prefill` (the prompt at once), `decode` (single tokens at a
+given context) and `generate` (the prompt and then N tokens). Models take turns, see `timing`.
 """
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -18,47 +18,28 @@ import torch
 
 from abreast.errors import AbreastError
 from abreast.load import inference, keeps_last
+from abreast.timing import Timing, claim, measure, timings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Task = Literal["prefill", "decode"]
-
-# A bootstrap interval ends at the smallest and largest ratio at the widest, and with n rounds the
-# true median lies outside those 2 * 0.5**n of the time: with fewer than 6, more than the 5 % that a
-# 95 % interval allows. Simulated coverage: see `ratio_interval`.
-MIN_ROUNDS = 6
-RESAMPLES = 10_000
+Task = Literal["prefill", "decode", "generate"]
+Execution = Literal["eager", "compile"]
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Raw timings. seconds: per candidate an array of shape [rounds], in the order they were run.
+class Footprint:
+    """Memory of one candidate in one task, in bytes, on the process (rank) that measured it.
 
-    Entry r of every array belongs to round r, so arrays can be compared pairwise. tokens: how many
-    tokens one run of the candidate processes.
+    weights: its parameters. kv_cache: keys and values after the task. device_peak: weights plus the
+    most that a run added on the accelerator, None on a CPU. host_peak: the same for the host's
+    memory, None where the system does not tell.
     """
 
-    seconds: dict[str, np.ndarray]
-    tokens: dict[str, int]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One candidate. Times in seconds per run; tokens_per_second from the median.
-
-    iqr: distance between the quartiles. ratio: median over rounds of original / candidate, above 1
-    where the candidate is faster; ratio_low, ratio_high: 95 % bootstrap interval of that median.
-    """
-
-    median: float
-    min: float
-    max: float
-    iqr: float
-    tokens_per_second: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
+    weights: int
+    kv_cache: int
+    device_peak: int | None
+    host_peak: int | None
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,8 @@ class BenchResult:
     """Timings of one task, and under which conditions they hold.
 
     timings: per candidate, the original first. new_tokens is 0 for prefill. threads: CPU threads
-    of torch. seconds: the raw times, arrays of shape [rounds].
+    of torch. seconds: the raw times, arrays of shape [rounds]. ranks: processes that share the
+    work.
     """
 
     task: str
@@ -82,113 +64,101 @@ class BenchResult:
     threads: int
     timings: dict[str, Timing]
     seconds: dict[str, np.ndarray] = field(repr=False, compare=False)
+    backend: str = "eager"
+    ranks: int = 1
+    memory: dict[str, Footprint] = field(default_factory=dict)
 
     def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
-        """The result as JSON-ready values; `seconds` adds the raw times."""
+        """The result as JSON-ready values; `seconds` adds the raw times.
+
+        Every timing also gets `ttft` (prefill) or `tpot` (decode), in seconds: the time to the
+        first token, and the time per further token of one row.
+        """
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        found["timings"] = {name: asdict(timing) for name, timing in self.timings.items()}
+        found["timings"] = {name: self._metrics(timing) for name, timing in self.timings.items()}
+        found["memory"] = {name: asdict(memory) for name, memory in self.memory.items()}
         if seconds:
             found["seconds"] = {name: array.tolist() for name, array in self.seconds.items()}
         else:
             del found["seconds"]
         return found
 
+    def _metrics(self, timing: Timing) -> dict[str, float]:
+        found = asdict(timing)
+        if self.task == "prefill":
+            found["ttft"] = timing.median
+        elif self.task == "decode":
+            found["tpot"] = timing.median / self.new_tokens
+        return found
 
-def measure(
-    candidates: Mapping[str, Callable[[], int]],
-    *,
-    rounds: int,
-    warmup: int = 2,
-    prepare: Mapping[str, Callable[[], None]] | None = None,
-    synchronize: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-    progress: Callable[[int, int], None] | None = None,
-) -> Measurement:
-    """Time candidates in turn: each once per round, every other round in reverse order.
 
-    A candidate does its work and returns how many tokens that was. The time runs from just before
-    its call until synchronize() after it has returned, so work queued on a device is included.
-    Not included: prepare[name](), which runs and is synchronised just before each timing; garbage
-    collection, which is off while the clock runs; the first `warmup` rounds. An even number of
-    rounds gives every candidate both places equally often. progress: called with (rounds done,
-    rounds in all), outside the timing.
+@dataclass(frozen=True)
+class Steps:
+    """One way to run one model. Tokens have shape [batch, 1], prompts [batch, context].
 
-    Raises AbreastError for no candidates or rounds, and if a candidate's token count changes.
+    prefill(prompt) -> (first token, cache); step(token, cache) -> next token, the cache grown by
+    one. reset() is called, untimed, before a run.
     """
-    if not candidates:
-        raise AbreastError("there is nothing to time; name at least one model")
-    if rounds < 1 or warmup < 0:
-        raise AbreastError(f"cannot time {rounds} rounds after {warmup}; use at least 1 and 0")
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    tokens: dict[str, int] = {}
-    names = list(candidates)
-    collecting = gc.isenabled()
-    try:
-        for turn in range(warmup + rounds):
-            for name in names if turn % 2 == 0 else reversed(names):
-                if prepare is not None and name in prepare:
-                    prepare[name]()
-                gc.disable()
-                synchronize()
-                start = clock()
-                done = candidates[name]()
-                synchronize()
-                elapsed = clock() - start
-                if collecting:
-                    gc.enable()
-                if tokens.setdefault(name, done) != done:
-                    raise AbreastError(
-                        f"'{name}' processed {tokens[name]} tokens in one run and {done} in "
-                        "another; time the same work in every round"
-                    )
-                if turn >= warmup:
-                    seconds[name].append(elapsed)
-            if progress is not None:
-                progress(turn + 1, warmup + rounds)
-    finally:
-        if collecting:
-            gc.enable()
-    return Measurement({name: np.array(times) for name, times in seconds.items()}, tokens)
+
+    prefill: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+    step: Callable[[torch.Tensor, Any], torch.Tensor]
+    reset: Callable[[], None] = lambda: None
 
 
-def ratio_interval(
-    original: np.ndarray, candidate: np.ndarray, *, seed: int = 0
-) -> tuple[float, float, float]:
-    """Median of the ratios original / candidate per round, and its 95 % bootstrap interval.
+def eager(model: PreTrainedModel, length: int) -> Steps:
+    """The model as it is, with the cache that it makes itself (sliding where it slides)."""
+    options = keeps_last(model, 1)
 
-    original, candidate: seconds, shape [rounds]. Percentile bootstrap over rounds (Efron and
-    Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13), seeded. In
-    simulation with normal and with skewed noise it covers the true median 92 to 94 % of the time
-    with 6 to 10 rounds and 94 to 95 % with 20 or 40, so about 1 in 20 to 1 in 15 comparisons of a
-    model with itself shows a "difference": repeat what matters.
-    Raises AbreastError where the clock did not move during a run.
+    def prefill(prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        output = model(input_ids=prompt, use_cache=True, **options)
+        return output.logits[:, -1:].argmax(-1), output.past_key_values
+
+    def step(token: torch.Tensor, cache: Any) -> torch.Tensor:
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1:].argmax(-1)
+
+    return Steps(prefill, step)
+
+
+def compiled(model: PreTrainedModel, length: int) -> Steps:
+    """The model through torch.compile with a static cache of `length` tokens.
+
+    On CUDA the single-token step is replayed as a CUDA graph (mode "reduce-overhead"); prompts are
+    compiled without graphs. Whatever is compiled is compiled for exactly these shapes.
     """
-    if not (original > 0).all() or not (candidate > 0).all():
-        raise AbreastError("a run took no measurable time; time longer prompts or more tokens")
-    ratios = original / candidate
-    picks = np.random.default_rng(seed).integers(len(ratios), size=(RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(ratios[picks], axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    from transformers import StaticCache
+
+    options = keeps_last(model, 1)
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    graphs = model.device.type == "cuda"
+
+    def forward(token: torch.Tensor) -> torch.Tensor:
+        output = model(input_ids=token, past_key_values=cache, use_cache=True, **options)
+        return output.logits[:, -1:].argmax(-1)
+
+    many = torch.compile(forward, dynamic=False)
+    one = torch.compile(forward, dynamic=False, mode="reduce-overhead" if graphs else "default")
+
+    def prefill(prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        if not all(layer.is_initialized for layer in cache.layers):
+            # Compiled code must find the cache's memory in place, or it could not be replayed.
+            forward(prompt)
+            cache.reset()
+        return many(prompt), cache
+
+    def step(token: torch.Tensor, _: Any) -> torch.Tensor:
+        if graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+            return one(token).clone()  # a replay overwrites what the last one returned
+        return one(token)
+
+    return Steps(prefill, step, cache.reset)
 
 
-def timings(measurement: Measurement, *, seed: int = 0) -> dict[str, Timing]:
-    """Summary of every candidate; the first is the original that the others are compared with."""
-    original = next(iter(measurement.seconds.values()))
-    found = {}
-    for name, seconds in measurement.seconds.items():
-        ratio, low, high = ratio_interval(original, seconds, seed=seed)
-        first, median, third = (float(value) for value in np.percentile(seconds, [25, 50, 75]))
-        found[name] = Timing(
-            median=median,
-            min=float(seconds.min()),
-            max=float(seconds.max()),
-            iqr=third - first,
-            tokens_per_second=measurement.tokens[name] / median,
-            ratio=ratio,
-            ratio_low=low,
-            ratio_high=high,
-        )
-    return found
+EXECUTIONS: dict[str, Callable[[PreTrainedModel, int], Steps]] = {
+    "eager": eager,
+    "compile": compiled,
+}
 
 
 def bench(
@@ -201,6 +171,10 @@ def bench(
     rounds: int = 20,
     warmup: int = 2,
     seed: int = 0,
+    execution: Execution = "eager",
+    backend: str | None = None,
+    ranks: int = 1,
+    barrier: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BenchResult:
@@ -208,10 +182,10 @@ def bench(
 
     The prompts are batch_size rows of `context` random tokens, the same for all models and rounds.
 
-    prefill: one forward pass over the prompts. Included: making and filling the KV cache, and the
-    logits of the last position (of all positions for a model class that knows no `logits_to_keep`).
-    Not included: tokenising, copying the prompts to the device, sampling, freeing the cache.
-    tokens_per_second counts prompt tokens.
+    prefill: one forward pass over the prompts. Included: making (eager) and filling the KV cache,
+    and the logits of the last position (of all positions for a model class that knows no
+    `logits_to_keep`). Not included: tokenising, copying the prompts to the device, sampling,
+    freeing the cache. tokens_per_second counts prompt tokens.
 
     decode: greedy generation of `new_tokens` per row after the prompt. Included: per token one
     forward pass over [batch_size, 1] with the KV cache growing, and argmax. Not included: the
@@ -219,19 +193,25 @@ def bench(
     tokenising; stopping at end of text (there is none). tokens_per_second counts generated tokens
     of all rows.
 
-    Plain eager loops over `forward`, not `generate` or a serving engine: they say how models
-    compare in this framework on this machine.
+    generate: both, from the prompt to the last of `new_tokens` tokens; the first of them comes from
+    the prefill. tokens_per_second counts generated tokens of all rows.
+
+    execution: "eager" loops over `forward`, "compile" as `compiled`; neither is `generate` or a
+    serving engine: they say how models compare in this framework on this machine. With several
+    processes (ranks) every one of them calls this; barrier() lets them start together.
 
     Raises AbreastError for sizes that make no sense or exceed what a model can hold, and for models
-    that differ in device, dtype or vocabulary.
+    that differ in device, dtype or vocabulary. Running out of memory raises what torch raises.
     """
     if task not in get_args(Task):
         raise AbreastError(f"unknown task '{task}'; choose one of: {', '.join(get_args(Task))}")
-    if min(batch_size, context) < 1 or (task == "decode" and new_tokens < 1):
+    if execution not in EXECUTIONS:
+        raise AbreastError(f"unknown execution '{execution}'; choose eager or compile")
+    if min(batch_size, context) < 1 or (task != "prefill" and new_tokens < 1):
         raise AbreastError("batch size, context and new tokens must all be at least 1")
     if not models:
         raise AbreastError("there is nothing to time; name at least one model")
-    generated = new_tokens if task == "decode" else 0
+    generated = 0 if task == "prefill" else new_tokens
     for name, model in models.items():
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit and context + generated > limit:
@@ -248,12 +228,8 @@ def bench(
 
     prepare: dict[str, Callable[[], None]] = {}
     candidates: dict[str, Callable[[], int]] = {}
+    memory: dict[str, Footprint] = {}
     held: list[Any] = []
-    for name, model in models.items():
-        if task == "prefill":
-            prepare[name], candidates[name] = _prefill_run(model, ids, held)
-        else:
-            prepare[name], candidates[name] = _decode_run(model, ids, held, new_tokens)
 
     def synchronize() -> None:
         if torch.device(device).type != "cpu":
@@ -261,8 +237,19 @@ def bench(
             for index in range(torch.accelerator.device_count()):
                 torch.accelerator.synchronize(index)
 
+    def waiting(start: Callable[[], None]) -> Callable[[], None]:
+        def prepared() -> None:
+            start()
+            barrier()
+
+        return prepared
+
     with inference(*models.values()):
-        measurement = measure(
+        for name, model in models.items():
+            steps = EXECUTIONS[execution](model, context + generated)
+            start, candidates[name] = _RUNS[task](steps, ids, held, generated)
+            prepare[name] = waiting(start)
+        found = measure(
             candidates,
             rounds=rounds,
             warmup=warmup,
@@ -271,6 +258,9 @@ def bench(
             clock=clock,
             progress=progress,
         )
+        # Afterwards: by then everything is compiled, and what a first run alone needs is gone.
+        for name, model in models.items():
+            memory[name] = _footprint(model, prepare[name], candidates[name], held)
     return BenchResult(
         task=task,
         original=next(iter(models)),
@@ -283,8 +273,11 @@ def bench(
         device=device,
         dtype=dtype.removeprefix("torch."),
         threads=torch.get_num_threads(),
-        timings=timings(measurement, seed=seed),
-        seconds=measurement.seconds,
+        timings=timings(found),
+        seconds=found.seconds,
+        backend=backend or execution,
+        ranks=ranks,
+        memory=memory,
     )
 
 
@@ -292,34 +285,14 @@ def verdict(result: BenchResult) -> str:
     """What the result allows one to say, in words: one line per candidate but the original.
 
     With several candidates each line begins with its name. A difference is claimed only where the
-    95 % interval of the paired ratio excludes 1, and none at all from fewer than MIN_ROUNDS rounds.
+    95 % interval of the paired ratio excludes 1, and none at all from too few rounds.
     """
     others = {name: t for name, t in result.timings.items() if name != result.original}
     if not others:
         return "nothing to compare with"
     if len(others) == 1:
-        return "".join(_claim(timing, result.rounds) for timing in others.values())
-    return "\n".join(f"{name}: {_claim(timing, result.rounds)}" for name, timing in others.items())
-
-
-def _claim(timing: Timing, rounds: int) -> str:
-    if rounds < MIN_ROUNDS:
-        return f"too few rounds to say: {rounds}; use at least {MIN_ROUNDS}"
-    if timing.ratio_low > 1:
-        return f"faster by {_times(timing.ratio, timing.ratio_low, timing.ratio_high)}"
-    if timing.ratio_high < 1:
-        slower = _times(1 / timing.ratio, 1 / timing.ratio_high, 1 / timing.ratio_low)
-        return f"slower here by {slower}: do not use it for this"
-    return (
-        f"no difference measured here: {timing.ratio:.2f}x "
-        f"[{timing.ratio_low:.2f}, {timing.ratio_high:.2f}]"
-    )
-
-
-def _times(ratio: float, low: float, high: float) -> str:
-    # A small difference needs more digits, or the interval would seem to include 1.
-    digits = next((d for d in (2, 3, 4) if float(f"{low:.{d}f}") > 1), 5)
-    return f"{ratio:.{digits}f}x [{low:.{digits}f}, {high:.{digits}f}]"
+        return "".join(claim(timing, result.rounds) for timing in others.values())
+    return "\n".join(f"{name}: {claim(timing, result.rounds)}" for name, timing in others.items())
 
 
 def _shared(values: dict[str, str], what: str) -> str:
@@ -332,36 +305,113 @@ def _shared(values: dict[str, str], what: str) -> str:
     return next(iter(values.values()))
 
 
-def _prefill_run(
-    model: PreTrainedModel, ids: torch.Tensor, held: list[Any]
-) -> tuple[Callable[[], None], Callable[[], int]]:
-    """Untimed preparation and timed run; `held` keeps the cache, so freeing it is not timed."""
-    options = keeps_last(model, 1)
+# Each makes the untimed preparation and the timed run of one task. `held` carries the cache from
+# one to the other, and keeps it, so that freeing it is not timed.
+Run = tuple[Callable[[], None], Callable[[], int]]
+
+
+def _prefill_run(steps: Steps, ids: torch.Tensor, held: list[Any], new_tokens: int) -> Run:
+    def start() -> None:
+        held.clear()
+        steps.reset()
 
     def prefill() -> int:
-        held.append(model(input_ids=ids, use_cache=True, **options))
+        held.extend(steps.prefill(ids))
         return ids.numel()
 
-    return held.clear, prefill
+    return start, prefill
 
 
-def _decode_run(
-    model: PreTrainedModel, ids: torch.Tensor, held: list[Any], new_tokens: int
-) -> tuple[Callable[[], None], Callable[[], int]]:
-    """The untimed prefill and the timed decode loop, which find the KV cache in `held`."""
-    options = keeps_last(model, 1)
-
-    def prefill() -> None:
+def _decode_run(steps: Steps, ids: torch.Tensor, held: list[Any], new_tokens: int) -> Run:
+    def start() -> None:
         held.clear()
-        # The model makes its own cache: a DynamicCache, with sliding layers where it has them.
-        output = model(input_ids=ids, use_cache=True, **options)
-        held.extend([output.logits[:, -1:].argmax(-1), output.past_key_values])
+        steps.reset()
+        held.extend(steps.prefill(ids))
 
     def decode() -> int:
         token, cache = held
         for _ in range(new_tokens):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
+            token = steps.step(token, cache)
         return len(ids) * new_tokens
 
-    return prefill, decode
+    return start, decode
+
+
+def _generate_run(steps: Steps, ids: torch.Tensor, held: list[Any], new_tokens: int) -> Run:
+    def start() -> None:
+        held.clear()
+        steps.reset()
+
+    def generate() -> int:
+        token, cache = steps.prefill(ids)
+        held.extend((token, cache))
+        for _ in range(new_tokens - 1):
+            token = steps.step(token, cache)
+        return len(ids) * new_tokens
+
+    return start, generate
+
+
+_RUNS: dict[str, Callable[[Steps, torch.Tensor, list[Any], int], Run]] = {
+    "prefill": _prefill_run,
+    "decode": _decode_run,
+    "generate": _generate_run,
+}
+
+
+def _footprint(
+    model: PreTrainedModel, start: Callable[[], None], run: Callable[[], int], held: list[Any]
+) -> Footprint:
+    """Memory that one more, untimed run takes."""
+    held.clear()
+    weights = sum(_nbytes(parameter) for parameter in model.parameters())
+    on_cpu = model.device.type == "cpu"
+    with _peaks(model.device) as peaks:
+        start()
+        run()
+    device, host = peaks
+    cache = sum(
+        _nbytes(tensor)
+        for layer in getattr(held[1], "layers", ())
+        for tensor in (layer.keys, layer.values)
+        if tensor is not None
+    )
+    held.clear()
+    return Footprint(
+        weights=weights,
+        kv_cache=cache,
+        device_peak=None if device is None else weights + device,
+        host_peak=None if host is None else host + (weights if on_cpu else 0),
+    )
+
+
+def _nbytes(tensor: Any) -> int:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return int(local.nbytes)
+
+
+@contextmanager
+def _peaks(device: torch.device) -> Iterator[list[int | None]]:
+    """By how many bytes [device, host] memory grew at most inside the block; None for not known."""
+    found: list[int | None] = [None, None]
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    resident = None
+    with suppress(OSError):
+        # Linux: 5 resets the high-water mark of this process's own resident memory.
+        Path("/proc/self/clear_refs").write_text("5")
+        resident = _status("VmRSS")
+    yield found
+    if device.type == "cuda":
+        found[0] = torch.cuda.max_memory_allocated(device) - before
+    if resident is not None:
+        found[1] = max(0, _status("VmHWM") - resident)
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {key}")

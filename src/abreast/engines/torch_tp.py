@@ -1,0 +1,285 @@
+"""Converted checkpoints on the processes of torchrun, each holding a part of every layer.
+
+Single layers and `lp` groups are stock layers, wide or not: transformers' own tensor parallel plan
+spreads them, two all-reduces each. Under it rank r of p holds exactly member r of a group of p.
+
+`cqil` groups are wired for one all-reduce per group (arXiv 2404.06709, section 3.1). Every rank
+runs one whole member: with as many ranks as members, rank r takes member r; with m times as many, m
+neighbouring ranks share a member and sum its attention among themselves. A member's attention and
+FFN outputs are added where they arise, and one all-reduce at the end of the group adds the members.
+With bypass distance d > 0 a rank sends its attention output to the d next members before that.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from abreast.checkpoint import open_checkpoint
+from abreast.errors import AbreastError
+from abreast.families import FAMILIES
+from abreast.modeling import CqilForward, MemberLinear
+
+WIDE_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+
+
+class ParallelError(AbreastError):
+    """A model that cannot be spread over this many processes."""
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def load_parallel(
+    model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+) -> Any:
+    """Load an original or converted checkpoint spread over all processes; returns this one's part.
+
+    Call it in every process that torchrun started. Logits, caches and generation are those of the
+    whole model; every process gets the same. device: cpu (gloo) or cuda (NCCL, one GPU for each
+    process). With one process it loads the model as it is. Code inside checkpoints never runs.
+    Raises ParallelError for a number of processes that the layers cannot be divided by.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = open_checkpoint(model)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    check_degree(checkpoint.config, world)
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    if world == 1:
+        whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+        return whole.to(device).eval()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    apart = any(own.get("abreast_members", 1) > 1 for own in _widths(checkpoint.config))
+    plan: Any = _full_plan(config) if apart else "auto"
+    loaded = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=dtype, **_distributed(plan, world)
+    ).eval()
+    groups = _subgroups(checkpoint.config, world)
+    for layer in loaded.base_model.layers:
+        if isinstance(layer, CqilForward):
+            own_member(layer, groups)
+        else:
+            _own_norms(layer, world)
+    return loaded
+
+
+def check_degree(config: Mapping[str, Any], world: int) -> None:
+    """Raises ParallelError where `world` processes cannot share the layers of a config.json."""
+    if world == 1:
+        return
+    if config.get("abreast_prefill") == "sequential":
+        raise ParallelError("sequential prefill runs on 1 process only; unset it to use several")
+    widths = _widths(config)
+    apart = max((own.get("abreast_members", 1) for own in widths), default=1) > 1
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix("abreast_"))
+    if apart and (family is None or family.member_norms or family.flat_norms):
+        raise ParallelError(
+            "groups with norms after a branch cannot be spread over processes; use 1 process"
+        )
+    for members in sorted(cqil_groups(config)):
+        if world % members:
+            raise ParallelError(
+                f"a cqil group of {members} layers runs on {members} processes or a multiple of "
+                f"that, not on {world}"
+            )
+    for own in ({}, *widths):
+        for key in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
+            size = own.get(key, config.get(key))
+            if isinstance(size, int) and size % world:
+                raise ParallelError(
+                    f"{world} processes cannot share {size} ({key}) evenly; use a divisor of it"
+                )
+
+
+def cqil_groups(config: Mapping[str, Any]) -> set[int]:
+    """Numbers of members of the cqil groups in a converted checkpoint's config.json."""
+    widths = _widths(config)
+    return {own["abreast_members"] for own in widths if own.get("abreast_bypass") is not None}
+
+
+def _widths(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    layers = config.get("per_layer_config") or {}
+    return list(layers.values() if isinstance(layers, dict) else layers)
+
+
+def _distributed(plan: Any, world: int) -> dict[str, Any]:
+    """Arguments of from_pretrained for a plan, in the words of the installed transformers."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {"distributed_config": DistributedConfig(tp_size=world, tp_plan=plan)}
+    except (ImportError, TypeError):
+        warnings.filterwarnings("ignore", message=".*tp_plan.*", category=FutureWarning)
+        return {"tp_plan": plan}
+
+
+def _full_plan(config: Any) -> dict[str, str]:
+    """The family's own plan, which models with members apart do not claim for themselves."""
+    inner = {f"model.{name}": style for name, style in config.base_model_tp_plan.items()}
+    return {
+        "model.embed_tokens": "embedding_rowwise",
+        **inner,
+        "lm_head": "colwise_gather_output",
+    }
+
+
+def _subgroups(config: Mapping[str, Any], world: int) -> dict[int, Any]:
+    """Per number of ranks that share a member: the process group of this rank's member."""
+    found: dict[int, Any] = {}
+    for members in sorted(cqil_groups(config)):
+        share = world // members
+        if share == 1 or share in found:
+            continue
+        for first in range(0, world, share):
+            # Every process has to take part in making every group.
+            ranks = list(range(first, first + share))
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                found[share] = group
+    return found
+
+
+class OneMember:
+    """Mixed into a family's decoder layer that holds one member of a cqil group, or a part of it.
+
+    One all-reduce at the end adds what the ranks have: the members' attention and FFN outputs.
+    """
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    before: Any  # the norm before the FFN
+    scale: float
+    bypass: int
+    member: int  # this rank's, of `members`; `share` ranks have the same one
+    members: int
+    share: int
+    first: bool  # of those that share the member: its attention counts once
+    sharers: Any  # their process group
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x_BLD = hidden_states
+        a_BLD = self.self_attn(self.input_layernorm(x_BLD), *args, **kwargs)[0]
+        if self.scale != 1.0:
+            a_BLD = a_BLD * self.scale
+        if self.share > 1:
+            dist.all_reduce(a_BLD, group=self.sharers)
+        y_BLD = x_BLD + a_BLD
+        if self.bypass:
+            for seen_BLD in self.exchange(a_BLD):
+                y_BLD = y_BLD + seen_BLD
+        out_BLD = self.mlp(self.before(y_BLD))
+        if self.scale != 1.0:
+            out_BLD = out_BLD * self.scale
+        if self.first:
+            out_BLD = out_BLD + a_BLD
+        dist.all_reduce(out_BLD)
+        return x_BLD + out_BLD
+
+    def exchange(self, a_BLD: torch.Tensor) -> list[torch.Tensor]:
+        """Send this member's attention output to the next members, and get the previous ones'."""
+        rank, member, share = dist.get_rank(), self.member, self.share
+        a_BLD = a_BLD.contiguous()
+        operations, got = [], []
+        for distance in range(1, self.bypass + 1):
+            if member + distance < self.members:
+                operations.append(dist.P2POp(dist.isend, a_BLD, rank + distance * share))
+            if member >= distance:
+                got.append(torch.empty_like(a_BLD))
+                operations.append(dist.P2POp(dist.irecv, got[-1], rank - distance * share))
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+        return got
+
+
+def own_member(layer: Any, groups: Mapping[int, Any]) -> None:
+    """Turn a cqil group that was loaded under the family's plan into this rank's member.
+
+    Rows of q, k, v, gate and up and columns of down lie member by member, so the rank already holds
+    its own. The members' output projections lie below one another but are split along their inputs:
+    they are put together and split anew. Afterwards all matrices are plain local ones.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    output = layer.self_attn.o_proj
+    members = output.members
+    share = world // members
+    member, part = divmod(rank, share)
+    for module in layer.modules():
+        _unhook(module)
+    whole = _whole(output.weight).view(members, output.out_features, -1)[member]
+    width = whole.shape[1] // share
+    weight = whole[:, part * width : (part + 1) * width]
+    bias = output.bias
+    if bias is not None:
+        bias = _whole(bias).view(members, -1)[member] if part == 0 else None
+    layer.self_attn.o_proj = _linear(weight, bias)
+    out = "c_proj" if hasattr(layer.mlp, "c_proj") else "down_proj"
+    for holder in (layer.self_attn, layer.mlp):
+        for name, module in list(holder.named_children()):
+            if not isinstance(module, nn.Linear | MemberLinear) or name == "o_proj":
+                continue
+            rows_bias = None if module.bias is None else _rows(module.bias, rank, world)
+            if name == out and rank > 0:
+                rows_bias = None  # a sum over all members, to be added once
+            elif name == out and module.bias is not None:
+                rows_bias = _whole(module.bias)
+            setattr(holder, name, _linear(_local(module.weight), rows_bias))
+    _own_norms(layer, world)
+    layer.before = getattr(layer, layer.norms[1])
+    layer.scale = getattr(layer, "residual_multiplier", 1.0)
+    layer.member, layer.members, layer.share, layer.first = member, members, share, part == 0
+    layer.sharers = groups.get(share)
+    layer.__class__ = type(type(layer).__name__, (OneMember, type(layer)), {})
+
+
+def _own_norms(layer: Any, world: int) -> None:
+    """Leave the gains of this rank's heads in norms that have a gain for every head of a group."""
+    for name in WIDE_NORMS:
+        norm = getattr(layer.self_attn, name, None)
+        if norm is not None and norm.weight.dim() > 1:
+            weight = _rows(norm.weight, dist.get_rank(), world)
+            norm.weight = nn.Parameter(weight.clone(), requires_grad=False)
+
+
+def _unhook(module: nn.Module) -> None:
+    """Take off what transformers installed to communicate around a module."""
+    module.__dict__.pop("forward", None)
+    module._forward_pre_hooks.clear()
+    module._forward_hooks.clear()
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return linear
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+
+
+def _rows(tensor: Any, rank: int, world: int) -> torch.Tensor:
+    """This rank's rows, whether the tensor is whole, or in this rank's part already."""
+    if hasattr(tensor, "to_local") and tensor.to_local().shape != tensor.shape:
+        return _local(tensor)
+    return _whole(tensor).chunk(world)[rank]

@@ -1,0 +1,79 @@
+"""vLLM's own latency benchmark as a subprocess, in whatever environment has vLLM."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from abreast.errors import AbreastError
+
+ITERATIONS, WARMUP = 5, 2
+
+
+class VllmFailure(AbreastError):
+    """vLLM ran and did not finish."""
+
+
+def latency(
+    command: Sequence[str],
+    model: str,
+    *,
+    batch_size: int,
+    input_tokens: int,
+    output_tokens: int,
+    ranks: int = 1,
+    dtype: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> float:
+    """Median seconds of one batch from prompt to last token, by `vllm bench latency`.
+
+    command: words that start vLLM's command line. Start-up and warm-up are not included. Raises
+    AbreastError when there is no such command, VllmFailure with vLLM's last words when it fails.
+    """
+    if not command or shutil.which(command[0]) is None:
+        name = command[0] if command else ""
+        raise AbreastError(
+            f"there is no command '{name}' here; install vLLM in an environment of its own and "
+            "name its command with --vllm"
+        )
+    with tempfile.TemporaryDirectory(prefix="abreast-vllm-") as folder:
+        out = Path(folder) / "latency.json"
+        options = {
+            "--model": model,
+            "--input-len": input_tokens,
+            "--output-len": output_tokens,
+            "--batch-size": batch_size,
+            "--num-iters-warmup": WARMUP,
+            "--num-iters": ITERATIONS,
+            "--tensor-parallel-size": ranks,
+            "--max-model-len": input_tokens + output_tokens,
+            "--dtype": dtype,
+            "--seed": seed,
+            "--output-json": str(out),
+        }
+        words = [str(word) for pair in options.items() for word in pair]
+        if trust_remote_code:
+            words.append("--trust-remote-code")
+        done = subprocess.run(
+            [*command, "bench", "latency", *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode or not out.is_file():
+            raise VllmFailure(f"vLLM failed on '{model}': {_last_words(done.stderr)}")
+        found = json.loads(out.read_text())
+    times = found.get("latencies") or [found["avg_latency"]]
+    return float(statistics.median(times))
+
+
+def _last_words(stderr: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line or "memory" in line]
+    return (errors or lines or ["it did not say why"])[-1]
