@@ -288,13 +288,15 @@ def _conclusion(name: str, results: Sequence[BenchResult]) -> list[str]:
     if all(result.rounds < MIN_ROUNDS for result in results):
         return [*lines, f"{name}: too few rounds for a verdict"]
     if not faster:
-        what = "slower" if slower else "not faster"
-        return [*lines, f"{name}: {what} in everything measured: do not use this here"]
+        what = "slower" if slower else "no faster"
+        return [*lines, f"{name}: {what} in whatever was measured: do not use this here"]
     gains = []
     for task in dict.fromkeys(task for task, _ in faster):
         ratios = sorted(ratio for other, ratio in faster if other == task)
         low, high = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
-        gains.append(f"{task} by {low}x" + (f" to {high}x" if high != low else ""))
+        cases = sum(result.task == task for result in results)
+        among = f" ({len(ratios)} of {cases} cases)" if cases > 1 else ""
+        gains.append(f"{task} by {low}x" + (f" to {high}x" if high != low else "") + among)
     end = f"; slower, do not use it there: {'; '.join(place for _, place in slower)}"
     return [*lines, f"{name}: faster here in {', '.join(gains)}{end if slower else ''}"]
 

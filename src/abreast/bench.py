@@ -33,7 +33,8 @@ class Footprint:
 
     weights: its parameters. kv_cache: keys and values after the task. device_peak: weights plus the
     most that a run added on the accelerator, None on a CPU. host_peak: the same for the host's
-    memory, None where the system does not tell.
+    memory, None where the system does not tell; memory that the warm process held already from
+    earlier runs is not in it.
     """
 
     weights: int

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from abreast.backends import Report
     from abreast.demo import Demo
     from abreast.evaluate import Comparison, Perplexity
 
@@ -71,6 +72,49 @@ def print_demo(result: Demo) -> None:
     console.print(f"prefill: {verdict(result.prefill)}")
     if result.out is not None:
         console.print(f"converted checkpoint: {result.out}", soft_wrap=True)
+
+
+def print_bench(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from abreast.backends import conclusion
+
+    job = report.job
+    first = report.results[0]
+    about = f"{first.backend}, {first.device}, {first.dtype}, {job.rounds} rounds"
+    table = Table(title=f"{about}; ± is half the distance between the quartiles")
+    for heading in ("task", "batch", "context", "model", "ms", "", "tokens/s", "against original"):
+        table.add_column(heading, justify="left" if heading in ("task", "model", "") else "right")
+    table.add_column("KV cache", justify="right")
+    table.add_column("peak memory", justify="right")
+    for result in report.results:
+        for name, timing in result.timings.items():
+            each = result.new_tokens if result.task == "decode" else 1
+            memory = result.memory.get(name)
+            peak = memory and (memory.device_peak or memory.host_peak)
+            against = f"{timing.ratio:.2f}x [{timing.ratio_low:.2f}, {timing.ratio_high:.2f}]"
+            table.add_row(
+                result.task,
+                str(result.batch_size),
+                str(result.context),
+                name,
+                f"{1e3 * timing.median / each:.2f} ± {500 * timing.iqr / each:.2f}",
+                {"prefill": "TTFT", "decode": "TPOT"}.get(result.task, "in all"),
+                f"{timing.tokens_per_second:.1f}",
+                "" if name == result.original else against,
+                bytes_text(memory.kv_cache) if memory else "",
+                bytes_text(peak) if peak else "",
+                end_section=name == [*result.timings][-1],
+            )
+    console = Console(highlight=False)
+    console.print(table)
+    if first.memory:
+        sizes = (f"{name} {bytes_text(m.weights)}" for name, m in first.memory.items())
+        console.print(f"weights: {', '.join(sizes)}", soft_wrap=True)
+    for failure in report.failures:
+        console.print(f"{failure.case}: {failure.reason}", soft_wrap=True)
+    console.print(conclusion(report.results), soft_wrap=True)
 
 
 def print_table(rows: dict[str, str]) -> None:
