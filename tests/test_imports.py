@@ -19,7 +19,7 @@ MAX_LINES = 500
 
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
-    ("plan", "families", "branches", "checkpoint", "modeling", "data"),
+    ("plan", "families", "branches", "checkpoint", "modeling", "data", "hardware"),
     ("fold", "grouped", "search", "estimate", "report", "findings", "timing", "engines"),
     ("load", "interventions"),
     (  # the verbs

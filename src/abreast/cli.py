@@ -26,7 +26,7 @@ def cli() -> None:
 for verb in (
     *(cli_checkpoint.inspect, cli_checkpoint.convert, cli_checkpoint.verify),
     *(cli_quality.evaluate, cli_quality.study),
-    *(cli_speed.bench,),
+    *(cli_speed.bench, cli_speed.estimate),
     *(cli_run.demo,),
 ):
     cli.add_command(verb)

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from abreast.errors import AbreastError
-from abreast.options import PLAN_HELP, json_option, remote_option, say, seed_option
+from abreast.options import PLAN_HELP, json_option, print_json, remote_option, say, seed_option
 
 
 @click.command()
@@ -109,6 +109,77 @@ def bench(
     if as_json:
         return click.echo(json.dumps(report.to_dict()))
     print_bench(report)
+
+
+@click.command()
+@click.argument("model")
+@click.option("--plan", required=True, help=PLAN_HELP)
+@click.option("--hardware", required=True, help="Such as A100, 2xA100-NVLink, 8xH100-NVLink.")
+@click.option("--batch", default="1", show_default=True, help="Batch sizes, by commas.")
+@click.option("--context", default="1024", show_default=True, help="Contexts, by commas.")
+@click.option("--ranks", type=int, help="Devices that share the work. Default: all.")
+@click.option("--baseline-ranks", type=int, help="Devices of the original. Default: as many.")
+@click.option(
+    "--replicated",
+    is_flag=True,
+    help="As CQIL measures: the original on one device, single layers whole on every device.",
+)
+@click.option("--unfused", is_flag=True, help="Members one after another, as grouped in memory.")
+@click.option(
+    "--dtype", default="bfloat16", show_default=True, help="Of weights; also float8, int4."
+)
+@json_option
+def estimate(
+    model: str,
+    plan: str,
+    hardware: str,
+    batch: str,
+    context: str,
+    ranks: int | None,
+    baseline_ranks: int | None,
+    replicated: bool,
+    unfused: bool,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Compute what a plan would bring on other hardware. MODEL: folder, config.json or ORG/NAME.
+
+    Needs no weights. The numbers come from a model of the hardware, not from the hardware.
+    """
+    from abreast.estimate import estimate as compute
+    from abreast.estimate import read_config
+    from abreast.families import num_layers_of
+    from abreast.hardware import hardware_of
+    from abreast.plan import Plan
+    from abreast.tables import print_estimates
+
+    config = read_config(model)
+    parsed = Plan.read(plan, num_layers_of(config))
+    target = hardware_of(hardware)
+    found = [
+        compute(
+            config,
+            parsed,
+            target,
+            batch=size,
+            context=length,
+            phase=phase,
+            runtime=runtime,
+            dtype=dtype,
+            ranks=ranks,
+            baseline_ranks=baseline_ranks,
+            fused=not unfused,
+            replicated=replicated,
+        )
+        for runtime in ("graphs", "eager")
+        for phase in ("prefill", "decode")
+        for size in _numbers(batch, "--batch")
+        for length in _numbers(context, "--context")
+    ]
+    if as_json:
+        rows = [entry.to_dict() for entry in found]
+        return print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
+    print_estimates(parsed, found)
 
 
 def _tasks(text: str) -> list[str]:

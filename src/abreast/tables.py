@@ -9,7 +9,9 @@ import click
 if TYPE_CHECKING:
     from abreast.backends import Report
     from abreast.demo import Demo
+    from abreast.estimate import Estimate
     from abreast.evaluate import Comparison, Perplexity
+    from abreast.plan import Plan
 
 
 def quality_rows(result: Comparison | Perplexity) -> dict[str, str]:
@@ -115,6 +117,47 @@ def print_bench(report: Report) -> None:
     for failure in report.failures:
         console.print(f"{failure.case}: {failure.reason}", soft_wrap=True)
     console.print(conclusion(report.results), soft_wrap=True)
+
+
+def print_estimates(plan: Plan, found: list[Estimate]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    first = found[0]
+    about = f"{plan.num_layers} -> {plan.depth} stages on {first.hardware}, {first.dtype}"
+    table = Table(title=f"{about}: computed, not measured")
+    for heading in ("runtime", "phase", "batch", "context", "original", "plan", "", "limit"):
+        table.add_column(heading, justify="left" if heading in ("runtime", "phase") else "right")
+    for entry in found:
+        table.add_row(
+            entry.runtime,
+            entry.phase,
+            str(entry.batch),
+            str(entry.context),
+            f"{1e3 * entry.original:.2f} ms",
+            f"{1e3 * entry.converted:.2f} ms",
+            f"{entry.speedup:.2f}x",
+            entry.bound,
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    before, after = first.all_reduces
+    if max(first.ranks, first.baseline_ranks) > 1:
+        console.print(
+            f"{first.ranks} devices ({first.baseline_ranks} for the original), "
+            f"{before} -> {after} collectives per forward pass"
+        )
+    largest = max(found, key=lambda entry: entry.weights + entry.kv_cache)
+    console.print(
+        f"per device: weights {bytes_text(largest.weights)}, KV cache up to "
+        f"{bytes_text(largest.kv_cache)}{'' if largest.fits else ': more than it has'}",
+        soft_wrap=True,
+    )
+    console.print(
+        "graphs: a serving engine that replays CUDA graphs; eager: PyTorch operation by operation. "
+        "limit: what the plan waits for, the program that starts kernels or the device.",
+        soft_wrap=True,
+    )
 
 
 def print_table(rows: dict[str, str]) -> None:

@@ -1,0 +1,136 @@
+"""What `abreast estimate` computes beside every speed that the papers publish.
+
+LP (arXiv 2502.02790): decode at batch 1, 2 x A100 SXM4 80 GB, plain PyTorch (eager); three of its
+figures come without a plan, and the pairs nearest to their depth are taken. CQIL (arXiv
+2404.06709): a member per GPU, against the sequential model on one GPU; 48.3 % on LLaMA-33B comes
+without a plan, and 10 groups of 4 are taken. FFN Fusion (arXiv 2503.18908): 49 FFNs without
+attention become 4, 8 x H100, FP8; the time before is the published one, and only what is saved is
+computed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from abreast.estimate import forward_cost, speedup, stage_cost
+from abreast.hardware import hardware_of
+from abreast.plan import Plan
+
+LLAMA = {"model_type": "llama"}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama 2 7B": {
+        **LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+    },
+    "Llama 3.2 3B": {
+        **LLAMA,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "LLaMA 33B": {
+        **LLAMA,
+        "hidden_size": 6656,
+        "intermediate_size": 17920,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 52,
+        "vocab_size": 32000,
+    },
+    "Llama 3.1 405B": {
+        **LLAMA,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
+CONTEXT = 1024
+
+
+def groups(first: int, count: int, size: int, sign: str) -> str:
+    starts = range(first, first + count * size, size)
+    return " ".join(sign.join(map(str, range(start, start + size))) for start in starts)
+
+
+# Name, model, plan, hardware, published speed-up, whether single layers run whole, plan is given.
+CASES = (
+    ("LP 32 -> 25", "Llama 2 7B", groups(14, 7, 2, "+"), "2xA100-NVLink", 1.29, False, True),
+    ("LP 28 -> 23", "Llama 3.2 3B", groups(15, 5, 2, "+"), "2xA100-NVLink", 1.22, False, True),
+    ("LP at -1.5 %", "Llama 2 7B", groups(16, 5, 2, "+"), "2xA100-NVLink", 1.19, False, False),
+    ("LP aggressive", "Llama 2 7B", groups(12, 9, 2, "+"), "2xA100-NVLink", 1.38, False, False),
+    ("LP last version", "Llama 2 7B", groups(10, 10, 2, "+"), "2xA100-NVLink", 1.46, False, False),
+    ("CQIL P2 S12 E30", "Llama 2 7B", groups(12, 9, 2, "|"), "2xA100-NVLink", 0.262, True, True),
+    ("CQIL P4 S14 E30", "Llama 2 7B", groups(14, 4, 4, "|"), "4xA100-NVLink", 0.374, True, True),
+    ("CQIL best", "LLaMA 33B", groups(16, 10, 4, "|"), "4xA100-NVLink", 0.483, True, False),
+)
+
+
+def predicted() -> list[dict[str, Any]]:
+    rows = []
+    for name, model, plan, hardware, figure, replicated, given in CASES:
+        config = MODELS[model]
+        parsed = Plan.parse(plan, config["num_hidden_layers"])
+        found = speedup(
+            config, parsed, hardware, context=CONTEXT, runtime="eager", replicated=replicated
+        )
+        published = 1 / (1 - figure) if figure < 1 else figure
+        rows.append(_row(name, model, f"depth {parsed.depth}", published, found, given))
+    rows.append(_row(*_ffn_fusion(), True))
+    return rows
+
+
+def _ffn_fusion() -> tuple[str, str, str, float, float]:
+    config, hardware = MODELS["Llama 3.1 405B"], hardware_of("8xH100-NVLink")
+    ffn = [
+        stage_cost(config, width, "lp", hardware, part="ffn", dtype="float8", context=CONTEXT)
+        for width in (1, 12, 13)
+    ]
+    saved = 49 * ffn[0] - 3 * ffn[1] - ffn[2]
+    before = 1 / 63.38
+    return "FFN Fusion", "Ultra 253B", "49 FFNs -> 4", 70.92 / 63.38, before / (before - saved)
+
+
+def _row(
+    name: str, model: str, plan: str, published: float, found: float, given: bool
+) -> dict[str, Any]:
+    return {
+        "figure": name,
+        "model": model,
+        "plan": plan,
+        "plan_given": given,
+        "published": round(published, 3),
+        "predicted": round(found, 3),
+        "error_percent": round(100 * (found / published - 1), 1),
+        "gain_error_percent": round(100 * ((found - 1) / (published - 1) - 1), 1),
+    }
+
+
+def calibration() -> dict[str, float]:
+    """The absolute speed, in tokens/s, that the gap between kernels is calibrated to."""
+    config, hardware = MODELS["Llama 3.1 405B"], hardware_of("8xH100-NVLink")
+    cost = forward_cost(config, None, hardware, dtype="float8", context=CONTEXT)
+    return {"published": 41.44, "predicted": round(1 / cost.seconds, 2)}
+
+
+def main() -> None:
+    rows = predicted()
+    for row in rows:
+        print(row, file=sys.stderr)
+    print(json.dumps({"benchmark": "estimate", "rows": rows, "calibration": calibration()}))
+
+
+if __name__ == "__main__":
+    main()
