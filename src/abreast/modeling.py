@@ -90,14 +90,13 @@ class MemberLinear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(members * self.out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.shape[-1] != self.in_features:
-            x = x.unflatten(-1, (self.members, self.in_features))
-        x_PNX = x.flatten(0, -3).transpose(0, 1)
+        lead = x.shape[:-1] if x.shape[-1] != self.in_features else x.shape[:-2]
+        x_NPX = x.reshape(-1, self.members, self.in_features)
         weight = self.weight.view(self.members, self.out_features, self.in_features)
-        out_NPX = torch.bmm(x_PNX, weight.transpose(1, 2)).transpose(0, 1)
+        out_NPX = torch.bmm(x_NPX.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
         if self.bias is not None:
             out_NPX = out_NPX + self.bias.view(self.members, self.out_features)
-        return out_NPX.unflatten(0, x.shape[:-2])
+        return out_NPX.reshape(*lead, self.members, self.out_features)
 
 
 class JoinMembers:
@@ -139,17 +138,18 @@ class CqilForward:
         x_BLD = hidden_states
         scale = getattr(self, "residual_multiplier", 1.0)
         read = self.input_layernorm(x_BLD) if hasattr(self, "input_layernorm") else x_BLD
-        a_BLPD = self.self_attn(read, *args, **kwargs)[0] * scale
+        a_BLPD = self.self_attn(read, *args, **kwargs)[0]
+        if scale != 1.0:
+            a_BLPD = a_BLPD * scale
         after_attention, before, after = (getattr(self, name or "", None) for name in self.norms)
         if after_attention is not None:
             a_BLPD = after_attention(a_BLPD)
-        seen_BLPD = a_BLPD
-        if self.bypass:
-            members = a_BLPD.shape[-2]
-            visible = a_BLPD.new_ones(members, members).tril().triu(-self.bypass)
-            seen_BLPD = visible @ a_BLPD
-        y_BLPD = x_BLD.unsqueeze(-2) + seen_BLPD
-        f_BLD = self.mlp(before(y_BLPD) if before is not None else y_BLPD) * scale
+        y_BLPD = x_BLD.unsqueeze(-2) + a_BLPD
+        for distance in range(1, self.bypass + 1):
+            y_BLPD[..., distance:, :] += a_BLPD[..., :-distance, :]
+        f_BLD = self.mlp(before(y_BLPD) if before is not None else y_BLPD)
+        if scale != 1.0:
+            f_BLD = f_BLD * scale
         if after is not None:
             f_BLD = after(f_BLD)
         return x_BLD + a_BLPD.sum(-2) + f_BLD

@@ -1,0 +1,81 @@
+"""Decode over two processes (gloo, one thread each): original, lp and cqil of the same depth.
+
+A random Llama of hidden size 512 and 32 layers, the LP paper's plan 32 -> 25 in both wirings. All
+three are spread over the same two processes and take turns there. Targets: lp at least 1.2 times as
+fast as the original, cqil at least 1.3 times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from abreast.backends import Case, Contender, Job, run
+from abreast.convert import convert
+
+PAIRS = range(14, 28, 2)
+
+
+def original(folder: Path, hidden: int, ffn: int, layers: int, dtype: str) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--ffn", type=int, default=1024)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--ranks", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="abreast-tp-") as folder:
+        source = Path(folder) / "original"
+        original(source, options.hidden, options.ffn, 32, options.dtype)
+        for name, sign in (("lp", "+"), ("cqil", "|")):
+            convert(source, " ".join(f"{k}{sign}{k + 1}" for k in PAIRS), Path(folder) / name)
+        found = run(
+            Job(
+                tuple(Contender(n, str(Path(folder) / n)) for n in ("original", "lp", "cqil")),
+                (Case("decode", 1, options.context, options.steps),),
+                backend="tp",
+                rounds=options.rounds,
+                warmup=3,
+                ranks=options.ranks,
+            ),
+            step=lambda message: print(message, file=sys.stderr),
+        )
+    (result,) = found.results
+    rows = {
+        name: {
+            "tpot_ms": round(1e3 * timing.median / options.steps, 3),
+            "ratio": round(timing.ratio, 3),
+            "low": round(timing.ratio_low, 3),
+            "high": round(timing.ratio_high, 3),
+        }
+        for name, timing in result.timings.items()
+    }
+    for name, row in rows.items():
+        print(name, row, file=sys.stderr)
+    print(json.dumps({"benchmark": "tp_decode", **vars(options), "models": rows}))
+
+
+if __name__ == "__main__":
+    main()
