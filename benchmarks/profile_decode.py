@@ -1,9 +1,10 @@
 """Where the time goes: operations per token, matrix products against the rest, bytes per token.
 
-A random Llama (hidden 512, 16 layers) as it is, converted (lp and cqil) and grouped in memory. Counted:
-operations that the dispatcher runs, those that compute apart from views. Timed with torch.profiler:
-the share of matrix products and attention. Measured beside it, for hardware.yaml: memory bandwidth
-(triad), matrix products, one small operation, and an all-reduce of two gloo processes.
+A random Llama (hidden 512, 16 layers) as it is, converted (lp and cqil) and grouped in memory.
+Counted: operations that the dispatcher runs, those that compute apart from views. Timed with
+torch.profiler: the share of matrix products and attention. Measured beside it, for hardware.yaml:
+memory bandwidth (triad), matrix products, one small operation, and an all-reduce of two gloo
+processes.
 
 Counts and bytes hold on a busy machine; times do not.
 """

@@ -98,7 +98,7 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path)
     written = []
     with torch.inference_mode():
         for make in (eager, compiled):
-            steps = make(model, 14)
+            steps = make(model, 14, "decode")
             for _ in range(2):  # a second run starts from a clean cache
                 steps.reset()
                 token, cache = steps.prefill(ids)

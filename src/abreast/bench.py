@@ -106,7 +106,7 @@ class Steps:
     reset: Callable[[], None] = lambda: None
 
 
-def eager(model: PreTrainedModel, length: int) -> Steps:
+def eager(model: PreTrainedModel, length: int, task: Task) -> Steps:
     """The model as it is, with the cache that it makes itself (sliding where it slides)."""
     options = keeps_last(model, 1)
 
@@ -121,11 +121,12 @@ def eager(model: PreTrainedModel, length: int) -> Steps:
     return Steps(prefill, step)
 
 
-def compiled(model: PreTrainedModel, length: int) -> Steps:
+def compiled(model: PreTrainedModel, length: int, task: Task) -> Steps:
     """The model through torch.compile with a static cache of `length` tokens.
 
     On CUDA the single-token step is replayed as a CUDA graph (mode "reduce-overhead"); prompts are
-    compiled without graphs. Whatever is compiled is compiled for exactly these shapes.
+    compiled without graphs, and not at all for decode, which does not time them. Whatever is
+    compiled is compiled for exactly these shapes.
     """
     from transformers import StaticCache
 
@@ -137,7 +138,7 @@ def compiled(model: PreTrainedModel, length: int) -> Steps:
         output = model(input_ids=token, past_key_values=cache, use_cache=True, **options)
         return output.logits[:, -1:].argmax(-1)
 
-    many = torch.compile(forward, dynamic=False)
+    many = forward if task == "decode" else torch.compile(forward, dynamic=False)
     one = torch.compile(forward, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
     def prefill(prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -156,7 +157,7 @@ def compiled(model: PreTrainedModel, length: int) -> Steps:
     return Steps(prefill, step, cache.reset)
 
 
-EXECUTIONS: dict[str, Callable[[PreTrainedModel, int], Steps]] = {
+EXECUTIONS: dict[str, Callable[[PreTrainedModel, int, Task], Steps]] = {
     "eager": eager,
     "compile": compiled,
 }
@@ -247,7 +248,7 @@ def bench(
 
     with inference(*models.values()):
         for name, model in models.items():
-            steps = EXECUTIONS[execution](model, context + generated)
+            steps = EXECUTIONS[execution](model, context + generated, task)
             start, candidates[name] = _RUNS[task](steps, ids, held, generated)
             prepare[name] = waiting(start)
         found = measure(

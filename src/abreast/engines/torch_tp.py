@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def load_parallel(
     if world == 1:
         whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
         return whole.to(device).eval()
+    if find_spec("accelerate") is None:
+        raise ParallelError("transformers spreads models with accelerate; pip install accelerate")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     apart = any(own.get("abreast_members", 1) > 1 for own in _widths(checkpoint.config))

@@ -1,4 +1,8 @@
-"""vLLM's own latency benchmark as a subprocess, in whatever environment has vLLM."""
+"""vLLM's own latency benchmark as a subprocess, in whatever environment has vLLM.
+
+The command line of vLLM's CPU wheel fails on its package's name. Where abreast is installed beside
+such a vLLM, `python -m abreast.engines.vllm_bench` stands in for it and starts the same benchmark.
+"""
 
 from __future__ import annotations
 
@@ -77,3 +81,17 @@ def _last_words(stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line or "memory" in line]
     return (errors or lines or ["it did not say why"])[-1]
+
+
+def _main() -> None:
+    from vllm.benchmarks.latency import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser(prog="vllm")
+    parser.add_argument("words", nargs=2, help="bench latency")
+    add_cli_args(parser)
+    main(parser.parse_args())
+
+
+if __name__ == "__main__":
+    _main()
