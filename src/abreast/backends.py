@@ -452,6 +452,8 @@ def _as_rank(job: Job) -> Iterator[BenchResult | Failure]:
         for contender in job.contenders
     }
     yield from _cases(job, models, dist.barrier if dist.is_initialized() else lambda: None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _worker(given: str, found: str) -> None:
@@ -462,7 +464,6 @@ def _worker(given: str, found: str) -> None:
             row = asdict(result) if isinstance(result, Failure) else result.to_dict(seconds=True)
             with open(found, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

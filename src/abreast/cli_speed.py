@@ -101,8 +101,9 @@ def bench(
         vllm=tuple(shlex.split(vllm)),
         trust_remote_code=trust_remote_code,
     )
-    report = run(job, step=say)
-    if int(os.environ.get("RANK", "0")) > 0:
+    leads = int(os.environ.get("RANK", "0")) == 0
+    report = run(job, step=say if leads else lambda message: None)
+    if not leads:
         return
     if out is not None:
         plot(report, out)

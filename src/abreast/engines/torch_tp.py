@@ -63,12 +63,20 @@ def load_parallel(
         return whole.to(device).eval()
     if find_spec("accelerate") is None:
         raise ParallelError("transformers spreads models with accelerate; pip install accelerate")
+    on_gpu = device.startswith("cuda")
+    if torch.cuda.is_available() != on_gpu:
+        # transformers takes the accelerator wherever it sees one.
+        raise ParallelError(
+            "no CUDA device here; use --device cpu"
+            if on_gpu
+            else "to use the CPU beside a GPU, hide the GPU: CUDA_VISIBLE_DEVICES=''"
+        )
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    apart = any(own.get("abreast_members", 1) > 1 for own in _widths(checkpoint.config))
-    plan: Any = _full_plan(config) if apart else "auto"
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=dtype, **_distributed(plan, world)
+        checkpoint.folder, dtype=dtype, **_distributed(_plan(config), world)
     ).eval()
     groups = _subgroups(checkpoint.config, world)
     for layer in loaded.base_model.layers:
@@ -129,13 +137,25 @@ def _distributed(plan: Any, world: int) -> dict[str, Any]:
         return {"tp_plan": plan}
 
 
-def _full_plan(config: Any) -> dict[str, str]:
-    """The family's own plan, which models with members apart do not claim for themselves."""
-    inner = {f"model.{name}": style for name, style in config.base_model_tp_plan.items()}
+def _plan(config: Any) -> dict[str, str]:
+    """The family's own plan, and the embedding by vocabulary.
+
+    Models with members apart claim no plan for themselves, and not every version of transformers
+    splits the embedding; written out, all models are split alike.
+    """
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM._model_mapping[type(config)]
+    inner = getattr(config, "base_model_tp_plan", None)
+    if not inner:
+        raise ParallelError(
+            f"transformers has no tensor parallel plan for {config.model_type}; use 1 process"
+        )
+    prefix = stock.base_model_prefix
     return {
-        "model.embed_tokens": "embedding_rowwise",
-        **inner,
-        "lm_head": "colwise_gather_output",
+        f"{prefix}.embed_tokens": "embedding_rowwise",
+        **{f"{prefix}.{name}": style for name, style in inner.items()},
+        **(getattr(stock, "_tp_plan", None) or {}),
     }
 
 
