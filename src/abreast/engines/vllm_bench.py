@@ -7,6 +7,7 @@ such a vLLM, `python -m abreast.engines.vllm_bench` stands in for it and starts 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -78,9 +79,11 @@ def latency(
 
 
 def _last_words(stderr: str) -> str:
+    """The most likely cause: a worker's error comes before those that follow from it."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "memory" in line]
-    return (errors or lines or ["it did not say why"])[-1]
+    errors = [line for line in lines if re.search(r"\w(Error|Exception): |out of memory", line)]
+    memory = [line for line in errors if "memory" in line.lower()]
+    return ([*memory, *errors] or lines[-1:] or ["it did not say why"])[0]
 
 
 def _main() -> None:
