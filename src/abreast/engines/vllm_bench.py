@@ -72,7 +72,10 @@ def latency(
             text=True,
         )
         if done.returncode or not out.is_file():
-            raise VllmFailure(f"vLLM failed on '{model}': {_last_words(done.stderr)}")
+            reason = _last_words(done.stderr)
+            if "out of vocabulary" in reason:
+                reason = "its benchmark draws token ids up to 10,000, more than the model knows"
+            raise VllmFailure(f"vLLM failed on '{model}': {reason}")
         found = json.loads(out.read_text())
     times = found.get("latencies") or [found["avg_latency"]]
     return float(statistics.median(times))
