@@ -82,11 +82,12 @@ def latency(
 
 
 def _last_words(stderr: str) -> str:
-    """The most likely cause: a worker's error comes before those that follow from it."""
+    """The last error that does not only report that another process had one; memory first."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\w(Error|Exception): |out of memory", line)]
     memory = [line for line in errors if "memory" in line.lower()]
-    return ([*memory, *errors] or lines[-1:] or ["it did not say why"])[0]
+    causes = [line for line in errors if "Engine core" not in line]
+    return (memory[-1:] or causes[-1:] or lines[-1:] or ["it did not say why"])[0]
 
 
 def _main() -> None:
