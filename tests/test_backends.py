@@ -199,6 +199,41 @@ def test_vllm_is_asked_in_turns_and_its_times_are_taken_apart(tmp_path):
     assert asked[:4] == ["slow", "fast", "fast", "slow"]
 
 
+FAILING_VLLM = """
+import sys
+print("ModuleNotFoundError: No module named 'some.plugin'", file=sys.stderr)
+print({line!r}, file=sys.stderr)
+print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            "ValueError: 6 heads are not divisible by 4",
+            "ValueError: 6 heads are not divisible by 4",
+        ),
+        ("VLLMValidationError: Token id 9707 is out of vocabulary", "token ids up to 10,000"),
+        ("ValueError: No available memory for the cache blocks", "use --context below 9"),
+    ],
+)
+def test_vllm_failures_say_what_vllm_said(tmp_path, line, reason):
+    script = tmp_path / "vllm.py"
+    script.write_text(FAILING_VLLM.format(line=line))
+    job = Job(
+        (Contender("original", "m"),),
+        (Case("prefill", 1, 9, 1),),
+        backend="vllm",
+        vllm=(sys.executable, str(script)),
+    )
+    with pytest.raises(AbreastError, match="prefill at batch 1, context 9: ") as caught:
+        run(job)
+    assert reason in str(caught.value)
+    assert "Engine core" not in str(caught.value)
+
+
 def test_missing_vllm_is_one_line(tiny_checkpoint):
     with pytest.raises(AbreastError, match="no command 'no-such-vllm' here; install vLLM"):
         run(job_of(tiny_checkpoint(), backend="vllm", vllm=("no-such-vllm",)))
