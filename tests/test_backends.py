@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from abreast.bench import BenchResult
 from abreast.cli import cli
 from abreast.convert import convert
 from abreast.errors import AbreastError
+from abreast.plan import Plan
 from abreast.timing import Measurement, timings
 
 
@@ -71,7 +73,9 @@ def test_eager_measures_three_tasks_and_memory(converted):
     assert row["hardware"]["torch"] == torch.__version__
 
 
-def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(tiny_checkpoint):
+def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(
+    tiny_checkpoint, tmp_path
+):
     source = str(tiny_checkpoint())
     job = Job(
         (Contender("original", source), Contender("grouped", source, "1+2")),
@@ -79,6 +83,9 @@ def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(tiny
         dtype="float32",
     )
     models = backends._models(job)
+    plan = tmp_path / "plan.yaml"
+    Plan.parse("1+2", 6).save(plan)
+    assert backends._models(replace(job, contenders=(Contender("file", source, str(plan)),)))
     pairs = zip(models["original"].parameters(), models["grouped"].parameters(), strict=True)
     assert all(a is b for a, b in pairs)
     ids = torch.arange(3, 12)[None]
@@ -312,6 +319,7 @@ def test_verb_prints_a_table_and_a_verdict_or_one_line_of_json(converted, tmp_pa
     [
         (["--task", "train"], "unknown task 'train'"),
         (["--batch", "1,x"], "--batch '1,x' cannot be read"),
+        (["--ranks", "0"], "--ranks 0 makes no sense"),
         (["--context", "0"], "--context '0' cannot be read"),
         (["--context", "100000"], "use a shorter context"),
         (["-o", "no/such/folder/a.png"], "does not exist; create it first"),

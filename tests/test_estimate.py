@@ -24,6 +24,7 @@ from abreast.estimate import (
     shape_of,
     speedup,
     stage_cost,
+    stage_seconds,
 )
 from abreast.families import FamilyError
 from abreast.hardware import HardwareError, hardware_of, table
@@ -108,6 +109,10 @@ def test_stages_add_up_to_the_forward_pass():
     under = forward_cost(CONFIG, PAIRS, hardware).seconds
     assert original - under == pytest.approx(4 * (2 * single - pair))
     assert stage_cost(CONFIG, 2, "lp", hardware, fused=False) > pair
+    stages = stage_seconds(CONFIG, PAIRS, hardware)
+    assert len(stages) == 28 + 1
+    assert stages[14] == pair
+    assert sum(stages) == pytest.approx(under)
     halves = [stage_cost(CONFIG, 1, None, hardware, part=p) for p in ("attention", "ffn")]
     assert sum(halves) == pytest.approx(single)
 

@@ -26,8 +26,9 @@ from abreast.bench import BenchResult, Footprint, Task, bench
 from abreast.engines.torch_tp import launched, load_parallel
 from abreast.engines.vllm_bench import VllmFailure, latency
 from abreast.errors import AbreastError
-from abreast.grouped import apply
+from abreast.grouped import apply, decoder_layers
 from abreast.load import load
+from abreast.plan import Plan
 from abreast.timing import MIN_ROUNDS, Measurement, Timing, claim, timings
 
 ORIGINAL = "original"
@@ -35,7 +36,7 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Contender:
-    """One model to time. plan: run it grouped in memory under this plan."""
+    """One model to time. plan: run it grouped in memory under this plan, shorthand or file."""
 
     name: str
     model: str
@@ -356,7 +357,7 @@ def _models(job: Job) -> dict[str, Any]:
             # A second set of modules over the same weights: grouping one leaves the other alone.
             shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, memo=shared)
-            apply(model, contender.plan)
+            apply(model, Plan.read(contender.plan, len(decoder_layers(model))))
         found[contender.name] = model
     return found
 

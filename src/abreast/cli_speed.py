@@ -36,7 +36,7 @@ from abreast.options import PLAN_HELP, json_option, print_json, remote_option, s
     show_default=True,
     help="compile: static cache, CUDA graphs on a GPU; tp: tensor parallel under torchrun.",
 )
-@click.option("--ranks", default=2, show_default=True, help="Processes of tp and vllm.")
+@click.option("--ranks", type=int, help="Processes of tp (default 2) or devices of vllm (1).")
 @click.option("--vllm", default="vllm", show_default=True, help="Command that starts vLLM.")
 @click.option("--rounds", default=20, show_default=True, help="Rounds in which all take turns.")
 @click.option("--warmup", default=2, show_default=True, help="Rounds before, not counted.")
@@ -57,7 +57,7 @@ def bench(
     new_tokens: int,
     steps: int,
     backend: str,
-    ranks: int,
+    ranks: int | None,
     vllm: str,
     rounds: int,
     warmup: int,
@@ -97,7 +97,7 @@ def bench(
         seed=seed,
         device=device if backend == "vllm" else device_or_cpu(device, fallback_cpu, say),
         dtype=dtype,
-        ranks=int(os.environ.get("WORLD_SIZE", ranks)),
+        ranks=_ranks(backend, ranks),
         vllm=tuple(shlex.split(vllm)),
         trust_remote_code=trust_remote_code,
     )
@@ -181,6 +181,14 @@ def estimate(
         rows = [entry.to_dict() for entry in found]
         return print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
     print_estimates(parsed, found)
+
+
+def _ranks(backend: str, ranks: int | None) -> int:
+    if ranks is not None and ranks < 1:
+        raise AbreastError(f"--ranks {ranks} makes no sense; give at least 1")
+    if backend == "tp":
+        return int(os.environ.get("WORLD_SIZE", ranks or 2))
+    return ranks or 1
 
 
 def _tasks(text: str) -> list[str]:

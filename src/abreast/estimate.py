@@ -352,6 +352,33 @@ def forward_cost(
     return total
 
 
+def stage_seconds(
+    config: Mapping[str, Any], plan: Plan, hardware: Hardware | str, **options: Any
+) -> tuple[float, ...]:
+    """Seconds of every stage of a plan, in order, and last of what lies outside the layers.
+
+    Options as for `forward_cost`. Their sum is the time of a forward pass where program or device
+    is the slower one throughout, and more than it elsewhere.
+    """
+    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
+    found = []
+    for stage in plan.stages:
+        group = plan.group_of(stage)
+        wiring, bypass = (group.wiring, group.bypass) if group else (None, 0)
+        found.append(stage_cost(config, len(stage), wiring, hardware, bypass=bypass, **options))
+    count = 1 if options.get("replicated") else _ranks(hardware, options.get("ranks"))
+    outside = _outside(
+        shape_of(config),
+        hardware,
+        options.get("batch", 1),
+        options.get("phase", "decode"),
+        options.get("runtime", "graphs"),
+        options.get("dtype", "bfloat16"),
+        count,
+    )
+    return (*found, outside.seconds)
+
+
 def speedup(
     config: Mapping[str, Any],
     plan: Plan,
