@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,25 @@ def test_out_of_memory_keeps_what_is_there_and_names_the_knob(tiny_checkpoint, m
     assert found.failures[2].reason.startswith("left out, larger than what ran out of memory")
     with pytest.raises(AbreastError, match="context 128: out of memory; use --context below 128"):
         run(Job(job.contenders, (Case("decode", 1, 128, 1),)))
+
+
+def test_a_killed_rank_keeps_the_finished_cases(tiny_checkpoint, monkeypatch):
+    def killed(command, **options):
+        line = json.dumps(result("decode", 1.2).to_dict(seconds=True))
+        Path(command[-1]).write_text(line + "\n")
+        stderr = "exitcode  : -9 (pid: 1)\ntraceback : Signal 9 (SIGKILL) received by PID 1"
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(backends.subprocess, "run", killed)
+    found = run(job_of(tiny_checkpoint(), backend="tp", tasks=("decode", "generate")))
+    assert [r.task for r in found.results] == ["decode"]
+    assert found.failures == (
+        Failure(
+            "generate at batch 2, context 9",
+            "out of memory; use --batch below 2 or --context below 9",
+        ),
+    )
 
 
 def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, monkeypatch):

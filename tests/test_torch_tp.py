@@ -221,6 +221,18 @@ def test_groups_with_post_norms_and_sequential_prefill_are_refused(tiny_checkpoi
         check_degree({**plain, "abreast_prefill": "sequential"}, 2)
 
 
+def test_unknown_dtype_and_missing_gpu_are_one_line(tiny_checkpoint, monkeypatch):
+    with pytest.raises(ParallelError, match="dtype 'int7' is not one of float32"):
+        load_parallel(tiny_checkpoint(), dtype="int7")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ParallelError, match="no CUDA device here"):
+        load_parallel(tiny_checkpoint(), device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ParallelError, match="hide the GPU"):
+        load_parallel(tiny_checkpoint(), device="cpu")
+
+
 def test_one_process_loads_the_whole_model(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     convert(tiny_checkpoint(), "1|2", tmp_path / "out")

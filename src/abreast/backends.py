@@ -167,7 +167,8 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
         reason = _told(done.stderr)
         if len(lines) < len(job.cases):
             case = job.cases[len(lines)]
-            if _is_out_of_memory(done.stderr) or done.returncode in (-9, 137):
+            # Linux kills the greediest process when the host's memory is full.
+            if _is_out_of_memory(done.stderr) or "SIGKILL" in done.stderr:
                 reason = _lower(case)
             yield Failure(case.name, reason)
         else:

@@ -56,7 +56,10 @@ def load_parallel(
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_degree(checkpoint.config, world)
     if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype) or not named.is_floating_point:
+            raise ParallelError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
+        dtype = named
     config = AutoConfig.from_pretrained(checkpoint.folder)
     if world == 1:
         whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
