@@ -19,9 +19,10 @@ MAX_LINES = 500
 
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
-    ("plan", "families", "branches", "checkpoint", "modeling", "data"),
-    ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
-    ("load", "interventions"),
+    ("plan", "families", "branches", "checkpoint", "modeling", "data", "quantizer"),
+    ("fold", "grouped", "search", "estimate", "report", "findings", "vocabulary"),
+    ("deci",),
+    ("load", "interventions", "engines"),
     (  # the verbs
         "inspection",
         "convert",

@@ -25,6 +25,7 @@ def cli() -> None:
 
 for verb in (
     *(cli_checkpoint.inspect, cli_checkpoint.convert, cli_checkpoint.verify),
+    cli_checkpoint.export,
     *(cli_quality.evaluate, cli_quality.study),
     *(cli_run.demo,),
 ):

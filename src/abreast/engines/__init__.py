@@ -1,0 +1,1 @@
+"""Serving engines: what they need to run converted checkpoints."""
