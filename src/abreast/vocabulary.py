@@ -30,6 +30,7 @@ class Vocabulary:
     """tokens, types: one entry per row of the embedding. scores: of "llama" only. merges: of "gpt2"
     only, "left right", in order. special: kind ("bos", "eos", ...) -> id. add_bos, add_eos: whether
     encoding adds them. space_prefix: whether text is encoded as if it began with a space.
+    eats_space: whether special tokens take the space after them, as Phi 3's do.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Vocabulary:
     add_bos: bool
     add_eos: bool
     space_prefix: bool
+    eats_space: bool
     chat_template: str | None
 
 
@@ -141,6 +143,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         add_bos=bos is not None and encoded[:1] == [bos],
         add_eos=eos is not None and encoded[-1:] == [eos],
         space_prefix=pieces and _space_prefix(folder, state),
+        eats_space=any(entry["rstrip"] and entry["special"] for entry in added.values()),
         chat_template=_chat_template(tokenizer),
     )
 

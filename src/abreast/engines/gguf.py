@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -125,6 +126,7 @@ def _write(
     }
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     _write_metadata(gguf, writer, checkpoint, layout)
+    writer.add_name(_name(checkpoint, vocabulary))
     _write_vocabulary(writer, vocabulary)
     factors = torch.tensor(layout.rope_factors, dtype=torch.float32).numpy()
     if len(factors):
@@ -154,12 +156,30 @@ def _write(
         file.close()
 
 
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    path = checkpoint.folder / MANIFEST
+    return read_json(path) if path.is_file() else {}
+
+
+def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
+    """The model's name, as long as it tells llama.cpp nothing wrong about the tokenizer.
+
+    In models whose name holds phi-3, llama.cpp lets special tokens take the space after them, and
+    fails to load if some of Phi 3's own are missing (src/llama-vocab.cpp).
+    """
+    source = _manifest(checkpoint).get("source", {}).get("name") or checkpoint.folder.resolve()
+    name = str(source).rstrip("/").split("/")[-1]
+    own = vocabulary.eats_space and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= {
+        *vocabulary.tokens
+    }
+    if own and not re.search("phi-?3", name, re.IGNORECASE):
+        return f"{name} (Phi-3)"
+    return name if own else re.sub("(phi)(-?)(3)", r"\1 \3", name, flags=re.IGNORECASE)
+
+
 def _write_metadata(gguf: Any, writer: Any, checkpoint: Checkpoint, layout: Layout) -> None:
     config, head_dim = layout.config, head_dim_of(layout.config)
-    manifest = checkpoint.folder / MANIFEST
-    made = read_json(manifest) if manifest.is_file() else {}
-    name = str(made.get("source", {}).get("name", checkpoint.source)).rstrip("/").split("/")[-1]
-    writer.add_name(name)
+    made = _manifest(checkpoint)
     writer.add_string("abreast.version", __version__)
     if made.get("shorthand"):
         writer.add_string("abreast.plan", made["shorthand"])
