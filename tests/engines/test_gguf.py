@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shlex
 import shutil
 import statistics
 import urllib.request
@@ -18,9 +20,11 @@ from typing import Any
 import pytest
 import torch
 import xllamacpp
+from click.testing import CliRunner
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
+from abreast.cli import cli
 from abreast.convert import convert
 from abreast.data import HELD_OUT, documents
 from abreast.demo import model_folder
@@ -386,3 +390,19 @@ def test_server_answers_a_client(tiny_checkpoint, words, tmp_path):
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == (
         text.choices[0].text
     )
+
+
+def test_the_page_about_llama_cpp(tmp_path, monkeypatch, capsys):
+    """Its commands for abreast, and its program in Python."""
+    page = Path(__file__).parents[2] / "docs" / "serving-llamacpp.md"
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in blocks[0][1].splitlines() if line.startswith("abreast")]
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line.replace("MODEL", str(model_folder())), comments=True)
+        done = CliRunner().invoke(cli, words[1:])
+        assert done.exit_code == 0, done.output
+    (program,) = (text for language, text in blocks if language == "python")
+    exec(program, {})
+    assert len(capsys.readouterr().out.strip()) > 10
