@@ -20,8 +20,8 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data"),
-    ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
-    ("load", "interventions"),
+    ("fold", "grouped", "search", "estimate", "report", "findings", "engines", "scoring", "stats"),
+    ("load", "interventions", "runs"),
     (  # the verbs
         "inspection",
         "convert",
@@ -49,7 +49,7 @@ ONLY = {
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
 }
 ONLY_LAZILY = {"data": {"datasets"}}
-NEVER = {name: {"torch", "transformers"} for name in ("search", "report", "findings")}
+NEVER = {name: {"torch", "transformers"} for name in ("search", "report", "findings", "stats")}
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}
 
