@@ -133,7 +133,7 @@ def run_programs(
     if any("forward" in vars(layer) for layer in layers):
         raise AbreastError("the model's layers run under a plan or hooks; remove them first")
     ids = ids.to(model.device)
-    embedded, given = _capture(model, layers, ids)
+    embedded, given = capture(model, layers, ids)
     first = [] if reference is None else [reference]
     path: Program = ()
     states = [embedded]
@@ -142,7 +142,7 @@ def run_programs(
         shared = shared_steps(path, program)
         del states[shared + 1 :]
         for step in program[shared:]:
-            states.append(_advance(model, layers, given, step, states[-1]))
+            states.append(advance(model, layers, given, step, states[-1]))
         path = program
         if program == reference:
             logits = list(_logits(model, layers, states[-1], ids))
@@ -198,7 +198,8 @@ def shared_steps(one: Program, other: Program) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _capture(
+@torch.inference_mode()
+def capture(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """What enters the first layer, and what else the model hands to each; runs no layer."""
@@ -233,7 +234,8 @@ def _replaced(
             del layer.forward
 
 
-def _advance(
+@torch.inference_mode()
+def advance(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     given: list[dict[str, Any]],

@@ -6,17 +6,13 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from abreast.checkpoint import open_checkpoint, sha256_of
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.grouped import decoder_layers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 JOURNAL = "journal-{}.jsonl"
 Journal = dict[tuple[str, int], dict[str, Any]]
@@ -88,14 +84,16 @@ def tokens_hash(tokens: np.ndarray) -> str:
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
 
 
-def cut(stream: TokenStream, num_windows: int, window: int, model: PreTrainedModel) -> np.ndarray:
+def cut(
+    stream: TokenStream, num_windows: int, window: int, *, longest: int | None, vocabulary: int
+) -> np.ndarray:
     """The stream's first whole windows, int64 [at most num_windows, window].
 
-    Raises AbreastError where there is none, where the model holds less than a window, and for token
-    ids that it does not know.
+    longest: how many tokens the model holds, None for no limit. vocabulary: how many it knows.
+    Raises AbreastError where there is no whole window, where it is too long for the model, and for
+    token ids that the model does not know.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-    if window > longest:
+    if window > (longest or window):
         raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
     count = min(num_windows, len(stream) // window)
     if not count:
@@ -104,7 +102,6 @@ def cut(stream: TokenStream, num_windows: int, window: int, model: PreTrainedMod
             "name a longer text or use a shorter window"
         )
     tokens = stream.tokens[: count * window].reshape(count, window)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise AbreastError(
             f"the data has token ids outside the model's vocabulary ({vocabulary} tokens); "
@@ -113,11 +110,14 @@ def cut(stream: TokenStream, num_windows: int, window: int, model: PreTrainedMod
     return tokens
 
 
-def window_bytes(model: PreTrainedModel, window: int, *, logits: bool = False) -> int:
-    """What `run_programs` keeps of a window: a state per layer and one more; logits if asked."""
-    hidden = (len(decoder_layers(model)) + 1) * model.config.get_text_config().hidden_size
-    vocabulary = model.get_input_embeddings().weight.shape[0] if logits else 0
-    return window * (hidden + vocabulary) * model.dtype.itemsize
+def window_bytes(
+    window: int, num_layers: int, hidden: int, itemsize: int, vocabulary: int = 0
+) -> int:
+    """What `run_programs` keeps of a window: a state per layer and one more.
+
+    vocabulary: with a reference, whose logits are kept as well.
+    """
+    return window * ((num_layers + 1) * hidden + vocabulary) * itemsize
 
 
 def windows_at_once(each: int, max_cache_bytes: int) -> int:

@@ -164,11 +164,17 @@ def study(
         if tokenizer is None:
             raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
         data = load_tokens(tokenizer, data, max_tokens=num_windows * window, seed=seed)
-    tokens = cut(data, num_windows, window, loaded)
-    num_layers = len(decoder_layers(loaded))
-    size = min(
-        len(tokens), batch_size, windows_at_once(window_bytes(loaded, window), max_cache_bytes)
+    config = loaded.config.get_text_config()
+    tokens = cut(
+        data,
+        num_windows,
+        window,
+        longest=getattr(config, "max_position_embeddings", None),
+        vocabulary=loaded.get_input_embeddings().weight.shape[0],
     )
+    num_layers = len(decoder_layers(loaded))
+    each = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
+    size = min(len(tokens), batch_size, windows_at_once(each, max_cache_bytes))
     identity = {
         "model": model_hash(folder),
         "tokens": tokens_hash(tokens),
