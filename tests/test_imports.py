@@ -20,7 +20,7 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data"),
-    ("scoring", "stats"),
+    ("scoring", "stats", "figures"),
     ("fold", "grouped", "search", "estimate", "report", "findings", "engines", "front"),
     ("load", "interventions", "runs"),
     (  # the verbs

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abreast.errors import AbreastError
+from abreast.figures import figure_class
 from abreast.plan import Group, Plan
 from abreast.stats import Cost, Stats
 
@@ -156,7 +157,7 @@ class Front:
         return f"no plan is predicted to be {budget.speedup:g}x faster; the most is {most:.2f}x"
 
     def save(self, path: str | Path) -> None:
-        """Write the JSON file that `load` reads, as a whole or not at all."""
+        """Write all of it but the statistics as JSON, as a whole or not at all."""
         data = {
             "identity": dict(self.stats.identity),
             "full_forwards": self.full_forwards,
@@ -166,26 +167,6 @@ class Front:
         staging = path.with_name(f".{path.name}.new")
         staging.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         os.replace(staging, path)
-
-    @classmethod
-    def load(cls, path: str | Path, stats: Stats) -> Front:
-        """Read a front; an empty one where there is none. Raises AbreastError for a damaged one.
-
-        A front measured for other statistics counts as none.
-        """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["identity"] != dict(stats.identity):
-                return cls(stats, {}, {})
-            plans = {
-                Plan.parse(entry.pop("plan"), stats.num_layers): Cost(**entry)
-                for entry in data["plans"]
-            }
-            return cls(stats, plans, {int(k): v for k, v in data["full_forwards"].items()})
-        except FileNotFoundError:
-            return cls(stats, {}, {})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
-            raise AbreastError(f"'{path}' is damaged; delete it and plan again") from None
 
 
 def kind_of(group: Group) -> str:
@@ -275,31 +256,24 @@ def _profile(profile: Profile | None) -> Profile:
 def draw(
     series: Mapping[str, Mapping[float, Cost]], xlabel: str, title: str, path: str | Path
 ) -> None:
-    """Draw KL against depth or speed-up, a line with error bars per name; "planner" stands out.
+    """Draw KL against depth or speed-up: a line with error bars per name, the first one thick.
 
     series: name -> x -> cost. Raises AbreastError without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AbreastError(
-            "drawing needs matplotlib: pip install 'abreast[report]', or use --no-plots"
-        ) from None
-    figure = Figure(figsize=(6.8, 4.6), dpi=110, layout="constrained")
+    figure = figure_class()(figsize=(6.8, 4.6), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    for name, line in series.items():
+    for place, (name, line) in enumerate(series.items()):
         places: Sequence[float] = sorted(line)
-        costs = [line[place] for place in places]
-        chosen = name == "planner"
+        costs = [line[at] for at in places]
         axes.errorbar(
             places,
             [max(cost.kl, 1e-6) for cost in costs],
             yerr=[2 * cost.kl_stderr if math.isfinite(cost.kl_stderr) else 0 for cost in costs],
             marker="o",
-            markersize=5 if chosen else 3,
-            linewidth=2 if chosen else 1,
-            linestyle="-" if chosen else "--",
-            zorder=3 if chosen else 2,
+            markersize=3 if place else 5,
+            linewidth=1 if place else 2,
+            linestyle="--" if place else "-",
+            zorder=2 if place else 3,
             capsize=2,
             label=name,
         )

@@ -88,10 +88,6 @@ class Calibration:
     def batches(self) -> range:
         return range(math.ceil(len(self.tokens) / self.size))
 
-    def full_forwards(self, evaluated: float) -> float:
-        """Forward passes over all windows that `evaluated` layers on one window amount to."""
-        return evaluated / (self.num_layers * len(self.tokens))
-
 
 @dataclass(frozen=True)
 class Expected:
@@ -352,20 +348,25 @@ def measure(
         loss=float(nll.mean()) / (calibration.tokens.shape[1] - 1),
         groups=costs,
         **{name: geometry[name] for name in ("similarity", "angular", "influence", "dependency")},
-        full_forwards=spent(calibration),
+        full_forwards=sum(spent(calibration).values()),
     )
     stats.check()
     stats.save(calibration.folder / FILE)
     return stats
 
 
-def spent(calibration: Calibration) -> float:
-    """What the run has taken so far, in full forward passes over the calibration text."""
-    lines = gather(calibration.folder)
-    layers = sum(line["evaluated"] * len(line["sums"]) for line in lines.values())
+def spent(calibration: Calibration) -> dict[int, float]:
+    """What the run has taken so far, in full forward passes over the calibration text, by depth.
+
+    Candidates alone count at the depth they give; what `Stats` has beside them at the full depth.
+    """
     path = calibration.folder / GEOMETRY
-    extra = load_file(path)["layers"].item() if path.is_file() else 0.0
-    return calibration.full_forwards(layers + extra)
+    layers = {calibration.num_layers: load_file(path)["layers"].item() if path.is_file() else 0.0}
+    for (program, _), line in gather(calibration.folder).items():
+        depth = len(program.split())
+        layers[depth] = layers.get(depth, 0.0) + line["evaluated"] * len(line["sums"])
+    each = calibration.num_layers * len(calibration.tokens)
+    return {depth: total / each for depth, total in sorted(layers.items(), reverse=True)}
 
 
 def _dtype_of(checkpoint: Checkpoint, dtype: str) -> torch.dtype:

@@ -11,6 +11,7 @@ Knows no torch: whoever calls gives the costs and a function that measures plans
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -23,6 +24,8 @@ Groups = tuple[Group, ...]
 Score = Callable[[Sequence[Plan]], Sequence[float]]
 PER_GROUP = 4  # plans measured per group of a plan, at each depth
 BEAM = 3
+GAPS = (0, 1, 2, 4)  # layers between two groups, at least
+RIDGE = 0.1
 CHUNK = 4  # neighbours measured at once, at least
 
 
@@ -65,27 +68,53 @@ def refine(
     score(plans) measures the cost of each; for each depth it is asked for at most per_group plans
     per group. First come starting points: the additive optima, contiguous stretches of equal
     groups, and the `beam` best plans of the depth before with one more group; then `neighbours` of
-    the `beam` best, those first that are predicted to cost least, where the prediction is the
-    measured cost of the plan they come from with the difference of the summed ones. Deterministic:
-    ties are broken by shorthand.
+    the `beam` best. Those come first that `predict` expects to cost least, relative to the measured
+    cost of the plan they come from. Deterministic: ties are broken by shorthand.
     """
     optima = additive(num_layers, costs, best=beam)
+    measured: dict[Plan, float] = {}
     parents: dict[Plan, float] = {Plan(num_layers=num_layers): 0.0}
     for depth in sorted((d for d in optima if least_depth <= d < num_layers), reverse=True):
-        budget = per_group * max(1, len(optima[depth][0].groups))
+        budget = max(1, per_group * len(optima[depth][0].groups))
         at_depth: dict[Plan, float] = {}
-        wanted = _starts(costs, depth, optima[depth], parents)[: -(-budget // 2)]
+        alike = interactions(measured, costs)
+        wanted = _starts(costs, alike, depth, optima[depth], parents)[: -(-budget // 2)]
         while wanted:
             at_depth |= zip(wanted, score(wanted), strict=True)
+            measured |= at_depth
+            alike = interactions(measured, costs)
             parents = dict(sorted(at_depth.items(), key=_rank)[:beam])
-            chances = _predicted(
-                ((plan, near) for plan in parents for near in neighbours(plan, costs)),
-                {plan: cost - total(plan, costs) for plan, cost in parents.items()},
-                costs,
-            )
+            moves = [(plan, near) for plan in parents for near in neighbours(plan, costs)]
+            chances = _ranked(moves, parents, costs, alike)
             room = min(max(CHUNK, budget // 4), budget - len(at_depth))
-            wanted = [plan for plan in chances if plan not in at_depth][:room] if room > 0 else []
+            wanted = [plan for plan in chances if plan not in at_depth][: max(0, room)]
         yield depth, at_depth
+
+
+def predict(plan: Plan, costs: Costs, alike: np.ndarray) -> float:
+    """What a plan is expected to cost: c_i of its groups, and what any two do to each other.
+
+    To second order, the KL divergence of a small change d of the logits is a quadratic form in d.
+    If groups i and j alone change them by d_i and d_j, both together cost
+    c_i + c_j + 2 rho sqrt(c_i c_j) with a correlation rho. It is taken to depend on nothing but the
+    number of layers between the two; alike: 2 rho for each of GAPS.
+    """
+    return total(plan, costs) + float(_couplings(plan, costs) @ alike)
+
+
+def interactions(measured: Mapping[Plan, float], costs: Costs) -> np.ndarray:
+    """2 rho for each of GAPS, from measured plans by ridge regression on relative costs."""
+    rows, excess = [], []
+    for plan, cost in measured.items():
+        size = total(plan, costs)
+        if len(plan.groups) > 1 and size > 0:
+            rows.append(_couplings(plan, costs) / size)
+            excess.append(cost / size - 1)
+    if not rows:
+        return np.zeros(len(GAPS))
+    x, y = np.array(rows), np.array(excess)
+    found = np.linalg.solve(x.T @ x + RIDGE * np.eye(len(GAPS)), x.T @ y)
+    return np.asarray(found)
 
 
 def neighbours(plan: Plan, costs: Costs) -> set[Plan]:
@@ -185,40 +214,55 @@ Kind = tuple[int, str, int]  # size, wiring, bypass; of a single layer (1, "", 0
 
 
 def _starts(
-    costs: Costs, depth: int, optima: Sequence[Plan], parents: Mapping[Plan, float]
+    costs: Costs,
+    alike: np.ndarray,
+    depth: int,
+    optima: Sequence[Plan],
+    parents: Mapping[Plan, float],
 ) -> list[Plan]:
-    """Starting points at a depth: the first optimum, then the other kinds in turn."""
-    num_layers = optima[0].num_layers
-    stretches = sorted(
-        contiguous(num_layers, depth, costs), key=lambda plan: (total(plan, costs), plan.shorthand)
-    )
-    longer = _predicted(
-        (
+    """Starting points at a depth: the first optimum, then the kinds in turn."""
+    stretches = contiguous(optima[0].num_layers, depth, costs)
+    stretches.sort(key=lambda plan: (predict(plan, costs, alike), plan.shorthand))
+    longer = _ranked(
+        [
             (plan, more)
             for plan in parents
             for group in costs
             if (more := _with(plan, group)) is not None and more.depth == depth
-        ),
-        {plan: cost - total(plan, costs) for plan, cost in parents.items()},
+        ],
+        parents,
         costs,
+        alike,
     )
     kinds = [list(optima), longer, stretches]
     turns = [kind[at] for at in range(max(map(len, kinds))) for kind in kinds if at < len(kind)]
     return list(dict.fromkeys(turns))
 
 
-def _predicted(
-    pairs: Iterable[tuple[Plan, Plan]], excess: Mapping[Plan, float], costs: Costs
+def _ranked(
+    moves: Iterable[tuple[Plan, Plan]],
+    measured: Mapping[Plan, float],
+    costs: Costs,
+    alike: np.ndarray,
 ) -> list[Plan]:
-    """New plans from (plan, new plan), those first that are predicted to cost least.
-
-    excess: of the plans that they come from, measured cost over summed cost.
-    """
+    """The new plans of (plan, new plan), those first that are expected to cost least."""
+    excess = {plan: cost - predict(plan, costs, alike) for plan, cost in measured.items()}
     found: dict[Plan, float] = {}
-    for plan, new in pairs:
-        cost = excess[plan] + total(new, costs)
+    for plan, new in moves:
+        cost = excess[plan] + predict(new, costs, alike)
         found[new] = min(cost, found.get(new, cost))
     return [plan for plan, _ in sorted(found.items(), key=_rank)]
+
+
+def _couplings(plan: Plan, costs: Costs) -> np.ndarray:
+    """Summed sqrt(c_i c_j) over the pairs of groups at each of GAPS."""
+    found = np.zeros(len(GAPS))
+    for place, first in enumerate(plan.groups):
+        for second in plan.groups[place + 1 :]:
+            gap = second.layers[0] - first.layers[-1] - 1
+            at = max(index for index, least in enumerate(GAPS) if gap >= least)
+            found[at] += math.sqrt(max(0.0, costs[first]) * max(0.0, costs[second]))
+    return found
 
 
 def _handed_over(

@@ -32,7 +32,8 @@ import torch
 from abreast.checkpoint import resolve
 from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.errors import AbreastError
-from abreast.findings import Row, draw, figure_class, row_of, to_csv
+from abreast.figures import figure_class
+from abreast.findings import Row, draw, row_of, to_csv
 from abreast.grouped import decoder_layers
 from abreast.interventions import (
     INTERVENTIONS,
