@@ -32,6 +32,10 @@ _PASSED = (
     *("window", "max_group", "force", "seed", "dtype", "device", "batch_size"),
     *("revision", "trust_remote_code"),
 )
+_EXPECTED = (
+    *("window", "max_group", "force", "dtype", "batch_size", "screen", "keep"),
+    "revision",
+)
 _CALIBRATION = (
     click.option("-o", "--out", required=True, help="Folder of the run; goes on with it."),
     click.option("--data", default="stdlib-train", show_default=True, help="As for eval."),
@@ -41,7 +45,7 @@ _CALIBRATION = (
     click.option(
         "--wirings", default="lp", show_default=True, help="Of lp, cqil, cqil-full; by commas."
     ),
-    click.option("--screen", default=0.25, show_default=True, help="Share that all are tried on."),
+    click.option("--screen", default=0.125, show_default=True, help="Share that all are tried on."),
     click.option("--keep", default=0.6, show_default=True, help="Share that goes on from there."),
     click.option("--batch-size", default=16, show_default=True, help="Windows at once."),
     click.option("--max-cache", default="1GB", show_default=True, help="States kept for reuse."),
@@ -84,23 +88,12 @@ def measure(model: str, dry_run: bool, as_json: bool, **options: Any) -> None:
     from abreast.measure import measure as run
 
     if dry_run:
-        names = (
-            "window",
-            "max_group",
-            "force",
-            "dtype",
-            "batch_size",
-            "screen",
-            "keep",
-            "revision",
-        )
         found = expect(
             model,
             num_windows=options["windows"],
             max_cache_bytes=parse_size(options["max_cache"]),
             wirings=options["wirings"].split(","),
-            revision=options["revision"],
-            **{name: options[name] for name in names},
+            **{name: options[name] for name in _EXPECTED},
         )
         if as_json:
             return print_json(found.__dict__)

@@ -60,7 +60,7 @@ KIND = "measure"
 GEOMETRY = "geometry.safetensors"
 WIRINGS = ("lp", "cqil", "cqil-full")
 MIN_WINDOWS = 8
-SCREEN, KEEP = 0.25, 0.6
+SCREEN, KEEP = 0.125, 0.6
 DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 
 
@@ -248,10 +248,11 @@ def expect(
     size = min(num_windows, batch_size, windows_at_once(each, max_cache_bytes))
     batches = math.ceil(num_windows / size)
     part = _screening(batches, screen) / batches
-    alone = sorted((num_layers - group.layers[0] for group in groups), reverse=True)
-    kept = math.ceil(keep * len({group.layers for group in groups}))
+    alone = [num_layers - group.layers[0] for group in groups]
+    places = sorted((num_layers - layers[0] for layers in {g.layers for g in groups}), reverse=True)
+    kept = places[: math.ceil(keep * len(places))]
     dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
-    layers = 2 * num_layers + dependency + part * sum(alone) + (1 - part) * sum(alone[:kept])
+    layers = 2 * num_layers + dependency + part * sum(alone) + (1 - part) * sum(kept)
     return Expected(
         candidates=len(groups),
         full_forwards=layers / num_layers,
@@ -286,12 +287,14 @@ def score(
     finished = total - sum(map(len, todo.values()))
     with open(calibration.folder / JOURNAL.format(0), "a", encoding="utf-8") as journal:
         for batch, wanted in todo.items():
+            if not wanted:
+                continue
             ids = torch.from_numpy(calibration.tokens[batch * calibration.size :])
             runs = run_programs(
                 calibration.load(), ids[: calibration.size], wanted, reference=original
             )
             spent = 0
-            for program, sums, evaluated in runs if wanted else ():
+            for program, sums, evaluated in runs:
                 if not np.isfinite(sums).all():
                     raise AbreastError(
                         f"the model gives logits that are not finite (plan '{name_of(program)}'); "

@@ -352,8 +352,9 @@ def optimize(
         path, rests_on = folder / f"{name}.json", {**about, **options, **settings}
         found = read_json(path) if path.is_file() else {}
         if found.get("rests_on") != json.loads(json.dumps(rests_on)):
-            found = {"rests_on": rests_on, "result": make()}
-            write(path, json.dumps(found, indent=1) + "\n")
+            text = json.dumps({"rests_on": rests_on, "result": make()}, indent=1)
+            write(path, text + "\n")
+            found = json.loads(text)
         return found["result"]
 
     def verified() -> dict[str, Any]:
