@@ -358,6 +358,19 @@ def measure(
     return stats
 
 
+def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
+    """What `first` costs more than `second`, both measured before; errors paired over windows."""
+    done = gather(calibration.folder)
+    sums = [
+        np.concatenate([done[name_of(_program(plan)), b]["sums"] for b in calibration.batches])
+        for plan in (first, second)
+    ]
+    counts = np.full(len(sums[0]), calibration.tokens.shape[1] - 1)
+    kl, kl_stderr = ratio_of_means(sums[0][:, 2] - sums[1][:, 2], counts)
+    loss, loss_stderr = ratio_of_means(sums[0][:, 0] - sums[1][:, 0], counts)
+    return Cost(kl, kl_stderr, loss, loss_stderr, int(counts.sum()))
+
+
 def spent(calibration: Calibration) -> dict[int, float]:
     """What the run has taken so far, in full forward passes over the calibration text, by depth.
 
