@@ -24,7 +24,7 @@ test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
 test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
-	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/engines/test_gguf.py
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/engines/test_llamacpp.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -60,9 +60,9 @@ $(VENV)/.dev: $(VENV)/.core
 	@touch $@
 
 # Needs a C++ compiler: llama.cpp's quantiser comes as source only (see the file).
-.venv-gguf/.ready: pyproject.toml constraints.txt tests/engines/gguf.txt
+.venv-gguf/.ready: pyproject.toml constraints.txt tests/engines/llamacpp.txt
 	"$(PYTHON)" -m venv .venv-gguf
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
-	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/engines/gguf.txt -c constraints.txt
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/engines/llamacpp.txt -c constraints.txt
 	@touch $@

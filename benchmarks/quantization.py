@@ -9,12 +9,14 @@ KL(both) minus that, with the error of the paired difference over windows.
 With --positions, real llama.cpp (package xllamacpp) runs the GGUF files too, on that many positions
 of held-out text: what its own arithmetic adds to the weights' loss.
 
-Needs: pip install torchao gguf, and llama.cpp's quantiser (see docs/serving-llamacpp.md).
+What this needs is in the environment of `make test-gguf`: .venv-gguf/bin/python. Elsewhere, kinds
+whose package (torchao), or whose quantiser (llama.cpp's), is missing are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
@@ -34,8 +36,10 @@ from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.deci import lay_out
 from abreast.demo import model_folder
 from abreast.engines.gguf import export
+from abreast.errors import AbreastError
 from abreast.evaluate import Comparison, compare, ratio_of_means
 from abreast.load import load
+from abreast.quantizer import check_quantizer
 
 PLANS = {16: "", 14: "4+5 10+11", 12: "2+3 4+5 6+7 10+11", 10: "1+2 3+4 5+6 7+8 9+10 11+12"}
 Quantise = Callable[[Any, Path], None]
@@ -151,6 +155,20 @@ def same_positions(model: Any, reference: Any, stream: TokenStream, positions: i
     return float(np.mean(found))
 
 
+def available() -> list[str]:
+    """The kinds that this environment can make."""
+    left = dict(KINDS)
+    if importlib.util.find_spec("torchao") is None:
+        left = {kind: make for kind, make in left.items() if not kind.startswith("int")}
+        print("left out for want of torchao: int8, int4", file=sys.stderr)
+    try:
+        check_quantizer("Q8_0")
+    except AbreastError as error:
+        left = {kind: make for kind, make in left.items() if not kind.startswith("Q")}
+        print(f"left out: Q8_0, Q4_K_M; {error}", file=sys.stderr)
+    return list(left)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=20_000)
@@ -158,6 +176,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--positions", type=int, default=0)
     arguments = parser.parse_args()
+    kinds = [kind for kind in available() if kind in arguments.kinds]
     warnings.filterwarnings("ignore")
     reference, tokenizer = load(model_folder(), dtype="float32")
     stream = load_tokens(tokenizer, HELD_OUT, max_tokens=arguments.tokens, seed=0)
@@ -172,7 +191,7 @@ def main() -> None:
             else:
                 folder = Path(temporary) / "original"
                 folder.symlink_to(model_folder())
-            for kind in arguments.kinds:
+            for kind in kinds:
                 if depth == 16 and kind == "none":
                     continue
                 model, _ = load(folder, dtype="float32")
