@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -25,8 +26,6 @@ from abreast.families import FAMILIES
 from abreast.plan import Plan
 from abreast.quantizer import KINDS, check_quantizer, quantize
 from abreast.vocabulary import BY_HASH, fingerprint, read_vocabulary
-
-gguf = pytest.importorskip("gguf")
 
 
 def save_tokenizer(folder: Path, **state: Any) -> Path:
