@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +120,9 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
     """Say what would be written. Raises ExportError for what llama.cpp cannot express."""
     family = _family(checkpoint)
     config = {**dict(family.defaults), **checkpoint.config}
-    _check_config(config)
-    layers = _layer_configs(config)
+    with _named("per_layer_config"):
+        _check_config(config)
+        layers = _layer_configs(config)
     head_dim = head_dim_of(config)
     cast = _dtype(dtype)
     shapes = dict(outer_tensors(family, config))
@@ -129,7 +131,8 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
             shapes[f"{family.layer_prefix}{index}.{name}"] = shape
     _check_tensors(checkpoint, family, config, shapes)
     context, warnings = _context(config)
-    theta, rope, factors = _rope(config, head_dim, context)
+    with _named("rope_parameters"):
+        theta, rope, factors = _rope(config, head_dim, context)
     return Layout(
         config=config,
         family=family,
@@ -143,6 +146,20 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
         pieces=tuple(_pieces(checkpoint, family, config, layers, cast)),
         warnings=warnings,
     )
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Turns what a malformed part of config.json raises into one line that names it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, AbreastError):
+            raise
+        raise CheckpointError(
+            f"config.json: {key} makes no sense ({type(error).__name__}: {error}); "
+            "download it again"
+        ) from None
 
 
 def _family(checkpoint: Checkpoint) -> Family:
