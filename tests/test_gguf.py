@@ -192,11 +192,14 @@ def test_a_sliding_window_shortens_the_context(tiny):
     assert lay_out(open_checkpoint(source)).context == 512
 
 
-def test_a_name_tells_nothing_wrong(tiny, tmp_path):
+def test_a_name_tells_nothing_wrong(tiny, tmp_path, monkeypatch):
     """llama.cpp takes any model whose name holds phi-3 for one with Phi 3's tokenizer."""
     source = tiny().rename(tmp_path / "My-Phi-3-mini")
     export(source, tmp_path / "model.gguf")
     assert read(tmp_path / "model.gguf")[0]["general.name"] == "My-Phi 3-mini"
+    monkeypatch.chdir(source.rename(tmp_path / "plain"))
+    export(".", tmp_path / "again.gguf")
+    assert read(tmp_path / "again.gguf")[0]["general.name"] == "plain"
 
 
 def test_every_kind_of_quantisation_has_llama_cpps_number():

@@ -21,7 +21,16 @@ import pytest
 import torch
 import xllamacpp
 from click.testing import CliRunner
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
 
 from abreast.cli import cli
@@ -326,11 +335,11 @@ def test_byte_level_tokenizers_give_the_same_ids(
     assert_same_ids(loaded, serve(tmp_path / "model.gguf"), texts)
 
 
-@pytest.mark.parametrize("prefix", ["normalizer", "first", "never"])
+@pytest.mark.parametrize("prefix", ["normalizer", "phi 3", "first", "never"])
 def test_sentencepiece_tokenizers_give_the_same_ids(tiny_checkpoint, corpus, tmp_path, prefix):
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=WORDS - 260, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=WORDS - 262, show_progress=False)
     learner.train_from_iterator([text for text in corpus if text.isascii()], trainer)
     trained = json.loads(learner.to_str())["model"]
     vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -344,13 +353,15 @@ def test_sentencepiece_tokenizers_give_the_same_ids(tiny_checkpoint, corpus, tmp
             fuse_unk=True,
         )
     )
-    if prefix == "normalizer":
+    if prefix in ("normalizer", "phi 3"):
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
         )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if prefix == "phi 3":  # its special tokens take the space after them
+        tokenizer.add_special_tokens(["<|endoftext|>", AddedToken("<|end|>", rstrip=True)])
     tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocab.index("<s>"))]
     )
@@ -360,6 +371,8 @@ def test_sentencepiece_tokenizers_give_the_same_ids(tiny_checkpoint, corpus, tmp
     assert made["tokenizer"].startswith("llama")
     _, loaded = load(folder)
     texts = [text[:400] for text in corpus if text and "<" not in text[:400]]
+    if prefix == "phi 3":
+        texts += ["<|end|>  a<|end|>\n\n b <|end|>c", "a<|endoftext|> b"]
     if prefix == "first":  # there, transformers adds no space before one, but llama.cpp does
         texts = [text for text in texts if text[0] != " "]
     assert_same_ids(loaded, serve(tmp_path / "model.gguf"), texts)

@@ -167,8 +167,11 @@ def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
     In models whose name holds phi-3, llama.cpp lets special tokens take the space after them, and
     fails to load if some of Phi 3's own are missing (src/llama-vocab.cpp).
     """
-    source = _manifest(checkpoint).get("source", {}).get("name") or checkpoint.folder.resolve()
-    name = str(source).rstrip("/").split("/")[-1]
+    source = str(_manifest(checkpoint).get("source", {}).get("name") or checkpoint.source)
+    # of a folder its own name, also of "." and "..", of a Hugging Face id what follows the owner
+    name = (
+        Path(source).resolve().name if os.path.isdir(source) else source.rstrip("/").split("/")[-1]
+    )
     own = vocabulary.eats_space and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= {
         *vocabulary.tokens
     }
