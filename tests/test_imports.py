@@ -21,7 +21,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data"),
     ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
-    ("load", "interventions"),
+    ("load", "interventions", "losses", "recipe", "resume"),
     (  # the verbs
         "inspection",
         "convert",
@@ -33,6 +33,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "evaluate",
         "bench",
     ),
+    ("heal",),
     ("optimize", "demo"),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),

@@ -126,14 +126,14 @@ def run_programs(
     if any("forward" in vars(layer) for layer in layers):
         raise AbreastError("the model's layers run under a plan or hooks; remove them first")
     ids = ids.to(model.device)
-    embedded, given = _capture(model, layers, ids)
+    embedded, given = capture(model, layers, ids)
     path: Program = ()
     states = [embedded]
     for program in sorted(set(wanted), key=_order):
         shared = shared_steps(path, program)
         del states[shared + 1 :]
         for step in program[shared:]:
-            states.append(_advance(model, layers, given, step, states[-1]))
+            states.append(advance(model, layers, given, step, states[-1]))
         path = program
         yield program, _score(model, layers, states[-1], ids), cost_of(program[shared:])
 
@@ -186,7 +186,7 @@ def shared_steps(one: Program, other: Program) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _capture(
+def capture(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """What enters the first layer, and what else the model hands to each; runs no layer."""
@@ -221,7 +221,7 @@ def _replaced(
             del layer.forward
 
 
-def _advance(
+def advance(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     given: list[dict[str, Any]],
