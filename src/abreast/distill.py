@@ -191,7 +191,7 @@ def distill(
             raise
         finally:
             if recipe.checkpointing:
-                model.gradient_checkpointing_disable()
+                _checkpointing(model, False)
             for parameter, need in needed:
                 parameter.requires_grad_(need)
             model.zero_grad(set_to_none=True)
@@ -379,7 +379,7 @@ def _autocast(job: _Job) -> Any:
 def _student(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Any:
     """The model with the right weights trainable; for LoRA in peft's wrapper."""
     if recipe.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpointing(model, True)
     members = [layer for group in plan.groups for layer in group.layers]
     if recipe.train == "lora":
         peft = _need("peft")
@@ -410,6 +410,13 @@ def _student(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Any:
     for member in members:
         decoder_layers(model)[member].requires_grad_(True)
     return model
+
+
+def _checkpointing(model: PreTrainedModel, on: bool) -> None:
+    # transformers renames these methods in version 6 and warns from 5.2x on.
+    verb, given = ("enable", ({"use_reentrant": False},)) if on else ("disable", ())
+    renamed = getattr(model, f"activation_checkpointing_{verb}", None)
+    (renamed or getattr(model, f"gradient_checkpointing_{verb}"))(*given)
 
 
 def _accelerator(model: PreTrainedModel) -> Accelerator:

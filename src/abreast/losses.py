@@ -1,11 +1,18 @@
-"""How far one model's next-token distributions are from another's, as a tensor to train on."""
+"""How far one model's next-token distributions are from another's: to train on, and to judge by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
+
+from abreast.grouped import grouped
+from abreast.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def divergence(
@@ -36,3 +43,27 @@ def weighted_mean(values: Iterable[tuple[float, int]]) -> float:
 def batches_of(tokens: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     """Windows [at most size, window] of tokens [windows, window], in order."""
     yield from tokens.split(size)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    """Logits [at most batch_size, window, vocab] of windows ids [windows, window], on the CPU."""
+    return [
+        model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
+        for batch in batches_of(ids, batch_size)
+    ]
+
+
+@torch.no_grad()
+def kl_under(
+    model: PreTrainedModel, plan: Plan, ids: torch.Tensor, wanted: Sequence[torch.Tensor]
+) -> float:
+    """Mean KL(wanted || model run under plan) in nats, on the windows that `logits_of` was for."""
+    pairs, done = [], 0
+    with grouped(model, plan):
+        for logits in wanted:
+            batch = ids[done : done + len(logits)]
+            got = model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
+            pairs.append((float(divergence(got, logits)), batch.numel()))
+            done += len(logits)
+    return weighted_mean(pairs)

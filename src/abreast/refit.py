@@ -36,9 +36,9 @@ from torch import nn
 from abreast.branches import BRANCHES
 from abreast.errors import AbreastError
 from abreast.families import Family, complete, family_of, num_layers_of, sizes
-from abreast.grouped import decoder_layers, grouped
+from abreast.grouped import decoder_layers
 from abreast.interventions import advance, capture
-from abreast.losses import batches_of, divergence, weighted_mean
+from abreast.losses import kl_under, logits_of
 from abreast.plan import Group, Plan
 
 if TYPE_CHECKING:
@@ -143,14 +143,11 @@ def refit(
     }
     old = {place: weight.detach().to("cpu", copy=True) for place, weight in changed.items()}
     with _evaluating(model), torch.no_grad():
-        wanted = [
-            model(input_ids=b.to(model.device), use_cache=False).logits.cpu()
-            for b in batches_of(held, batch_size)
-        ]
-        before = _kl(model, plan, held, wanted, batch_size)
+        wanted = logits_of(model, held, batch_size)
+        before = kl_under(model, plan, held, wanted)
         try:
             fits = _walk(model, layers, plan, ids, matrices, steps, batch_size, progress)
-            after = _kl(model, plan, held, wanted, batch_size)
+            after = kl_under(model, plan, held, wanted)
         except BaseException:
             _restore(changed, old)
             raise
@@ -388,21 +385,6 @@ def _ridge(moments: _Moments, start: torch.Tensor, ridge: float) -> torch.Tensor
     matrix.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(matrix)
     return torch.cholesky_solve(moments.cross + ridge * start.T, factor).T
-
-
-def _kl(
-    model: PreTrainedModel,
-    plan: Plan,
-    ids: torch.Tensor,
-    wanted: Sequence[torch.Tensor],
-    batch_size: int,
-) -> float:
-    pairs = []
-    with grouped(model, plan):
-        for batch, logits in zip(batches_of(ids, batch_size), wanted, strict=True):
-            got = model(input_ids=batch.to(model.device), use_cache=False).logits
-            pairs.append((float(divergence(got.cpu(), logits)), batch.numel()))
-    return weighted_mean(pairs)
 
 
 @contextmanager
