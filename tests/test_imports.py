@@ -20,8 +20,9 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data"),
-    ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
-    ("load", "interventions", "losses", "recipe", "resume"),
+    ("scoring", "stats"),
+    ("fold", "grouped", "search", "estimate", "report", "findings", "engines", "front"),
+    ("load", "interventions", "runs", "losses", "recipe", "resume"),
     (  # the verbs
         "inspection",
         "convert",
@@ -33,8 +34,8 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "evaluate",
         "bench",
     ),
-    ("heal",),
-    ("optimize", "demo"),
+    ("demo", "heal"),
+    ("optimize",),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
     ("cli",),
@@ -50,7 +51,9 @@ ONLY = {
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
 }
 ONLY_LAZILY = {"data": {"datasets"}}
-NEVER = {name: {"torch", "transformers"} for name in ("search", "report", "findings")}
+NEVER = {
+    name: {"torch", "transformers"} for name in ("search", "report", "findings", "stats", "front")
+}
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}
 
