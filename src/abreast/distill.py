@@ -14,6 +14,7 @@ that was stopped goes on exactly where it was.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import time
@@ -33,7 +34,8 @@ from abreast.grouped import apply, decoder_layers, remove
 from abreast.losses import batches_of, divergence, next_token_loss, weighted_mean
 from abreast.plan import Plan
 from abreast.recipe import Recipe, schedule_of, windows_of
-from abreast.resume import keep_only, last_checkpoint, open_work, save_checkpoint
+from abreast.resume import keep_only, last_checkpoint, save_checkpoint
+from abreast.runs import open_run, tokens_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 HELD_OUT_TOKENS = 8192
 MIN_WINDOWS = 10
-Report = Callable[["Point"], None]
+Report = Callable[[tuple["Point", ...]], None]
 Progress = Callable[[int, int], None]
 
 
@@ -143,7 +145,8 @@ def distill(
     call with the same arguments goes on from the last one and, on a CPU, ends with the very bits
     of an uninterrupted one. teacher: the original; left out, it is `model` itself with adapters and
     plan switched off, which needs recipe.train "lora". progress: called with (steps done, steps).
-    report: called with every new point of the curves.
+    report: called with the
+    curves at every new point.
 
     The model ends with the weights that were best on the held-out text, adapters merged. A loss or
     gradient that is not finite ends the run, and so does a held-out measure far above the one
@@ -205,7 +208,9 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
     best: dict[str, torch.Tensor] = {}
     keep_only(job.accelerator, job.weights, best)
     job.accelerator.register_for_checkpointing(state, job.schedule)
-    open_work(job.accelerator, job.work, _identity(job), "a training run")
+    if job.accelerator.is_main_process:
+        open_run(job.work, "training", _identity(job))
+    job.accelerator.wait_for_everyone()
     recipe, began = job.recipe, time.process_time()
 
     def look() -> str:
@@ -223,7 +228,7 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
         )
         state.points.append(asdict(point))
         if report is not None:
-            report(point)
+            report(tuple(Point(**each) for each in state.points))
         if measure < state.best:
             state.best, state.best_step = measure, state.step
             best.update({n: p.detach().to("cpu", copy=True) for n, p in job.weights.items()})
@@ -438,21 +443,20 @@ def _need(package: str) -> Any:
 
 
 def _identity(job: _Job) -> dict[str, Any]:
-    """What must be the same for a run to go on: the first weights and all it is made of."""
-    digest, start = hashlib.sha256(), hashlib.sha256()
-    for windows in (job.trained, job.held):
-        digest.update(windows.numpy().astype("<i8").tobytes())
+    """What must be the same for a run to go on, as JSON would give it back."""
+    start = hashlib.sha256()
     for name, parameter in job.weights.items():
         some = parameter.detach().flatten()[:1024].float().cpu().contiguous()
         start.update(name.encode() + some.numpy().tobytes())
-    return {
+    identity: dict[str, Any] = {
         "recipe": job.recipe.to_dict(),
         "plan": job.plan.shorthand,
-        "tokens": digest.hexdigest(),
+        "tokens": [tokens_hash(windows.numpy()) for windows in (job.trained, job.held)],
         "weights": start.hexdigest(),
         "seed": job.seed,
         "processes": job.accelerator.num_processes,
     }
+    return dict(json.loads(json.dumps(identity)))
 
 
 def _check(

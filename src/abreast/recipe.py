@@ -32,7 +32,7 @@ class Recipe:
     between checkpoints. patience: stop after so many looks without a new best.
     """
 
-    train: Train = "all"
+    train: Train = "groups"
     objective: Objective = "kl"
     temperature: float = 1.0
     hidden_weight: float = 0.0
@@ -40,7 +40,7 @@ class Recipe:
     steps: int = 400
     batch_size: int = 8
     micro_batch: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,36 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from abreast.errors import AbreastError
-
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-IDENTITY = "run.json"
-
-
-def open_work(accelerator: Accelerator, work: Path, identity: Mapping[str, Any], what: str) -> None:
-    """Make a work folder, or check that it is of this very run. Raises AbreastError."""
-    path, wanted = work / IDENTITY, json.loads(json.dumps(identity))
-    if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            other = [key for key in wanted if found.get(key) != wanted[key]]
-        except (ValueError, AttributeError):
-            raise AbreastError(f"'{path}' is damaged; remove its folder") from None
-        if other:
-            raise AbreastError(
-                f"'{work}' holds {what} with other {', '.join(other)}; remove it or choose another"
-            )
-    elif accelerator.is_main_process:
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            staging = work / f".{IDENTITY}.new"
-            staging.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-            os.replace(staging, path)
-        except OSError as error:
-            raise AbreastError(f"cannot write in '{work}': {error.strerror}") from None
-    accelerator.wait_for_everyone()
 
 
 def keep_only(
