@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 STEPS = ("qkv", "gate_up", "out")
-# Multiples of the mean squared input; infinity keeps the weights.
-RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+# Multiples of the mean squared input, tried in this order until the error rises.
+RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
 FOLDS = 3
 MIN_TOKENS = 512
 GUARD_TOKENS = 4096
@@ -363,8 +363,8 @@ def _solve(
     before = sum(fold.error(start) for fold in folds)
     best, ridge = before, None
     for candidate in RIDGES:
-        if math.isinf(candidate) or scale == 0:
-            continue
+        if scale == 0:
+            break
         error = 0.0
         for fold in folds:
             # The other folds' sums, made in place and undone: a copy would be as large again.
@@ -373,8 +373,9 @@ def _solve(
             error += fold.error(_ridge(total, start, candidate * scale))
             total.gram += fold.gram
             total.cross += fold.cross
-        if error < best:
-            best, ridge = error, candidate
+        if error >= best:
+            break
+        best, ridge = error, candidate
     found = start if ridge is None else _ridge(total, start, ridge * scale)
     size = max(total.size, torch.finfo(torch.float64).tiny)
     return found, ridge, before / size, best / size
