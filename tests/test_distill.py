@@ -62,9 +62,9 @@ def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train):
     for name in before:
         inside = any(member in name for member in members)
         matrix = before[name].dim() == 2
-        assert (name in moved) == (
-            train == "all" or (inside and (train == "groups" or matrix))
-        ), name
+        assert (name in moved) == (train == "all" or (inside and (train == "groups" or matrix))), (
+            name
+        )
     # The curve's last point is what the trained model really does.
     ids = torch.from_numpy(words()[-4:])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -97,9 +97,7 @@ def test_states_after_the_groups_can_be_taught_too(pair, tmp_path):
     assert taught.points[0].held_out == plain.points[0].held_out
 
 
-@pytest.mark.parametrize(
-    ("train", "dies_after"), [("groups", 1), ("groups", 7), ("all", 9), ("lora", 5), ("lora", 11)]
-)
+@pytest.mark.parametrize(("train", "dies_after"), [("groups", 1), ("all", 7), ("lora", 11)])
 def test_a_resumed_run_ends_with_the_same_bits(tiny_checkpoint, tmp_path, train, dies_after):
     def start():
         model, _ = load(tiny_checkpoint())
@@ -203,7 +201,8 @@ def test_nan_stops_the_run_and_keeps_the_last_good_weights(pair, tmp_path):
 def test_a_rising_loss_stops_the_run(pair, tmp_path):
     model, teacher = pair
     before = weights_of(model)
-    options = {"recipe": recipe(learning_rate=30.0, warmup=0.0, clip=1e6), "teacher": teacher}
+    wild = recipe(train="all", learning_rate=1.0, warmup=0.0, clip=1e6)
+    options = {"recipe": wild, "teacher": teacher}
     found = distill(model, PLAN, words(), tmp_path, **options)
     assert found.diverged and "rose from" in found.reason
     assert found.best_step == 0 and found.after == found.before

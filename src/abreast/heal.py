@@ -160,8 +160,6 @@ def heal(
     source = open_checkpoint(model, revision=revision)
     if isinstance(plan, str):
         plan = Plan.read(plan, planned.num_layers)
-    if not plan.groups:
-        raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     sha256 = model_hash(source.folder)
     if plan.sha256 not in (None, sha256):
         raise AbreastError(
