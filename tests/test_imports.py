@@ -22,7 +22,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("plan", "families", "branches", "checkpoint", "modeling", "data"),
     ("scoring", "stats", "figures"),
     ("fold", "grouped", "search", "estimate", "report", "findings", "engines", "front"),
-    ("load", "interventions", "runs"),
+    ("load", "interventions", "runs", "losses", "recipe", "resume"),
     (  # the verbs
         "inspection",
         "convert",
@@ -34,7 +34,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "evaluate",
         "bench",
     ),
-    ("demo",),
+    ("demo", "heal"),
     ("optimize",),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
