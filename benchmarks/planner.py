@@ -18,7 +18,7 @@ from abreast.data import HELD_OUT
 from abreast.demo import model_folder
 from abreast.front import Budget, draw
 from abreast.measure import calibrate, candidates, difference, score
-from abreast.optimize import find_plan
+from abreast.planning import find_plan
 from abreast.search import by_similarity, contiguous
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -23,7 +23,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("scoring", "stats", "figures"),
     ("fold", "grouped", "search", "estimate", "report", "findings", "front", "vocabulary"),
     ("deci",),
-    ("load", "interventions", "runs", "engines"),
+    ("load", "interventions", "runs", "losses", "recipe", "resume", "engines"),
     (  # the verbs
         "inspection",
         "convert",
@@ -35,7 +35,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "evaluate",
         "bench",
     ),
-    ("demo",),
+    ("demo", "heal", "planning"),
     ("optimize",),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),

@@ -192,7 +192,7 @@ def planted(folder, independent: list[tuple[int, int]]):
 
 def test_planted_independent_pairs_are_found(tiny_checkpoint, tmp_path):
     from abreast.front import Budget
-    from abreast.optimize import find_plan
+    from abreast.planning import find_plan
 
     model = planted(tiny_checkpoint(num_layers=14), [(2, 3), (5, 6), (10, 11)])
     model.save_pretrained(tmp_path / "planted")

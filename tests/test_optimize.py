@@ -14,8 +14,9 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.front import Budget, Front, Profile, explain, kind_of, reasons
 from abreast.measure import calibrate
-from abreast.optimize import baselines, find_plan, measured_profile, optimize
+from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
+from abreast.planning import baselines, find_plan, measured_profile
 from abreast.stats import Cost, Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
@@ -131,7 +132,7 @@ def test_search_goes_as_deep_as_the_budget_needs(folder, tmp_path):
 
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
     first = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    monkeypatch.setattr(optimizing, "measure", None)
+    monkeypatch.setattr("abreast.planning.measure", None)
     monkeypatch.setattr("abreast.measure.load", None)  # not even loaded
     again = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
     assert again.plan == first.front.best()[6]
@@ -207,6 +208,26 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text())["quality"] == result.quality
     optimize(model_folder(), tmp_path, planned, **{**options, "max_tokens": 400})
     assert counted.calls[5:] == ["compare"]
+
+
+def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
+    from abreast.demo import model_folder
+
+    counted = Counted(monkeypatch, "heal", "convert")
+    made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=64)
+    planned = find_plan(made, tmp_path, Budget(depth=14), per_group=2, best=2)
+    assert len(planned.others) == 1 and planned.others[0].depth == 14
+    options = {"max_tokens": 300, "window": 64, "rounds": 1, "context": 8, "new_tokens": 2}
+    healing = Healing(method="refit", candidates=2, tokens=4000)
+    result = optimize(model_folder(), tmp_path, planned, healing=healing, **options)
+    assert counted.calls == ["heal", "heal"]
+    assert set(result.healed) == {planned.plan.shorthand, planned.others[0].shorthand}
+    assert result.plan == min(result.healed, key=lambda plan: result.healed[plan]["kl_after"])
+    assert all(kl["kl_after"] <= kl["kl_before"] for kl in result.healed.values())
+    again = optimize(model_folder(), tmp_path, planned, healing=healing, **options)
+    assert again.to_dict() == result.to_dict() and counted.calls == ["heal", "heal"]
+    plain = optimize(model_folder(), tmp_path, planned, **options)
+    assert plain.converted != result.converted and plain.healed == {}
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from abreast import __version__, cli_checkpoint, cli_plan, cli_quality, cli_run
+from abreast import __version__, cli_checkpoint, cli_heal, cli_plan, cli_quality, cli_run
 from abreast.errors import AbreastError
 
 
@@ -28,6 +28,7 @@ for verb in (
     cli_checkpoint.export,
     *(cli_quality.evaluate, cli_quality.study),
     *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
+    cli_heal.heal,
     *(cli_run.demo,),
 ):
     cli.add_command(verb)

@@ -161,7 +161,11 @@ def verify(
                 "plan": found.plan,
                 "files": "as recorded" if found.num_tokens else "damaged",
                 "logits": f"differ by {found.uncached:.1e} of their range "
-                f"(allowed {found.tolerance:.0e} for {found.dtype})",
+                + (
+                    "(healed: not judged)"
+                    if found.healed
+                    else f"(allowed {found.tolerance:.0e} for {found.dtype})"
+                ),
                 "with KV cache": f"{found.cached:.1e}",
                 "KL divergence": f"{found.kl:.1e} nats",
                 "greedy tokens": f"{found.same_tokens} of {found.generated_tokens} the same",

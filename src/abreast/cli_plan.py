@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from abreast.errors import AbreastError
 from abreast.options import (
     device_option,
     force_option,
@@ -25,7 +26,7 @@ from abreast.tables import bytes_text, print_table
 
 if TYPE_CHECKING:
     from abreast.measure import Calibration
-    from abreast.optimize import Planned
+    from abreast.planning import Planned
 
 _QUALITY = ("max_kl", "max_ppl_increase")
 _PASSED = (
@@ -159,25 +160,47 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     flag_value=False,
     help="Do not compare with the published ways to choose.",
 )
+@click.option("--heal", type=click.Choice(["refit", "distill", "both"]), help="Heal as well.")
+@click.option("--candidates", default=1, show_default=True, help="Heal the best so many plans.")
+@click.option("--heal-steps", default=400, show_default=True, help="Of training, for distill.")
 @click.option("--eval-data", default="stdlib", show_default=True, help="Text to evaluate on.")
 @click.option("--max-tokens", default=100_000, show_default=True, help="Of it, at most this many.")
 @click.option("--rounds", default=12, show_default=True, help="Interleaved rounds of timing.")
 @_with(_CALIBRATION)
 def optimize(
-    model: str, eval_data: str, max_tokens: int, rounds: int, as_json: bool, **options: Any
+    model: str,
+    heal: str | None,
+    candidates: int,
+    heal_steps: int,
+    eval_data: str,
+    max_tokens: int,
+    rounds: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
-    """Do the whole job: measure, plan, convert, verify, evaluate and time.
+    """Do the whole job: measure, plan, heal if asked, convert, verify, evaluate and time.
 
     Every step leaves its file in OUT and is not done again; with another budget only what is new.
     """
+    from abreast.optimize import Healing
     from abreast.optimize import optimize as run
+    from abreast.recipe import Recipe
 
-    found = _find(model, as_json, **options)
+    if candidates < 1 or (candidates > 1 and heal is None):
+        raise AbreastError("--candidates is how many plans to heal: at least 1, and with --heal")
+    recipe = Recipe(steps=heal_steps)
+    recipe.check()
+    healing = None
+    if heal is not None:
+        data = options["data"]
+        healing = Healing(method=heal, data=data, recipe=recipe, candidates=candidates)
+    found = _find(model, as_json, best=candidates, **options)
     with progress_bar("optimize", as_json) as progress:
         result = run(
             model,
             options["out"],
             found,
+            healing=healing,
             data=eval_data,
             max_tokens=max_tokens,
             rounds=rounds,
@@ -188,6 +211,12 @@ def optimize(
     if as_json:
         return print_json(result.to_dict())
     _print_plan(found)
+    print_table(
+        {
+            f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
+            for plan, kl in result.healed.items()
+        }
+    )
     quality, speed = result.quality, result.speed
     print_table(
         {
@@ -202,10 +231,10 @@ def optimize(
     )
 
 
-def _find(model: str, as_json: bool, compared: bool, **options: Any) -> Planned:
+def _find(model: str, as_json: bool, compared: bool, best: int = 1, **options: Any) -> Planned:
     from abreast.figures import figure_class
     from abreast.front import Budget
-    from abreast.optimize import baselines, draw_front, find_plan, profile_here
+    from abreast.planning import baselines, draw_front, find_plan, profile_here
 
     budget = Budget(**{name: options[name] for name in ("depth", *_QUALITY, "speedup")})
     plots = not options["no_plots"]
@@ -223,6 +252,7 @@ def _find(model: str, as_json: bool, compared: bool, **options: Any) -> Planned:
             out,
             budget,
             profile=profile,
+            best=best,
             step=say,
             progress=progress,
             **{name: options[name] for name in ("per_group", "screen", "keep")},
