@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench clean
+.PHONY: help demo test test-fast test-gguf lint bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ test: $(VENV)/.dev ## run all tests
 test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
+test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/engines/test_llamacpp.py
+
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,7 +36,7 @@ bench: $(VENV)/.dev ## run every script in benchmarks/
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean: ## remove .venv, build outputs and caches
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gguf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
@@ -54,4 +57,12 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# Needs a C++ compiler: llama.cpp's quantiser comes as source only (see the file).
+.venv-gguf/.ready: pyproject.toml constraints.txt tests/engines/llamacpp.txt
+	"$(PYTHON)" -m venv .venv-gguf
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/engines/llamacpp.txt -c constraints.txt
 	@touch $@

@@ -19,9 +19,21 @@ MAX_LINES = 500
 
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
-    ("plan", "families", "branches", "checkpoint", "modeling", "data", "hardware"),
-    ("fold", "grouped", "search", "estimate", "report", "findings", "timing", "engines"),
-    ("load", "interventions"),
+    ("plan", "families", "branches", "checkpoint", "modeling", "data", "quantizer", "hardware"),
+    ("scoring", "stats", "figures"),
+    (
+        "fold",
+        "grouped",
+        "search",
+        "estimate",
+        "report",
+        "findings",
+        "front",
+        "vocabulary",
+        "timing",
+    ),
+    ("deci",),
+    ("load", "interventions", "runs", "losses", "recipe", "resume", "engines"),
     (  # the verbs
         "inspection",
         "convert",
@@ -34,7 +46,8 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "bench",
     ),
     ("backends",),
-    ("optimize", "demo"),
+    ("demo", "heal", "planning"),
+    ("optimize",),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
     ("cli",),
@@ -52,7 +65,7 @@ ONLY = {
 ONLY_LAZILY = {"data": {"datasets"}}
 NEVER = {
     name: {"torch", "transformers"}
-    for name in ("search", "report", "findings", "estimate", "timing")
+    for name in ("search", "report", "findings", "stats", "front", "estimate", "timing")
 }
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}

@@ -9,7 +9,15 @@ from typing import NoReturn
 
 import click
 
-from abreast import __version__, cli_checkpoint, cli_quality, cli_run, cli_speed
+from abreast import (
+    __version__,
+    cli_checkpoint,
+    cli_heal,
+    cli_plan,
+    cli_quality,
+    cli_run,
+    cli_speed,
+)
 from abreast.errors import AbreastError
 
 
@@ -25,7 +33,10 @@ def cli() -> None:
 
 for verb in (
     *(cli_checkpoint.inspect, cli_checkpoint.convert, cli_checkpoint.verify),
+    cli_checkpoint.export,
     *(cli_quality.evaluate, cli_quality.study),
+    *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
+    cli_heal.heal,
     *(cli_speed.bench, cli_speed.estimate),
     *(cli_run.demo,),
 ):

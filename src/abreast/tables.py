@@ -161,7 +161,7 @@ def print_estimates(plan: Plan, found: list[Estimate]) -> None:
 
 
 def print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     for key, value in rows.items():
         click.echo(f"{key:<{width}}  {value}")
 
