@@ -101,7 +101,9 @@ def slow_exchanges() -> None:
         setattr(CpuCommunicator, name, slowed)
 
 
-def rank_main(rank: int, size: int, port: int, folder: str, options: dict[str, Any], end: Any) -> None:
+def rank_main(
+    rank: int, size: int, port: int, folder: str, options: dict[str, Any], end: Any
+) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     cores = sorted(os.sched_getaffinity(0))
@@ -182,7 +184,8 @@ class Engine:
     def run(self, **job: Any) -> dict[str, float]:
         for end in self.ends:
             end.send(job)
-        return [self.answer(end) for end in self.ends][0]
+        answers = [self.answer(end) for end in self.ends]
+        return answers[0]
 
     def stop(self) -> None:
         for process in self.ranks:
@@ -262,7 +265,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         spans = [
-            "{1:.2f} ({0:.2f}-{2:.2f})".format(*r[f"{what}_speedup"]) for what in ("token", "prefill")
+            "{1:.2f} ({0:.2f}-{2:.2f})".format(*r[f"{what}_speedup"])
+            for what in ("token", "prefill")
         ]
         wait = "" if r["wait_us"] is None else f"{r['wait_us']:g}"
         lines.append(
@@ -303,7 +307,10 @@ def main() -> None:
     result = {
         "settings": settings,
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-        "machine": {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+        "machine": {
+            "cpus": os.cpu_count(),
+            "processor": platform.processor() or platform.machine(),
+        },
         "rows": rows,
     }
     print(table(rows))

@@ -91,5 +91,7 @@ def test_plugin_module_is_light():
     """vLLM loads it in every process; it must not load torch before it knows that vLLM is there."""
     source = Path(__file__).resolve().parents[1] / "src"
     code = "import sys, abreast.engines.vllm; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)})
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}
+    )
     assert done.returncode == 0

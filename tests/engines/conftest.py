@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ os.environ.update(
 )
 # The main test run has no engines: what needs one is not collected there. In the environment of an
 # engine it is, and a run that collects nothing fails.
-collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_vllm*.py", "test_transformers_serve.py"]
+collect_ignore_glob = (
+    [] if importlib.util.find_spec("vllm") else ["test_vllm*.py", "test_transformers_serve.py"]
+)
 
 SECONDS = 300
 Work = Callable[..., Any]
@@ -50,7 +52,7 @@ def run_apart(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str
 
 
 @pytest.fixture(scope="session")
-def in_engine() -> Iterator[InEngine]:
+def in_engine() -> InEngine:
     """Run work(llm, **given) on every rank of a vLLM engine; return what rank 0 returns.
 
     in_engine(folder, work, tensor_parallel=1, given={}, **options of vllm.LLM)
@@ -92,7 +94,7 @@ def in_engine() -> Iterator[InEngine]:
         assert not failed, failed[0]
         return answers[0][0]
 
-    yield run
+    return run
 
 
 def _rank(

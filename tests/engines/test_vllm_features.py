@@ -68,7 +68,11 @@ def crowd(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
 
 def test_chunked_prefill_batching_and_prefix_cache(in_engine, folder):
     shared = ids_of(64, 0)
-    prompts = [shared + ids_of(60, 1), shared + ids_of(9, 2), *(ids_of(5 + 9 * n, n) for n in range(8))]
+    prompts = [
+        shared + ids_of(60, 1),
+        shared + ids_of(9, 2),
+        *(ids_of(5 + 9 * n, n) for n in range(8)),
+    ]
     done = in_engine(
         folder, crowd, given={"prompts": prompts}, max_num_batched_tokens=CHUNK, max_num_seqs=4
     )
@@ -97,7 +101,7 @@ def compiled(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
 def test_compiled(in_engine, tiny_checkpoint, tmp_path, monkeypatch, tensor_parallel):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    convert(tiny_checkpoint(num_layers=6), "1+2 3|4:1", tmp_path / "out")
+    convert(tiny_checkpoint(head_dim=32, num_layers=6), "1+2 3|4:1", tmp_path / "out")
     prompts = [list(range(3, 20)), [5, 99, 7]]
     done = in_engine(
         tmp_path / "out",
@@ -116,7 +120,13 @@ RANK, ALPHA = 4, 32.0
 # In a cqil group only matrices that stayed one linear map can have an adapter.
 ADAPTED = {
     1: ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj"),  # a layer alone
-    2: ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"),
+    2: (
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.down_proj",
+    ),
     7: ("self_attn.k_proj", "mlp.down_proj"),  # cqil
 }
 

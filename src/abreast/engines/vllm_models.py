@@ -43,6 +43,17 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 
+def biases(config: Any) -> tuple[bool, bool, bool]:
+    """Whether q, k and v have biases, the attention's output, and the FFN; as in transformers.
+
+    Other families' configs may have the keys as well, which then mean nothing.
+    """
+    family = config.model_type.removeprefix("abreast_")
+    attention = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
+    ffn = bool(getattr(config, "mlp_bias", False)) and family == "llama"
+    return attention or family == "qwen2", attention, ffn
+
+
 class HeadNorm(nn.Module):
     """RMSNorm over each head with a gain per head: [N, heads * X] -> the same.
 
@@ -67,14 +78,10 @@ class HeadNorm(nn.Module):
 
 
 class Attention(LlamaAttention):
-    """vLLM's attention of one layer's own width; with norms of q and k where the family has them.
-
-    Qwen 2 has biases on q, k and v whatever its config says, Qwen 3 and Llama on all four or none.
-    """
+    """vLLM's attention of a layer's own width; norms of q and k where the family has them."""
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
-        biased = bool(getattr(config, "attention_bias", False))
-        always = config.model_type == "abreast_qwen2"
+        bias, output_bias, _ = biases(config)
         super().__init__(
             config=config,
             hidden_size=config.hidden_size,
@@ -82,8 +89,8 @@ class Attention(LlamaAttention):
             num_kv_heads=config.num_key_value_heads,
             max_position_embeddings=config.max_position_embeddings,
             quant_config=vllm_config.quant_config,
-            bias=biased or always,
-            bias_o_proj=biased and not always,
+            bias=bias,
+            bias_o_proj=output_bias,
             cache_config=vllm_config.cache_config,
             prefix=prefix,
         )
@@ -122,7 +129,7 @@ class Layer(nn.Module):
             intermediate_size=config.intermediate_size,
             hidden_act=config.hidden_act,
             quant_config=vllm_config.quant_config,
-            bias=getattr(config, "mlp_bias", False),
+            bias=biases(config)[2],
             prefix=f"{prefix}.mlp",
         )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -222,7 +229,7 @@ class MemberMLP(nn.Module):
     def __init__(self, config: Any, vllm_config: VllmConfig, here: int, prefix: str) -> None:
         super().__init__()
         hidden, wide = config.hidden_size, config.intermediate_size
-        bias, self.here = getattr(config, "mlp_bias", False), here
+        self.here, bias = here, biases(config)[2]
         if config.hidden_act != "silu":
             raise ValueError(f"activation {config.hidden_act} is not silu, which vLLM needs here")
         if here == 1:
