@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+import abreast.modeling  # noqa: F401  registers the config classes
 from abreast.convert import convert
 from abreast.engines.vllm import ServingError, Width, check, is_too_old, obstacle
 
