@@ -156,14 +156,24 @@ def test_members_and_ranks_need_not_be_equal(
     assert done["per_token"] == expected(6, plan, joined)
 
 
+FULL = {"layer_types": ["full_attention"] * 6}
+
+
 @pytest.mark.parametrize(
-    ("family", "plan", "tensor_parallel"),
-    [("granite", "1+2", 1), ("granite", "1+2", 2), ("granite", "1|2", 1), ("gemma2", "1+2", 1)],
+    ("family", "more", "plan", "tensor_parallel"),
+    [
+        ("granite", {}, "1+2", 2),
+        ("granite", {}, "1+2 3|4:1", 1),
+        ("gemma2", FULL, "1+2 3|4", 1),
+        ("olmo2", {}, "1+2 3|4", 1),
+        ("gemma3_text", FULL, "1+2 3|4:1", 1),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_families_run_through_the_transformers_backend(
-    in_engine, converted, tiny_checkpoint, family, plan, tensor_parallel
+    in_engine, converted, tiny_checkpoint, family, more, plan, tensor_parallel
 ):
-    folder = converted(tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=4), plan)
+    folder = converted(tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more), plan)
     given = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
     done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])

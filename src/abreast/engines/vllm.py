@@ -5,7 +5,7 @@ every worker, maybe more than once, and also when it serves something else. So n
 or cost much where no converted checkpoint is involved: classes are registered by name only.
 
 Four families have native classes, built of vLLM's own parallel layers (vllm_models.py). The others
-run through vLLM's transformers backend, on the model classes of modeling.py.
+run through vLLM's transformers backend (vllm_backend.py), on the model classes of modeling.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from abreast.families import FAMILIES
 OLDEST = (0, 32)  # the first that sizes its KV cache layer by layer, and the one that was tested
 NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 _CLASSES = "abreast.engines.vllm_models"
-_BACKEND = "vllm.model_executor.models.transformers:TransformersForCausalLM"
+_BACKEND = "abreast.engines.vllm_backend:AbreastForCausalLM"
 
 
 class ServingError(AbreastError):
