@@ -90,8 +90,9 @@ def in_engine() -> InEngine:
                 process.join()
             for leftover in Path("/dev/shm").glob(f"*abreast-{port}-*"):
                 leftover.unlink(missing_ok=True)
-        failed = [failure for _, failure in answers if failure]
-        assert not failed, failed[0]
+        for _, failure in answers:
+            if failure:
+                raise RuntimeError(failure)
         return answers[0][0]
 
     return run

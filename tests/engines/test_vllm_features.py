@@ -74,7 +74,12 @@ def test_chunked_prefill_batching_and_prefix_cache(in_engine, folder):
         *(ids_of(5 + 9 * n, n) for n in range(8)),
     ]
     done = in_engine(
-        folder, crowd, given={"prompts": prompts}, max_num_batched_tokens=CHUNK, max_num_seqs=4
+        folder,
+        crowd,
+        given={"prompts": prompts},
+        max_num_batched_tokens=CHUNK,
+        max_num_seqs=4,
+        block_size=32,
     )
     compare(folder, prompts, done["answers"])
     compare(folder, prompts[:1], done["again"])
@@ -238,12 +243,13 @@ def quantized(folder: Path, out: Path, bits: int, group: int | None) -> Path:
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize(
-    ("bits", "group", "tolerance"), [(8, None, 0.5), (4, 32, 0.1)], ids=["W8A8", "W4A16"]
+    ("bits", "group", "tolerance"), [(8, None, 0.5), (4, 32, 0.3)], ids=["W8A8", "W4A16"]
 )
 def test_compressed_tensors(in_engine, folder, tmp_path, bits, group, tolerance, tensor_parallel):
     """Against transformers with the same rounded weights: what differs is the arithmetic.
 
-    W8A8 rounds activations as well, W4A16 computes in bfloat16.
+    All of it runs in bfloat16, and W8A8 rounds activations as well. Scales or shards in the wrong
+    place change log probabilities by several units.
     """
     plain = quantized(folder, tmp_path / "small", bits, group)
     prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
@@ -256,11 +262,15 @@ def refused(llm: Any) -> None:
     raise AssertionError("it should not have loaded")
 
 
-def test_bad_degree_is_one_line_before_anything_is_loaded(in_engine, folder):
-    with pytest.raises(AssertionError) as failure:
-        in_engine(folder, refused, 3, load_format="a format that does not exist")
-    last = str(failure.value).strip().splitlines()[-1]
-    assert "ServingError: tensor parallel size 3 does not fit this model: layer 0 has 4" in last
+def test_bad_degree_is_one_line_before_anything_is_loaded(in_engine, folder, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path / name)  # without weights: they would be missed
+    with pytest.raises(RuntimeError) as failure:
+        in_engine(tmp_path, refused, 3)
+    assert str(failure.value).strip().splitlines()[-1] == (
+        "RuntimeError: tensor parallel size 3 does not fit this model: "
+        "layer 0 has 4 attention heads; possible: 1, 2, 4"
+    )
 
 
 def test_old_version_is_one_line(folder, tmp_path, run_apart):
@@ -275,6 +285,6 @@ vllm.LLM({str(folder)!r})
     done = run_apart(code)
     assert done.returncode != 0
     line = done.stderr.strip().splitlines()[-1]
-    assert line.endswith(
-        "ServingError: vLLM 0.20.1 is too old for converted checkpoints; install vLLM 0.32 or newer"
+    assert line == (
+        "RuntimeError: vLLM 0.20.1 is too old for converted checkpoints; install vLLM 0.32 or newer"
     )

@@ -126,7 +126,12 @@ class _Check:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        check(vllm_config.model_config.hf_config, vllm_config.parallel_config.tensor_parallel_size)
+        config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+        try:
+            check(config, parallel.tensor_parallel_size)
+        except ServingError as error:
+            # vLLM's configurations are pydantic classes, which bury a ValueError in several lines.
+            raise RuntimeError(str(error)) from None
 
 
 def _refuse_to_load(version: str) -> None:
@@ -136,7 +141,7 @@ def _refuse_to_load(version: str) -> None:
     oldest = ".".join(map(str, OLDEST))
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise ServingError(
+        raise RuntimeError(  # no ValueError, for the reason given above
             f"vLLM {version} is too old for converted checkpoints; install vLLM {oldest} or newer"
         )
 
