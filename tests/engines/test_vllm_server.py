@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from agreement import command_in_docs, free_port
+from agreement import DOCS, command_in_docs, free_port
 
 from abreast.convert import convert
 from abreast.demo import model_folder
@@ -142,3 +142,12 @@ def test_prompt_that_is_too_long(client, greedy):
     with pytest.raises(openai.BadRequestError, match="256"):
         ask(client, prompt="x = 1\n" * 300)
     assert ask(client, max_tokens=4).choices[0].text == greedy(PROMPT, 4)[0]
+
+
+def test_python_of_the_docs(folder, run_apart):
+    """Once in an engine of its own, as a user would type it."""
+    text = DOCS.read_text(encoding="utf-8")
+    (code,) = [c for c in text.split("```") if c.startswith("python\nfrom vllm import LLM")]
+    done = run_apart(code.removeprefix("python\n").replace('LLM("OUT")', f"LLM({str(folder)!r})"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()[-1]) > 0
