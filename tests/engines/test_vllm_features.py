@@ -258,6 +258,52 @@ def test_compressed_tensors(in_engine, folder, tmp_path, bits, group, tolerance,
     compare(plain, prompts, done, tolerance=tolerance)
 
 
+TORCHAO = """
+import sys
+import torch
+import abreast.modeling
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
+
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(
+    sys.argv[1], dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+def quantized_by_torchao(llm: Any, **given: Any) -> Any:
+    assert llm.llm_engine.vllm_config.model_config.quantization == "torchao"
+    return generate(llm, **given)
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_torchao(in_engine, folder, tmp_path, run_apart, tensor_parallel):
+    """8-bit weights, a scale per row, against the unrounded model: they cost little."""
+    done = run_apart(TORCHAO, str(folder), str(tmp_path / "small"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
+    given = {"prompts": prompts, "new_tokens": 8}
+    options = {"dtype": "bfloat16", "skip_tokenizer_init": True}
+    small = tmp_path / "small"
+    answers = in_engine(small, quantized_by_torchao, tensor_parallel, given, **options)
+    compare(folder, prompts, answers, tolerance=0.3)
+
+
+def test_sequential_prefill_is_refused_or_overridden(in_engine, tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint(head_dim=32, num_layers=4)
+    convert(source, "1+2", tmp_path / "exact", prefill="sequential")
+    convert(source, "1+2", tmp_path / "grouped")
+    prompts = [list(range(3, 20))]
+    given = {"prompts": prompts, "new_tokens": 4}
+    with pytest.raises(RuntimeError, match="asks for sequential prefill, which vLLM cannot run"):
+        in_engine(tmp_path / "exact", generate, given=given, skip_tokenizer_init=True)
+    override = {"skip_tokenizer_init": True, "hf_overrides": {"abreast_prefill": None}}
+    done = in_engine(tmp_path / "exact", generate, given=given, **override)
+    compare(tmp_path / "grouped", prompts, done)
+
+
 def refused(llm: Any) -> None:
     raise AssertionError("it should not have loaded")
 
