@@ -6,14 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-ENGINE := env HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest
+IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
 BENCHMARKS := $(filter-out benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines lint bench clean
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.core ## convert and measure the bundled model (core dependencies only)
 	$(BIN)/abreast demo
@@ -25,8 +25,13 @@ test: $(VENV)/.dev ## run all tests, those against real engines included
 test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
-test-engines: .venv-vllm/.ready ## run the tests against real engines, in environments of their own
-	$(ENGINE) tests/engines/test_vllm*.py tests/engines/test_transformers_serve.py
+test-engines: test-gguf test-vllm ## run the tests against real engines
+
+test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/engines/test_llamacpp.py
+
+test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment of their own
+	$(IN_VLLM) -m pytest tests/engines/test_vllm*.py tests/engines/test_transformers_serve.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -37,10 +42,10 @@ bench: $(VENV)/.dev .venv-vllm/.ready ## run every script in benchmarks/
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 	@set -e; for script in $(wildcard benchmarks/vllm_*.py); do \
-	  echo "== $$script"; .venv-vllm/bin/python $$script; done
+	  echo "== $$script"; $(IN_VLLM) $$script; done
 
 clean: ## remove the virtual environments, build outputs and caches
-	rm -rf $(VENV) .venv-vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gguf .venv-vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
@@ -61,6 +66,14 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# Needs a C++ compiler: llama.cpp's quantiser comes as source only (see the file).
+.venv-gguf/.ready: pyproject.toml constraints.txt tests/engines/llamacpp.txt
+	"$(PYTHON)" -m venv .venv-gguf
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/engines/llamacpp.txt -c constraints.txt
 	@touch $@
 
 # The packages taken out are builds for CUDA and break `import transformers` on a CPU.

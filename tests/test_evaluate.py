@@ -14,16 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from abreast import evaluate
+from abreast import scoring
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate import (
     check_tokenizers,
     compare,
     perplexity,
-    ratio_of_means,
     sliding_windows,
 )
+from abreast.scoring import ratio_of_means, token_scores
 
 VOCABULARY = 128
 
@@ -191,7 +191,7 @@ def test_chunking_changes_nothing(
 ) -> None:
     stream = stream_of(100)
     expected = compare(perturbed, model, stream, window=32, stride=8, batch_size=2)
-    monkeypatch.setattr(evaluate, "CHUNK_VALUES", values)
+    monkeypatch.setattr(scoring, "CHUNK_VALUES", values)
     assert compare(perturbed, model, stream, window=32, stride=8, batch_size=2) == expected
 
 
@@ -217,7 +217,7 @@ def test_tokens_the_reference_rules_out_add_nothing(model: LlamaForCausalLM) -> 
 
     logits = torch.randn(1, 7, VOCABULARY)
     targets = torch.full((1, 7), 9)
-    scores = evaluate._token_scores([masked(logits), masked(logits)], targets)
+    scores = token_scores(masked(logits), targets, masked(logits))
     assert (scores[..., 2] == 0).all()
 
 

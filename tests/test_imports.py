@@ -19,9 +19,11 @@ MAX_LINES = 500
 
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
-    ("plan", "families", "branches", "checkpoint", "modeling", "data"),
-    ("fold", "grouped", "search", "estimate", "report", "findings", "engines"),
-    ("load", "interventions"),
+    ("plan", "families", "branches", "checkpoint", "modeling", "data", "quantizer"),
+    ("scoring", "stats", "figures"),
+    ("fold", "grouped", "search", "estimate", "report", "findings", "front", "vocabulary"),
+    ("deci",),
+    ("load", "interventions", "runs", "losses", "recipe", "resume", "engines"),
     (  # the verbs
         "inspection",
         "convert",
@@ -33,7 +35,8 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "evaluate",
         "bench",
     ),
-    ("optimize", "demo"),
+    ("demo", "heal", "planning"),
+    ("optimize",),
     ("tables", "options"),
     ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
     ("cli",),
@@ -49,7 +52,9 @@ ONLY = {
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
 }
 ONLY_LAZILY = {"data": {"datasets"}}
-NEVER = {name: {"torch", "transformers"} for name in ("search", "report", "findings")}
+NEVER = {
+    name: {"torch", "transformers"} for name in ("search", "report", "findings", "stats", "front")
+}
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}
 

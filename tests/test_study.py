@@ -322,7 +322,9 @@ def test_standard_error_is_paired_over_windows(folder, tmp_path):
     row = run(folder(), tmp_path / "out", interventions=["prune"], max_length=2).rows[1]
     ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
     original = tuple(range(LAYERS))
-    sums = {p: nll for p, nll, _ in run_programs(load(folder()), ids, [original, (0, 3, 4)])}
+    sums = {
+        p: found[:, 0] for p, found, _ in run_programs(load(folder()), ids, [original, (0, 3, 4)])
+    }
     differences = (sums[0, 3, 4] - sums[original]) / (WINDOW - 1)
     assert row.stderr == pytest.approx(np.std(differences, ddof=1) / len(differences) ** 0.5)
     single = run(folder(), tmp_path / "one", num_windows=1, max_length=2)
@@ -337,7 +339,7 @@ def test_hidden_states_stay_within_the_limit(folder, tmp_path):
     assert large.identity["batch"] == 3
     for one, other in zip(small.rows, large.rows, strict=True):
         assert one.loss == pytest.approx(other.loss, abs=TOLERANCE)
-    with pytest.raises(AbreastError, match="hidden states of one window need"):
+    with pytest.raises(AbreastError, match="what is kept of one window needs"):
         run(folder(), tmp_path / "none", max_cache_bytes=window - 1)
 
 

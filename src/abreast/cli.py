@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from abreast import __version__, cli_checkpoint, cli_quality, cli_run
+from abreast import __version__, cli_checkpoint, cli_heal, cli_plan, cli_quality, cli_run
 from abreast.errors import AbreastError
 
 
@@ -25,7 +25,10 @@ def cli() -> None:
 
 for verb in (
     *(cli_checkpoint.inspect, cli_checkpoint.convert, cli_checkpoint.verify),
+    cli_checkpoint.export,
     *(cli_quality.evaluate, cli_quality.study),
+    *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
+    cli_heal.heal,
     *(cli_run.demo,),
 ):
     cli.add_command(verb)

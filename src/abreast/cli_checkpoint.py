@@ -1,4 +1,4 @@
-"""The verbs that read and write checkpoints: inspect, convert, verify."""
+"""The verbs that read and write checkpoints: inspect, convert, verify, export."""
 
 from __future__ import annotations
 
@@ -161,7 +161,11 @@ def verify(
                 "plan": found.plan,
                 "files": "as recorded" if found.num_tokens else "damaged",
                 "logits": f"differ by {found.uncached:.1e} of their range "
-                f"(allowed {found.tolerance:.0e} for {found.dtype})",
+                + (
+                    "(healed: not judged)"
+                    if found.healed
+                    else f"(allowed {found.tolerance:.0e} for {found.dtype})"
+                ),
                 "with KV cache": f"{found.cached:.1e}",
                 "KL divergence": f"{found.kl:.1e} nats",
                 "greedy tokens": f"{found.same_tokens} of {found.generated_tokens} the same",
@@ -170,3 +174,39 @@ def verify(
         )
     if not found.ok:
         sys.exit(1)
+
+
+@click.command()
+@click.argument("out")
+@click.option("--gguf", "file", required=True, help="New GGUF file, for llama.cpp.")
+@click.option("--quantize", "quantization", help="Q4_K_M, Q8_0, ...: by llama.cpp's quantiser.")
+@click.option("--dtype", help="Of the matrices: float32, bfloat16 or float16. Default: keep.")
+@revision_option
+@json_option
+def export(
+    out: str,
+    file: str,
+    quantization: str | None,
+    dtype: str | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint OUT, converted or not, for another engine."""
+    from abreast.engines.gguf import export as run
+
+    with progress_bar("export", as_json) as progress:
+        found = run(
+            out,
+            file,
+            quantization=quantization,
+            dtype=dtype,
+            revision=revision,
+            progress=progress,
+        )
+    for warning in found["warnings"]:
+        say(f"warning: {warning}")
+    if as_json:
+        return print_json(found)
+    kind = quantization or "not quantised"
+    click.echo(f"{file}: {found['layers']} layers, {kind}, {bytes_text(found['bytes'])}")
+    click.echo(f"run it: llama-server -m {file} --flash-attn on")

@@ -156,6 +156,7 @@ def convert(
     dtype: str | None = None,
     prefill: str = "grouped",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    healed: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Rewrite a checkpoint under a plan into the new folder `out`; return its manifest.
@@ -165,7 +166,9 @@ def convert(
     exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
     "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
     the original order and only decode abreast. max_shard_bytes: size limit of one safetensors file.
-    progress(done, total) is called with bytes written.
+    healed: where `model` holds healed weights: how they were made, and under "source" the entry of
+    the true original, which the manifest then names as the source. progress(done, total) is called
+    with bytes written.
 
     The manifest, also written to abreast.json, records the plan and the sha256 of every input and
     output. Raises AbreastError for anything the user can mend; `out` is then absent.
@@ -176,7 +179,7 @@ def convert(
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         stop = threading.Event()
         with _threads_to_spare(), ThreadPoolExecutor(1) as hasher:
-            inputs = hasher.submit(_hash_inputs, job.checkpoint, stop)
+            inputs = hasher.submit(hash_inputs, job.checkpoint, stop)
             try:
                 outputs = write_shards(staging, job.shards, _stream(job, progress))
                 source_files = inputs.result()
@@ -189,6 +192,9 @@ def convert(
             if name not in outputs:
                 outputs[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
         manifest = _manifest(job, source_files, outputs)
+        if healed is not None:
+            manifest["healed"] = {**healed, "weights": manifest["source"]["files"]}
+            manifest["source"] = manifest["healed"].pop("source")
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return manifest
 
@@ -414,7 +420,10 @@ def _blame(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     )
 
 
-def _hash_inputs(checkpoint: Checkpoint, stop: threading.Event) -> dict[str, dict[str, Any]]:
+def hash_inputs(
+    checkpoint: Checkpoint, stop: threading.Event | None = None
+) -> dict[str, dict[str, Any]]:
+    """sha256 and bytes of every file of a checkpoint that conversion reads or copies."""
     paths = [checkpoint.folder / "config.json"]
     paths += [checkpoint.folder / shard for shard in checkpoint.shards]
     for path in companions(checkpoint.folder):

@@ -18,15 +18,12 @@ import torch
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.load import inference, keeps_last
+from abreast.scoring import ratio_of_means, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int], None]
-
-# float32 values per log-softmax chunk (128 MiB each; `compare` holds about five of them at once).
-# Models with a vocabulary of 128k would otherwise need 0.5 GiB per 1024 positions for each of them.
-CHUNK_VALUES = 2**25
 
 
 @dataclass(frozen=True)
@@ -200,28 +197,6 @@ def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int
     return found
 
 
-def ratio_of_means(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
-    """Mean per token and its cluster-robust standard error, from sums and counts per cluster.
-
-    With S_c the sum and n_c the tokens of cluster c of C, the mean is R = sum S_c / sum n_c and
-
-        se(R)^2 = C / (C - 1) * sum (S_c - R n_c)^2 / (sum n_c)^2,
-
-    the linearised variance of the ratio estimator (W. G. Cochran, Sampling Techniques, 3rd ed.,
-    1977, chapter 6), which for clusters of one token is the ordinary standard error; for language
-    model evaluations see E. Miller, Adding Error Bars to Evals, arXiv 2411.00640. It assumes
-    clusters independent of each other, so where long documents span many windows it is still
-    somewhat too small. sums, counts: shape [num_clusters]. The error of one cluster is NaN.
-    """
-    total = float(counts.sum())
-    mean = float(sums.sum()) / total
-    clusters = len(counts)
-    if clusters < 2:
-        return mean, math.nan
-    squares = float(np.square(sums - mean * counts).sum())
-    return mean, math.sqrt(clusters / (clusters - 1) * squares) / total
-
-
 def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for entry in fields(result):
@@ -315,7 +290,7 @@ def _score(
                     f"the models have vocabularies of different size ({sizes}), so their token "
                     "probabilities cannot be compared; compare models with one tokenizer"
                 )
-            found = _token_scores(logits, ids[:, -longest:])
+            found = token_scores(logits[0], ids[:, -longest:], *logits[1:])
             for column, name in enumerate(names):
                 if not np.isfinite(found[..., column]).all():
                     raise AbreastError(
@@ -351,25 +326,3 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Ten
     options: dict[str, Any] = {"use_cache": False, **keeps_last(model, scored + 1)}
     logits: torch.Tensor = model(input_ids=ids.to(model.device), **options).logits
     return logits[:, -scored - 1 : -1]
-
-
-def _token_scores(logits: list[torch.Tensor], targets: torch.Tensor) -> np.ndarray:
-    """Scores as in `_score` for logits [batch, scored, vocab] and targets [batch, scored]."""
-    device = logits[0].device
-    batch, scored, vocabulary = logits[0].shape
-    chunk = max(1, CHUNK_VALUES // (batch * vocabulary))
-    found = []
-    for start in range(0, scored, chunk):
-        part = slice(start, start + chunk)
-        wanted = targets[:, part, None].to(device)
-        logp = [each[:, part].to(device).float().log_softmax(-1) for each in logits]
-        columns = [-each.gather(-1, wanted).squeeze(-1) for each in logp]
-        if len(logits) == 2:
-            ours, theirs = logp
-            probability = theirs.exp()
-            # Tokens that the reference rules out (logit -inf) add nothing, but 0 * inf is NaN.
-            terms = torch.where(probability > 0, probability * (theirs - ours), 0.0)
-            agreement = ours.argmax(-1) == theirs.argmax(-1)
-            columns += [terms.sum(-1), agreement.float()]
-        found.append(torch.stack(columns, dim=-1).cpu())
-    return np.asarray(torch.cat(found, dim=1).double().numpy())

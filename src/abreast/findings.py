@@ -11,11 +11,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from abreast.errors import AbreastError
+from abreast.figures import figure_class
 
 CURVE = "depth_curve.png"
 SCALE = (1e-3, 10.0)  # nats: the ends of every colour scale, so that any two maps can be compared
@@ -117,17 +116,6 @@ def draw(rows: Sequence[Row], num_layers: int, out: str | Path) -> None:
     }
     title = f"best stretch at each effective depth ({num_layers} layers unmodified)"
     _depth_curve(series, title, Path(out) / CURVE)
-
-
-def figure_class() -> Any:
-    """matplotlib's Figure. Raises AbreastError where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AbreastError(
-            "drawing needs matplotlib: pip install 'abreast[report]', or use --no-plots"
-        ) from None
-    return Figure
 
 
 def _heat_map(grid: np.ndarray, title: str, path: str | Path) -> None:

@@ -24,6 +24,7 @@ from torch import nn
 from abreast.errors import AbreastError
 from abreast.grouped import decoder_layers, grouped
 from abreast.plan import Group, Plan
+from abreast.scoring import token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,31 +112,42 @@ def planned(wanted: Iterable[Program]) -> int:
 
 @torch.inference_mode()
 def run_programs(
-    model: PreTrainedModel, ids: torch.Tensor, wanted: Iterable[Program]
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    wanted: Iterable[Program],
+    *,
+    reference: Program | None = None,
 ) -> Iterator[tuple[Program, np.ndarray, int]]:
-    """Yield (program, nll, evaluated) of each program, in the order that shares most work.
+    """Yield (program, sums, evaluated) of each program, in the order that shares most work.
 
-    ids: token ids of shape [batch, window]. nll: float64 [batch], each window's summed negative
-    log-likelihood in nats over all tokens but its first. evaluated: layers run for it. A layer
-    keeps its own mask and positions wherever it runs; a merged one has those of its first layer.
-    Held in memory: one state [batch, window, hidden] in the model's dtype per step of the current
-    program and one more, and one merged layer. Raises AbreastError for layers of unlike shape that
-    cannot be merged, and as `apply`.
+    ids: token ids of shape [batch, window]. sums: `token_scores` of each window, summed over all
+    its tokens but the first: float64 [batch, 1], the negative log-likelihood in nats. With a
+    reference, a program that is then run first of all, [batch, 4] against it. evaluated: layers run
+    for it. A layer keeps its own mask and positions wherever it runs; a merged one has those of its
+    first layer. Held in memory: one state [batch, window, hidden] in the model's dtype per step of
+    the current program and one more, one merged layer, and the reference's logits
+    [batch, window, vocab]. Raises AbreastError for layers of unlike shape that cannot be merged,
+    and as `apply`.
     """
     layers = decoder_layers(model)
     if any("forward" in vars(layer) for layer in layers):
         raise AbreastError("the model's layers run under a plan or hooks; remove them first")
     ids = ids.to(model.device)
-    embedded, given = _capture(model, layers, ids)
+    embedded, given = capture(model, layers, ids)
+    first = [] if reference is None else [reference]
     path: Program = ()
     states = [embedded]
-    for program in sorted(set(wanted), key=_order):
+    logits: list[torch.Tensor | None] = []
+    for program in [*first, *sorted(set(wanted) - set(first), key=_order)]:
         shared = shared_steps(path, program)
         del states[shared + 1 :]
         for step in program[shared:]:
-            states.append(_advance(model, layers, given, step, states[-1]))
+            states.append(advance(model, layers, given, step, states[-1]))
         path = program
-        yield program, _score(model, layers, states[-1], ids), cost_of(program[shared:])
+        if program == reference:
+            logits = list(_logits(model, layers, states[-1], ids))
+        sums = _score(model, layers, states[-1], ids, logits)
+        yield program, sums, cost_of(program[shared:])
 
 
 def split(wanted: set[Program], original: Program, shares: int) -> list[set[Program]]:
@@ -186,7 +198,8 @@ def shared_steps(one: Program, other: Program) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def _capture(
+@torch.inference_mode()
+def capture(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """What enters the first layer, and what else the model hands to each; runs no layer."""
@@ -221,7 +234,8 @@ def _replaced(
             del layer.forward
 
 
-def _advance(
+@torch.inference_mode()
+def advance(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     given: list[dict[str, Any]],
@@ -262,28 +276,35 @@ def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
     return merged
 
 
-def _score(
+def _rows(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    """How many windows' logits are computed at once."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return max(1, LOGITS // (ids.shape[1] * vocabulary))
+
+
+def _logits(
     model: PreTrainedModel, layers: nn.ModuleList, state: torch.Tensor, ids: torch.Tensor
-) -> np.ndarray:
-    """Summed nll per window, float64 [batch], of the last layer's output [batch, window, hidden].
+) -> Iterator[torch.Tensor]:
+    """Logits of all tokens but the first, a few windows at a time, of the last layer's output.
 
     The model runs with every layer replaced, so norm, head and whatever a family does around them
     (scaling, soft caps) are its own.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    rows = max(1, LOGITS // (ids.shape[1] * vocabulary))
-    sums: list[torch.Tensor] = []
+    rows = _rows(model, ids)
     for part, wanted in zip(state.split(rows), ids.split(rows), strict=True):
         with _replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
-            logits = model(input_ids=wanted, use_cache=False).logits[:, :-1]
-        at_once = max(1, LOGITS // (len(part) * vocabulary))
-        total = torch.zeros(len(part), dtype=torch.float64)
-        for some, tokens in zip(
-            logits.split(at_once, 1), wanted[:, 1:].split(at_once, 1), strict=True
-        ):
-            nll = nn.functional.cross_entropy(
-                some.float().transpose(1, 2), tokens, reduction="none"
-            )
-            total += nll.double().sum(1).cpu()
-        sums.append(total)
-    return np.asarray(torch.cat(sums).numpy())
+            yield model(input_ids=wanted, use_cache=False).logits[:, :-1]
+
+
+def _score(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    state: torch.Tensor,
+    ids: torch.Tensor,
+    reference: list[torch.Tensor | None],
+) -> np.ndarray:
+    """Sums per window as `run_programs` yields; reference: as `_logits` gave it, or nothing."""
+    targets = ids[:, 1:].split(_rows(model, ids))
+    others = reference or [None] * len(targets)
+    found = zip(_logits(model, layers, state, ids), targets, others, strict=True)
+    return np.concatenate([token_scores(*three).sum(1) for three in found])

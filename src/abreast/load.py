@@ -48,10 +48,7 @@ def load(
     if target.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError("no CUDA device here; use --device cpu")
     if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise CheckpointError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
-        dtype = named
+        dtype = named_dtype(dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
@@ -62,7 +59,15 @@ def load(
     loaded = loaded.to(target).eval()
     if plan is not None:
         apply(loaded, plan)
-    return loaded, _tokenizer(folder, trust_remote_code)
+    return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The floating-point dtype of this name. Raises AbreastError for any other name."""
+    named = getattr(torch, name, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise CheckpointError(f"dtype '{name}' is not one of float32, bfloat16, float16")
+    return named
 
 
 def _complain(folder: Path, report: dict[str, Any]) -> None:
@@ -75,7 +80,8 @@ def _complain(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
-def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, or None. Raises AbreastError for one that cannot be loaded."""
     import transformers
 
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

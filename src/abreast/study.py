@@ -18,11 +18,9 @@ have in common; here is the study of all of them: on disk, resumable, over devic
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from abreast.checkpoint import open_checkpoint, resolve, sha256_of
+from abreast.checkpoint import resolve
 from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.errors import AbreastError
-from abreast.findings import Row, draw, figure_class, row_of, to_csv
+from abreast.figures import figure_class
+from abreast.findings import Row, draw, row_of, to_csv
 from abreast.grouped import decoder_layers
 from abreast.interventions import (
     INTERVENTIONS,
@@ -47,12 +46,22 @@ from abreast.interventions import (
     split,
 )
 from abreast.load import load
+from abreast.runs import (
+    JOURNAL,
+    cut,
+    gather,
+    model_hash,
+    open_run,
+    tokens_hash,
+    window_bytes,
+    windows_at_once,
+    write,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CSV, RECORD = "study.csv", "study.json"
-JOURNAL = "journal-{}.jsonl"
 
 
 Progress = Callable[[int, int], None]
@@ -156,12 +165,20 @@ def study(
         if tokenizer is None:
             raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
         data = load_tokens(tokenizer, data, max_tokens=num_windows * window, seed=seed)
-    tokens = _cut(data, num_windows, window, loaded)
+    config = loaded.config.get_text_config()
+    tokens = cut(
+        data,
+        num_windows,
+        window,
+        longest=getattr(config, "max_position_embeddings", None),
+        vocabulary=loaded.get_input_embeddings().weight.shape[0],
+    )
     num_layers = len(decoder_layers(loaded))
-    size = min(len(tokens), batch_size, _fitting(loaded, window, max_cache_bytes))
+    each = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
+    size = min(len(tokens), batch_size, windows_at_once(each, max_cache_bytes))
     identity = {
-        "model": _model_hash(folder),
-        "tokens": hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+        "model": model_hash(folder),
+        "tokens": tokens_hash(tokens),
         "num_layers": num_layers,
         "num_windows": len(tokens),
         "window": window,
@@ -172,8 +189,8 @@ def study(
     asked = cases(
         num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
     )
-    out = _open_folder(Path(out), identity)
-    done = _gather(out)
+    out = open_run(Path(out), "study", identity)
+    done = gather(out)
     original: Program = tuple(range(num_layers))
     wanted = {original, *(program for group in asked.values() for program in group)}
     batches = range(math.ceil(len(tokens) / size))
@@ -200,7 +217,7 @@ def study(
     ]
     total = len(wanted) * len(batches)
     _run_shares(shares, loaded, progress, total - len(todo), total)
-    done = _gather(out)
+    done = gather(out)
     nll = {
         program: np.concatenate([done[name_of(program), b]["nll"] for b in batches])
         for program in wanted
@@ -228,9 +245,9 @@ def study(
         identity=identity,
         folder=str(out),
     )
-    _write(out / CSV, to_csv(result.rows))
+    write(out / CSV, to_csv(result.rows))
     summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
-    _write(out / RECORD, json.dumps(summary, indent=2) + "\n")
+    write(out / RECORD, json.dumps(summary, indent=2) + "\n")
     if plots:
         draw(result.rows, num_layers, out)
     return result
@@ -271,88 +288,6 @@ def _check_devices(devices: Sequence[str]) -> None:
             raise AbreastError(f"device '{name}' is unknown; write cpu or cuda:0") from None
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise AbreastError(f"there is no device '{name}' here; use cpu or fewer devices")
-
-
-def _cut(stream: TokenStream, num_windows: int, window: int, model: PreTrainedModel) -> np.ndarray:
-    """The stream's first whole windows, [at most num_windows, window]."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or window
-    if window > longest:
-        raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
-    count = min(num_windows, len(stream) // window)
-    if not count:
-        raise AbreastError(
-            f"the data has {len(stream)} tokens, less than one window of {window}; "
-            "name a longer text or use a shorter window"
-        )
-    tokens = stream.tokens[: count * window].reshape(count, window)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise AbreastError(
-            f"the data has token ids outside the model's vocabulary ({vocabulary} tokens); "
-            "tokenise it with the model's own tokenizer"
-        )
-    return tokens
-
-
-def _fitting(model: PreTrainedModel, window: int, max_cache_bytes: int) -> int:
-    """How many windows' hidden states fit the limit."""
-    states = len(decoder_layers(model)) + 1
-    each = states * window * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    if each > max_cache_bytes:
-        raise AbreastError(
-            f"the hidden states of one window need {each} bytes, the limit is {max_cache_bytes}; "
-            "raise it or use a shorter window"
-        )
-    return max_cache_bytes // each
-
-
-def _model_hash(folder: Path) -> str:
-    """Hash of the whole content of the config and every shard."""
-    names = ["config.json", *open_checkpoint(folder).shards]
-    listed = "".join(f"{name} {sha256_of(folder / name)}\n" for name in names)
-    return hashlib.sha256(listed.encode()).hexdigest()
-
-
-def _open_folder(out: Path, identity: dict[str, Any]) -> Path:
-    """Make the folder, or check that it holds the same study."""
-    if (out / RECORD).is_file():
-        try:
-            found = json.loads((out / RECORD).read_text(encoding="utf-8"))["identity"]
-            differing = [key for key in identity if found.get(key) != identity[key]]
-        except (ValueError, LookupError, AttributeError, TypeError):
-            raise AbreastError(f"'{out / RECORD}' is damaged; choose a new folder") from None
-        if differing:
-            raise AbreastError(
-                f"'{out}' holds a study with other {', '.join(differing)}; choose a new folder"
-            )
-        return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AbreastError(f"'{out}' exists and is not a study; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    _write(out / RECORD, json.dumps({"identity": identity}, indent=2) + "\n")
-    return out
-
-
-def _gather(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Merge the workers' journals into one; return its lines by program and batch.
-
-    A line that an interruption cut short is dropped.
-    """
-    journals = sorted(out.glob("journal-*.jsonl"))
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for journal in journals:
-        for text in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            found.setdefault((line["program"], line["batch"]), line)
-    if journals:
-        _write(out / JOURNAL.format(0), "".join(json.dumps(x) + "\n" for x in found.values()))
-    for journal in journals:
-        if journal.name != JOURNAL.format(0):
-            journal.unlink()
-    return found
 
 
 def _run_shares(
@@ -397,6 +332,10 @@ def _run_shares(
                 worker.join()
 
 
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def _work(
     share: _Share,
     model: PreTrainedModel | None = None,
@@ -410,22 +349,11 @@ def _work(
         with open(share.journal, "a", encoding="utf-8") as journal:
             for batch, wanted in share.work:
                 ids = torch.from_numpy(share.tokens[batch * share.size :][: share.size])
-                for program, nll, evaluated in run_programs(model, ids, wanted):
+                for program, sums, evaluated in run_programs(model, ids, wanted):
                     line = {"program": name_of(program), "batch": batch, "evaluated": evaluated}
-                    journal.write(json.dumps({**line, "nll": nll.tolist()}) + "\n")
+                    journal.write(json.dumps({**line, "nll": sums[:, 0].tolist()}) + "\n")
                     journal.flush()
                     if report is not None:
                         report()
     finally:
         torch.set_num_threads(before)
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    staging = path.with_name(f".{path.name}.new")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)

@@ -74,7 +74,7 @@ def print_demo(result: Demo) -> None:
 
 
 def print_table(rows: dict[str, str]) -> None:
-    width = max(map(len, rows))
+    width = max(map(len, rows), default=0)
     for key, value in rows.items():
         click.echo(f"{key:<{width}}  {value}")
 

@@ -37,7 +37,9 @@ class Verification:
     prefill: for a checkpoint with sequential prefill, one forward against the original in its own
     order; else None. kl: mean KL(original under the plan || converted) in nats per position.
     same_tokens: how many of generated_tokens greedy ones agree before the first that differs.
-    faults: in words, empty when the checkpoint is right.
+    healed: the weights are healed ones and `against` the model they were healed from, so that only
+    files were checked and the differences, which no tolerance bounds, tell how far healing and plan
+    have led. faults: in words, empty when the checkpoint is right.
     """
 
     plan: str
@@ -51,6 +53,7 @@ class Verification:
     generated_tokens: int
     num_tokens: int
     faults: tuple[str, ...]
+    healed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -77,13 +80,16 @@ def verify(
     num_tokens seeded random tokens, and generate new_tokens from 16 of them. Greedy tokens must
     agree for float32 checkpoints; for half-precision ones the number is reported. Where the
     conversion also cast to a narrower dtype, the original's weights are rounded to it first.
+    A healed checkpoint is compared so with the healed weights it was made from, if these were kept;
+    against the model that was healed, files are checked and differences reported, not judged.
     Raises AbreastError when `out` is no conversion, or `against` is not its original.
     """
     folder, _ = resolve(out)
     original, _ = resolve(against, revision=revision)
-    plan, files, source_files = _manifest(folder)
+    plan, files, source_files, weights = _manifest(folder)
     faults = list(_damaged(folder, files))
-    for name in _damaged(original, source_files):
+    healed = bool(weights) and next(_damaged(original, weights), None) is not None
+    for name in _damaged(original, source_files) if healed or not weights else ():
         raise CheckpointError(
             f"'{out}' was not made from '{against}': {name}; name the original it was made from"
         )
@@ -91,7 +97,7 @@ def verify(
     dtype, tolerance = _name(stored), TOLERANCE[stored]
     if faults:
         nothing = (math.nan, math.nan, None, math.nan, 0, 0, 0)
-        return Verification(plan.shorthand, dtype, tolerance, *nothing, faults=tuple(faults))
+        return Verification(plan.shorthand, dtype, tolerance, *nothing, tuple(faults), healed)
     converted, _ = load(folder, dtype="float32", device=device)
     reference, _ = load(original, dtype="float32", device=device)
     for parameter in reference.parameters():
@@ -115,9 +121,9 @@ def verify(
     same = sum(1 for _ in agree)
     found = {"without cache": uncached, "with cache": cached, "of sequential prefill": prefill}
     for name, value in found.items():
-        if value is not None and not value <= tolerance:
+        if value is not None and not value <= (math.inf if healed else tolerance):
             faults.append(f"logits {name} differ by {value:.1e} of their range")
-    if stored == torch.float32 and same < len(want_text):
+    if stored == torch.float32 and same < len(want_text) and not healed:
         faults.append(f"greedy generation differs from token {same} on")
     log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
     kl = float((log_want.exp() * (log_want - log_got)).sum(-1).mean())
@@ -133,15 +139,21 @@ def verify(
         generated_tokens=len(want_text),
         num_tokens=num_tokens,
         faults=tuple(faults),
+        healed=healed,
     )
 
 
-def _manifest(folder: Path) -> tuple[Plan, dict[str, str], dict[str, str]]:
-    """The plan, and the sha256 of every converted and every original file. Raises AbreastError."""
+def _manifest(folder: Path) -> tuple[Plan, dict[str, str], dict[str, str], dict[str, str]]:
+    """The plan, and the sha256 of every file: converted, original, healed. Raises AbreastError.
+
+    The last is empty for a checkpoint that is not healed.
+    """
     manifest, where = read_json(folder / MANIFEST), f"'{folder / MANIFEST}'"
     try:
         plan = Plan.model_validate(manifest["plan"])
         lists = [manifest["files"], manifest["source"]["files"]]
+        if "healed" in manifest:
+            lists.append(manifest["healed"]["weights"])
         hashes = [{str(k): str(v["sha256"]) for k, v in files.items()} for files in lists]
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
@@ -150,7 +162,7 @@ def _manifest(folder: Path) -> tuple[Plan, dict[str, str], dict[str, str]]:
         raise CheckpointError(f"{where} is not the record of a conversion; convert again") from None
     if not all("config.json" in files for files in hashes):
         raise CheckpointError(f"{where} does not record all files; convert again")
-    return plan, hashes[0], hashes[1]
+    return plan, hashes[0], hashes[1], hashes[2] if len(hashes) > 2 else {}
 
 
 def _damaged(folder: Path, files: dict[str, str]) -> Iterator[str]:

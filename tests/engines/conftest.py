@@ -6,7 +6,6 @@ ranks of each run, which talk to each other as under torchrun.
 
 from __future__ import annotations
 
-import importlib.util
 import multiprocessing
 import os
 import subprocess
@@ -29,12 +28,6 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
     }
 )
-# The main test run has no engines: what needs one is not collected there. In the environment of an
-# engine it is, and a run that collects nothing fails.
-collect_ignore_glob = (
-    [] if importlib.util.find_spec("vllm") else ["test_vllm*.py", "test_transformers_serve.py"]
-)
-
 SECONDS = 300
 Work = Callable[..., Any]
 InEngine = Callable[..., Any]

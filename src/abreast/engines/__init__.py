@@ -1,1 +1,1 @@
-"""What other programs need to run converted checkpoints."""
+"""Serving engines: what they need to run converted checkpoints."""

@@ -1,0 +1,108 @@
+"""How to train a grouped model: the numbers, and what follows from them alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from abreast.errors import AbreastError
+
+Train = Literal["lora", "groups", "all"]
+Objective = Literal["kl", "lm"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    train: "lora" for adapters of rank lora_rank on the matrices named in lora_targets (empty: all
+    linear ones) of the grouped layers; "groups" for every weight of the grouped layers; "all" for
+    every weight of the model. objective: "kl" or "lm". temperature: of both distributions.
+    hidden_weight: weight of the squared distance of the residual streams after each group, as a
+    fraction of the original's size, added to the loss. lm_weight: weight of the language-model loss
+    added to "kl". steps: of the optimiser, each on batch_size windows, micro_batch of them at once
+    on a device. learning_rate rises over `warmup` (a share of the steps) and then follows a half
+    cosine to zero. weight_decay, betas: AdamW's. clip: largest norm of a gradient. bf16: matrix
+    products in bfloat16 (the weights keep their dtype). checkpointing: recompute activations
+    instead of keeping them. evaluate_every: steps between looks at the held-out KL, save_every:
+    between checkpoints. patience: stop after so many looks without a new best.
+    """
+
+    train: Train = "groups"
+    objective: Objective = "kl"
+    temperature: float = 1.0
+    hidden_weight: float = 0.0
+    lm_weight: float = 0.0
+    steps: int = 400
+    batch_size: int = 8
+    micro_batch: int = 8
+    learning_rate: float = 3e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    lora_rank: int = 32
+    lora_alpha: int = 32
+    lora_targets: tuple[str, ...] = ()
+    bf16: bool = True
+    checkpointing: bool = False
+    evaluate_every: int = 50
+    save_every: int = 50
+    patience: int = 6
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise AbreastError for what makes no sense."""
+        for label, value, known in (
+            ("train", self.train, get_args(Train)),
+            ("objective", self.objective, get_args(Objective)),
+        ):
+            if value not in known:
+                raise AbreastError(f"{label} '{value}' is not one of {', '.join(known)}")
+        for label, number in (
+            ("steps", self.steps),
+            ("batch size", self.batch_size),
+            ("micro batch", self.micro_batch),
+            ("LoRA rank", self.lora_rank),
+            ("steps between looks", self.evaluate_every),
+            ("steps between checkpoints", self.save_every),
+            ("patience", self.patience),
+        ):
+            if number < 1:
+                raise AbreastError(f"the {label} is {number}; give at least 1")
+        for label, amount in (
+            ("learning rate", self.learning_rate),
+            ("temperature", self.temperature),
+            ("gradient clip", self.clip),
+        ):
+            if not 0 < amount < math.inf:
+                raise AbreastError(f"the {label} is {amount}; give a positive number")
+        if not 0 <= self.warmup <= 1:
+            raise AbreastError(f"the warm-up is {self.warmup}; give a share of the steps, 0 to 1")
+
+
+def windows_of(step: int, count: int, batch_size: int, seed: int) -> np.ndarray:
+    """Which windows a step trains on: its place in an endless run of seeded shuffles of them."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(count)
+        for epoch in np.unique(places // count).tolist()
+    }
+    return np.array([orders[place // count][place % count] for place in places.tolist()])
+
+
+def schedule_of(recipe: Recipe) -> Callable[[int], float]:
+    rising = max(1, round(recipe.warmup * recipe.steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, recipe.steps - rising)))
+
+    return factor

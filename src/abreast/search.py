@@ -1,0 +1,322 @@
+"""From costs to plans: exact on costs that add up, then refined on costs that are measured.
+
+A *candidate* is a group and what forming it alone costs. Were costs additive, the best plan of
+every depth would follow from dynamic programming over disjoint groups. They are not: what several
+groups cost together is more, or less, than their sum. So the additive optimum is one starting point
+of a search that measures whole plans, the papers' contiguous stretches are others, and the best
+plan of a lesser depth with one more group is a third.
+
+Knows no torch: whoever calls gives the costs and a function that measures plans.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from abreast.plan import Group, Plan
+
+Costs = Mapping[Group, float]
+Groups = tuple[Group, ...]
+Score = Callable[[Sequence[Plan]], Sequence[float]]
+PER_GROUP = 4  # plans measured per group of a plan, at each depth
+BEAM = 3
+GAPS = (0, 1, 2, 4)  # layers between two groups, at least
+RIDGE = 0.1
+CHUNK = 4  # neighbours measured at once, at least
+
+
+def additive(num_layers: int, costs: Costs, *, best: int = 1) -> dict[int, list[Plan]]:
+    """The `best` plans of lowest summed cost at every depth that can be reached, cheapest first.
+
+    Exact: dynamic programming over the layers, with the `best` cheapest ways to reach each layer
+    in each number of stages. costs: candidate groups; a single layer costs nothing.
+    """
+    ending: dict[int, list[Group]] = {}
+    for group in costs:
+        ending.setdefault(group.layers[-1] + 1, []).append(group)
+    reached: list[dict[int, list[tuple[float, Groups]]]] = [{0: [(0.0, ())]}]
+    for place in range(1, num_layers + 1):
+        ways: dict[int, list[tuple[float, Groups]]] = {}
+        for stages, found in reached[place - 1].items():
+            ways.setdefault(stages + 1, []).extend(found)
+        for group in ending.get(place, []):
+            for stages, found in reached[group.layers[0]].items():
+                longer = [(cost + costs[group], (*groups, group)) for cost, groups in found]
+                ways.setdefault(stages + 1, []).extend(longer)
+        reached.append({stages: sorted(w, key=_way)[:best] for stages, w in ways.items()})
+    return {
+        depth: [_plan(num_layers, groups) for _, groups in found]
+        for depth, found in sorted(reached[-1].items(), reverse=True)
+    }
+
+
+def refine(
+    num_layers: int,
+    costs: Costs,
+    score: Score,
+    *,
+    least_depth: int,
+    per_group: int = PER_GROUP,
+    beam: int = BEAM,
+) -> Iterator[tuple[int, dict[Plan, float]]]:
+    """Measure plans of one depth after another, down to least_depth; yield (depth, their costs).
+
+    score(plans) measures the cost of each; for each depth it is asked for at most per_group plans
+    per group. First come starting points: the additive optima, contiguous stretches of equal
+    groups, and the `beam` best plans of the depth before with one more group; then `neighbours` of
+    the `beam` best. Those come first that `predict` expects to cost least, relative to the measured
+    cost of the plan they come from. Deterministic: ties are broken by shorthand.
+    """
+    optima = additive(num_layers, costs, best=beam)
+    measured: dict[Plan, float] = {}
+    parents: dict[Plan, float] = {Plan(num_layers=num_layers): 0.0}
+    for depth in sorted((d for d in optima if least_depth <= d < num_layers), reverse=True):
+        budget = max(1, per_group * len(optima[depth][0].groups))
+        at_depth: dict[Plan, float] = {}
+        alike = interactions(measured, costs)
+        wanted = _starts(costs, alike, depth, optima[depth], parents)[: -(-budget // 2)]
+        while wanted:
+            at_depth |= zip(wanted, score(wanted), strict=True)
+            measured |= at_depth
+            alike = interactions(measured, costs)
+            parents = dict(sorted(at_depth.items(), key=_rank)[:beam])
+            moves = [(plan, near) for plan in parents for near in neighbours(plan, costs)]
+            chances = _ranked(moves, parents, costs, alike)
+            room = min(max(CHUNK, budget // 4), budget - len(at_depth))
+            wanted = [plan for plan in chances if plan not in at_depth][: max(0, room)]
+        yield depth, at_depth
+
+
+def predict(plan: Plan, costs: Costs, alike: np.ndarray) -> float:
+    """What a plan is expected to cost: c_i of its groups, and what any two do to each other.
+
+    To second order, the KL divergence of a small change d of the logits is a quadratic form in d.
+    If groups i and j alone change them by d_i and d_j, both together cost
+    c_i + c_j + 2 rho sqrt(c_i c_j) with a correlation rho. It is taken to depend on nothing but the
+    number of layers between the two; alike: 2 rho for each of GAPS.
+    """
+    return total(plan, costs) + float(_couplings(plan, costs) @ alike)
+
+
+def interactions(measured: Mapping[Plan, float], costs: Costs) -> np.ndarray:
+    """2 rho for each of GAPS, from measured plans by ridge regression on relative costs."""
+    rows, excess = [], []
+    for plan, cost in measured.items():
+        size = total(plan, costs)
+        if len(plan.groups) > 1 and size > 0:
+            rows.append(_couplings(plan, costs) / size)
+            excess.append(cost / size - 1)
+    if not rows:
+        return np.zeros(len(GAPS))
+    x, y = np.array(rows), np.array(excess)
+    found = np.linalg.solve(x.T @ x + RIDGE * np.eye(len(GAPS)), x.T @ y)
+    return np.asarray(found)
+
+
+def neighbours(plan: Plan, costs: Costs) -> set[Plan]:
+    """Plans of the same depth that differ from `plan` by one move, with known groups only.
+
+    The moves: put one stage, layer or group, in another place, the stages between shifting over;
+    take a layer from one group and give it to another stage; wire one group otherwise.
+    """
+    kinds = {_kind(group) for group in costs}
+    stages = [(1, "", 0) if (g := plan.group_of(s)) is None else _kind(g) for s in plan.stages]
+    found: list[list[Kind]] = []
+    places = range(len(stages))
+    for here in places:
+        rest = stages[:here] + stages[here + 1 :]
+        found += [[*rest[:there], stages[here], *rest[there:]] for there in places if there != here]
+        same_size = [kind for kind in kinds if kind[0] == stages[here][0]]
+        found += [[*stages[:here], kind, *stages[here + 1 :]] for kind in same_size]
+        for there in places:
+            if here != there and stages[here][0] > 1:
+                found += _handed_over(stages, here, there, kinds)
+    plans = (_from_stages(plan.num_layers, each, costs) for each in found)
+    return {near for near in plans if near is not None and near != plan}
+
+
+def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
+    """Every stretch of equal groups, one after another, that gives this depth with known groups.
+
+    With pairs wired lp these are the plans of Layer Parallelism (arXiv 2502.02790), one per start.
+    """
+    found = []
+    for size, wiring, bypass in sorted({_kind(group) for group in costs}):
+        count, left = divmod(num_layers - depth, size - 1)
+        if left or not count:
+            continue
+        for start in range(num_layers - count * size + 1):
+            stages: list[Kind] = [(1, "", 0)] * start + [(size, wiring, bypass)] * count
+            stages += [(1, "", 0)] * (num_layers - start - count * size)
+            plan = _from_stages(num_layers, stages, costs)
+            if plan is not None:
+                found.append(plan)
+    return found
+
+
+def by_similarity(similarity: np.ndarray, depth: int, costs: Costs) -> Plan | None:
+    """CQIL's grouping: the disjoint groups whose members' inputs are most alike.
+
+    arXiv 2404.06709, section 3.1. similarity: [L + 1, L + 1]. Of the candidates those are taken
+    whose adjacent members' inputs have the highest summed cosine similarity; None where the depth
+    cannot be reached.
+    """
+    return _best(
+        {
+            group: sum(1.0 - float(similarity[layer, layer + 1]) for layer in group.layers[:-1])
+            for group in costs
+        },
+        len(similarity) - 1,
+        depth,
+    )
+
+
+def by_angle(angular: np.ndarray, depth: int, costs: Costs) -> Plan | None:
+    """The contiguous stretch over which the hidden state turns least, as equal groups.
+
+    arXiv 2403.17887, section 4.1, chooses the layers to prune so. angular: [L + 1, L + 1].
+    """
+
+    def turn(plan: Plan) -> tuple[float, str]:
+        first, last = plan.groups[0].layers[0], plan.groups[-1].layers[-1]
+        return float(angular[first, last + 1]), plan.shorthand
+
+    return min(contiguous(len(angular) - 1, depth, costs), key=turn, default=None)
+
+
+def at_random(num_layers: int, depth: int, costs: Costs, seed: int) -> Plan | None:
+    """A plan of this depth drawn at random; None where it cannot be reached."""
+    draw = random.Random(f"{seed} {depth}")
+    return _best({g: draw.random() for g in sorted(costs, key=_name)}, num_layers, depth)
+
+
+def total(plan: Plan, costs: Costs) -> float:
+    """The summed costs of a plan's groups."""
+    return sum(costs[group] for group in plan.groups)
+
+
+def pareto(points: Mapping[Plan, tuple[float, float]]) -> list[Plan]:
+    """The plans that no other beats, of (latency, cost) of each; slowest and cheapest first."""
+    found: list[Plan] = []
+    least = float("inf")
+    for plan in sorted(points, key=lambda p: (points[p], p.shorthand)):
+        if points[plan][1] < least:
+            found.append(plan)
+            least = points[plan][1]
+    return found[::-1]
+
+
+Kind = tuple[int, str, int]  # size, wiring, bypass; of a single layer (1, "", 0)
+
+
+def _starts(
+    costs: Costs,
+    alike: np.ndarray,
+    depth: int,
+    optima: Sequence[Plan],
+    parents: Mapping[Plan, float],
+) -> list[Plan]:
+    """Starting points at a depth: the first optimum, then the kinds in turn."""
+    stretches = contiguous(optima[0].num_layers, depth, costs)
+    stretches.sort(key=lambda plan: (predict(plan, costs, alike), plan.shorthand))
+    longer = _ranked(
+        [
+            (plan, more)
+            for plan in parents
+            for group in costs
+            if (more := _with(plan, group)) is not None and more.depth == depth
+        ],
+        parents,
+        costs,
+        alike,
+    )
+    kinds = [list(optima), longer, stretches]
+    turns = [kind[at] for at in range(max(map(len, kinds))) for kind in kinds if at < len(kind)]
+    return list(dict.fromkeys(turns))
+
+
+def _ranked(
+    moves: Iterable[tuple[Plan, Plan]],
+    measured: Mapping[Plan, float],
+    costs: Costs,
+    alike: np.ndarray,
+) -> list[Plan]:
+    """The new plans of (plan, new plan), those first that are expected to cost least."""
+    excess = {plan: cost - predict(plan, costs, alike) for plan, cost in measured.items()}
+    found: dict[Plan, float] = {}
+    for plan, new in moves:
+        cost = excess[plan] + predict(new, costs, alike)
+        found[new] = min(cost, found.get(new, cost))
+    return [plan for plan, _ in sorted(found.items(), key=_rank)]
+
+
+def _couplings(plan: Plan, costs: Costs) -> np.ndarray:
+    """Summed sqrt(c_i c_j) over the pairs of groups at each of GAPS."""
+    found = np.zeros(len(GAPS))
+    for place, first in enumerate(plan.groups):
+        for second in plan.groups[place + 1 :]:
+            gap = second.layers[0] - first.layers[-1] - 1
+            at = max(index for index, least in enumerate(GAPS) if gap >= least)
+            found[at] += math.sqrt(max(0.0, costs[first]) * max(0.0, costs[second]))
+    return found
+
+
+def _handed_over(
+    stages: list[Kind], here: int, there: int, kinds: Iterable[Kind]
+) -> Iterator[list[Kind]]:
+    for less in kinds if stages[here][0] > 2 else [(1, "", 0)]:
+        for more in kinds:
+            if less[0] == stages[here][0] - 1 and more[0] == stages[there][0] + 1:
+                changed = list(stages)
+                changed[here], changed[there] = less, more
+                yield changed
+
+
+def _from_stages(num_layers: int, stages: Sequence[Kind], costs: Costs) -> Plan | None:
+    """The plan of these stages in order, or None if one of its groups is no candidate."""
+    groups, first = [], 0
+    for size, wiring, bypass in stages:
+        if size > 1:
+            layers = tuple(range(first, first + size))
+            group = Group.model_construct(layers=layers, wiring=wiring, bypass=bypass)
+            if group not in costs:
+                return None
+            groups.append(group)
+        first += size
+    return _plan(num_layers, groups)
+
+
+def _with(plan: Plan, group: Group) -> Plan | None:
+    taken = {layer for other in plan.groups for layer in other.layers}
+    if taken & set(group.layers):
+        return None
+    groups = sorted((*plan.groups, group), key=lambda each: each.layers)
+    return _plan(plan.num_layers, groups)
+
+
+def _best(costs: Costs, num_layers: int, depth: int) -> Plan | None:
+    return next(iter(additive(num_layers, costs).get(depth, [])), None)
+
+
+def _plan(num_layers: int, groups: Iterable[Group]) -> Plan:
+    return Plan.model_construct(num_layers=num_layers, groups=tuple(groups))
+
+
+def _kind(group: Group) -> Kind:
+    return len(group.layers), group.wiring, group.bypass
+
+
+def _name(group: Group) -> str:
+    return group.shorthand
+
+
+def _rank(item: tuple[Plan, float]) -> tuple[float, str]:
+    return item[1], item[0].shorthand
+
+
+def _way(way: tuple[float, Groups]) -> tuple[float, tuple[str, ...]]:
+    return way[0], tuple(map(_name, way[1]))

@@ -1,0 +1,278 @@
+"""Plans from budgets, and the whole job: artefacts, resuming, replanning, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+import abreast.optimize as optimizing
+from abreast.cli import main
+from abreast.data import TokenStream
+from abreast.errors import AbreastError
+from abreast.front import Budget, Front, Profile, explain, kind_of, reasons
+from abreast.measure import calibrate
+from abreast.optimize import Healing, optimize
+from abreast.plan import Group, Plan
+from abreast.planning import baselines, find_plan, measured_profile
+from abreast.stats import Cost, Stats
+
+WINDOW, WINDOWS, LAYERS = 32, 8, 8
+
+
+def text(seed: int = 0) -> TokenStream:
+    tokens = np.random.default_rng(seed).integers(128, size=WINDOWS * WINDOW)
+    return TokenStream(tokens, "random", 1, WINDOWS * WINDOW)
+
+
+@pytest.fixture
+def folder(tiny_checkpoint):
+    return tiny_checkpoint(num_layers=LAYERS)
+
+
+def calibration(folder, out, **options):
+    settings = {"data": text(), "num_windows": WINDOWS, "window": WINDOW, "batch_size": 4}
+    return calibrate(folder, out / "calibration", **{**settings, **options})
+
+
+def cost(kl: float, loss: float = 0.0) -> Cost:
+    return Cost(kl, kl / 10, loss, 0.001, 1000)
+
+
+def front() -> Front:
+    """Four measured plans of eight layers, costs made up."""
+    plans = {
+        Plan.parse("2+3", 8): cost(0.01, 0.01),
+        Plan.parse("5+6", 8): cost(0.03, 0.02),
+        Plan.parse("2+3 5+6", 8): cost(0.05, 0.06),
+        Plan.parse("1+2 3+4 5+6", 8): cost(0.4, 0.5),
+    }
+    groups = {Group(layers=(i, i + 1)): cost(0.01 * i) for i in range(1, 6)}
+    square = np.full((9, 9), 0.9)
+    stats = Stats({}, "model", 8, 3.0, groups, square, square, square[0], square[:8, :8], 1.0)
+    return Front(stats, plans, {7: 2.0})
+
+
+PROFILE = Profile("made up", single=1.0, groups={"lp 2": 1.25}, rest=2.0)
+
+
+def test_budgets_choose():
+    found = front()
+    choose = lambda **budget: [p.shorthand for p in found.choose(Budget(**budget), PROFILE, best=3)]  # noqa: E731
+    assert choose(depth=7) == ["2+3", "5+6"]
+    assert choose(max_kl=0.06) == ["2+3 5+6"]
+    assert choose(max_kl=0.02) == ["2+3"]
+    assert choose(max_ppl_increase=0.03) == ["2+3", "5+6"]
+    assert choose(max_ppl_increase=0.99) == ["1+2 3+4 5+6"]
+    assert choose(speedup=10 / 8.6) == ["2+3 5+6"]  # 10 -> 6 * 1 + 2 * 1.25 + 2 for depth 6
+    assert choose(speedup=1.2) == ["1+2 3+4 5+6"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (
+            {"depth": 3},
+            "depth 3 cannot be reached from 8 layers with these groups; the nearest is 5",
+        ),
+        ({"depth": 8}, "depth 8 cannot be reached .*; the nearest is 7"),
+        ({"max_kl": 0.001}, "no plan has a KL of at most 0.001; the least is 0.01"),
+        ({"max_ppl_increase": 0.001}, r"by at most 0.10%; the least is 1.01%"),
+        ({"speedup": 3.0}, "no plan is predicted to be 3x faster; the most is 1.29x"),
+    ],
+)
+def test_impossible_budgets_name_the_nearest(budget, message):
+    with pytest.raises(AbreastError, match=message):
+        front().choose(Budget(**budget), PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({}, "give exactly one budget"),
+        ({"depth": 7, "max_kl": 0.1}, "give exactly one budget"),
+        ({"depth": 0}, "--depth 0 must be more than 0"),
+        ({"max_kl": float("nan")}, "--max-kl nan must be more than 0"),
+        ({"max_ppl_increase": -0.1}, "--max-ppl-increase -0.1 must be more than 0"),
+        ({"speedup": 1.0}, "--speedup 1 must be more than 1"),
+    ],
+)
+def test_senseless_budgets_are_refused(budget, message):
+    with pytest.raises(AbreastError, match=message):
+        Budget(**budget)
+
+
+def test_a_speed_up_needs_a_profile_that_knows_the_groups():
+    with pytest.raises(AbreastError, match="needs a latency profile"):
+        front().choose(Budget(speedup=1.1))
+    other = Profile("made up", single=1.0, groups={"cqil:0 2": 1.0}, rest=0.0)
+    with pytest.raises(AbreastError, match="no group of kind 'lp 2'"):
+        front().choose(Budget(speedup=1.1), other)
+    assert kind_of(Group(layers=(1, 2, 3), wiring="cqil", bypass=2)) == "cqil:2 3"
+
+
+def test_reasons_name_the_best_plan_without_the_group():
+    found = front()
+    rows = reasons(Plan.parse("2+3", 8), found)
+    assert [(row["group"], row["rank"], row["without"]) for row in rows] == [("2+3", 2, "5+6")]
+    assert rows[0]["extra_kl"] == pytest.approx(0.02)
+    page = explain(Plan.parse("2+3 5+6", 8), found)
+    assert "none measured" in page and "| 2+3 | 0.02000 ± 0.00200 | 2 of 5 |" in page
+
+
+def test_search_goes_as_deep_as_the_budget_needs(folder, tmp_path):
+    found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
+    assert found.plan.depth == 6 and set(found.front.best()) == {7, 6}
+    least = min(cost.kl for cost in found.front.stats.groups.values())
+    limited = find_plan(calibration(folder, tmp_path), tmp_path, Budget(max_kl=least * 1.01))
+    assert limited.plan.depth == 7 and limited.expected.kl <= least * 1.01
+
+
+def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
+    first = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
+    monkeypatch.setattr("abreast.planning.measure", None)
+    monkeypatch.setattr("abreast.measure.load", None)  # not even loaded
+    again = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
+    assert again.plan == first.front.best()[6]
+    assert sum(again.front.full_forwards.values()) == sum(first.front.full_forwards.values())
+
+
+def test_same_seed_same_plan_byte_for_byte(folder, tmp_path):
+    for name in ("one", "two"):
+        find_plan(calibration(folder, tmp_path / name), tmp_path / name, Budget(depth=5))
+    one, two = ((tmp_path / name / "front.json").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_refining_takes_at_most_five_forward_passes_per_group(folder, tmp_path):
+    """At each depth, counted in layers really run; candidates alone count at their depth."""
+    found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
+    assert all(found.front.full_forwards[depth] <= 5 * (LAYERS - depth) for depth in (6, 5))
+
+
+def test_baselines_are_measured_on_the_other_text(folder, tmp_path):
+    found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
+    other = calibrate(
+        folder, tmp_path / "held-out", data=text(1), num_windows=WINDOWS, window=WINDOW
+    )
+    series = baselines(found, other, tmp_path, seed=0)
+    assert set(series) == {"planner", "contiguous", "similarity", "angular", "random"}
+    assert [plan.depth for plan in series["planner"]] == [7, 6, 5]
+    record = json.loads((tmp_path / "baselines.json").read_text())
+    assert record["rests_on"]["tokens"] == other.identity["tokens"]
+    assert len(record["plans"]) == sum(map(len, series.values()))
+
+
+def test_profile_adds_up(folder, tmp_path):
+    kinds = [Group(layers=(1, 2)), Group(layers=(3, 4)), Group(layers=(1, 2), wiring="cqil")]
+    options = {"dtype": "float32", "device": "cpu", "rounds": 6, "context": 8, "seed": 0}
+    found = measured_profile(folder, kinds, tmp_path, **options)
+    assert set(found.groups) == {"lp 2", "cqil:0 2"}
+    assert found.single > 0 and found.rest >= 0
+    assert not list(tmp_path.iterdir())
+
+
+class Counted:
+    """Counts the calls of functions that it replaces."""
+
+    def __init__(self, monkeypatch, *names: str) -> None:
+        self.calls: list[str] = []
+        for name in names:
+            real = getattr(optimizing, name)
+            monkeypatch.setattr(optimizing, name, self._wrap(name, real))
+
+    def _wrap(self, name, real):
+        def call(*arguments, **options):
+            self.calls.append(name)
+            return real(*arguments, **options)
+
+        return call
+
+
+def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
+    from abreast.demo import model_folder
+
+    counted = Counted(monkeypatch, "convert", "verify", "compare", "bench")
+    made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=32)
+    planned = find_plan(made, tmp_path, Budget(depth=14), per_group=1)
+    options = {"max_tokens": 300, "window": 64, "rounds": 1, "context": 8, "new_tokens": 2}
+    result = optimize(model_folder(), tmp_path, planned, **options)
+    assert counted.calls == ["convert", "verify", "compare", "bench", "bench"]
+    assert result.verification["ok"] is True
+    assert Plan.load(f"{result.folder}/plan.yaml").groups == planned.plan.groups
+    assert "# Why" in next((tmp_path / "plans").rglob("why.md")).read_text()
+    again = optimize(model_folder(), tmp_path, planned, **options)
+    assert counted.calls[5:] == [] and again.to_dict() == result.to_dict()
+    assert json.loads((tmp_path / "results.json").read_text())["quality"] == result.quality
+    optimize(model_folder(), tmp_path, planned, **{**options, "max_tokens": 400})
+    assert counted.calls[5:] == ["compare"]
+
+
+def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
+    from abreast.demo import model_folder
+
+    counted = Counted(monkeypatch, "heal", "convert")
+    made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=64)
+    planned = find_plan(made, tmp_path, Budget(depth=14), per_group=2, best=2)
+    assert len(planned.others) == 1 and planned.others[0].depth == 14
+    options = {"max_tokens": 300, "window": 64, "rounds": 1, "context": 8, "new_tokens": 2}
+    healing = Healing(method="refit", candidates=2, tokens=4000)
+    result = optimize(model_folder(), tmp_path, planned, healing=healing, **options)
+    assert counted.calls == ["heal", "heal"]
+    assert set(result.healed) == {planned.plan.shorthand, planned.others[0].shorthand}
+    assert result.plan == min(result.healed, key=lambda plan: result.healed[plan]["kl_after"])
+    assert all(kl["kl_after"] <= kl["kl_before"] for kl in result.healed.values())
+    again = optimize(model_folder(), tmp_path, planned, healing=healing, **options)
+    assert again.to_dict() == result.to_dict() and counted.calls == ["heal", "heal"]
+    plain = optimize(model_folder(), tmp_path, planned, **options)
+    assert plain.converted != result.converted and plain.healed == {}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: (exit status, stdout, stderr)."""
+    import signal
+    import sys
+
+    for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, {"TQDM_DISABLE": "1"}.get(name, "error"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["abreast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+SMALL = ("--windows", 8, "--window", 32, "--batch-size", 8)
+
+
+def test_command_line(run, tmp_path):
+    from abreast.demo import model_folder
+
+    model, out = model_folder(), tmp_path / "run"
+    status, text, _ = run("measure", model, "-o", out, *SMALL, "--dry-run", "--json")
+    assert status == 0 and json.loads(text)["candidates"] == 13 and not out.exists()
+    status, text, _ = run("measure", model, "-o", out, *SMALL, "--json")
+    assert status == 0 and len(json.loads(text)["groups"]) == 13
+    budget = ("--depth", 14, "--per-group", 1, "--baselines")
+    status, text, _ = run("plan", model, "-o", out, *SMALL, *budget, "--json")
+    assert status == 0 and json.loads(text)["depth"] == 14
+    assert Plan.load(out / "plan.yaml").depth == 14
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    status, text, err = run("plan", model, "-o", out, *SMALL, "--depth", 3, "--per-group", 0)
+    assert status == 2 and re.search("depth 3 cannot be reached .* the nearest is 9", err)
+    assert len(err.strip().splitlines()[-1]) < 200
+    status, text, err = run("plan", model, "-o", out, *SMALL)
+    assert status == 2 and "give exactly one budget" in err
+    few = ("--rounds", 1, "--max-tokens", 300, "--no-baselines", "--no-plots", "--per-group", 1)
+    status, text, _ = run("optimize", model, "-o", out, *SMALL, "--depth", 14, *few)
+    assert status == 0 and "held-out KL" in text
+    status, _, err = run("optimize", model, "-o", out, "--depth", 14, "--windows", 9, *few)
+    assert status == 2 and "with other" in err
