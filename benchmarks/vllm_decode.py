@@ -35,6 +35,7 @@ os.environ.update(
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_LOGGING_LEVEL="ERROR",
     VLLM_NO_USAGE_STATS="1",
+    VLLM_DISABLE_COMPILE_CACHE="1",  # engines with and without a wait must not share code
     HF_HUB_OFFLINE="1",
     OMP_NUM_THREADS="1",
 )

@@ -46,9 +46,13 @@ def register() -> None:
         _refuse_to_load(vllm.__version__)
         return
     from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import abreast.modeling  # noqa: F401  registers the config classes
+
+    try:
+        from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    except ImportError:  # not a public name; without it vLLM's own, terser checks must do
+        MODELS_CONFIG_MAP = {}
 
     for family in FAMILIES.values():
         native = family.model_type in NATIVE
