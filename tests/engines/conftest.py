@@ -35,13 +35,12 @@ InEngine = Callable[..., Any]
 
 @pytest.fixture
 def run_apart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run Python code in an interpreter of its own, not compiled, which takes a minute."""
+    """Run Python code in an interpreter of its own."""
 
     def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
             cwd=tmp_path,
-            env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
             capture_output=True,
             text=True,
             timeout=SECONDS,
