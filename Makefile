@@ -6,37 +6,46 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
-BENCHMARKS := $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
+BENCHMARKS := $(filter-out benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gguf lint bench clean
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.core ## convert and measure the bundled model (core dependencies only)
 	$(BIN)/abreast demo
 
-test: $(VENV)/.dev ## run all tests
+test: $(VENV)/.dev ## run all tests, those against real engines included
 	$(PYTEST)
+	@$(MAKE) --no-print-directory test-engines
 
 test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
+test-engines: test-gguf test-vllm ## run the tests against real engines
+
 test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
 	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/engines/test_llamacpp.py
+
+test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment of their own
+	$(IN_VLLM) -m pytest tests/engines/test_vllm*.py tests/engines/test_transformers_serve.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev ## run every script in benchmarks/
+bench: $(VENV)/.dev .venv-vllm/.ready ## run every script in benchmarks/
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(wildcard benchmarks/vllm_*.py); do \
+	  echo "== $$script"; $(IN_VLLM) $$script; done
 
-clean: ## remove .venv, build outputs and caches
-	rm -rf $(VENV) .venv-gguf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean: ## remove the virtual environments, build outputs and caches
+	rm -rf $(VENV) .venv-gguf .venv-vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
@@ -65,4 +74,13 @@ $(VENV)/.dev: $(VENV)/.core
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/engines/llamacpp.txt -c constraints.txt
+	@touch $@
+
+# The packages taken out are builds for CUDA and break `import transformers` on a CPU.
+.venv-vllm/.ready: pyproject.toml tests/engines/vllm.txt | $(VENV)/.core
+	"$(PYTHON)" -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install "pip>=22.3"
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install -r tests/engines/vllm.txt
+	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec triton
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps -e .
 	@touch $@

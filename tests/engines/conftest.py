@@ -1,0 +1,137 @@
+"""Tests against real engines, each in a virtual environment of its own; see `make test-engines`.
+
+vLLM takes half a minute to start, most of it imports. So this process imports it once and forks the
+ranks of each run, which talk to each other as under torchrun.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agreement import free_port
+
+os.environ.update(
+    {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in the rank's own process
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": "1",
+    }
+)
+SECONDS = 300
+Work = Callable[..., Any]
+InEngine = Callable[..., Any]
+
+
+@pytest.fixture
+def run_apart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in an interpreter of its own."""
+
+    def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def in_engine() -> InEngine:
+    """Run work(llm, **given) on every rank of a vLLM engine; return what rank 0 returns.
+
+    in_engine(folder, work, tensor_parallel=1, given={}, **options of vllm.LLM)
+    """
+    import torch
+
+    torch.set_num_threads(1)  # a thread pool would not survive the fork
+    import vllm  # noqa: F401
+
+    def run(
+        folder: Path | str, work: Work, tensor_parallel: int = 1, given: Any = None, **options: Any
+    ) -> Any:
+        port = free_port()
+        context = multiprocessing.get_context("fork")
+        ends = [context.Pipe(duplex=False) for _ in range(tensor_parallel)]
+        ranks = [
+            context.Process(
+                target=_rank,
+                args=(rank, tensor_parallel, port, str(folder), work, given or {}, options, end),
+            )
+            for rank, (_, end) in enumerate(ends)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            answers = []
+            for receive, _ in ends:
+                assert receive.poll(SECONDS), "a rank gave no answer in time"
+                answers.append(receive.recv())
+                if answers[-1][1]:
+                    break
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+            for leftover in Path("/dev/shm").glob(f"*abreast-{port}-*"):
+                leftover.unlink(missing_ok=True)
+        for _, failure in answers:
+            if failure:
+                raise RuntimeError(failure)
+        return answers[0][0]
+
+    return run
+
+
+def _rank(
+    rank: int,
+    size: int,
+    port: int,
+    folder: str,
+    work: Work,
+    given: dict[str, Any],
+    options: dict[str, Any],
+    end: Any,
+) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if size > 1:
+        # Ranks wait for each other in busy loops: two on one core would take turns, slowly.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    try:
+        from vllm import LLM
+        from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+        def name(communicator: Any) -> str:
+            ranks = "-".join(map(str, communicator.ranks))
+            return f"abreast-{port}-{communicator.unique_name}-{ranks}"
+
+        _CPUSHMDistributed.make_group_name = staticmethod(name)  # else the same for every run
+        settings = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "kv_cache_memory_bytes": 64 << 20,
+            "gpu_memory_utilization": 0.1,
+            "seed": 0,
+            **({"distributed_executor_backend": "external_launcher"} if size > 1 else {}),
+        }
+        llm = LLM(folder, tensor_parallel_size=size, **{**settings, **options})
+        end.send((work(llm, **given), None))
+    except BaseException:
+        end.send((None, traceback.format_exc()))
+    os._exit(0)
