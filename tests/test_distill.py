@@ -1,7 +1,12 @@
 """Training the grouped model: what it learns, exact resume, and when it must stop."""
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,3 +279,54 @@ def test_weights_that_change_cannot_teach(pair, tmp_path):
     model, _ = pair
     with pytest.raises(AbreastError, match="the teacher must be a second model"):
         distill(model, PLAN, words(), tmp_path, recipe=recipe(train="groups"))
+
+
+WORKER = """
+import json, os, sys
+import numpy as np
+import torch
+from abreast.distill import distill
+from abreast.load import load
+from abreast.plan import Plan
+from abreast.recipe import Recipe
+
+job = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+model, _ = load(job["folder"])
+teacher, _ = load(job["folder"])
+tokens = np.random.default_rng(0).integers(0, 128, (44, 24))
+recipe = Recipe(**job["recipe"])
+found = distill(model, Plan.parse("1+2 3|4:1", 6), tokens, job["work"], recipe=recipe,
+                teacher=teacher)
+if os.environ.get("RANK", "0") == "0":
+    torch.save(model.state_dict(), job["out"])
+    print(json.dumps([found.before, found.after]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_each_batch(tiny_checkpoint, tmp_path):
+    """Two processes on half a batch each do what one does on the whole."""
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    source = Path(__file__).resolve().parents[1] / "src"
+    states = []
+    for count in (1, 2):
+        job = {
+            "folder": str(tiny_checkpoint()),
+            "work": str(tmp_path / f"work-{count}"),
+            "out": str(tmp_path / f"{count}.pt"),
+            "recipe": recipe(bf16=False, steps=4).to_dict(),
+        }
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc-per-node={count}", str(tmp_path / "worker.py"), json.dumps(job)]
+        done = subprocess.run(
+            *(launch,),
+            env={**os.environ, "PYTHONPATH": str(source), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(torch.load(tmp_path / f"{count}.pt"))
+    for name in states[0]:
+        assert torch.allclose(states[0][name], states[1][name], atol=1e-4), name
