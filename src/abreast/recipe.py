@@ -35,12 +35,12 @@ class Recipe:
     train: Train = "groups"
     objective: Objective = "kl"
     temperature: float = 1.0
-    hidden_weight: float = 0.0
+    hidden_weight: float = 1.0
     lm_weight: float = 0.0
     steps: int = 400
     batch_size: int = 8
     micro_batch: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
