@@ -205,6 +205,14 @@ def test_nan_stops_the_run_and_keeps_the_last_good_weights(pair, tmp_path):
     assert (tmp_path / "step-00000009").is_dir()
 
 
+def test_a_model_that_is_broken_already(pair, tmp_path):
+    model, teacher = pair
+    with torch.no_grad():
+        decoder_layers(model)[2].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(AbreastError, match="not finite before any training"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
+
+
 def test_a_rising_loss_stops_the_run(pair, tmp_path):
     model, teacher = pair
     before = weights_of(model)
