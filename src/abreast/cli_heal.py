@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from abreast.options import (
@@ -156,6 +158,8 @@ def heal(
             step=say,
             progress=progress,
         )
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+        return
     for warning in found.warnings:
         say(f"warning: {warning}")
     if as_json:
