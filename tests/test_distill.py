@@ -285,6 +285,12 @@ def test_teacher_of_another_model(pair, tiny_checkpoint, tmp_path):
             distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
 
 
+def test_half_precision_weights_are_not_trained(tiny_checkpoint, tmp_path):
+    model, _ = load(tiny_checkpoint(dtype="bfloat16"))
+    with pytest.raises(AbreastError, match="the weights are bfloat16"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=copy.deepcopy(model))
+
+
 def test_weights_that_change_cannot_teach(pair, tmp_path):
     model, _ = pair
     with pytest.raises(AbreastError, match="the teacher must be a second model"):

@@ -145,7 +145,7 @@ def distill(
 ) -> Distilled:
     """Train `model` in place until it predicts, run under `plan`, what `teacher` predicts.
 
-    model: not grouped, on one device; weights that are trained should be float32. tokens: ids of
+    model: not grouped, on one device; in float32 unless adapters are trained. tokens: ids of
     shape [windows, window]; the last tenth (at most 8,192 tokens) is held out, the rest trained on
     in seeded random order, again and again if it is short. work: folder of the checkpoints; a later
     call with the same arguments goes on from the last one and, on a CPU, ends with the very bits
@@ -444,6 +444,11 @@ def _check(
         raise AbreastError(
             f"the text has token ids outside the model's vocabulary ({vocabulary} tokens); "
             "tokenise it with the model's own tokenizer"
+        )
+    if recipe.train != "lora" and model.dtype != torch.float32:
+        raise AbreastError(
+            f"the weights are {str(model.dtype).removeprefix('torch.')}, in which small steps are "
+            "lost; load the model in float32, or train adapters (lora)"
         )
     if teacher is None:
         if recipe.train != "lora" and recipe.objective == "kl":
