@@ -1,7 +1,12 @@
 """Training the grouped model: what it learns, exact resume, and when it must stop."""
 
 import copy
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +90,9 @@ def test_the_language_model_loss_needs_no_teacher(pair, tmp_path):
 def test_states_after_the_groups_can_be_taught_too(pair, tmp_path):
     model, teacher = pair
     plain = distill(
-        *(model, PLAN, words(), tmp_path / "plain"), recipe=recipe(steps=1), teacher=teacher
+        *(model, PLAN, words(), tmp_path / "plain"),
+        recipe=recipe(steps=1, hidden_weight=0.0),
+        teacher=teacher,
     )
     fresh = copy.deepcopy(teacher)
     taught = distill(
@@ -198,6 +205,14 @@ def test_nan_stops_the_run_and_keeps_the_last_good_weights(pair, tmp_path):
     assert (tmp_path / "step-00000009").is_dir()
 
 
+def test_a_model_that_is_broken_already(pair, tmp_path):
+    model, teacher = pair
+    with torch.no_grad():
+        decoder_layers(model)[2].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(AbreastError, match="not finite before any training"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
+
+
 def test_a_rising_loss_stops_the_run(pair, tmp_path):
     model, teacher = pair
     before = weights_of(model)
@@ -270,7 +285,64 @@ def test_teacher_of_another_model(pair, tiny_checkpoint, tmp_path):
             distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
 
 
+def test_half_precision_weights_are_not_trained(tiny_checkpoint, tmp_path):
+    model, _ = load(tiny_checkpoint(dtype="bfloat16"))
+    with pytest.raises(AbreastError, match="the weights are bfloat16"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=copy.deepcopy(model))
+
+
 def test_weights_that_change_cannot_teach(pair, tmp_path):
     model, _ = pair
     with pytest.raises(AbreastError, match="the teacher must be a second model"):
         distill(model, PLAN, words(), tmp_path, recipe=recipe(train="groups"))
+
+
+WORKER = """
+import json, os, sys
+import numpy as np
+import torch
+from abreast.distill import distill
+from abreast.load import load
+from abreast.plan import Plan
+from abreast.recipe import Recipe
+
+job = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+model, _ = load(job["folder"])
+teacher, _ = load(job["folder"])
+tokens = np.random.default_rng(0).integers(0, 128, (44, 24))
+recipe = Recipe(**job["recipe"])
+found = distill(model, Plan.parse("1+2 3|4:1", 6), tokens, job["work"], recipe=recipe,
+                teacher=teacher)
+if os.environ.get("RANK", "0") == "0":
+    torch.save(model.state_dict(), job["out"])
+    print(json.dumps([found.before, found.after]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_each_batch(tiny_checkpoint, tmp_path):
+    """Two processes on half a batch each do what one does on the whole."""
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    source = Path(__file__).resolve().parents[1] / "src"
+    states = []
+    for count in (1, 2):
+        job = {
+            "folder": str(tiny_checkpoint()),
+            "work": str(tmp_path / f"work-{count}"),
+            "out": str(tmp_path / f"{count}.pt"),
+            "recipe": recipe(bf16=False, steps=4).to_dict(),
+        }
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc-per-node={count}", str(tmp_path / "worker.py"), json.dumps(job)]
+        done = subprocess.run(
+            *(launch,),
+            env={**os.environ, "PYTHONPATH": str(source), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(torch.load(tmp_path / f"{count}.pt"))
+    for name in states[0]:
+        assert torch.allclose(states[0][name], states[1][name], atol=1e-4), name

@@ -1,4 +1,4 @@
-"""Healing as a whole: from an original and a plan to a converted checkpoint, or an error."""
+"""Healing as a whole: from an original and a plan to a converted checkpoint, or to an error."""
 
 import csv
 import json

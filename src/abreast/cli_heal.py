@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from abreast.options import (
@@ -53,10 +55,10 @@ from abreast.tables import print_table
 @click.option("--steps", default=400, show_default=True, help="Of training.")
 @click.option("--batch-size", default=8, show_default=True, help="Windows per step.")
 @click.option("--micro-batch", default=8, show_default=True, help="Windows at once on a device.")
-@click.option("--learning-rate", default=3e-4, show_default=True)
+@click.option("--learning-rate", default=1e-4, show_default=True)
 @click.option("--temperature", default=1.0, show_default=True, help="Of both distributions.")
 @click.option(
-    "--hidden-weight", default=0.0, show_default=True, help="Of the states after each group."
+    "--hidden-weight", default=1.0, show_default=True, help="Of the states after each group."
 )
 @click.option("--lora-rank", default=32, show_default=True)
 @click.option("--lora-targets", help="Matrices, by commas: q_proj,v_proj. Default: all.")
@@ -156,6 +158,8 @@ def heal(
             step=say,
             progress=progress,
         )
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+        return
     for warning in found.warnings:
         say(f"warning: {warning}")
     if as_json:

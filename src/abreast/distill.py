@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,14 @@ from abreast.errors import AbreastError
 from abreast.grouped import apply, decoder_layers, remove
 from abreast.losses import batches_of, divergence, next_token_loss, weighted_mean
 from abreast.plan import Plan
-from abreast.recipe import Recipe, schedule_of, windows_of
+from abreast.recipe import (
+    Recipe,
+    need,
+    schedule_of,
+    set_checkpointing,
+    student_of,
+    windows_of,
+)
 from abreast.resume import keep_only, last_checkpoint, save_checkpoint
 from abreast.runs import open_run, tokens_hash
 
@@ -139,7 +145,7 @@ def distill(
 ) -> Distilled:
     """Train `model` in place until it predicts, run under `plan`, what `teacher` predicts.
 
-    model: not grouped, on one device; weights that are trained should be float32. tokens: ids of
+    model: not grouped, on one device; in float32 unless adapters are trained. tokens: ids of
     shape [windows, window]; the last tenth (at most 8,192 tokens) is held out, the rest trained on
     in seeded random order, again and again if it is short. work: folder of the checkpoints; a later
     call with the same arguments goes on from the last one and, on a CPU, ends with the very bits
@@ -165,7 +171,7 @@ def distill(
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        student = _student(model, plan, recipe)
+        student = student_of(model, plan, recipe)
         try:
             optimizer = torch.optim.AdamW(
                 [p for p in student.parameters() if p.requires_grad],
@@ -194,9 +200,9 @@ def distill(
             raise
         finally:
             if recipe.checkpointing:
-                _checkpointing(model, False)
-            for parameter, need in needed:
-                parameter.requires_grad_(need)
+                set_checkpointing(model, False)
+            for parameter, asked in needed:
+                parameter.requires_grad_(asked)
             model.zero_grad(set_to_none=True)
             model.eval()
             accelerator.free_memory()
@@ -216,6 +222,11 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
     def look() -> str:
         """Measure on the held-out text, and say why to stop if there is a reason to."""
         measure = _held_out(job)
+        if not state.points and not math.isfinite(measure):
+            raise AbreastError(
+                "the model's loss is not finite before any training; load it in float32 or "
+                "bfloat16, or check how its weights were made"
+            )
         loss = sum(state.losses) / len(state.losses) if state.losses else math.nan
         state.losses.clear()
         point = Point(
@@ -381,65 +392,13 @@ def _autocast(job: _Job) -> Any:
     return torch.autocast(kind, torch.bfloat16, enabled=job.recipe.bf16)
 
 
-def _student(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Any:
-    """The model with the right weights trainable; for LoRA in peft's wrapper."""
-    if recipe.checkpointing:
-        _checkpointing(model, True)
-    members = [layer for group in plan.groups for layer in group.layers]
-    if recipe.train == "lora":
-        peft = _need("peft")
-        layers = decoder_layers(model)
-        linear = {
-            name.rsplit(".", 1)[-1]
-            for name, module in layers[members[0]].named_modules()
-            if isinstance(module, nn.Linear)
-        }
-        unknown = sorted(set(recipe.lora_targets) - linear)
-        if unknown:
-            raise AbreastError(
-                f"LoRA target '{unknown[0]}' is no matrix of a layer; "
-                f"choose from {', '.join(sorted(linear))}"
-            )
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=recipe.lora_rank,
-                lora_alpha=recipe.lora_alpha,
-                target_modules=sorted(recipe.lora_targets or linear),
-                layers_to_transform=members,
-                layers_pattern="layers",
-                task_type="CAUSAL_LM",
-            ),
-        )
-    model.requires_grad_(recipe.train == "all")
-    for member in members:
-        decoder_layers(model)[member].requires_grad_(True)
-    return model
-
-
-def _checkpointing(model: PreTrainedModel, on: bool) -> None:
-    # transformers renames these methods in version 6 and warns from 5.2x on.
-    verb, given = ("enable", ({"use_reentrant": False},)) if on else ("disable", ())
-    renamed = getattr(model, f"activation_checkpointing_{verb}", None)
-    (renamed or getattr(model, f"gradient_checkpointing_{verb}"))(*given)
-
-
 def _accelerator(model: PreTrainedModel) -> Accelerator:
-    accelerate = _need("accelerate")
+    accelerate = need("accelerate")
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     found: Accelerator = accelerate.Accelerator(
         cpu=model.device.type == "cpu", device_placement=distributed, mixed_precision="no"
     )
     return found
-
-
-def _need(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError:
-        raise AbreastError(
-            f"healing by training needs '{package}': pip install 'abreast[heal]'"
-        ) from None
 
 
 def _identity(job: _Job) -> dict[str, Any]:
@@ -485,6 +444,11 @@ def _check(
         raise AbreastError(
             f"the text has token ids outside the model's vocabulary ({vocabulary} tokens); "
             "tokenise it with the model's own tokenizer"
+        )
+    if recipe.train != "lora" and model.dtype != torch.float32:
+        raise AbreastError(
+            f"the weights are {str(model.dtype).removeprefix('torch.')}, in which small steps are "
+            "lost; load the model in float32, or train adapters (lora)"
         )
     if teacher is None:
         if recipe.train != "lora" and recipe.objective == "kl":

@@ -1,15 +1,22 @@
-"""How to train a grouped model: the numbers, and what follows from them alone."""
+"""How to train a grouped model: the numbers, and what follows from them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from torch import nn
 
 from abreast.errors import AbreastError
+from abreast.grouped import decoder_layers
+from abreast.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Train = Literal["lora", "groups", "all"]
 Objective = Literal["kl", "lm"]
@@ -35,12 +42,12 @@ class Recipe:
     train: Train = "groups"
     objective: Objective = "kl"
     temperature: float = 1.0
-    hidden_weight: float = 0.0
+    hidden_weight: float = 1.0
     lm_weight: float = 0.0
     steps: int = 400
     batch_size: int = 8
     micro_batch: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -106,3 +113,57 @@ def schedule_of(recipe: Recipe) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, recipe.steps - rising)))
 
     return factor
+
+
+def student_of(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Any:
+    """The model with the right weights trainable; for LoRA in peft's wrapper."""
+    if recipe.checkpointing:
+        set_checkpointing(model, True)
+    members = [layer for group in plan.groups for layer in group.layers]
+    if recipe.train == "lora":
+        peft = need("peft")
+        layers = decoder_layers(model)
+        linear = {
+            name.rsplit(".", 1)[-1]
+            for name, module in layers[members[0]].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        unknown = sorted(set(recipe.lora_targets) - linear)
+        if unknown:
+            raise AbreastError(
+                f"LoRA target '{unknown[0]}' is no matrix of a layer; "
+                f"choose from {', '.join(sorted(linear))}"
+            )
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=recipe.lora_rank,
+                lora_alpha=recipe.lora_alpha,
+                target_modules=sorted(recipe.lora_targets or linear),
+                layers_to_transform=members,
+                layers_pattern="layers",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    model.requires_grad_(recipe.train == "all")
+    for member in members:
+        decoder_layers(model)[member].requires_grad_(True)
+    return model
+
+
+def set_checkpointing(model: PreTrainedModel, on: bool) -> None:
+    """Recompute activations in the backward pass, or keep them."""
+    # transformers renames these methods in version 6 and warns from 5.2x on.
+    verb, given = ("enable", ({"use_reentrant": False},)) if on else ("disable", ())
+    renamed = getattr(model, f"activation_checkpointing_{verb}", None)
+    (renamed or getattr(model, f"gradient_checkpointing_{verb}"))(*given)
+
+
+def need(package: str) -> Any:
+    """Import a package of the heal extra. Raises AbreastError without it."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise AbreastError(
+            f"healing by training needs '{package}': pip install 'abreast[heal]'"
+        ) from None
