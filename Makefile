@@ -68,8 +68,15 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -e ".[dev]" -c constraints.txt
 	@touch $@
 
-# Needs a C++ compiler: llama.cpp's quantiser comes as source only (see the file).
+# llama.cpp's quantiser comes as source only (see the file), and vLLM compiles its graphs.
+define need_compiler
+@command -v c++ >/dev/null || { \
+  echo "the tests against real engines need a C++ compiler (on Debian or Ubuntu: apt install g++);" >&2; \
+  echo "make test-fast runs without one" >&2; exit 1; }
+endef
+
 .venv-gguf/.ready: pyproject.toml constraints.txt tests/engines/llamacpp.txt
+	$(need_compiler)
 	"$(PYTHON)" -m venv .venv-gguf
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
@@ -78,6 +85,7 @@ $(VENV)/.dev: $(VENV)/.core
 
 # The packages taken out are builds for CUDA and break `import transformers` on a CPU.
 .venv-vllm/.ready: pyproject.toml tests/engines/vllm.txt | $(VENV)/.core
+	$(need_compiler)
 	"$(PYTHON)" -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install "pip>=22.3"
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install -r tests/engines/vllm.txt
