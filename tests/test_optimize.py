@@ -16,7 +16,7 @@ from abreast.front import Budget, Front, Profile, explain, kind_of, reasons
 from abreast.measure import calibrate
 from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
-from abreast.planning import baselines, find_plan, measured_profile
+from abreast.planning import baselines, estimated_profile, find_plan, measured_profile
 from abreast.stats import Cost, Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
@@ -163,6 +163,15 @@ def test_baselines_are_measured_on_the_other_text(folder, tmp_path):
     record = json.loads((tmp_path / "baselines.json").read_text())
     assert record["rests_on"]["tokens"] == other.identity["tokens"]
     assert len(record["plans"]) == sum(map(len, series.values()))
+
+
+def test_profile_of_other_hardware(folder):
+    kinds = [Group(layers=(1, 2)), Group(layers=(1, 2), wiring="cqil")]
+    found = estimated_profile(folder, kinds, "2xA100-NVLink")
+    assert found.single < found.groups["lp 2"] < 2 * found.single
+    assert 1 < found.speedup(Plan.parse("1+2 3+4", LAYERS)) < LAYERS / (LAYERS - 2)
+    with pytest.raises(AbreastError, match="9xABACUS"):
+        estimated_profile(folder, kinds, "9xABACUS")
 
 
 def test_profile_adds_up(folder, tmp_path):

@@ -63,6 +63,7 @@ _BUDGET = (
     click.option("--max-kl", type=float, help="Budget: at most this KL, nats per token."),
     click.option("--max-ppl-increase", type=float, help="Budget: 0.02 allows perplexity +2 %."),
     click.option("--speedup", type=float, help="Budget: decode this much faster, as predicted."),
+    click.option("--hardware", help="Predict speed for this, as for estimate. Default: time here."),
     click.option("--per-group", default=4, show_default=True, help="Plans measured per group."),
     click.option(
         "--baseline-data", default="stdlib", show_default=True, help="Text to compare plans on."
@@ -234,7 +235,13 @@ def optimize(
 def _find(model: str, as_json: bool, compared: bool, best: int = 1, **options: Any) -> Planned:
     from abreast.figures import figure_class
     from abreast.front import Budget
-    from abreast.planning import baselines, draw_front, find_plan, profile_here
+    from abreast.planning import (
+        baselines,
+        draw_front,
+        estimated_profile,
+        find_plan,
+        profile_here,
+    )
 
     budget = Budget(**{name: options[name] for name in ("depth", *_QUALITY, "speedup")})
     plots = not options["no_plots"]
@@ -244,7 +251,9 @@ def _find(model: str, as_json: bool, compared: bool, best: int = 1, **options: A
     out = Path(options["out"])
     placed = {name: options[name] for name in ("dtype", "device", "seed")}
     profile = None
-    if budget.speedup is not None:
+    if options["hardware"] is not None:
+        profile = estimated_profile(model, calibration.candidates, options["hardware"])
+    elif budget.speedup is not None:
         profile = profile_here(model, calibration.candidates, out, step=say, **placed)
     with progress_bar("plan", as_json) as progress:
         found = find_plan(

@@ -13,7 +13,8 @@ import abreast.front as fronts
 from abreast.bench import bench
 from abreast.checkpoint import read_json, resolve
 from abreast.convert import convert
-from abreast.families import FAMILIES
+from abreast.estimate import read_config, stage_cost, stage_seconds
+from abreast.families import FAMILIES, num_layers_of
 from abreast.front import Budget, Front, Profile, kind_of, reasons
 from abreast.grouped import decoder_layers
 from abreast.load import load
@@ -227,6 +228,35 @@ def profile_here(
         found = {"rests_on": rests_on, "profile": asdict(profile)}
         write(path, json.dumps(found, indent=1) + "\n")
     return Profile(**found["profile"])
+
+
+def estimated_profile(
+    model: str | Path,
+    groups: Sequence[Group],
+    hardware: str,
+    *,
+    batch: int = 1,
+    context: int = 1024,
+) -> Profile:
+    """Seconds of decoding per kind of stage on hardware that is not here (see estimate.py).
+
+    hardware: a name such as "2xA100-NVLink". Raises AbreastError for one that is not known.
+    """
+    config = read_config(model)
+    sizes: dict[str, Any] = {"batch": batch, "context": context}
+    kinds = {kind_of(group): group for group in groups}
+    *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), hardware, **sizes)
+    return Profile(
+        about=f"estimate for {hardware}, decode at batch {batch}, context {context}",
+        single=stage_cost(config, 1, None, hardware, **sizes),
+        groups={
+            kind: stage_cost(
+                *(config, len(group.layers), group.wiring, hardware), bypass=group.bypass, **sizes
+            )
+            for kind, group in kinds.items()
+        },
+        rest=rest,
+    )
 
 
 def measured_profile(
