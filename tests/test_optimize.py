@@ -219,6 +219,7 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     assert counted.calls[5:] == ["compare"]
 
 
+@pytest.mark.slow
 def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
     from abreast.demo import model_folder
 
@@ -262,6 +263,7 @@ def run(monkeypatch, capsys):
 SMALL = ("--windows", 8, "--window", 32, "--batch-size", 8)
 
 
+@pytest.mark.slow
 def test_command_line(run, tmp_path):
     from abreast.demo import model_folder
 
