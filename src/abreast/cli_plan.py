@@ -195,7 +195,7 @@ def optimize(
     if heal is not None:
         data = options["data"]
         healing = Healing(method=heal, data=data, recipe=recipe, candidates=candidates)
-    found = _find(model, as_json, best=candidates, **options)
+    found = _find(model, as_json, best=candidates, timed=True, **options)
     with progress_bar("optimize", as_json) as progress:
         result = run(
             model,
@@ -232,7 +232,14 @@ def optimize(
     )
 
 
-def _find(model: str, as_json: bool, compared: bool, best: int = 1, **options: Any) -> Planned:
+def _find(
+    model: str,
+    as_json: bool,
+    compared: bool,
+    best: int = 1,
+    timed: bool = False,
+    **options: Any,
+) -> Planned:
     from abreast.figures import figure_class
     from abreast.front import Budget
     from abreast.planning import (
@@ -253,7 +260,7 @@ def _find(model: str, as_json: bool, compared: bool, best: int = 1, **options: A
     profile = None
     if options["hardware"] is not None:
         profile = estimated_profile(model, calibration.candidates, options["hardware"])
-    elif budget.speedup is not None:
+    elif timed or budget.speedup is not None:
         profile = profile_here(model, calibration.candidates, out, step=say, **placed)
     with progress_bar("plan", as_json) as progress:
         found = find_plan(
