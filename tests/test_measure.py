@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -225,6 +226,16 @@ def test_bad_input(tiny_checkpoint, tmp_path, options, message):
     with pytest.raises(AbreastError, match=message):
         run(tiny_checkpoint(), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_config_without_sizes_is_refused_in_one_line(tiny_checkpoint, tmp_path, key):
+    folder = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AbreastError, match=key):
+        run(folder, tmp_path / "run")
 
 
 def test_statistics_of_something_else_are_refused(tiny_checkpoint, tmp_path):

@@ -27,7 +27,7 @@ from abreast.branches import BRANCHES
 from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from abreast.data import CALIBRATION, TokenStream, load_tokens
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES, num_layers_of
+from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.fold import obstacle
 from abreast.grouped import decoder_layers
 from abreast.interventions import (
@@ -190,7 +190,7 @@ def calibrate(
         num_windows,
         window,
         longest=config.get("max_position_embeddings"),
-        vocabulary=int(config["vocab_size"]),
+        vocabulary=positive(config, "vocab_size"),
     )
     if len(tokens) < MIN_WINDOWS:
         raise AbreastError(
@@ -394,7 +394,7 @@ def _dtype_of(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
 
 def _kept_bytes(checkpoint: Checkpoint, window: int, dtype: str) -> int:
     config, itemsize = checkpoint.config, _dtype_of(checkpoint, dtype).itemsize
-    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+    hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
     return window_bytes(window, num_layers_of(config), hidden, itemsize, vocabulary)
 
 
