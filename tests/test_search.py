@@ -18,7 +18,6 @@ from abreast.search import (
     by_similarity,
     contiguous,
     neighbours,
-    pareto,
     refine,
     total,
 )
@@ -191,8 +190,3 @@ def test_published_ways_to_choose():
     assert at_random(10, 8, costs, 3) == at_random(10, 8, dict(reversed(costs.items())), 3)
     for choose in (by_similarity, by_angle):
         assert choose(inputs, 3, costs) is None
-
-
-def test_pareto_keeps_what_nothing_beats():
-    a, b, c, d = (Plan.parse(f"{n}+{n + 1}", 9) for n in range(1, 5))
-    assert pareto({a: (4, 0.1), b: (3, 0.2), c: (3, 0.3), d: (5, 0.1)}) == [a, b]

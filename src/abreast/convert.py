@@ -226,11 +226,7 @@ def _prepare(
     num_layers = num_layers_of(config)
     if isinstance(plan, str):
         plan = Plan.read(plan, num_layers)
-    if plan.num_layers != num_layers:
-        raise AbreastError(
-            f"the plan is for {plan.num_layers} layers, the model has {num_layers}; "
-            "make a plan for this model"
-        )
+    plan.check_layers(num_layers)
     dropped = _check_tensors(checkpoint, family)
     warnings = check_plan(config, plan, force=force, prefill=prefill)
     cast = _cast_name(dtype)

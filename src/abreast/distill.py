@@ -41,7 +41,7 @@ from abreast.recipe import (
     windows_of,
 )
 from abreast.resume import keep_only, last_checkpoint, save_checkpoint
-from abreast.runs import open_run, tokens_hash
+from abreast.runs import check_tokens, open_run, tokens_hash
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -426,11 +426,7 @@ def _check(
     teacher: PreTrainedModel | None,
 ) -> None:
     num_layers = len(decoder_layers(model))
-    if plan.num_layers != num_layers:
-        raise AbreastError(
-            f"the plan is for {plan.num_layers} layers, the model has {num_layers}; "
-            "make a plan for this model"
-        )
+    plan.check_layers(num_layers)
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     recipe.check()
@@ -440,11 +436,7 @@ def _check(
             f"give at least {MIN_WINDOWS} windows"
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise AbreastError(
-            f"the text has token ids outside the model's vocabulary ({vocabulary} tokens); "
-            "tokenise it with the model's own tokenizer"
-        )
+    check_tokens(tokens, vocabulary)
     if recipe.train != "lora" and model.dtype != torch.float32:
         raise AbreastError(
             f"the weights are {str(model.dtype).removeprefix('torch.')}, in which small steps are "

@@ -318,11 +318,8 @@ def forward_cost(
     shape = shape_of(config)
     _check(batch, context, dtype, phase, runtime)
     count = _ranks(hardware, ranks)
-    if plan is not None and plan.num_layers != shape.num_layers:
-        raise AbreastError(
-            f"the plan is for {plan.num_layers} layers, the model has {shape.num_layers}; "
-            "make a plan for this model"
-        )
+    if plan is not None:
+        plan.check_layers(shape.num_layers)
 
     def stage(width: int, wiring: Wiring | None, bypass: int) -> Cost:
         return _stage(

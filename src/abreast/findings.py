@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,11 +62,11 @@ def row_of(
     )
 
 
-def to_csv(rows: Iterable[Row]) -> str:
-    """The rows as CSV with a line of names; numbers to eight digits."""
+def to_csv(rows: Iterable[Any], kind: type[Any] = Row) -> str:
+    """The rows, data classes of this kind, as CSV with a line of names; numbers to eight digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(entry.name for entry in fields(Row))
+    writer.writerow(entry.name for entry in fields(kind))
     for row in rows:
         values = asdict(row).values()
         writer.writerow(f"{v:.8g}" if isinstance(v, float) else v for v in values)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,19 +132,13 @@ class Front:
         return [first, *(plan for plan in alike if plan != first)][:best]
 
     def _nearest(self, budget: Budget, profile: Profile | None) -> str:
-        best = self.best()
-        if not best:
+        if not self.plans:
             return "no plan has been measured; run `abreast plan` on this folder first"
         if budget.depth is not None:
-            near = min(best, key=lambda depth: (abs(depth - int(budget.depth or 0)), depth))
-            return (
-                f"depth {budget.depth} cannot be reached from {self.stats.num_layers} layers with "
-                f"these groups; the nearest is {near} (larger groups: --max-group)"
-            )
-        shallow = next(iter(best.values()))
-        cost = self.plans[shallow]
+            return unreachable(budget.depth, self.stats.num_layers, self.best())
         if budget.max_kl is not None:
-            return f"no plan has a KL of at most {budget.max_kl:g}; the least is {cost.kl:.2g}"
+            least = min(each.kl for each in self.plans.values())
+            return f"no plan has a KL of at most {budget.max_kl:g}; the least is {least:.2g}"
         if budget.max_ppl_increase is not None:
             least = min(each.ppl_increase for each in self.plans.values())
             return (
@@ -156,17 +148,22 @@ class Front:
         most = max(_profile(profile).speedup(plan) for plan in self.plans)
         return f"no plan is predicted to be {budget.speedup:g}x faster; the most is {most:.2f}x"
 
-    def save(self, path: str | Path) -> None:
-        """Write all of it but the statistics as JSON, as a whole or not at all."""
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the statistics as JSON-ready values."""
+        return {
             "identity": dict(self.stats.identity),
-            "full_forwards": self.full_forwards,
+            "full_forwards": dict(self.full_forwards),
             "plans": [{"plan": p.shorthand, **asdict(cost)} for p, cost in self.plans.items()],
         }
-        path = Path(path)
-        staging = path.with_name(f".{path.name}.new")
-        staging.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(staging, path)
+
+
+def unreachable(depth: int, num_layers: int, reachable: Iterable[int]) -> str:
+    """What to say of a depth that no plan has; reachable: those that some plan has."""
+    near = min(reachable, key=lambda each: (abs(each - depth), each))
+    return (
+        f"depth {depth} cannot be reached from {num_layers} layers with these groups; "
+        f"the nearest is {near} (larger groups: --max-group)"
+    )
 
 
 def kind_of(group: Group) -> str:
@@ -179,8 +176,8 @@ def reasons(plan: Plan, front: Front) -> list[dict[str, Any]]:
     """Why each group of a plan: its own cost, how alike its inputs are, what else was tried.
 
     rank: its place among all candidates by KL alone. dependency: the largest within the group.
-    without: of the measured plans of this depth that do without this group and share the most
-    others, the cheapest; extra_kl: how much more that one costs.
+    without: of the measured plans of this depth that do without this group, the cheapest; extra_kl:
+    how much more that one costs.
     """
     stats = front.stats
     ranked = sorted(stats.groups, key=lambda group: (stats.groups[group].kl, group.shorthand))
@@ -249,7 +246,7 @@ def _instead(plan: Plan, group: Group, front: Front) -> Plan | None:
 
 def _profile(profile: Profile | None) -> Profile:
     if profile is None:
-        raise AbreastError("a speed-up needs a latency profile; give --hardware or --profile")
+        raise AbreastError("a speed-up needs a latency profile; give --hardware")
     return profile
 
 

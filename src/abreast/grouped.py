@@ -20,7 +20,7 @@ from torch import nn
 
 from abreast.branches import BRANCHES, Branches
 from abreast.errors import AbreastError
-from abreast.plan import Group, Plan, PlanError
+from abreast.plan import Group, Plan
 
 Prefill = Literal["grouped", "sequential"]
 _MARK = "_abreast_replaced"
@@ -66,11 +66,7 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     layers = decoder_layers(model)
     if isinstance(plan, str):
         plan = Plan.parse(plan, len(layers))
-    if plan.num_layers != len(layers):
-        raise PlanError(
-            f"the plan is for {plan.num_layers} layers, the model has {len(layers)}; "
-            "make a plan for this model"
-        )
+    plan.check_layers(len(layers))
     if prefill not in get_args(Prefill):
         raise GroupingError(f"prefill '{prefill}' is not one of {', '.join(get_args(Prefill))}")
     if hasattr(model, _MARK):

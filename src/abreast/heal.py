@@ -8,15 +8,13 @@ or kept apart, and every runtime work as they do without healing.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -38,18 +36,19 @@ from abreast.checkpoint import (
     write_shards,
 )
 from abreast.convert import convert, hash_inputs, preview
-from abreast.data import CALIBRATION, HELD_OUT, TokenStream, load_tokens
+from abreast.data import CALIBRATION, HELD_OUT, TokenStream
 from abreast.distill import Distilled, Point, distill
 from abreast.errors import AbreastError
 from abreast.families import all_tensors, complete, family_of
 from abreast.figures import figure_class
+from abreast.findings import to_csv
 from abreast.grouped import decoder_layers
 from abreast.load import load
 from abreast.losses import kl_under, logits_of
 from abreast.plan import Plan
 from abreast.recipe import Recipe
 from abreast.refit import STEPS, Fit, Refit, memory_needed, refit
-from abreast.runs import cut, model_hash, open_run, write
+from abreast.runs import cut, model_hash, open_run, stream_of, write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -284,10 +283,7 @@ def _text(
         if method != "refit":
             tokens = max(tokens, recipe.steps * recipe.batch_size * window)
         tokens += _HELD_TOKENS
-    if not isinstance(data, TokenStream):
-        if tokenizer is None:
-            raise AbreastError(f"'{name}' has no tokenizer; give a folder with its files")
-        data = load_tokens(tokenizer, data, max_tokens=tokens, seed=seed)
+    data = stream_of(data, tokenizer, name, max_tokens=tokens, seed=seed)
     size = min(len(data), tokens)
     window = min(window, max(2, size // 8))
     windows = cut(data, size // window, window, longest=longest, vocabulary=vocabulary)
@@ -404,7 +400,7 @@ def _write_weights(
             else:
                 shutil.copyfile(path, staging / path.name)
         if trained is not None:
-            (staging / CURVE).write_text(_to_csv(trained.points), encoding="utf-8")
+            (staging / CURVE).write_text(to_csv(trained.points, Point), encoding="utf-8")
         if plots:
             _draw(solved, trained, staging / FIGURE)
     return str(DTYPES[kinds.pop()]).removeprefix("torch.") if alike else None
@@ -424,16 +420,6 @@ def _doubts(text: _Text, trained: Distilled | None) -> tuple[str, ...]:
     elif trained is not None and trained.best_step == 0:
         found.append("training won nothing on held-out text; the weights are those before it")
     return tuple(found)
-
-
-def _to_csv(points: Sequence[Point]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(entry.name for entry in fields(Point))
-    for point in points:
-        values = asdict(point).values()
-        writer.writerow(f"{v:.8g}" if isinstance(v, float) else v for v in values)
-    return text.getvalue()
 
 
 def _draw(solved: Refit | None, trained: Distilled | None, path: Path) -> None:
@@ -471,7 +457,7 @@ def _reporter(folder: Path) -> Callable[[tuple[Point, ...]], None]:
         board = SummaryWriter(str(folder / "tensorboard"))
 
     def report(points: tuple[Point, ...]) -> None:
-        write(folder / CURVE, _to_csv(points))
+        write(folder / CURVE, to_csv(points, Point))
         if board is not None:
             last = points[-1]
             for name in ("loss", "held_out", "learning_rate"):

@@ -308,3 +308,69 @@ def _score(
     others = reference or [None] * len(targets)
     found = zip(_logits(model, layers, state, ids), targets, others, strict=True)
     return np.concatenate([token_scores(*three).sum(1) for three in found])
+
+
+@torch.inference_mode()
+def geometry(
+    model: PreTrainedModel, tokens: np.ndarray, batch_size: int, few: int
+) -> dict[str, np.ndarray]:
+    """How alike the layers' inputs are, and how much layers depend on each other.
+
+    tokens: ids, int64 [windows, window]; the first `few` windows serve for the dependencies, which
+    take most of the work. Returns similarity, angular, influence and dependency as `stats.Stats`
+    has them, and layers, shape [1]: how many were run, windows times layers.
+    """
+    layers = decoder_layers(model)
+    num_layers = len(layers)
+    cosine = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
+    angle = torch.zeros_like(cosine)
+    apart = torch.zeros(num_layers, num_layers, dtype=torch.float64)
+    run = 0
+    for begin in range(0, len(tokens), batch_size):
+        ids = torch.from_numpy(tokens[begin : begin + batch_size])
+        entering, given = capture(model, layers, ids.to(model.device))
+        states = [entering]
+        for layer in range(num_layers):
+            states.append(advance(model, layers, given, layer, states[-1]))
+        run += num_layers * len(ids)
+        unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
+        for place, here in enumerate(unit):
+            for other in range(place, num_layers + 1):
+                both = (here * unit[other]).sum(-1).clamp(-1, 1)
+                cosine[place, other] += both.double().sum().cpu()
+                angle[place, other] += both.double().arccos().sum().cpu() / math.pi
+        if begin < few:
+            rows = min(few - begin, len(ids))
+            apart += _dependencies(model, ids[:rows], [state[:rows] for state in states])
+            run += rows * num_layers * (num_layers - 1) // 2
+    cosine, angle = (table / tokens.size for table in (cosine, angle))
+    cosine, angle = (table + table.triu(1).T for table in (cosine, angle))
+    found = {
+        "similarity": cosine.numpy(),
+        "angular": angle.numpy(),
+        "influence": 1 - np.diagonal(cosine.numpy(), offset=1),
+        "dependency": (apart / (few * tokens.shape[1])).numpy(),
+        "layers": np.array([float(run)]),
+    }
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+def _dependencies(
+    model: PreTrainedModel, ids: torch.Tensor, states: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Summed over tokens, cosine distance of layer j's contribution with and without layer i.
+
+    states: the hidden states before each layer and after the last, [batch, window, hidden] each.
+    """
+    layers = decoder_layers(model)
+    _, given = capture(model, layers, ids.to(model.device))
+    found = torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    for left_out in range(len(layers)):
+        state = states[left_out]
+        for layer in range(left_out + 1, len(layers)):
+            after = advance(model, layers, given, layer, state)
+            with_it = (states[layer + 1] - states[layer]).float()
+            alike = torch.nn.functional.cosine_similarity(with_it, (after - state).float(), dim=-1)
+            found[left_out, layer] = (1 - alike).double().sum().cpu()
+            state = after
+    return found

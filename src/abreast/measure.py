@@ -25,18 +25,11 @@ from safetensors.numpy import load_file, save_file
 
 from abreast.branches import BRANCHES
 from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint
-from abreast.data import CALIBRATION, TokenStream, load_tokens
+from abreast.data import CALIBRATION, TokenStream
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.fold import obstacle
-from abreast.grouped import decoder_layers
-from abreast.interventions import (
-    Program,
-    advance,
-    capture,
-    name_of,
-    run_programs,
-)
+from abreast.interventions import Program, geometry, name_of, run_programs
 from abreast.load import load, load_tokenizer, named_dtype
 from abreast.plan import Group, Plan, Wiring
 from abreast.runs import (
@@ -45,6 +38,7 @@ from abreast.runs import (
     gather,
     model_hash,
     open_run,
+    stream_of,
     tokens_hash,
     window_bytes,
     windows_at_once,
@@ -180,11 +174,10 @@ def calibrate(
     checkpoint = open_checkpoint(model, revision=revision)
     config = checkpoint.config
     groups = candidates(config, max_group=max_group, wirings=wirings, force=force)
+    tokenizer = None
     if not isinstance(data, TokenStream):
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-        if tokenizer is None:
-            raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
-        data = load_tokens(tokenizer, data, max_tokens=num_windows * window, seed=seed)
+    data = stream_of(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
     tokens = cut(
         data,
         num_windows,
@@ -304,13 +297,13 @@ def score(
                 if program == original:
                     continue  # what it took is put down to the program after it
                 line = {"program": name_of(program), "batch": batch, "evaluated": spent}
-                journal.write(json.dumps({**line, "sums": sums.tolist()}) + "\n")
+                done[name_of(program), batch] = {**line, "sums": sums.tolist()}
+                journal.write(json.dumps(done[name_of(program), batch]) + "\n")
                 journal.flush()
                 spent = 0
                 finished += 1
                 if progress is not None:
                     progress(finished, total)
-    done = gather(calibration.folder)
     return [
         _cost([done[name_of(program), batch]["sums"] for batch in chosen], calibration)
         for program in programs
@@ -332,18 +325,20 @@ def measure(
     `score`, of the step at hand. Raises as `score`.
     """
     if not (0 < screen <= 1 and 0 < keep <= 1):
-        raise AbreastError(f"screen and keep are shares, not {screen} and {keep}; use 0.25 and 0.6")
+        raise AbreastError(
+            f"screen and keep are shares, not {screen} and {keep}; use {SCREEN} and {KEEP}"
+        )
     geometry = _geometry(calibration)
     alone = [_alone(group, calibration) for group in calibration.candidates]
     screened = calibration.batches[: _screening(len(calibration.batches), screen)]
-    first = score(calibration, alone, batches=screened, progress=progress)
-    chosen = _kept(dict(zip(calibration.candidates, first, strict=True)), keep)
-    second = score(calibration, [_alone(group, calibration) for group in chosen], progress=progress)
-    costs = dict(zip(calibration.candidates, first, strict=True))
-    costs |= zip(chosen, second, strict=True)
+    part = score(calibration, alone, batches=screened, progress=progress)
+    costs = dict(zip(calibration.candidates, part, strict=True))
+    chosen = _kept(costs, keep)
+    whole = score(calibration, [_alone(group, calibration) for group in chosen], progress=progress)
+    costs |= zip(chosen, whole, strict=True)
     done = gather(calibration.folder)
-    whole = name_of(_program(_alone(chosen[0], calibration)))
-    nll = np.concatenate([done[whole, batch]["sums"] for batch in calibration.batches])[:, 1]
+    name = name_of(_program(_alone(chosen[0], calibration)))
+    nll = np.concatenate([done[name, batch]["sums"] for batch in calibration.batches])[:, 1]
     stats = Stats(
         identity=calibration.identity,
         source=calibration.source,
@@ -431,69 +426,14 @@ def _cost(batches: Sequence[list[list[float]]], calibration: Calibration) -> Cos
     return Cost(kl, kl_stderr, loss, loss_stderr, int(counts.sum()))
 
 
-@torch.inference_mode()
 def _geometry(calibration: Calibration) -> dict[str, np.ndarray]:
-    """similarity, angular, influence, dependency as in `Stats`; layers: how many were run."""
+    """What `geometry` finds, kept in the folder once found."""
     path = calibration.folder / GEOMETRY
     if path.is_file():
         return dict(load_file(path))
-    model, num_layers = calibration.load(), calibration.num_layers
-    layers = decoder_layers(model)
-    cosine = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
-    angle, apart = (
-        torch.zeros_like(cosine),
-        torch.zeros(num_layers, num_layers, dtype=torch.float64),
-    )
     few = math.ceil(len(calibration.tokens) / DEPENDENCY_SHARE)
-    run = 0
-    for begin in range(0, len(calibration.tokens), calibration.size):
-        ids = torch.from_numpy(calibration.tokens[begin : begin + calibration.size])
-        entering, given = capture(model, layers, ids.to(model.device))
-        path_of = [entering]
-        for layer in range(num_layers):
-            path_of.append(advance(model, layers, given, layer, path_of[-1]))
-        run += num_layers * len(ids)
-        unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in path_of]
-        for place, here in enumerate(unit):
-            for other in range(place, num_layers + 1):
-                both = (here * unit[other]).sum(-1).clamp(-1, 1)
-                cosine[place, other] += both.double().sum().cpu()
-                angle[place, other] += both.double().arccos().sum().cpu() / math.pi
-        if begin < few:
-            rows = min(few - begin, len(ids))
-            apart += _dependencies(model, ids[:rows], [state[:rows] for state in path_of])
-            run += rows * num_layers * (num_layers - 1) // 2
-    cosine, angle = (table / calibration.tokens.size for table in (cosine, angle))
-    cosine, angle = (table + table.triu(1).T for table in (cosine, angle))
-    found = {
-        "similarity": cosine.numpy(),
-        "angular": angle.numpy(),
-        "influence": 1 - np.diagonal(cosine.numpy(), offset=1),
-        "dependency": (apart / (few * calibration.tokens.shape[1])).numpy(),
-        "layers": np.array([float(run)]),
-    }
+    found = geometry(calibration.load(), calibration.tokens, calibration.size, few)
     staging = path.with_name(f".{path.name}.new")
-    save_file({name: np.ascontiguousarray(array) for name, array in found.items()}, staging)
+    save_file(found, staging)
     os.replace(staging, path)
-    return found
-
-
-def _dependencies(
-    model: PreTrainedModel, ids: torch.Tensor, states: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    """Summed over tokens, cosine distance of layer j's contribution with and without layer i.
-
-    states: the hidden states before each layer and after the last, [batch, window, hidden] each.
-    """
-    layers = decoder_layers(model)
-    _, given = capture(model, layers, ids.to(model.device))
-    found = torch.zeros(len(layers), len(layers), dtype=torch.float64)
-    for left_out in range(len(layers)):
-        state = states[left_out]
-        for layer in range(left_out + 1, len(layers)):
-            after = advance(model, layers, given, layer, state)
-            with_it = (states[layer + 1] - states[layer]).float()
-            alike = torch.nn.functional.cosine_similarity(with_it, (after - state).float(), dim=-1)
-            found[left_out, layer] = (1 - alike).double().sum().cpu()
-            state = after
     return found

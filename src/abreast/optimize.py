@@ -4,7 +4,7 @@ A run folder holds
 
     calibration/, held-out/   what plans cost on the two texts (see measure.py)
     front.json                every plan measured as a whole; another budget chooses anew from it
-    profile.json              seconds per kind of stage, where a speed-up was asked for
+    profile.json              seconds per kind of stage, unless --hardware was named
     pareto.png                quality against depth, with the published ways to choose beside it
     plans/NAME/               plan.yaml, why.md, converted/, verify.json, quality.json, speed.json;
                               healed conversions and their files have a suffix

@@ -185,6 +185,14 @@ class Plan(BaseModel):
             )
         return plan
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raise PlanError unless the plan is for a model of so many layers."""
+        if self.num_layers != num_layers:
+            raise PlanError(
+                f"the plan is for {self.num_layers} layers, the model has {num_layers}; "
+                "make a plan for this model"
+            )
+
     @classmethod
     def _build(cls, data: dict[str, Any], where: str) -> Plan:
         try:

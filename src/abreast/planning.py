@@ -94,6 +94,11 @@ def find_plan(
     first search went deep enough. Raises AbreastError for a budget that no plan meets, naming the
     nearest.
     """
+    num_layers = calibration.num_layers
+    depths = [*additive(num_layers, dict.fromkeys(calibration.candidates, 0.0))]
+    changed = [depth for depth in depths if depth < num_layers]
+    if budget.depth is not None and budget.depth not in changed:
+        raise AbreastError(fronts.unreachable(budget.depth, num_layers, changed))
     stats = _stats(calibration, screen, keep, step, progress)
     costs = {group: stats.groups[group].kl for group in calibration.candidates}
     plans: dict[Plan, Cost] = {}
@@ -103,12 +108,11 @@ def find_plan(
         plans.update(zip(wanted, found, strict=True))
         return [cost.kl for cost in found]
 
-    deepest = min(additive(stats.num_layers, costs))
     for depth, found in refine(
-        stats.num_layers,
+        num_layers,
         costs,
         measured,
-        least_depth=max(deepest, budget.depth or 0),
+        least_depth=max(min(depths), budget.depth or 0),
         per_group=per_group,
         beam=beam,
     ):
@@ -116,7 +120,7 @@ def find_plan(
         if budget.exhausted({plan: plans[plan] for plan in found}, profile):
             break
     front = Front(stats, plans, spent(calibration))
-    front.save(Path(out) / fronts.FILE)
+    write(Path(out) / fronts.FILE, json.dumps(front.to_dict(), indent=1) + "\n")
     chosen, *others = front.choose(budget, profile, best=best)
     return Planned(chosen, tuple(others), front.plans[chosen], front, profile)
 

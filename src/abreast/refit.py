@@ -40,6 +40,7 @@ from abreast.grouped import decoder_layers
 from abreast.interventions import advance, capture
 from abreast.losses import kl_under, logits_of
 from abreast.plan import Group, Plan
+from abreast.runs import check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,11 +200,7 @@ def memory_needed(
 def _check(
     plan: Plan, num_layers: int, tokens: np.ndarray, steps: Sequence[str], model: PreTrainedModel
 ) -> None:
-    if plan.num_layers != num_layers:
-        raise AbreastError(
-            f"the plan is for {plan.num_layers} layers, the model has {num_layers}; "
-            "make a plan for this model"
-        )
+    plan.check_layers(num_layers)
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     unknown = [step for step in steps if step not in STEPS]
@@ -214,12 +211,7 @@ def _check(
             f"{tokens.size} tokens in {len(tokens)} windows are too little text for the "
             f"regression; give at least {MIN_TOKENS} tokens in {FOLDS + 1} windows"
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise AbreastError(
-            f"the text has token ids outside the model's vocabulary ({vocabulary} tokens); "
-            "tokenise it with the model's own tokenizer"
-        )
+    check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
 
 
 def _matrices(family: Family) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from abreast.checkpoint import open_checkpoint, sha256_of
-from abreast.data import TokenStream
+from abreast.data import TokenStream, load_tokens
 from abreast.errors import AbreastError
 
 JOURNAL = "journal-{}.jsonl"
@@ -84,6 +84,20 @@ def tokens_hash(tokens: np.ndarray) -> str:
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
 
 
+def stream_of(
+    data: str | TokenStream, tokenizer: Any, model: str, *, max_tokens: int, seed: int
+) -> TokenStream:
+    """`data` itself if it is a stream, else that source in the model's tokens (see `load_tokens`).
+
+    tokenizer: the model's, None if it has none, which is an AbreastError for a source.
+    """
+    if isinstance(data, TokenStream):
+        return data
+    if tokenizer is None:
+        raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
+    return load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
+
+
 def cut(
     stream: TokenStream, num_windows: int, window: int, *, longest: int | None, vocabulary: int
 ) -> np.ndarray:
@@ -102,12 +116,17 @@ def cut(
             "name a longer text or use a shorter window"
         )
     tokens = stream.tokens[: count * window].reshape(count, window)
+    check_tokens(tokens, vocabulary)
+    return tokens
+
+
+def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
+    """Raise AbreastError for token ids that a model of so many tokens does not know."""
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise AbreastError(
             f"the data has token ids outside the model's vocabulary ({vocabulary} tokens); "
             "tokenise it with the model's own tokenizer"
         )
-    return tokens
 
 
 def window_bytes(

@@ -199,17 +199,6 @@ def total(plan: Plan, costs: Costs) -> float:
     return sum(costs[group] for group in plan.groups)
 
 
-def pareto(points: Mapping[Plan, tuple[float, float]]) -> list[Plan]:
-    """The plans that no other beats, of (latency, cost) of each; slowest and cheapest first."""
-    found: list[Plan] = []
-    least = float("inf")
-    for plan in sorted(points, key=lambda p: (points[p], p.shorthand)):
-        if points[plan][1] < least:
-            found.append(plan)
-            least = points[plan][1]
-    return found[::-1]
-
-
 Kind = tuple[int, str, int]  # size, wiring, bypass; of a single layer (1, "", 0)
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from abreast.checkpoint import resolve
-from abreast.data import HELD_OUT, TokenStream, load_tokens
+from abreast.data import HELD_OUT, TokenStream
 from abreast.errors import AbreastError
 from abreast.figures import figure_class
 from abreast.findings import Row, draw, row_of, to_csv
@@ -52,6 +52,7 @@ from abreast.runs import (
     gather,
     model_hash,
     open_run,
+    stream_of,
     tokens_hash,
     window_bytes,
     windows_at_once,
@@ -161,10 +162,7 @@ def study(
     folder, _ = resolve(model, revision=revision)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load(folder, device=devices[0], **options)  # type: ignore[arg-type]
-    if not isinstance(data, TokenStream):
-        if tokenizer is None:
-            raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
-        data = load_tokens(tokenizer, data, max_tokens=num_windows * window, seed=seed)
+    data = stream_of(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
     config = loaded.config.get_text_config()
     tokens = cut(
         data,
