@@ -13,7 +13,7 @@ from abreast.cli import main
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.front import Budget, Front, Profile, explain, kind_of, reasons
-from abreast.measure import calibrate
+from abreast.measure import calibrate, spent
 from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
 from abreast.planning import baselines, estimated_profile, find_plan, measured_profile
@@ -128,6 +128,14 @@ def test_search_goes_as_deep_as_the_budget_needs(folder, tmp_path):
     least = min(cost.kl for cost in found.front.stats.groups.values())
     limited = find_plan(calibration(folder, tmp_path), tmp_path, Budget(max_kl=least * 1.01))
     assert limited.plan.depth == 7 and limited.expected.kl <= least * 1.01
+
+
+@pytest.mark.parametrize(("depth", "nearest"), [(1, 5), (4, 5), (8, 7)])
+def test_a_depth_out_of_reach_is_refused_before_measuring(folder, tmp_path, depth, nearest):
+    found = calibration(folder, tmp_path)
+    with pytest.raises(AbreastError, match=f"depth {depth} cannot .* nearest is {nearest} "):
+        find_plan(found, tmp_path, Budget(depth=depth))
+    assert sum(spent(found).values()) == 0
 
 
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):

@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from abreast.planning import Planned
 
 _QUALITY = ("max_kl", "max_ppl_increase")
-_PASSED = (
-    *("window", "max_group", "force", "seed", "dtype", "device", "batch_size"),
-    *("revision", "trust_remote_code"),
-)
+_PLACED = ("dtype", "device", "revision", "trust_remote_code")
+_PASSED = ("window", "max_group", "force", "seed", "batch_size", *_PLACED)
 _EXPECTED = (
     *("window", "max_group", "force", "dtype", "batch_size", "screen", "keep"),
     "revision",
@@ -207,7 +205,7 @@ def optimize(
             rounds=rounds,
             step=say,
             progress=progress,
-            **{name: options[name] for name in ("window", "dtype", "device", "seed")},
+            **{name: options[name] for name in ("window", "seed", *_PLACED)},
         )
     if as_json:
         return print_json(result.to_dict())
@@ -244,6 +242,7 @@ def _find(
     from abreast.front import Budget
     from abreast.planning import (
         baselines,
+        check_depth,
         draw_front,
         estimated_profile,
         find_plan,
@@ -256,12 +255,15 @@ def _find(
         figure_class()
     calibration = _calibration(model, "calibration", **options)
     out = Path(options["out"])
-    placed = {name: options[name] for name in ("dtype", "device", "seed")}
-    profile = None
+    check_depth(calibration, budget.depth)
+    groups, profile = calibration.candidates, None
     if options["hardware"] is not None:
-        profile = estimated_profile(model, calibration.candidates, options["hardware"])
+        profile = estimated_profile(
+            model, groups, options["hardware"], revision=options["revision"]
+        )
     elif timed or budget.speedup is not None:
-        profile = profile_here(model, calibration.candidates, out, step=say, **placed)
+        placed = {name: options[name] for name in ("seed", *_PLACED)}
+        profile = profile_here(model, groups, out, step=say, **placed)
     with progress_bar("plan", as_json) as progress:
         found = find_plan(
             calibration,

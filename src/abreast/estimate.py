@@ -115,7 +115,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     )
 
 
-def read_config(model: str | Path) -> dict[str, Any]:
+def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a folder, of a Hugging Face id (nothing else is fetched), or that file.
 
     Raises AbreastError where there is none.
@@ -130,7 +130,7 @@ def read_config(model: str | Path) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return read_json(Path(hf_hub_download(str(model), "config.json")))
+        return read_json(Path(hf_hub_download(str(model), "config.json", revision=revision)))
     except CheckpointError:
         raise
     except Exception as error:  # the client raises many kinds; all mean that it is not to be had

@@ -83,6 +83,8 @@ def optimize(
     window: int = 256,
     dtype: str = "auto",
     device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     rounds: int = 12,
     context: int = 128,
     new_tokens: int = 64,
@@ -103,7 +105,15 @@ def optimize(
     made: dict[Plan, Path] = {}
     for each in (planned.plan, *planned.others[: healing.candidates - 1 if healing else 0]):
         made[each] = _converted(
-            model, Path(out), each, planned, healing, device, seed, step, progress
+            model,
+            Path(out),
+            each,
+            planned,
+            healing,
+            {"device": device, "revision": revision, "trust_remote_code": trust_remote_code},
+            seed,
+            step,
+            progress,
         )
         if healing is not None:
             record = read_json(made[each] / MANIFEST)["healed"]
@@ -128,15 +138,16 @@ def optimize(
 
     def verified() -> dict[str, Any]:
         step("verify against the original weights run under the same plan")
-        found = verify(target, model, device=device, seed=seed)
+        found = verify(target, model, revision=revision, device=device, seed=seed)
         if not found.ok:
             raise AbreastError(f"the conversion is wrong: {'; '.join(found.faults)}")
         return found.to_dict()
 
     @cache
     def models() -> dict[str, Any]:
-        loaded = {"original": model, "converted": target}
-        return {name: load(at, dtype=dtype, device=device) for name, at in loaded.items()}
+        placed: dict[str, Any] = {"dtype": dtype, "device": device}
+        original = load(model, revision=revision, trust_remote_code=trust_remote_code, **placed)
+        return {"original": original, "converted": load(target, **placed)}
 
     def evaluated() -> dict[str, Any]:
         step("compare next-token predictions with the original's on held-out text")
@@ -184,7 +195,7 @@ def _converted(
     plan: Plan,
     planned: Planned,
     healing: Healing | None,
-    device: str,
+    source: dict[str, Any],
     seed: int,
     step: Step,
     progress: Progress | None,
@@ -201,7 +212,8 @@ def _converted(
         target = folder / "converted"
         if not target.is_dir():
             step(f"convert {depths}")
-            convert(model, recorded, target, force=True, progress=progress)
+            revision = source["revision"]
+            convert(model, recorded, target, revision=revision, force=True, progress=progress)
         return target
     settings = json.dumps(
         [healing.data, healing.tokens, healing.recipe.to_dict(), seed], sort_keys=True
@@ -219,10 +231,10 @@ def _converted(
             tokens=healing.tokens,
             recipe=healing.recipe,
             seed=seed,
-            device=device,
             force=True,
             plots=False,
             step=step,
             progress=progress,
+            **source,
         )
     return target

@@ -13,6 +13,7 @@ import abreast.front as fronts
 from abreast.bench import bench
 from abreast.checkpoint import read_json, resolve
 from abreast.convert import convert
+from abreast.errors import AbreastError
 from abreast.estimate import read_config, stage_cost, stage_seconds
 from abreast.families import FAMILIES, num_layers_of
 from abreast.front import Budget, Front, Profile, kind_of, reasons
@@ -71,6 +72,19 @@ class Planned:
         }
 
 
+def check_depth(calibration: Calibration, depth: int | None) -> int:
+    """The least depth that the candidate groups allow.
+
+    Raises AbreastError where `depth` is none that they give, naming the nearest. Measures nothing.
+    """
+    num_layers = calibration.num_layers
+    free = dict.fromkeys(calibration.candidates, 0.0)
+    depths = [each for each in additive(num_layers, free) if each < num_layers]
+    if depth is not None and depth not in depths:
+        raise AbreastError(fronts.unreachable(depth, num_layers, depths))
+    return min(depths)
+
+
 def find_plan(
     calibration: Calibration,
     out: str | Path,
@@ -94,11 +108,8 @@ def find_plan(
     first search went deep enough. Raises AbreastError for a budget that no plan meets, naming the
     nearest.
     """
+    deepest = check_depth(calibration, budget.depth)
     num_layers = calibration.num_layers
-    depths = [*additive(num_layers, dict.fromkeys(calibration.candidates, 0.0))]
-    changed = [depth for depth in depths if depth < num_layers]
-    if budget.depth is not None and budget.depth not in changed:
-        raise AbreastError(fronts.unreachable(budget.depth, num_layers, changed))
     stats = _stats(calibration, screen, keep, step, progress)
     costs = {group: stats.groups[group].kl for group in calibration.candidates}
     plans: dict[Plan, Cost] = {}
@@ -112,7 +123,7 @@ def find_plan(
         num_layers,
         costs,
         measured,
-        least_depth=max(min(depths), budget.depth or 0),
+        least_depth=budget.depth or deepest,
         per_group=per_group,
         beam=beam,
     ):
@@ -208,6 +219,8 @@ def profile_here(
     seed: int,
     rounds: int = 12,
     context: int = 128,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     step: Step = lambda message: None,
 ) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
@@ -227,6 +240,8 @@ def profile_here(
             device=device,
             rounds=rounds,
             context=context,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
             seed=seed,
         )
         found = {"rests_on": rests_on, "profile": asdict(profile)}
@@ -241,12 +256,13 @@ def estimated_profile(
     *,
     batch: int = 1,
     context: int = 1024,
+    revision: str | None = None,
 ) -> Profile:
     """Seconds of decoding per kind of stage on hardware that is not here (see estimate.py).
 
     hardware: a name such as "2xA100-NVLink". Raises AbreastError for one that is not known.
     """
-    config = read_config(model)
+    config = read_config(model, revision=revision)
     sizes: dict[str, Any] = {"batch": batch, "context": context}
     kinds = {kind_of(group): group for group in groups}
     *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), hardware, **sizes)
@@ -273,6 +289,8 @@ def measured_profile(
     rounds: int,
     context: int,
     seed: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Profile:
     """Time decoding here and solve for the seconds per kind of stage.
 
@@ -280,8 +298,9 @@ def measured_profile(
     conversion (grouped in memory for families that cannot be converted) with as many groups of that
     kind as fit one after another. Raises AbreastError as `convert`, `load` and `bench` do.
     """
-    folder, _ = resolve(model)
+    folder, _ = resolve(model, revision=revision)
     options: dict[str, Any] = {"dtype": dtype, "device": device}
+    options["trust_remote_code"] = trust_remote_code
     whole, _ = load(folder, **options)
     half, _ = load(folder, **options)
     layers = decoder_layers(half)
