@@ -150,10 +150,12 @@ def _on_tasks(
 ) -> None:
     from abreast.harness import evaluate_tasks, find_tasks
 
-    names = [name for each in tasks.split(",") if (name := each.strip())]
-    found = find_tasks(
-        names, include_path=include_path, num_fewshot=num_fewshot, limit=limit, seed=seed
-    )
+    chosen: dict[str, Any] = {
+        "include_path": include_path,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+    }
+    found = find_tasks(tasks.split(","), seed=seed, **chosen)
     with progress_bar("evaluate", as_json) as progress:
         result = evaluate_tasks(model, found, step=say, progress=progress, **options)
     if as_json:

@@ -11,14 +11,19 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import json
 import logging
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from abreast.accuracy import Answers, Evaluation, kept_mean, row_of, stderr_of, together
 from abreast.checkpoint import resolve, sha256_of
@@ -82,6 +87,7 @@ def find_tasks(
     data that is neither in the cache nor to be had, and tasks that cannot be run.
     """
     manager_class = _harness("tasks").TaskManager
+    names = [name.strip() for name in names if name.strip()]
     if (num_fewshot or 0) < 0 or (limit is not None and limit < 1):
         raise AbreastError("--num-fewshot must be at least 0, and --limit at least 1")
     for folder in include_path:
@@ -89,6 +95,7 @@ def find_tasks(
             raise AbreastError(f"no folder '{folder}' with task files; check --include-path")
     paths = [str(FOLDER), *map(str, include_path)]
     with _quiet():
+        _seeded(seed)
         ours = manager_class(include_path=[str(FOLDER)], include_defaults=False)
         known = all(name in ours.task_index for name in names)
         # Reading the harness's 14,000 task files takes seconds.
@@ -157,7 +164,7 @@ def evaluate_tasks(
         "versions": _versions(),
     }
     if out is not None:
-        open_run(Path(out), "evaluation", {"format": 1})
+        open_run(Path(out), "comparison", {"format": 1})
     num_models = 1 if against is None else 2
     done = 0
 
@@ -207,9 +214,9 @@ def evaluate_tasks(
 
 def _harness(module: str) -> Any:
     try:
-        return __import__(f"lm_eval.{module}", fromlist=["*"])
+        return importlib.import_module(f"lm_eval.{module}")
     except ImportError as error:
-        reason = "" if error.name == "lm_eval" else f" ({error})"
+        reason = "" if (error.name or "").startswith("lm_eval") else f" ({error})"
         raise AbreastError(
             f"tasks need the lm-evaluation-harness{reason}: pip install 'abreast[eval]'"
         ) from None
@@ -218,14 +225,23 @@ def _harness(module: str) -> Any:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Neither the harness's warnings, nor what tasks print, in between our own output."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _seeded(seed: int) -> None:
+    """With seed 0 these are the harness's own."""
+    random.seed(seed)
+    np.random.seed(FEWSHOT_SEED + seed)
+    torch.manual_seed(FEWSHOT_SEED + seed)
 
 
 def _spelled_out(name: str, manager: Any) -> list[str]:
@@ -236,7 +252,7 @@ def _spelled_out(name: str, manager: Any) -> list[str]:
         return list(found)
     if Path(name).is_dir():
         raise AbreastError(f"'{name}' is a folder; use --include-path and name its tasks")
-    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else f"try {OFFLINE}, or name a YAML file"
     raise AbreastError(f"no task '{name}'; {hint}")
 
@@ -244,20 +260,24 @@ def _spelled_out(name: str, manager: Any) -> list[str]:
 def _loaded(name: str, manager: Any) -> Any:
     if name not in manager.task_index and not Path(name).is_file():
         raise AbreastError(f"no task file '{name}'; check the path")
-    import httpx
-    from datasets.exceptions import DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    away = (ConnectionError, DatasetNotFoundError, HfHubHTTPError, OfflineModeIsEnabled)
     try:
         return manager.load([name])
-    except (*away, httpx.HTTPError) as error:
-        raise AbreastError(
-            f"the data of task '{name}' is not in the cache and cannot be fetched "
-            f"({_reason(error)}); run once with the network, or use --tasks {OFFLINE}"
-        ) from None
     except Exception as error:  # task files can hold any mistake, in YAML, templates or Python
+        if _is_network(error):
+            raise AbreastError(
+                f"the data of task '{name}' is not in the cache and cannot be fetched "
+                f"({_reason(error)}); run once with the network, or use --tasks {OFFLINE}"
+            ) from None
         raise AbreastError(f"task '{name}' cannot be used: {_reason(error)}") from None
+
+
+def _is_network(error: Exception) -> bool:
+    """Whether it means that the Hub, or a data set on it, is out of reach."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    top = type(error).__module__.partition(".")[0]
+    clients = {"huggingface_hub", "httpx", "httpx2", "requests"}
+    return isinstance(error, ConnectionError | DatasetNotFoundError) or top in clients
 
 
 def _reason(error: BaseException) -> str:
@@ -272,9 +292,11 @@ def _prepare(name: str, task: Any, num_fewshot: int | None, limit: int | None, s
             "runs code that models write" if getattr(task, "UNSAFE_CODE", False) else "has images"
         )
         raise AbreastError(f"task '{name}' {kind}; use lm_eval itself for it")
-    # As simple_evaluate does it, which will do it once more.
+    # As simple_evaluate does it.
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config("num_fewshot", num_fewshot)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", 0)
     task.set_fewshot_seed(seed=seed)
     try:
         task.build_all_requests(limit=limit, rank=0, world_size=1)
@@ -342,16 +364,15 @@ def _run(
             f"{model.max_length} in all; leave the task out"
         )
     with _quiet(), inference(model.model):
-        found = _harness("evaluator").simple_evaluate(
-            model=model,
-            tasks=[task],
+        _seeded(tasks.seed)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED + tasks.seed)
+        # What simple_evaluate calls after setting up the task, which `_prepare` did; it would also
+        # run `pip list` each time.
+        found = _harness("evaluator").evaluate(
+            model,
+            {"tasks": {name: task}, "groups": {}, "group_map": {}},
             limit=tasks.limit,
             bootstrap_iters=0,  # standard errors come from the items below
-            random_seed=tasks.seed,
-            numpy_random_seed=FEWSHOT_SEED + tasks.seed,
-            torch_random_seed=FEWSHOT_SEED + tasks.seed,
-            fewshot_random_seed=FEWSHOT_SEED + tasks.seed,
-            task_manager=_harness("tasks").TaskManager(include_defaults=False),
         )
         truncated = _truncated(model, task, longest)
     if truncated:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -32,7 +33,7 @@ def quality_rows(result: Comparison | Perplexity) -> dict[str, str]:
         "of the original": f"{theirs.perplexity:.3f} ± {theirs.perplexity_stderr:.3f}",
         "loss increase": f"{result.nll_difference:+.4f} ± {result.nll_difference_stderr:.4f} nats"
         f"{_interval(result.bootstrap['nll_difference'], '+.4f')}, "
-        f"in {result.windows_worse:.0%} of the windows",
+        f"worse in {result.windows_worse:.0%} of the windows",
         "KL divergence": f"{result.kl:.4f} ± {result.kl_stderr:.4f} nats, "
         f"95th percentile {result.kl_p95:.4f}",
         "same top token": f"{result.top1_agreement:.1%} ± {result.top1_agreement_stderr:.1%}",
@@ -52,32 +53,34 @@ def print_corpora(results: Mapping[str, Comparison | Perplexity]) -> None:
 
     from abreast.evaluate import Perplexity
 
-    table = Table(title="brackets: 95 % bootstrap intervals, windows drawn anew")
-    for heading in ("text", "tokens", "perplexity", "of the original", "loss increase", "KL"):
-        table.add_column(heading, justify="left" if heading == "text" else "right")
-    table.add_column("same top token", justify="right")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("text", overflow="fold")
+    alone = any(isinstance(result, Perplexity) for result in results.values())
+    compared = ("original", "loss increase", "KL", "same top")
+    for heading in ("perplexity", *(() if alone else compared)):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
-        ours = result if isinstance(result, Perplexity) else result.model
-        row = [
-            name,
-            str(result.num_tokens),
-            f"{ours.perplexity:.3f} ± {ours.perplexity_stderr:.3f}",
-        ]
-        if not isinstance(result, Perplexity):
-            theirs, ends = result.reference, result.bootstrap
-            row += [
-                f"{theirs.perplexity:.3f} ± {theirs.perplexity_stderr:.3f}",
-                f"{result.nll_difference:+.4f}{_interval(ends['nll_difference'], '+.4f')}",
-                f"{result.kl:.4f}{_interval(ends['kl'], '.4f')}",
-                f"{result.top1_agreement:.1%}{_interval(ends['top1_agreement'], '.1%')}",
-            ]
-        table.add_row(*row)
-    Console(highlight=False).print(table)
+        text = f"{Path(name).name}\n{result.num_tokens} tokens"
+        if isinstance(result, Perplexity):
+            table.add_row(text, f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}")
+            continue
+        interval = _interval(result.bootstrap["nll_difference"], "+.4f").strip()
+        table.add_row(
+            text,
+            f"{result.model.perplexity:.3f}",
+            f"{result.reference.perplexity:.3f}",
+            f"{result.nll_difference:+.4f}\n{interval}",
+            f"{result.kl:.4f}",
+            f"{result.top1_agreement:.1%}",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    if not alone:
+        console.print("brackets: 95 % bootstrap interval, windows drawn anew", soft_wrap=True)
 
 
 def print_tasks(result: Evaluation) -> None:
     """One row per task and metric."""
-    from rich import box
     from rich.console import Console
     from rich.table import Table
 
@@ -88,20 +91,20 @@ def print_tasks(result: Evaluation) -> None:
 
     alone = result.settings["against"] is None
     title = f"{result.settings['model']} {result.settings['plan'] or ''}"
-    table = Table(title=title.strip(), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    table.add_column("task", no_wrap=True)
+    table = Table(title=title.strip(), box=None, padding=(0, 2, 0, 0))
+    table.add_column("task")
     headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in result.tasks.items():
         for metric, values in row.metrics.items():
             ours = score(values["converted"], values["converted_stderr"])
             if alone:
-                table.add_row(f"{name} {metric}", ours, str(row.num_items))
+                table.add_row(f"{name}\n{metric}", ours, str(row.num_items))
                 continue
             lost, won = values["only_original"], values["only_converted"]
             table.add_row(
-                f"{name} {metric}",
+                f"{name}\n{metric}",
                 score(values["original"], values["original_stderr"]),
                 ours,
                 score(values["kept"], values["kept_stderr"]),
