@@ -104,11 +104,11 @@ def test_grouped_and_converted_models_give_the_same_answers(folder: Path, tmp_pa
     tasks = find_tasks(["python_next_line", "python_line_end"], limit=5)
     runs = {"grouped": (folder, PLAN), "converted": (tmp_path / "converted", None)}
     found = {
-        name: evaluate_tasks(model, tasks, plan=plan, out=tmp_path / name, dtype="float32")
+        name: evaluate_tasks(model, tasks, plan=plan, out=tmp_path / f"of-{name}", dtype="float32")
         for name, (model, plan) in runs.items()
     }
     assert found["grouped"].tasks == found["converted"].tasks
-    one, two = (items_of(tmp_path / name, "python_next_line") for name in runs)
+    one, two = (items_of(tmp_path / f"of-{name}", "python_next_line") for name in runs)
     for mine, other in zip(one, two, strict=True):
         scores = [[score for score, _ in each["filtered_resps"]] for each in (mine, other)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-3)
