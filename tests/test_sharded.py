@@ -47,6 +47,7 @@ tokens = np.random.default_rng(0).integers(0, 128, (44, 24))
 
 def held():
     "Bytes of every tensor that is alive here."
+    gc.collect()
     alive = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
     stores = [o.untyped_storage() for o in alive if type(o) in (torch.Tensor, torch.nn.Parameter)]
     return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
@@ -175,7 +176,8 @@ def test_a_sharded_run_that_died_ends_with_the_same_bits(tiny_checkpoint, tmp_pa
 @pytest.mark.parametrize("options", [["--train", "lora", "--method", "distill"], []])
 def test_heal_writes_the_checkpoint_that_it_writes_without(tmp_path, options):
     arguments = ["--plan", "7+8", "--json", "--tokens", "2600", "--window", "128", "--steps", "2"]
-    arguments += ["--batch-size", "2", "--no-bf16", "--out-dtype", "float32", *options]
+    arguments += ["--batch-size", "2", "--micro-batch", "1", "--no-bf16"]
+    arguments += ["--learning-rate", "1e-3", "--out-dtype", "float32", *options]
     out, kept = tmp_path / "out", tmp_path / "kept"
     files = ["-o", str(out), "--keep-weights", str(kept)]
     done = launch(
@@ -187,11 +189,11 @@ def test_heal_writes_the_checkpoint_that_it_writes_without(tmp_path, options):
     alone = [str(model_folder()), *arguments, "-o", str(plain)]
     other = json.loads(CliRunner().invoke(heal_verb, alone, catch_exceptions=False).stdout)
     assert found["kl_after"] < found["kl_before"]
-    assert found["kl_after"] == pytest.approx(other["kl_after"], rel=1e-2)
+    assert found["kl_after"] == pytest.approx(other["kl_after"], rel=1e-4)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, plain))
     assert ours.keys() == theirs.keys()
     for name in ours:
-        assert torch.allclose(ours[name], theirs[name], atol=1e-4), name
+        assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5), name
     assert verify(out, kept, num_tokens=48, new_tokens=4).ok
     assert verify(out, model_folder(), num_tokens=48, new_tokens=4).ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out", "plain"]
