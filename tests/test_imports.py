@@ -32,7 +32,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "vocabulary",
         "timing",
     ),
-    ("deci",),
+    ("deci", "sharding"),
     ("load", "interventions", "runs", "losses", "recipe", "resume", "engines"),
     (  # the verbs
         "inspection",
