@@ -20,8 +20,9 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data", "quantizer", "hardware"),
-    ("scoring", "stats", "figures"),
+    ("scoring", "stats", "figures", "paired"),
     (
+        "accuracy",
         "fold",
         "grouped",
         "search",
@@ -43,6 +44,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "refit",
         "distill",
         "evaluate",
+        "harness",
         "bench",
     ),
     ("backends",),
@@ -65,7 +67,7 @@ ONLY = {
 ONLY_LAZILY = {"data": {"datasets"}}
 NEVER = {
     name: {"torch", "transformers"}
-    for name in ("search", "report", "findings", "stats", "front", "estimate", "timing")
+    for name in ("search", "report", "findings", "stats", "front", "estimate", "timing", "paired")
 }
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}

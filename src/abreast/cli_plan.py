@@ -165,6 +165,9 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 @click.option("--eval-data", default="stdlib", show_default=True, help="Text to evaluate on.")
 @click.option("--max-tokens", default=100_000, show_default=True, help="Of it, at most this many.")
 @click.option("--rounds", default=12, show_default=True, help="Interleaved rounds of timing.")
+@click.option("--tasks", help="Evaluate on these tasks as well, as for eval.")
+@click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
+@click.option("--limit", type=int, help="With --tasks: items of each.")
 @_with(_CALIBRATION)
 def optimize(
     model: str,
@@ -174,6 +177,9 @@ def optimize(
     eval_data: str,
     max_tokens: int,
     rounds: int,
+    tasks: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -181,6 +187,7 @@ def optimize(
 
     Every step leaves its file in OUT and is not done again; with another budget only what is new.
     """
+    from abreast.harness import find_tasks
     from abreast.optimize import Healing
     from abreast.optimize import optimize as run
     from abreast.recipe import Recipe
@@ -193,6 +200,11 @@ def optimize(
     if heal is not None:
         data = options["data"]
         healing = Healing(method=heal, data=data, recipe=recipe, candidates=candidates)
+    asked = None
+    if tasks is not None:
+        asked = find_tasks(
+            tasks.split(","), num_fewshot=num_fewshot, limit=limit, seed=options["seed"]
+        )
     found = _find(model, as_json, best=candidates, timed=True, **options)
     with progress_bar("optimize", as_json) as progress:
         result = run(
@@ -203,6 +215,7 @@ def optimize(
             data=eval_data,
             max_tokens=max_tokens,
             rounds=rounds,
+            tasks=asked,
             step=say,
             progress=progress,
             **{name: options[name] for name in ("window", "seed", *_PLACED)},
@@ -223,11 +236,19 @@ def optimize(
             f"{quality['nll_difference_stderr']:.4f} nats",
             "held-out KL": f"{quality['kl']:.4f} ± {quality['kl_stderr']:.4f} nats",
             "same top token": f"{quality['top1_agreement']:.1%}",
+            **_kept(result.tasks),
             "prefill": speed["prefill"]["verdict"],
             "decode": speed["decode"]["verdict"],
             "checkpoint": result.converted,
         }
     )
+
+
+def _kept(tasks: dict[str, Any] | None) -> dict[str, str]:
+    if tasks is None or tasks["kept_mean"] is None:
+        return {}
+    mean = f"{tasks['kept_mean']:.1%} ± {tasks['kept_mean_stderr']:.1%}"
+    return {"accuracy kept": f"{mean}, mean over {len(tasks['tasks'])} tasks"}
 
 
 def _find(

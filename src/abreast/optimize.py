@@ -6,8 +6,9 @@ A run folder holds
     front.json                every plan measured as a whole; another budget chooses anew from it
     profile.json              seconds per kind of stage, unless --hardware was named
     pareto.png                quality against depth, with the published ways to choose beside it
-    plans/NAME/               plan.yaml, why.md, converted/, verify.json, quality.json, speed.json;
-                              healed conversions and their files have a suffix
+    plans/NAME/               plan.yaml, why.md, converted/, verify.json, quality.json, speed.json,
+                              tasks.json if asked; healed conversions and their files have a suffix
+    tasks/                    every answer to every task (see harness.py)
     results.json              the last call's numbers, all of them
 """
 
@@ -28,6 +29,7 @@ from abreast.data import CALIBRATION, HELD_OUT, load_tokens
 from abreast.errors import AbreastError
 from abreast.evaluate import compare
 from abreast.front import explain
+from abreast.harness import Tasks, evaluate_tasks
 from abreast.heal import heal
 from abreast.load import load
 from abreast.plan import Plan
@@ -53,7 +55,7 @@ class Healing:
 
 @dataclass(frozen=True)
 class Optimized:
-    """What `optimize` did. verification, quality and speed are what the verbs' JSON has.
+    """What `optimize` did. verification, quality, speed and tasks are what the verbs' JSON has.
 
     plan: the one that was kept, another than planned.plan where that one heals better. healed: for
     every plan that was healed, KL before and after, on text that healing did not see.
@@ -67,6 +69,7 @@ class Optimized:
     verification: dict[str, Any]
     quality: dict[str, Any]
     speed: dict[str, Any]
+    tasks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "planned": self.planned.to_dict()}
@@ -88,6 +91,7 @@ def optimize(
     rounds: int = 12,
     context: int = 128,
     new_tokens: int = 64,
+    tasks: Tasks | None = None,
     seed: int = 0,
     step: Step = lambda message: None,
     progress: Progress | None = None,
@@ -96,8 +100,9 @@ def optimize(
 
     healing: heal the chosen plan and the next best ones, and go on with the one that is nearest to
     the original afterwards, on text that healing did not see. data, max_tokens, window: of the
-    evaluation against the original. rounds, context, new_tokens: of the timing, at batch 1. Every
-    step leaves a file in out/plans/NAME and is skipped where that file rests on the same settings.
+    evaluation against the original. rounds, context, new_tokens: of the timing, at batch 1. tasks:
+    from `harness.find_tasks`, to put to both models as well. Every step leaves a file in
+    out/plans/NAME and is skipped where that file rests on the same settings.
     Raises AbreastError as the verbs do, and when the conversion does not pass its verification.
     """
     stats = planned.front.stats
@@ -175,6 +180,22 @@ def optimize(
 
     scored = {"data": data, "max_tokens": max_tokens, "window": window}
     timing = {"rounds": rounds, "context": context, "new_tokens": new_tokens}
+    asked = None
+    if tasks is not None:
+        asked = evaluate_tasks(
+            target,
+            tasks,
+            against=model,
+            out=Path(out) / "tasks",
+            batch_size=8,
+            against_revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            device=device,
+            step=step,
+            progress=progress,
+        ).to_dict()
+        write(folder / f"tasks{suffix}.json", json.dumps(asked, indent=1) + "\n")
     result = Optimized(
         planned=planned,
         plan=plan.shorthand,
@@ -184,6 +205,7 @@ def optimize(
         verification=resumed("verify", {}, verified),
         quality=resumed("quality", scored, evaluated),
         speed=resumed("speed", timing, timed),
+        tasks=asked,
     )
     write(Path(out) / "results.json", json.dumps(result.to_dict(), indent=1) + "\n")
     return result
