@@ -20,7 +20,9 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data", "quantizer", "hardware"),
-    ("scoring", "stats", "figures"),
+    ("scoring", "stats", "figures", "manifest"),
+    ("records", "charts", "diagram"),
+    ("card",),
     (
         "fold",
         "grouped",
@@ -43,13 +45,15 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "refit",
         "distill",
         "evaluate",
+        "samples",
         "bench",
+        "push",
     ),
     ("backends",),
-    ("demo", "heal", "planning"),
+    ("demo", "heal", "planning", "environment"),
     ("optimize",),
     ("tables", "options"),
-    ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
+    ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run", "cli_share"),
     ("cli",),
 )
 FLOOR_OF = {name: height for height, floor in enumerate(FLOORS) for name in floor}
@@ -65,7 +69,10 @@ ONLY = {
 ONLY_LAZILY = {"data": {"datasets"}}
 NEVER = {
     name: {"torch", "transformers"}
-    for name in ("search", "report", "findings", "stats", "front", "estimate", "timing")
+    for name in (
+        *("search", "report", "findings", "stats", "front", "estimate", "timing"),
+        *("records", "charts", "diagram", "card"),
+    )
 }
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}
