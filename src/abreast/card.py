@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from abreast.diagram import describe
 from abreast.errors import AbreastError
 from abreast.records import Conversion
@@ -257,7 +259,7 @@ def _original_metadata(source: str, revision: str | None) -> dict[str, Any]:
         return {}
     try:
         data = ModelCard.load(path).data.to_dict()
-    except (OSError, ValueError, AttributeError):  # a card may hold anything
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):  # it may hold anything
         return {}
     return {key: data[key] for key in _INHERITED if isinstance(data.get(key), str | list)}
 

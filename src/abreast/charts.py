@@ -145,15 +145,20 @@ def groups_chart(rows: Sequence[Row]) -> Chart:
     """
     import altair as alt
 
+    shifts: list[float] = []
+    beside: dict[int, int] = {}  # groups that begin at the same layer stand side by side
+    for row in rows:
+        beside[row["first"]] = beside.get(row["first"], -1) + 1
+        shifts.append(0.15 * beside[row["first"]])
     points = [
         {
             "group": row["group"],
-            "first": row["first"],
+            "first": row["first"] + shift,
             **_bar(row["kl"], row["kl_stderr"], logarithmic=True),
             "exact": number(row["kl"], row["kl_stderr"]),
             "use": "in the plan" if row["chosen"] else "not in the plan",
         }
-        for row in rows
+        for row, shift in zip(rows, shifts, strict=True)
     ]
     axis = alt.Y("value:Q").title("KL alone (nats per token)").scale(type="log")
     axis = axis.axis(format="~g", tickCount=6)
@@ -239,6 +244,7 @@ def speed_chart(rows: Sequence[Row]) -> Chart:
     import altair as alt
 
     axis = alt.X("ratio:Q").title("speed against the original (1 = the same)")
+    axis = axis.axis(tickCount=5)
     base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
         y=alt.Y("phase:N").title(None).axis(ticks=False, domain=False),
         tooltip=[

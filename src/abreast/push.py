@@ -66,12 +66,12 @@ def push(out: str | Path, repo: str, *, private: bool = False) -> str:
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    upload = prepare(out, repo, private=private)
-    write_card(read_conversion(out))
     if constants.is_offline_mode():
         raise AbreastError("HF_HUB_OFFLINE is set; unset it to push")
     if get_token() is None:
         raise AbreastError("no token for the Hugging Face Hub; run `hf auth login` or set HF_TOKEN")
+    upload = prepare(out, repo, private=private)
+    write_card(read_conversion(out))
     api = HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)

@@ -156,7 +156,7 @@ def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
                 "high": after["ratio_high"],
                 "verdict": row["verdict"],
                 "about": f"batch {row['batch_size']}, context {row['context']}, {row['dtype']}, "
-                f"{row['device']}, {row['threads']} threads, {row['rounds']} rounds",
+                f"{row['device']}, {row['threads']} CPU threads, {row['rounds']} rounds",
             }
         )
     return found
@@ -225,13 +225,10 @@ def _tiles(conversion: Conversion) -> list[tuple[str, str, str]]:
     share = f"{plan.num_layers - plan.depth} of {plan.num_layers} steps fewer"
     found = [("effective depth", f"{plan.num_layers} → {plan.depth}", share)]
     if quality is not None:
-        nats = "nats per token"
-        loss = number(quality["nll_difference"], quality["nll_difference_stderr"])
-        found += [
-            ("loss increase", loss, nats),
-            ("KL divergence", number(quality["kl"], quality["kl_stderr"]), nats),
-            ("same top token", f"{quality['top1_agreement']:.1%}", "of the predictions"),
-        ]
+        for heading, key in (("loss increase", "nll_difference"), ("KL divergence", "kl")):
+            value, _, error = number(quality[key], quality[f"{key}_stderr"]).partition(" ± ")
+            found.append((heading, value, f"± {error} nats per token" if error else "nats"))
+        found.append(("same top token", f"{quality['top1_agreement']:.1%}", "of the predictions"))
     for row in speed_rows(conversion):
         known = not row["verdict"].startswith("too few")
         ratio = f"{row['ratio']:.2f}x" if known else "unknown"
@@ -256,7 +253,7 @@ def _samples(conversion: Conversion) -> list[dict[str, Any]]:
                 "note": (
                     f"Both wrote the same {each['new_tokens'][0]} tokens."
                     if first is None
-                    else f"The first {first} tokens agree; from there on the texts differ (marked)."
+                    else f"The first difference, marked, is at token {first + 1}."
                 ),
                 "texts": [
                     (model, each[model][:shared], each[model][shared:])
