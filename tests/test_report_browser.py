@@ -91,7 +91,7 @@ def test_colours_follow_the_scheme(opened):
     def paint(page: Page) -> list[str]:
         return page.evaluate(
             """() => [getComputedStyle(document.body).backgroundColor,
-                 ...['.role-axis-label text', '.mark-line path', '.background'].map(s => {
+                 ...['.role-axis-label text', '.mark-line path', '.role-legend-label text'].map(s => {
                    const style = getComputedStyle(document.querySelector('#chart-depth-kl ' + s));
                    return s === '.mark-line path' ? style.stroke : style.fill; })]"""
         )
