@@ -38,7 +38,7 @@ for verb in (
     *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
     cli_heal.heal,
     *(cli_speed.bench, cli_speed.estimate),
-    *(cli_run.demo,),
+    *(cli_run.demo, cli_run.play),
 ):
     cli.add_command(verb)
 
