@@ -41,6 +41,7 @@ _FOOT = (
     "<code>abreast bench</code> measures speed with its uncertainty."
 )
 _NOT_MADE = "waiting for a prompt"
+_STOPPED = '<span class="ab-stopped">Stopped.</span>'
 
 
 def gradio() -> Any:
@@ -132,7 +133,7 @@ def page(models: Models) -> Any:
                     label="Prompt",
                     info="Both models go on from here. Shift and Enter run it.",
                     lines=3,
-                    max_lines=12,
+                    max_lines=8,
                     elem_id="ab-prompt",
                 )
                 with gr.Row(elem_id="ab-buttons"):
@@ -175,7 +176,7 @@ def page(models: Models) -> Any:
             )
             for event in (go.click, prompt.submit)
         ]
-        stop.click(lambda: "Stopped.", None, status, cancels=runs, queue=False, **hidden)
+        stop.click(lambda: _STOPPED, None, status, cancels=runs, queue=False, **hidden)
     return blocks
 
 

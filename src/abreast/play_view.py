@@ -29,10 +29,10 @@ def about(run: Run, choice: Choice) -> str:
     rows.append(("Plan", f"<code>{escape(plan.shorthand)}</code>" if plan.groups else "none"))
     if choice.healed is not None and "kl_after" in choice.healed:
         before, after = (choice.healed.get(key) for key in ("kl_before", "kl_after"))
-        rows.append(("KL, healed", f"{_number(before)} → {_number(after)} nats per token"))
+        rows.append(("KL, healed", f"{_number(before)} → {_number(after)} nats/token"))
     if cost is not None:
         label = "Expected KL" if choice.healed is None else "KL before healing"
-        rows.append((label, f"{cost.kl:.5f} ± {cost.kl_stderr:.5f} nats per token"))
+        rows.append((label, f"{cost.kl:.5f} ± {cost.kl_stderr:.5f} nats/token"))
         rows.append(("Perplexity", f"{cost.ppl_increase:+.2%} on {cost.tokens:,} tokens"))
     elif plan.groups:
         rows.append(("Expected KL", "not measured"))
@@ -142,8 +142,8 @@ def answer(
     speed = "" if math.isnan(found.tokens_per_second) else f"{found.tokens_per_second:,.1f}"
     figures = (
         f'<p class="ab-speed"><strong>{speed or "–"}</strong> tokens/s</p>'
-        f'<p class="ab-small">{_count(len(found.tokens))}, '
-        f"first after {found.prefill * 1000:,.0f} ms</p>"
+        f'<p class="ab-small">{_count(len(found.tokens))}</p>'
+        f'<p class="ab-small">first after {found.prefill * 1000:,.0f} ms</p>'
     )
     text = escape(parts.same)
     if place is not None and place < len(found.tokens):
