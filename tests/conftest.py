@@ -129,6 +129,7 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     (model / "tokenizer.json").write_text(tokenizer.to_str())
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "generation_config.json").write_text("{}")  # no token ends a text
     tokens = np.random.default_rng(0).integers(128, size=256)
     found = calibrate(
         model,

@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -84,7 +85,7 @@ def test_segments_never_cut_a_character():
 
 def test_run_offers_original_conversion_and_grouped_plans(playable_run, models):
     run = models.run
-    assert run.depths == (4, 5, 6) and run.num_layers == 6
+    assert run.depths == (4, 5, 6) and run.first == 4 and run.num_layers == 6
     assert [choice.way for choice in run.at(4)] == ["converted checkpoint", "grouped in memory"]
     assert [choice.way for choice in run.at(5)] == ["grouped in memory"]
     assert [choice.way for choice in run.at(6)] == ["the original again"]
@@ -98,6 +99,9 @@ def test_run_offers_original_conversion_and_grouped_plans(playable_run, models):
 def test_depths_without_a_plan_give_the_nearest():
     plans = [Plan(num_layers=8), Plan.parse("2+3+4", 8), Plan.parse("1+2+3 4+5+6", 8)]
     run = Run("m", tuple(Choice(plan) for plan in plans))
+    assert run.first == 4
+    made = replace(run, choices=(*run.choices, Choice(plans[1], folder=Path("converted"))))
+    assert made.first == 6
     assert [run.at(depth)[0].plan.depth for depth in (8, 7, 6, 5, 4, 1)] == [8, 6, 6, 4, 4, 4]
 
 

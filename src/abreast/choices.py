@@ -67,6 +67,12 @@ class Run:
         """Every depth there is, rising; the last one is the original's."""
         return tuple(sorted({choice.plan.depth for choice in self.choices}))
 
+    @property
+    def first(self) -> int:
+        """The depth to begin with: the least that has a conversion, or the least of all."""
+        made = [choice.plan.depth for choice in self.choices if choice.folder is not None]
+        return min(made, default=self.depths[0])
+
     def at(self, depth: float) -> tuple[Choice, ...]:
         """The choices of the depth that is nearest."""
         near = min(self.depths, key=lambda each: (abs(each - depth), each))

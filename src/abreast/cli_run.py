@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import webbrowser
-
 import click
 
 from abreast.options import (
@@ -81,6 +78,9 @@ def play(
 
     RUN is a folder that `abreast plan` or `abreast optimize` left, or a converted checkpoint.
     """
+    import threading
+    import webbrowser
+
     from abreast.choices import read_run
     from abreast.play import open_models
     from abreast.play_page import gradio, page, serve

@@ -61,7 +61,7 @@ def page(models: Models) -> Any:
     """The page as gradio Blocks, not yet served."""
     gr, run = gradio(), models.run
     chat = bool(getattr(models.tokenizer, "chat_template", None))
-    first = run.at(run.depths[0])
+    first = run.at(run.first)
 
     def chosen(depth: float, place: int | None) -> Choice:
         there = run.at(depth)
@@ -111,7 +111,7 @@ def page(models: Models) -> Any:
                 low, high = run.depths[0], run.depths[-1]
                 depth = gr.Slider(
                     *(low, high),
-                    value=low,
+                    value=run.first,
                     step=1,
                     label="Effective depth",
                     info=f"{high} is the original; to the left, more layers run abreast",
