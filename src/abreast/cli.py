@@ -40,7 +40,7 @@ for verb in (
     cli_heal.heal,
     *(cli_speed.bench, cli_speed.estimate),
     *(cli_share.report, cli_share.push),
-    *(cli_run.demo,),
+    *(cli_run.demo, cli_run.play),
 ):
     cli.add_command(verb)
 
