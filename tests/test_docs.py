@@ -11,6 +11,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,6 @@ from test_imports import FLOORS
 
 import abreast
 from abreast.cli import cli, main
-from abreast.convert import convert
-from abreast.demo import model_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
@@ -390,9 +389,9 @@ def test_table_of_the_demo_is_what_the_demo_prints(capsys):
 @pytest.fixture(scope="session")
 def models(tiny_checkpoint, tmp_path_factory) -> Callable[[int], Path]:
     """Random checkpoints with the bundled model's tokenizer, whose layers add little: 16 or 32."""
-    import shutil
-
     from safetensors.torch import load_file, save_file
+
+    from abreast.demo import model_folder
 
     made: dict[int, Path] = {}
 
@@ -463,11 +462,19 @@ def labels(output: str) -> list[str]:
     return [re.split(r"\s{2,}", line)[0] for line in output.strip().splitlines()]
 
 
+NOTHING_RUNS_HERE = {"CONTRIBUTING.md"}  # its commands start these tests
+QUICK = {"docs/theory.md", "docs/faq.md"}
 RUNNABLE = [page for page in PAGES if any(b.language in SHELL | {"python"} for b in blocks(page))]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in RUNNABLE if page != "CONTRIBUTING.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page in QUICK else pytest.mark.slow)
+        for page in RUNNABLE
+        if page not in NOTHING_RUNS_HERE
+    ],
+)
 def test_page_runs(page, models, tmp_path, monkeypatch, capsys):
     """Every command leaves with status 0; where a page shows an output, ours has the same rows."""
     import transformers.dynamic_module_utils as remote
@@ -482,7 +489,7 @@ def test_page_runs(page, models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     model = models(LAYERS.get(page, 16))
     for name in CONVERTED.get(page, ()):
-        convert(model, "5+6 7+8", name)
+        abreast.convert(model, "5+6 7+8", name)
     for name in PLANS.get(page, ()):
         abreast.Plan.parse("5+6 7|8", num_layers=16).save(name)
     runner, output, expected = Runner(model, monkeypatch, capsys), "", 0
