@@ -18,6 +18,7 @@ SHELL = {"sh", "bash", "shell", "console"}
 SHOWN = {"text", "yaml"}  # languages of blocks that are no programs
 
 # Appended to a command when it is run, so that it is quick; the last of two equal options counts.
+# A key may name an option as well, "eval --tasks": the longest key that is in the command is taken.
 SHORTER = {
     "eval": "--max-tokens 600 --window 64 --stride 64",
     "verify": "--tokens 16",
@@ -156,6 +157,12 @@ def words_of(command: str) -> list[str]:
 
 def normal(command: str) -> str:
     return " ".join(words_of(command))
+
+
+def shortened(words: list[str]) -> list[str]:
+    """What is appended to a command of ours, given without its leading "abreast"."""
+    keys = [key for key in SHORTER if set(key.split()) <= set(words) and words[0] in key.split()]
+    return SHORTER[max(keys, key=len)].split() if keys else []
 
 
 def all_commands() -> list[tuple[Block, str]]:

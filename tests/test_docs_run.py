@@ -23,12 +23,12 @@ from documents import (
     PROGRAMS_ELSEWHERE,
     ROOT,
     SHELL,
-    SHORTER,
     SMALLER,
     Block,
     blocks,
     commands,
     normal,
+    shortened,
     words_of,
 )
 
@@ -85,9 +85,7 @@ class Runner:
         places = {"MODEL": str(self.model), "ORIGINAL": str(self.model)}
         places |= {f"${name}": value for name, value in self.variables.items()}
         words = [places.get(word, word) for word in words_of(command)][1:]
-        self.monkeypatch.setattr(
-            sys, "argv", ["abreast", *words, *SHORTER.get(words[0], "").split()]
-        )
+        self.monkeypatch.setattr(sys, "argv", ["abreast", *words, *shortened(words)])
         self.capsys.readouterr()
         with pytest.raises(SystemExit) as left:
             main()
