@@ -11,7 +11,7 @@ IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
 BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench clean
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,8 +45,11 @@ bench: $(VENV)/.dev .venv-vllm/.ready ## run the scripts in benchmarks/ but heal
 	@set -e; for script in $(wildcard benchmarks/vllm_*.py); do \
 	  echo "== $$script"; $(IN_VLLM) $$script; done
 
+docs: $(VENV)/.dev ## build the site into site/; read it at site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## remove the virtual environments, build outputs and caches
-	rm -rf $(VENV) .venv-gguf .venv-vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gguf .venv-vllm build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
