@@ -11,7 +11,7 @@ IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
 BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench clean
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,7 +19,7 @@ help: ## list the targets
 demo: $(VENV)/.core ## convert and measure the bundled model (core dependencies only)
 	$(BIN)/abreast demo
 
-test: $(VENV)/.dev ## run all tests, those against real engines included
+test: $(VENV)/.browser ## run all tests, those against real engines included
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-engines
 
@@ -45,8 +45,11 @@ bench: $(VENV)/.dev .venv-vllm/.ready ## run the scripts in benchmarks/ but heal
 	@set -e; for script in $(wildcard benchmarks/vllm_*.py); do \
 	  echo "== $$script"; $(IN_VLLM) $$script; done
 
+docs: $(VENV)/.dev ## build the site into site/; read it at site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean: ## remove the virtual environments, build outputs and caches
-	rm -rf $(VENV) .venv-gguf .venv-vllm build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gguf .venv-vllm build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
@@ -67,6 +70,14 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# The pages are tested in a real browser: the machine's own, else one that playwright fetches.
+$(VENV)/.browser: $(VENV)/.dev
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	  command -v google-chrome >/dev/null || $(BIN)/python -m playwright install --only-shell chromium || { \
+	  echo "the tests of the HTML pages need a browser (on Debian: apt install chromium);" >&2; \
+	  echo "make test-fast runs without one" >&2; exit 1; }
 	@touch $@
 
 # llama.cpp's quantiser comes as source only (see the file), and vLLM compiles its graphs.

