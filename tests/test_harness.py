@@ -449,3 +449,22 @@ def test_the_bundled_model_is_clearly_above_chance(tmp_path: Path) -> None:
         chance = 0.25 if name in ("python_brackets", "python_entry", "python_next_line") else 0.0
         assert row.converted - 3 * (row.converted_stderr or 0) > chance, name
         assert row.truncated == 0
+
+
+@pytest.mark.slow
+def test_optimize_leaves_the_scores_beside_the_conversion(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = "--windows 8 --window 32 --per-group 1 --max-tokens 600 --rounds 1 --no-baselines"
+    words = f"optimize {folder} -o {tmp_path} --depth 5 {small} --no-plots".split()
+    asked = ["--tasks", "python_entry", "--limit", "2"]
+    monkeypatch.setattr(sys, "argv", ["abreast", *words, *asked])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert not left.value.code
+    (file,) = tmp_path.glob("plans/*/tasks.json")
+    found = json.loads(file.read_text())
+    assert {"tasks", "kept_mean", "settings"} <= set(found)
+    row = found["tasks"]["python_entry"]
+    assert row["num_items"] == 2 and row["original"] is not None and "p_value" in row
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"] == found
