@@ -193,6 +193,7 @@ def test_wrong_folders(tmp_path, run):
         ("front.json", "[]"),
         ("baselines.json", '{"plans": [{"kl": "much"}]}'),
         (f"plans/{NAME}/quality.json", '{"result": 7}'),
+        (f"plans/{NAME}/speed.json", '{"result": {}}'),
         (f"plans/{NAME}/converted/abreast.json", "\x00"),
     ],
 )

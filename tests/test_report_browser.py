@@ -90,10 +90,12 @@ def test_every_plot_is_drawn_and_nothing_overflows(opened, scheme, size):
 def test_colours_follow_the_scheme(opened):
     def paint(page: Page) -> list[str]:
         return page.evaluate(
-            """() => [getComputedStyle(document.body).backgroundColor,
-                 ...['.role-axis-label text', '.mark-line path', '.role-legend-label text'].map(s => {
-                   const style = getComputedStyle(document.querySelector('#chart-depth-kl ' + s));
-                   return s === '.mark-line path' ? style.stroke : style.fill; })]"""
+            """() => {
+              const style = (s) => getComputedStyle(document.querySelector(s));
+              const within = (s) => style('#chart-depth-kl ' + s);
+              return [style('body').backgroundColor, within('.role-axis-label text').fill,
+                within('.mark-line path').stroke, within('.role-legend-label text').fill];
+            }"""
         )
 
     light, dark = paint(opened("light")), paint(opened("dark"))
@@ -129,7 +131,7 @@ def test_keyboard(opened):
 
 def test_tooltips_and_legend(opened):
     page = opened()
-    page.locator("#chart-depth-kl .mark-symbol.layer_2_marks path").first.hover()
+    page.locator("#chart-depth-kl .mark-symbol.role-mark path").first.hover()
     tip = page.locator("#vg-tooltip-element")
     tip.wait_for(state="visible")
     assert "chosen by" in tip.inner_text() and "planner" in tip.inner_text()

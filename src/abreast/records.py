@@ -15,6 +15,13 @@ from abreast.plan import Plan
 from abreast.stats import FILE, Stats
 
 MANIFEST = "abreast.json"
+_NEEDED = {  # without these a result is none
+    "verify": {"ok", "faults", "healed", "uncached"},
+    "quality": {"model", "reference", "nll_difference", "kl", "top1_agreement", "num_tokens"},
+    "speed": {"prefill", "decode"},
+    "samples": {"samples"},
+    "tasks": {"tasks"},
+}
 
 
 @dataclass(frozen=True)
@@ -208,6 +215,8 @@ def _conversion(folder: Path, suffix: str) -> Conversion:
             return None
         inner, settings = found.get("result", found), found.get("rests_on", {})
         if not isinstance(inner, dict) or not isinstance(settings, dict):
+            raise _damaged(path)
+        if not inner.keys() >= _NEEDED.get(name, set()):
             raise _damaged(path)
         settings = {key: settings[key] for key in settings if key not in ("model", "files")}
         return {"settings": settings, **inner}
