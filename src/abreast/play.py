@@ -22,7 +22,7 @@ import torch
 from abreast.choices import Choice, Run
 from abreast.errors import AbreastError
 from abreast.evaluate import check_tokenizers
-from abreast.grouped import decoder_layers, grouped
+from abreast.grouped import grouped
 from abreast.load import keeps_last, load
 from abreast.plan import Plan
 
@@ -55,7 +55,6 @@ def open_models(
     original, tokenizer = load(run.model, trust_remote_code=trust_remote_code, **options)
     if tokenizer is None:
         raise AbreastError(f"'{run.model}' has no tokenizer; give a folder with its files")
-    decoder_layers(original)
     _warm(original)
     held: dict[Path, Any] = {}
     lock = threading.RLock()
