@@ -37,8 +37,11 @@ SMALLER = {
         'recipe=Recipe(train="lora", steps=2, batch_size=2, micro_batch=2), tokens=4000, window=64'
     ),
 }
-# What lies in a page's folder when it begins: converted checkpoints of MODEL and plan files.
-CONVERTED = {"docs/serving.md": ("OUT",), "docs/speed.md": ("CONVERTED",)}
+# What is there before a page begins: commands that are run first, and plan files.
+BEFORE = {
+    "docs/serving.md": ('abreast convert MODEL --plan "5+6 7+8" -o OUT',),
+    "docs/speed.md": ('abreast convert MODEL --plan "5+6 7+8" -o CONVERTED',),
+}
 PLANS = {"docs/healing.md": ("PLAN.yaml",)}
 LAYERS = {"docs/speed.md": 32}  # of MODEL, where it is not 16
 

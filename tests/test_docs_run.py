@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from documents import (
     ASSIGNMENT,
-    CONVERTED,
+    BEFORE,
     ELSEWHERE,
     LAYERS,
     PAGES,
@@ -151,11 +151,12 @@ RUNNABLE = [page for page in PAGES if any(b.language in SHELL | {"python"} for b
 def test_page_runs(page, models, in_page, monkeypatch, capsys):
     """Every command leaves with status 0; where a page shows an output, ours has the same rows."""
     model = models(LAYERS.get(page, 16))
-    for name in CONVERTED.get(page, ()):
-        abreast.convert(model, "5+6 7+8", name)
     for name in PLANS.get(page, ()):
         abreast.Plan.parse("5+6 7|8", num_layers=16).save(name)
-    runner, output, expected = Runner(model, monkeypatch, capsys), "", 0
+    runner = Runner(model, monkeypatch, capsys)
+    for command in BEFORE.get(page, ()):
+        runner.run(Block(page, 0, "sh", ""), command)
+    runner.ran, output, expected = 0, "", 0
     for block in blocks(page):
         if block.language in SHELL:
             for command in commands(block.text):
