@@ -24,6 +24,7 @@ from abreast.errors import AbreastError
 from abreast.harness import FOLDER, OFFLINE, evaluate_tasks, find_tasks
 from abreast.load import load_tokenizer
 from abreast.paired import mcnemar
+from abreast.plan import Plan
 
 SUITE = (
     *("python_attribute", "python_brackets", "python_entry"),
@@ -183,7 +184,7 @@ def test_resumes_per_task_and_shares_the_original(
     original = harness.load
 
     def counted(model: Any, **options: Any) -> Any:
-        loads.append(options["plan"])
+        loads.append(options["plan"] and options["plan"].shorthand)
         return original(model, **options)
 
     monkeypatch.setattr(harness, "load", counted)
@@ -320,7 +321,10 @@ def test_unknown_and_distant_tasks_are_refused_before_the_model(
 
 
 def test_command_line(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["abreast", "eval", str(folder), *arguments])
@@ -329,9 +333,12 @@ def test_command_line(
         printed = capsys.readouterr()
         return int(left.value.code or 0), printed.out, printed.err
 
-    few = ("--tasks", "python_entry, python_last_name", "--limit", "3", "--plan", PLAN)
+    Plan.parse(PLAN, 6).save(tmp_path / "plan.yaml")
+    plan = ("--plan", str(tmp_path / "plan.yaml"))
+    few = ("--tasks", "python_entry, python_last_name", "--limit", "3", *plan)
     status, out, _ = run(*few, "--against", str(folder), "--json")
     assert status == 0
+    assert json.loads(out)["settings"]["plan"] == PLAN
     assert set(json.loads(out)["tasks"]) == {"python_entry", "python_last_name"}
     status, out, _ = run(*few, "--against", str(folder))
     assert status == 0 and "only one" in out and "perplexity" in out

@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from abreast.accuracy import Answers, Evaluation, kept_mean, row_of, stderr_of, together
-from abreast.checkpoint import resolve, sha256_of
+from abreast.checkpoint import open_checkpoint, resolve, sha256_of
 from abreast.errors import AbreastError
+from abreast.families import num_layers_of
 from abreast.load import inference, load
 from abreast.plan import Plan
 from abreast.runs import model_hash, open_run, write
@@ -168,10 +169,9 @@ def evaluate_tasks(
     num_models = 1 if against is None else 2
     done = 0
 
-    def answers(source: str | Path, chosen: Plan | str | None, which: str | None) -> dict[str, Any]:
+    def answers(folder: Path, chosen: Plan | None) -> dict[str, Any]:
         nonlocal done
         found = {}
-        folder, _ = resolve(source, revision=which)
         kept = None if out is None else _folder(Path(out), folder, chosen, settings)
         ask = functools.cache(
             lambda: _model(folder, chosen, trust_remote_code=trust_remote_code, **given)
@@ -180,7 +180,8 @@ def evaluate_tasks(
             text = tasks.fingerprints[name]
             saved = None if kept is None else _saved(kept, name, text)
             if saved is None:
-                step(f"{Path(source).name}{f' under {chosen}' if chosen else ''}: {name}")
+                under = f" under {chosen.shorthand}" if chosen else ""
+                step(f"{folder.resolve().name}{under}: {name}")
                 saved, samples = _run(ask(), name, task, tasks, step)
                 if kept is not None:
                     _save(kept, name, text, saved, samples)
@@ -190,8 +191,12 @@ def evaluate_tasks(
                 progress(done, num_models * len(tasks.loaded))
         return {row: together([found[part] for part in parts]) for row, parts in tasks.rows.items()}
 
-    theirs = None if against is None else answers(against, None, against_revision)
-    ours = answers(model, plan, revision)
+    folder, _ = resolve(model, revision=revision)
+    grouping = _plan(folder, plan)
+    theirs = None
+    if against is not None:
+        theirs = answers(resolve(against, revision=against_revision)[0], None)
+    ours = answers(folder, grouping)
     rows = {
         name: row_of(name, ours[name], None if theirs is None else theirs[name], tasks.seed)
         for name in tasks.rows
@@ -199,7 +204,7 @@ def evaluate_tasks(
     mean, stderr = kept_mean(rows)
     about: dict[str, Any] = {
         "model": str(model),
-        "plan": None if plan is None else str(getattr(plan, "shorthand", plan)),
+        "plan": None if grouping is None else grouping.shorthand,
         "against": None if against is None else str(against),
         **settings,
         "tasks": {name: {"sha256": text} for name, text in tasks.fingerprints.items()},
@@ -322,13 +327,21 @@ def _versions() -> dict[str, str]:
     return {"abreast": __version__, **{name: version(name) for name in names}}
 
 
-def _folder(out: Path, model: Path, plan: Plan | str | None, settings: dict[str, Any]) -> Path:
+def _plan(folder: Path, plan: Plan | str | None) -> Plan | None:
+    """The plan itself: a file's name says nothing about what is in it."""
+    if not isinstance(plan, str):
+        return plan
+    config = open_checkpoint(folder).config
+    return Plan.read(plan, num_layers_of(config.get("text_config", config)))
+
+
+def _folder(out: Path, model: Path, plan: Plan | None, settings: dict[str, Any]) -> Path:
     """The folder of a model's answers, its name made of everything that they depend on."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     identity = {
         "model": model_hash(model),
         "tokenizer": {n: sha256_of(model / n) for n in names if (model / n).is_file()},
-        "plan": None if plan is None else str(getattr(plan, "shorthand", plan)),
+        "plan": None if plan is None else plan.shorthand,
         **settings,
     }
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -336,7 +349,7 @@ def _folder(out: Path, model: Path, plan: Plan | str | None, settings: dict[str,
 
 
 def _model(
-    folder: Path, plan: Plan | str | None, *, batch_size: int, add_bos: bool | None, **options: Any
+    folder: Path, plan: Plan | None, *, batch_size: int, add_bos: bool | None, **options: Any
 ) -> Any:
     """The harness's own model class around ours."""
     model, tokenizer = load(folder, plan=plan, **options)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abreast.checkpoint import CheckpointError, open_checkpoint, resolve
-from abreast.grouped import apply
+from abreast.grouped import apply, decoder_layers
 from abreast.plan import Plan
 
 if TYPE_CHECKING:
@@ -31,8 +31,9 @@ def load(
     """Load a model and its tokenizer; return (model, tokenizer), the tokenizer None if it has none.
 
     model: folder or Hugging Face id of an original or a converted checkpoint. plan: run it grouped
-    under this plan. dtype: "auto" keeps that of the checkpoint. Code inside the checkpoint never
-    runs unless trust_remote_code is set; converted checkpoints need none of it here.
+    under this plan, which may also be the path of a plan file. dtype: "auto" keeps that of the
+    checkpoint. Code inside the checkpoint never runs unless trust_remote_code is set; converted
+    checkpoints need none of it here.
     Raises AbreastError for whatever the user can mend.
     """
     import transformers
@@ -58,7 +59,8 @@ def load(
     _complain(folder, report)
     loaded = loaded.to(target).eval()
     if plan is not None:
-        apply(loaded, plan)
+        read = Plan.read(plan, len(decoder_layers(loaded))) if isinstance(plan, str) else plan
+        apply(loaded, read)
     return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
