@@ -19,7 +19,7 @@ help: ## list the targets
 demo: $(VENV)/.core ## convert and measure the bundled model (core dependencies only)
 	$(BIN)/abreast demo
 
-test: $(VENV)/.dev ## run all tests, those against real engines included
+test: $(VENV)/.browser ## run all tests, those against real engines included
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-engines
 
@@ -70,6 +70,14 @@ $(VENV)/.core: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@
+
+# The pages are tested in a real browser: the machine's own, else one that playwright fetches.
+$(VENV)/.browser: $(VENV)/.dev
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	  command -v google-chrome >/dev/null || $(BIN)/python -m playwright install --only-shell chromium || { \
+	  echo "the tests of the HTML pages need a browser (on Debian: apt install chromium);" >&2; \
+	  echo "make test-fast runs without one" >&2; exit 1; }
 	@touch $@
 
 # llama.cpp's quantiser comes as source only (see the file), and vLLM compiles its graphs.

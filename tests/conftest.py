@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,44 @@ def _save(
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size="100KB" if sharded else "1GB"
     )
+
+
+@pytest.fixture(scope="session")
+def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder as `abreast plan` leaves it: six random layers, a front of two depths.
+
+    The cheapest plan of depth 4 has a conversion, that of depth 5 has none. The model's name holds
+    HTML, and its tokenizer knows 128 single bytes. Copy the folder before changing it.
+    """
+    import numpy as np
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from abreast.convert import convert
+    from abreast.data import TokenStream
+    from abreast.front import Budget
+    from abreast.measure import calibrate
+    from abreast.planning import find_plan
+
+    root = tmp_path_factory.mktemp("play")
+    model, run = root / "a <b>bold ${1+1}", root / "run"
+    shutil.copytree(tiny_checkpoint(), model)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    (model / "tokenizer.json").write_text(tokenizer.to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "generation_config.json").write_text("{}")  # no token ends a text
+    tokens = np.random.default_rng(0).integers(128, size=256)
+    found = calibrate(
+        model,
+        run / "calibration",
+        data=TokenStream(tokens, "random", 1, 256),
+        num_windows=8,
+        window=32,
+    )
+    plan = find_plan(found, run, Budget(depth=4)).plan
+    (run / "plans" / "depth-4-x").mkdir(parents=True)
+    convert(model, plan, run / "plans" / "depth-4-x" / "converted")
+    return run

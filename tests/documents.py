@@ -21,6 +21,7 @@ SHOWN = {"text", "yaml"}  # languages of blocks that are no programs
 # A key may name an option as well, "eval --tasks": the longest key that is in the command is taken.
 SHORTER = {
     "eval": "--max-tokens 600 --window 64 --stride 64",
+    "eval --tasks": "--limit 2",
     "verify": "--tokens 16",
     "bench": "--rounds 1 --warmup 0 --steps 1 --new-tokens 1 --batch 1 --context 8",
     "measure": "--windows 8 --window 32",
@@ -102,6 +103,8 @@ ELSEWHERE = {
     ),
     "curl localhost:8080/v1/chat/completions -H Content-Type: application/json "
     '-d {"messages": [{"role": "user", "content": "Hello"}]}': "needs the server above",
+    "abreast eval OUT --against ORIGINAL --tasks arc_easy,winogrande,mmlu,gsm8k --num-fewshot 5 "
+    "-o ANSWERS": "needs the network; refused without it: tests/test_harness.py",
     "python benchmarks/accelerator.py -o accelerator.json": "needs a GPU",
 }
 # Programs that need another environment: their first line -> why, or which test runs them.

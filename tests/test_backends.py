@@ -351,3 +351,23 @@ def test_bad_input_is_one_line(tiny_checkpoint, monkeypatch, arguments, message)
     found = CliRunner().invoke(cli, ["bench", str(tiny_checkpoint()), *arguments])
     assert isinstance(found.exception, AbreastError)
     assert message in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "told"),
+    [
+        (
+            "[rank0]: abreast.errors.AbreastError: no such model\nChildFailedError: x",
+            "no such model",
+        ),
+        ("[rank1]: RuntimeError: shapes differ\n", "RuntimeError: shapes differ"),
+        (
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+            "  exitcode  : -6 (pid: 12)\n  traceback : Signal 6 (SIGABRT) received by PID 12\n",
+            "a process was ended by SIGABRT",
+        ),
+        ("", "it did not say why"),
+    ],
+)
+def test_what_ended_torchrun_is_told(stderr, told):
+    assert backends._told(stderr) == told

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +18,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast import scoring
+from abreast.cli import main
 from abreast.data import TokenStream
+from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate import (
     check_tokenizers,
@@ -23,6 +28,7 @@ from abreast.evaluate import (
     perplexity,
     sliding_windows,
 )
+from abreast.paired import bootstrap, mcnemar, sign_flips
 from abreast.scoring import ratio_of_means, token_scores
 
 VOCABULARY = 128
@@ -333,3 +339,137 @@ def test_tokenizers_must_share_their_vocabulary() -> None:
     check_tokenizers(tokenizer(a=0, b=1), tokenizer(b=1, a=0))
     with pytest.raises(AbreastError, match="different tokenizers"):
         check_tokenizers(tokenizer(a=0, b=1), tokenizer(a=1, b=0))
+
+
+def test_bootstrap_agrees_with_the_standard_error() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.integers(10, 60, size=200)
+    sums = rng.normal(0.3, 1, size=200) * counts
+    mean, stderr = ratio_of_means(sums, counts)
+    found = bootstrap(
+        {"sum": sums, "count": counts},
+        {"mean": lambda drawn: drawn["sum"] / drawn["count"]},
+    )
+    low, high = found["mean"]
+    assert low < mean < high
+    assert high - low == pytest.approx(2 * 1.96 * stderr, rel=0.1)
+
+
+def test_bootstrap_is_paired_seeded_and_covers() -> None:
+    rng = np.random.default_rng(1)
+    ones = np.ones(40)
+    hits = 0
+    for trial in range(200):
+        common = rng.normal(0, 10, size=40)
+        sums = {"a": common + rng.normal(1, 1, size=40), "b": common, "n": ones}
+        statistic = {"d": lambda drawn: (drawn["a"] - drawn["b"]) / drawn["n"]}
+        low, high = bootstrap(sums, statistic, resamples=400, seed=trial)["d"]
+        assert high - low < 1.5  # what both share cancels
+        hits += low <= 1 <= high
+    assert 180 <= hits <= 198
+    again = [bootstrap(sums, statistic, seed=seed) for seed in (3, 3, 4)]
+    assert again[0] == again[1] != again[2]
+
+
+def test_exact_mcnemar_by_hand() -> None:
+    assert mcnemar(0, 0) == mcnemar(5, 5) == 1
+    assert mcnemar(1, 9) == mcnemar(9, 1) == pytest.approx(2 * (1 + 10) / 1024)
+    assert mcnemar(0, 6) == pytest.approx(2 / 64)
+    # Near the normal approximation where there are many.
+    z = (3100 - 2900 - 1) / math.sqrt(6000)
+    assert mcnemar(2900, 3100) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
+
+
+def test_sign_flips_against_all_of_them() -> None:
+    values = np.array([0.5, -0.2, 0.9, 0.4, 0.3, -0.1, 0.8, 0.6])
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    exact = (np.abs(signs @ values) >= abs(values.sum()) - 1e-9).mean()
+    assert sign_flips(values) == pytest.approx(exact, abs=0.01)
+    assert sign_flips(np.zeros(5)) == 1
+
+
+def test_intervals_hold_what_they_are_of(
+    model: LlamaForCausalLM, perturbed: LlamaForCausalLM
+) -> None:
+    stream = stream_of(600)
+    found = compare(perturbed, model, stream, window=32, stride=32)
+    for name in ("nll_difference", "kl", "top1_agreement"):
+        low, high = found.bootstrap[name]
+        assert low < getattr(found, name) < high
+        stderr = getattr(found, f"{name}_stderr")
+        assert high - low == pytest.approx(2 * 1.96 * stderr, rel=0.25)
+    ratio = tuple(math.exp(end) for end in found.bootstrap["nll_difference"])
+    assert found.bootstrap["perplexity_ratio"] == pytest.approx(ratio)
+    assert found == compare(perturbed, model, stream, window=32, stride=32)
+    other = compare(perturbed, model, stream, window=32, stride=32, seed=1)
+    assert other.bootstrap != found.bootstrap and other.kl == found.kl
+    worse = found.windows["nll"] > found.windows["reference_nll"]
+    assert found.windows_worse == worse.mean()
+
+
+@pytest.mark.parametrize("stride", [32, 12])
+def test_kl_by_position_by_hand(
+    model: LlamaForCausalLM, perturbed: LlamaForCausalLM, stride: int
+) -> None:
+    stream = stream_of(150)
+    found = compare(perturbed, model, stream, window=32, stride=stride)
+    sums: dict[int, list[float]] = {}
+    for begin, end, scored in sliding_windows(150, 32, stride):
+        tokens = stream.tokens[begin:end]
+        theirs, ours = (log_probabilities(each, tokens) for each in (model, perturbed))
+        kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
+        for position in range(len(tokens) - scored, len(tokens)):
+            sums.setdefault(position // 4, []).append(kl[position - 1])
+    assert [bucket.start // 4 for bucket in found.kl_by_position] == sorted(sums)
+    for bucket in found.kl_by_position:
+        assert bucket.end == bucket.start + 3
+        assert bucket.kl == pytest.approx(np.mean(sums[bucket.start // 4]), rel=1e-3)
+    # Together they are the mean over all tokens.
+    sizes = [len(sums[bucket.start // 4]) for bucket in found.kl_by_position]
+    means = [bucket.kl for bucket in found.kl_by_position]
+    assert np.average(means, weights=sizes) == pytest.approx(found.kl)
+
+
+def test_one_window_has_no_interval_and_the_json_says_so(
+    model: LlamaForCausalLM, perturbed: LlamaForCausalLM
+) -> None:
+    found = compare(perturbed, model, stream_of(30)).to_dict()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["bootstrap"]["kl"] == [None, None]
+    assert found["kl_by_position"][0]["stderr"] is None
+    several = compare(perturbed, model, stream_of(200), window=32, stride=32).to_dict()
+    assert set(several["bootstrap"]) == {
+        *("nll_difference", "kl", "top1_agreement", "perplexity_ratio"),
+    }
+    assert set(several["kl_by_position"][0]) == {"start", "end", "kl", "stderr"}
+    assert several["kl_by_position"][-1]["end"] == 31
+
+
+def test_several_texts_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["abreast", "eval", str(model_folder()), *arguments])
+        with pytest.raises(SystemExit) as left:
+            main()
+        assert not left.value.code
+        return capsys.readouterr().out
+
+    names = [str(tmp_path / name) for name in ("one.txt", "two.txt")]
+    for name in names:
+        Path(name).write_text(f"import {Path(name).stem}\n" * 60)
+    texts = [part for name in names for part in ("--data", name)]
+    few = ("--max-tokens", "200", "--window", "64", "--stride", "64", "--plan", "2+3")
+    against = ("--against", str(model_folder()))
+    both = json.loads(run(*texts, *few, *against, "--json", "--per-window"))
+    assert [corpus["data"]["source"] for corpus in both["corpora"]] == names
+    assert "result" not in both
+    single = json.loads(run(*texts[2:], *few, *against, "--json"))
+    last = both["corpora"][1]
+    assert len(last["result"].pop("windows")["kl"]) > 1
+    for part in ("model", "reference"):
+        last["result"][part].pop("windows")
+    assert (single["data"], single["result"]) == (last["data"], last["result"])
+    printed = run(*texts, *few, *against)
+    assert "loss increase" in printed and printed.count(".txt") == 2
+    assert "±" in run(*texts, *few)

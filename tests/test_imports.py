@@ -20,8 +20,11 @@ MAX_LINES = 500
 FLOORS = (  # from the ground up; "engines" stands for the whole folder
     ("errors",),
     ("plan", "families", "branches", "checkpoint", "modeling", "data", "quantizer", "hardware"),
-    ("scoring", "stats", "figures"),
+    ("scoring", "stats", "figures", "manifest", "paired"),
+    ("records", "charts", "diagram"),
+    ("card",),
     (
+        "accuracy",
         "fold",
         "grouped",
         "search",
@@ -32,7 +35,7 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "vocabulary",
         "timing",
     ),
-    ("deci",),
+    ("deci", "sharding"),
     ("load", "interventions", "runs", "losses", "recipe", "resume", "engines"),
     (  # the verbs
         "inspection",
@@ -43,13 +46,18 @@ FLOORS = (  # from the ground up; "engines" stands for the whole folder
         "refit",
         "distill",
         "evaluate",
+        "harness",
+        "samples",
         "bench",
+        "push",
     ),
     ("backends",),
-    ("demo", "heal", "planning"),
-    ("optimize",),
+    ("demo", "heal", "planning", "environment", "choices"),
+    ("optimize", "play"),
+    ("play_view",),
+    ("play_page",),
     ("tables", "options"),
-    ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run"),
+    ("cli_checkpoint", "cli_quality", "cli_plan", "cli_heal", "cli_speed", "cli_run", "cli_share"),
     ("cli",),
 )
 FLOOR_OF = {name: height for height, floor in enumerate(FLOORS) for name in floor}
@@ -65,7 +73,10 @@ ONLY = {
 ONLY_LAZILY = {"data": {"datasets"}}
 NEVER = {
     name: {"torch", "transformers"}
-    for name in ("search", "report", "findings", "stats", "front", "estimate", "timing")
+    for name in (
+        *("search", "report", "findings", "stats", "front", "estimate", "timing", "paired"),
+        *("records", "charts", "diagram", "card"),
+    )
 }
 # modeling also ships inside checkpoints, where there is no abreast to import from
 ALONE = {"modeling"}

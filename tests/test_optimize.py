@@ -17,6 +17,7 @@ from abreast.measure import calibrate, spent
 from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
 from abreast.planning import baselines, estimated_profile, find_plan, measured_profile
+from abreast.records import read_run
 from abreast.stats import Cost, Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
@@ -215,8 +216,15 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=32)
     planned = find_plan(made, tmp_path, Budget(depth=14), per_group=1)
     options = {"max_tokens": 300, "window": 64, "rounds": 1, "context": 8, "new_tokens": 2}
+    options["command"] = ["abreast", "optimize", "and so on"]
     result = optimize(model_folder(), tmp_path, planned, **options)
     assert counted.calls == ["convert", "verify", "compare", "bench", "bench"]
+    found = read_run(tmp_path)
+    assert found.last is not None and not found.others and found.command.endswith("'and so on'")
+    lacking = {part.what.split()[1] for part in found.missing()}
+    assert lacking == {"comparison"}  # nobody asked for it
+    assert "and so on" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "perplexity" in (found.last.target / "README.md").read_text(encoding="utf-8")
     assert result.verification["ok"] is True
     assert Plan.load(f"{result.folder}/plan.yaml").groups == planned.plan.groups
     assert "# Why" in next((tmp_path / "plans").rglob("why.md")).read_text()

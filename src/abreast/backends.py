@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -419,10 +420,12 @@ def _told(stderr: str) -> str:
     """The last line that says what went wrong; torchrun's own report comes after it."""
     lines = [line.split("]:")[-1].strip() for line in stderr.splitlines()]
     errors = [line for line in lines if "Error" in line.split(":")[0] and ":" in line]
+    errors = [line for line in errors if "ChildFailedError" not in line]
     own = [
         line.partition(": ")[2] for line in errors if "AbreastError" in line or "Parallel" in line
     ]
-    return (own or errors or ["it did not say why"])[0]
+    ended = [f"a process was ended by {name}" for name in re.findall(r"\bSIG[A-Z]+\b", stderr)]
+    return (own or errors or ended or ["it did not say why"])[0]
 
 
 def _from_json(row: dict[str, Any]) -> BenchResult | Failure:

@@ -107,7 +107,7 @@ def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, st
         raise CheckpointError(f"no model at '{model}'; give a folder or a Hugging Face id ORG/NAME")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the client raises many kinds; all mean that it is not to be had

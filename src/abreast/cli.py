@@ -16,6 +16,7 @@ from abreast import (
     cli_plan,
     cli_quality,
     cli_run,
+    cli_share,
     cli_speed,
 )
 from abreast.errors import AbreastError
@@ -38,7 +39,8 @@ for verb in (
     *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
     cli_heal.heal,
     *(cli_speed.bench, cli_speed.estimate),
-    *(cli_run.demo,),
+    *(cli_share.report, cli_share.push),
+    *(cli_run.demo, cli_run.play),
 ):
     cli.add_command(verb)
 

@@ -63,6 +63,9 @@ from abreast.tables import print_table
 @click.option("--lora-rank", default=32, show_default=True)
 @click.option("--lora-targets", help="Matrices, by commas: q_proj,v_proj. Default: all.")
 @click.option("--checkpointing", is_flag=True, help="Recompute activations; saves memory.")
+@click.option(
+    "--shard", is_flag=True, help="Spread weights and optimiser state over the processes (FSDP)."
+)
 @click.option("--no-bf16", is_flag=True, help="Train with float32 products.")
 @click.option("--dtype", default="float32", show_default=True, help="Of the weights in memory.")
 @click.option("--out-dtype", help="Cast OUT to float32, bfloat16 or float16. Default: keep.")
@@ -102,6 +105,7 @@ def heal(
     lora_rank: int,
     lora_targets: str | None,
     checkpointing: bool,
+    shard: bool,
     no_bf16: bool,
     dtype: str,
     out_dtype: str | None,
@@ -133,6 +137,7 @@ def heal(
         lora_alpha=lora_rank,
         lora_targets=tuple(lora_targets.split(",")) if lora_targets else (),
         checkpointing=checkpointing,
+        shard=shard,
         bf16=not no_bf16,
     )
     with progress_bar("heal", as_json) as progress:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,10 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
 @click.option("--eval-data", default="stdlib", show_default=True, help="Text to evaluate on.")
 @click.option("--max-tokens", default=100_000, show_default=True, help="Of it, at most this many.")
 @click.option("--rounds", default=12, show_default=True, help="Interleaved rounds of timing.")
+@click.option("--tasks", help="Evaluate on these tasks as well, as for eval.")
+@click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
+@click.option("--limit", type=int, help="With --tasks: items of each.")
+@click.option("--no-report", is_flag=True, help="Write no OUT/report; needs fewer packages.")
 @_with(_CALIBRATION)
 def optimize(
     model: str,
@@ -174,17 +179,25 @@ def optimize(
     eval_data: str,
     max_tokens: int,
     rounds: int,
+    tasks: str | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    no_report: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Do the whole job: measure, plan, heal if asked, convert, verify, evaluate and time.
+    """Do the whole job: measure, plan, heal if asked, convert, verify, evaluate, time and report.
 
     Every step leaves its file in OUT and is not done again; with another budget only what is new.
     """
+    from abreast.harness import find_tasks
     from abreast.optimize import Healing
     from abreast.optimize import optimize as run
     from abreast.recipe import Recipe
+    from abreast.report import PAGE, check_extra
 
+    if not no_report:
+        check_extra()
     if candidates < 1 or (candidates > 1 and heal is None):
         raise AbreastError("--candidates is how many plans to heal: at least 1, and with --heal")
     recipe = Recipe(steps=heal_steps)
@@ -193,7 +206,13 @@ def optimize(
     if heal is not None:
         data = options["data"]
         healing = Healing(method=heal, data=data, recipe=recipe, candidates=candidates)
-    found = _find(model, as_json, best=candidates, timed=True, **options)
+    asked = None
+    if tasks is not None:
+        asked = find_tasks(
+            tasks.split(","), num_fewshot=num_fewshot, limit=limit, seed=options["seed"]
+        )
+    command = ["abreast", *sys.argv[1:]]
+    found = _find(model, as_json, best=candidates, timed=True, command=command, **options)
     with progress_bar("optimize", as_json) as progress:
         result = run(
             model,
@@ -203,6 +222,9 @@ def optimize(
             data=eval_data,
             max_tokens=max_tokens,
             rounds=rounds,
+            tasks=asked,
+            command=command,
+            report=not no_report,
             step=say,
             progress=progress,
             **{name: options[name] for name in ("window", "seed", *_PLACED)},
@@ -223,11 +245,20 @@ def optimize(
             f"{quality['nll_difference_stderr']:.4f} nats",
             "held-out KL": f"{quality['kl']:.4f} ± {quality['kl_stderr']:.4f} nats",
             "same top token": f"{quality['top1_agreement']:.1%}",
+            **_kept(result.tasks),
             "prefill": speed["prefill"]["verdict"],
             "decode": speed["decode"]["verdict"],
             "checkpoint": result.converted,
+            **({} if no_report else {"report": str(Path(options["out"]) / "report" / PAGE)}),
         }
     )
+
+
+def _kept(tasks: dict[str, Any] | None) -> dict[str, str]:
+    if tasks is None or tasks["kept_mean"] is None:
+        return {}
+    mean = f"{tasks['kept_mean']:.1%} ± {tasks['kept_mean_stderr']:.1%}"
+    return {"accuracy kept": f"{mean}, mean over {len(tasks['tasks'])} tasks"}
 
 
 def _find(
@@ -236,8 +267,10 @@ def _find(
     compared: bool,
     best: int = 1,
     timed: bool = False,
+    command: Sequence[str] | None = None,
     **options: Any,
 ) -> Planned:
+    from abreast.environment import record_environment
     from abreast.figures import figure_class
     from abreast.front import Budget
     from abreast.planning import (
@@ -256,6 +289,8 @@ def _find(
     calibration = _calibration(model, "calibration", **options)
     out = Path(options["out"])
     check_depth(calibration, budget.depth)
+    if command is not None:
+        record_environment(out, options["device"], command)
     groups, profile = calibration.candidates, None
     if options["hardware"] is not None:
         profile = estimated_profile(

@@ -16,9 +16,10 @@ from abreast.options import (
     progress_bar,
     remote_option,
     revision_option,
+    say,
     seed_option,
 )
-from abreast.tables import print_table, quality_rows
+from abreast.tables import print_corpora, print_table, print_tasks, quality_rows
 
 if TYPE_CHECKING:
     from abreast.evaluate import Comparison, Perplexity
@@ -30,14 +31,29 @@ if TYPE_CHECKING:
 @click.option("--plan", help=f"Run MODEL grouped under this plan. {PLAN_HELP}")
 @click.option(
     "--data",
-    default="stdlib",
+    multiple=True,
+    default=("stdlib",),
     show_default=True,
-    help="Text file, folder, hub:DATASET[:SPLIT[:COLUMN]], stdlib (held out) or stdlib-train.",
+    help="Text file, folder, hub:DATASET[:SPLIT[:COLUMN]], stdlib (held out) or stdlib-train. "
+    "Repeat it for several texts.",
 )
 @click.option("--max-tokens", default=100_000, show_default=True, help="Score at most this many.")
 @click.option("--window", default=1024, show_default=True, help="Tokens the model sees at once.")
 @click.option("--stride", default=512, show_default=True, help="Tokens between windows.")
-@click.option("--batch-size", default=1, show_default=True, help="Windows at once.")
+@click.option("--per-window", is_flag=True, help="Put the sums of every window into the JSON.")
+@click.option("--tasks", help="Instead of text, these lm-evaluation-harness tasks, by commas.")
+@click.option(
+    "--num-fewshot", type=int, help="With --tasks: examples per prompt. Default: its own."
+)
+@click.option("--limit", type=int, help="With --tasks: items of each. Default: all.")
+@click.option("--include-path", multiple=True, help="With --tasks: folder of more task files.")
+@click.option(
+    "--add-bos/--no-add-bos",
+    default=None,
+    help="With --tasks: begin prompts with the beginning-of-text token. Default: the tokenizer's.",
+)
+@click.option("-o", "--out", help="With --tasks: keep every answer here, and go on from there.")
+@click.option("--batch-size", default=1, show_default=True, help="Windows or prompts at once.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
 @revision_option
 @remote_option
@@ -48,10 +64,12 @@ def evaluate(
     model: str,
     against: str | None,
     plan: str | None,
-    data: str,
+    data: tuple[str, ...],
     max_tokens: int,
     window: int,
     stride: int,
+    per_window: bool,
+    tasks: str | None,
     batch_size: int,
     dtype: str,
     revision: str | None,
@@ -59,8 +77,13 @@ def evaluate(
     device: str,
     seed: int,
     as_json: bool,
+    **of_tasks: Any,
 ) -> None:
-    """Perplexity of MODEL; with --against also the KL divergence, both with standard errors."""
+    """Perplexity of MODEL, or its accuracy on --tasks.
+
+    With --against, also how far it strayed from that model: KL divergence and loss with standard
+    errors and intervals, or the share of the accuracy that is kept and a test on the same items.
+    """
     from abreast.data import load_tokens
     from abreast.evaluate import check_tokenizers, compare, perplexity
     from abreast.load import load
@@ -70,6 +93,14 @@ def evaluate(
         "device": device,
         "trust_remote_code": trust_remote_code,
     }
+    if tasks is not None:
+        options |= {"revision": revision, "batch_size": batch_size, "against": against}
+        return _on_tasks(model, tasks, as_json, seed=seed, plan=plan, **of_tasks, **options)
+    for name, value in of_tasks.items():
+        if value not in (None, ()):
+            raise AbreastError(
+                f"--{name.replace('_', '-')} goes with --tasks; name some, or leave it"
+            )
     loaded, tokenizer = load(model, plan=plan, revision=revision, **options)
     reference, reference_tokenizer = load(against, **options) if against else (None, None)
     tokenizer = tokenizer or reference_tokenizer
@@ -77,23 +108,59 @@ def evaluate(
         raise AbreastError(f"'{model}' has no tokenizer; copy the original's files into its folder")
     if reference_tokenizer is not None:
         check_tokenizers(tokenizer, reference_tokenizer)
-    stream = load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
+    streams = [load_tokens(tokenizer, name, max_tokens=max_tokens, seed=seed) for name in data]
     sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
-    result: Comparison | Perplexity
-    with progress_bar("evaluate", as_json) as progress:
-        if reference is not None:
-            result = compare(loaded, reference, stream, progress=progress, **sizes)
-        else:
-            result = perplexity(loaded, stream, progress=progress, **sizes)
+    results: list[Comparison | Perplexity] = []
+    for stream in streams:
+        with progress_bar(f"evaluate on {stream.source}", as_json) as progress:
+            sizes["progress"] = progress
+            if reference is not None:
+                results.append(compare(loaded, reference, stream, seed=seed, **sizes))
+            else:
+                results.append(perplexity(loaded, stream, **sizes))
     if as_json:
-        about = {
-            "source": stream.source,
-            "sha256": stream.sha256,
-            "documents": stream.num_documents,
-        }
+        found: list[dict[str, Any]] = [
+            {
+                "data": {
+                    "source": stream.source,
+                    "sha256": stream.sha256,
+                    "documents": stream.num_documents,
+                },
+                "result": result.to_dict(windows=per_window),
+            }
+            for stream, result in zip(streams, results, strict=True)
+        ]
         record = {"model": model, "against": against, "plan": plan, "dtype": dtype, "seed": seed}
-        return print_json({**record, "data": about, **{"result": result.to_dict()}})
-    print_table(quality_rows(result))
+        return print_json({**record, **(found[0] if len(found) == 1 else {"corpora": found})})
+    if len(results) == 1:
+        return print_table(quality_rows(results[0]))
+    print_corpora(dict(zip(data, results, strict=True)))
+
+
+def _on_tasks(
+    model: str,
+    tasks: str,
+    as_json: bool,
+    *,
+    seed: int,
+    num_fewshot: int | None,
+    limit: int | None,
+    include_path: tuple[str, ...],
+    **options: Any,
+) -> None:
+    from abreast.harness import evaluate_tasks, find_tasks
+
+    chosen: dict[str, Any] = {
+        "include_path": include_path,
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+    }
+    found = find_tasks(tasks.split(","), seed=seed, **chosen)
+    with progress_bar("evaluate", as_json) as progress:
+        result = evaluate_tasks(model, found, step=say, progress=progress, **options)
+    if as_json:
+        return print_json(result.to_dict())
+    print_tasks(result)
 
 
 @click.command()

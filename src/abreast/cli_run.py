@@ -1,4 +1,4 @@
-"""The verbs that do a whole job: demo."""
+"""The verbs that show the whole: demo, play."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from abreast.options import (
     device_option,
     json_option,
     print_json,
+    remote_option,
     say,
     seed_option,
 )
@@ -54,3 +55,48 @@ def demo(
     if as_json:
         return print_json(result.to_dict())
     print_demo(result)
+
+
+@click.command()
+@click.argument("run")
+@click.option("--against", help="Where the original is, if not where RUN says.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: a free one from 7860 on.")
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
+@device_option
+@remote_option
+def play(
+    run: str,
+    against: str | None,
+    port: int | None,
+    no_browser: bool,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
+    """Ask the original and its conversions the same, side by side, on a page of this machine.
+
+    RUN is a folder that `abreast plan` or `abreast optimize` left, or a converted checkpoint.
+    """
+    import threading
+    import webbrowser
+
+    from abreast.choices import read_run
+    from abreast.play import open_models
+    from abreast.play_page import gradio, page, serve
+
+    gradio()
+    found = read_run(run, against)
+    say(f"load {found.model}")
+    models = open_models(found, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    blocks = page(models)
+    address = serve(blocks, port=port)
+    say(f"the playground is at {address} (Ctrl-C ends it)")
+    if not no_browser:
+        webbrowser.open(address)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        say("the playground is closed")
+    finally:
+        blocks.close(verbose=False)

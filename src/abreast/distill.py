@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -35,6 +34,7 @@ from abreast.plan import Plan
 from abreast.recipe import (
     Recipe,
     need,
+    processes,
     schedule_of,
     set_checkpointing,
     student_of,
@@ -42,6 +42,7 @@ from abreast.recipe import (
 )
 from abreast.resume import keep_only, last_checkpoint, save_checkpoint
 from abreast.runs import check_tokens, open_run, tokens_hash
+from abreast.sharding import align, full, local, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -151,13 +152,14 @@ def distill(
     call with the same arguments goes on from the last one and, on a CPU, ends with the very bits
     of an uninterrupted one. teacher: the original; left out, it is `model` itself with adapters and
     plan switched off, which needs recipe.train "lora". progress: called with (steps done, steps).
-    report: called with the
-    curves at every new point.
+    report: called with the curves
+    at every new point.
 
     The model ends with the weights that were best on the held-out text, adapters merged. A loss or
     gradient that is not finite ends the run, and so does a held-out measure far above the one
     before training, or no new best in recipe.patience looks. Started by `accelerate launch` or
-    torchrun, each process trains its share of every batch.
+    torchrun, each process trains its share of every batch; with recipe.shard it also keeps only its
+    share of model, teacher and optimiser state, and both models stay so (see sharding.py).
 
     Raises AbreastError for missing packages, numbers that make no sense, too little text, a plan or
     teacher of another model, or a work folder of another run.
@@ -167,12 +169,16 @@ def distill(
     accelerator = _accelerator(model)
     windows = torch.from_numpy(np.ascontiguousarray(tokens))
     held_out = max(1, min(HELD_OUT_TOKENS // windows.shape[1], len(windows) // 10))
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         student = student_of(model, plan, recipe)
         try:
+            if recipe.shard:
+                align(model)
+                for each in (model, teacher) if teacher is not None else (model,):
+                    shard(each, accelerator.device)
             optimizer = torch.optim.AdamW(
                 [p for p in student.parameters() if p.requires_grad],
                 lr=recipe.learning_rate,
@@ -181,7 +187,10 @@ def distill(
             )
             # Not handed to accelerate, which would take a step for every process.
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))
-            wrapped, prepared = accelerator.prepare(student, optimizer)
+            if recipe.shard:
+                wrapped, prepared = model, optimizer
+            else:
+                wrapped, prepared = accelerator.prepare(student, optimizer)
             job = _Job(
                 *(accelerator, model, student, wrapped, teacher, plan),
                 *(windows[:-held_out], windows[-held_out:], recipe, seed),
@@ -201,8 +210,8 @@ def distill(
         finally:
             if recipe.checkpointing:
                 set_checkpointing(model, False)
-            for parameter, asked in needed:
-                parameter.requires_grad_(asked)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(needed[name])
             model.zero_grad(set_to_none=True)
             model.eval()
             accelerator.free_memory()
@@ -212,7 +221,8 @@ def distill(
 def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distilled:
     state = _State()
     best: dict[str, torch.Tensor] = {}
-    keep_only(job.accelerator, job.weights, best)
+    sharded = job.optimizer if job.recipe.shard else None
+    keep_only(job.accelerator, job.weights, best, sharded)
     job.accelerator.register_for_checkpointing(state, job.schedule)
     if job.accelerator.is_main_process:
         open_run(job.work, "training", _identity(job))
@@ -242,7 +252,7 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
             report(tuple(Point(**each) for each in state.points))
         if measure < state.best:
             state.best, state.best_step = measure, state.step
-            best.update({n: p.detach().to("cpu", copy=True) for n, p in job.weights.items()})
+            best.update({n: local(p.detach()).to("cpu", copy=True) for n, p in job.weights.items()})
         start = state.points[0]["held_out"]
         if not math.isfinite(measure):
             return f"diverged: the held-out loss is {measure} after step {state.step}"
@@ -276,7 +286,7 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
             progress(state.step, recipe.steps)
     with torch.no_grad():
         for name, parameter in job.weights.items():
-            parameter.copy_(best[name])
+            local(parameter).copy_(best[name])
     points = tuple(Point(**point) for point in state.points)
     return Distilled(
         points=points,
@@ -291,7 +301,7 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
 
 
 def _train_step(job: _Job, step: int) -> tuple[float, float]:
-    """One step of the optimiser; the mean loss of this process, and the gradient's norm.
+    """One step of the optimiser; the mean loss, and the gradient's norm.
 
     Nothing is changed where one of them is not finite.
     """
@@ -307,7 +317,8 @@ def _train_step(job: _Job, step: int) -> tuple[float, float]:
             loss = _loss(job, ids) * (len(part) / len(mine))
             accelerator.backward(loss)
         total += float(loss.detach())
-    norm = float(accelerator.clip_grad_norm_(list(job.weights.values()), recipe.clip))
+    total = _mean(job, total)
+    norm = float(full(accelerator.clip_grad_norm_(list(job.weights.values()), recipe.clip)))
     if math.isfinite(total) and math.isfinite(norm):
         job.optimizer.step()
         job.schedule.step()
@@ -353,7 +364,15 @@ def _held_out(job: _Job) -> float:
             with _teaching(job) as teacher:
                 wanted = teacher(input_ids=ids, use_cache=False).logits
             found.append((float(divergence(logits, wanted)), len(ids)))
-    return weighted_mean(found)
+    return _mean(job, weighted_mean(found))
+
+
+def _mean(job: _Job, value: float) -> float:
+    """Over the processes, so that all decide alike; else they would wait for each other."""
+    if job.accelerator.num_processes == 1:
+        return value
+    mine = torch.tensor(value, dtype=torch.float64, device=job.accelerator.device)
+    return float(job.accelerator.reduce(mine, reduction="mean"))
 
 
 @contextmanager
@@ -389,12 +408,14 @@ def _ends(job: _Job, model: PreTrainedModel, found: list[torch.Tensor]) -> Itera
 
 def _autocast(job: _Job) -> Any:
     kind = job.model.device.type
-    return torch.autocast(kind, torch.bfloat16, enabled=job.recipe.bf16)
+    # The cache would hold the whole model in bfloat16 on every process.
+    caching = not job.recipe.shard
+    return torch.autocast(kind, torch.bfloat16, enabled=job.recipe.bf16, cache_enabled=caching)
 
 
 def _accelerator(model: PreTrainedModel) -> Accelerator:
     accelerate = need("accelerate")
-    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed = processes() > 1
     found: Accelerator = accelerate.Accelerator(
         cpu=model.device.type == "cpu", device_placement=distributed, mixed_precision="no"
     )
@@ -405,7 +426,7 @@ def _identity(job: _Job) -> dict[str, Any]:
     """What must be the same for a run to go on, as JSON would give it back."""
     start = hashlib.sha256()
     for name, parameter in job.weights.items():
-        some = parameter.detach().flatten()[:1024].float().cpu().contiguous()
+        some = local(parameter.detach()).flatten()[:1024].float().cpu().contiguous()
         start.update(name.encode() + some.numpy().tobytes())
     identity: dict[str, Any] = {
         "recipe": job.recipe.to_dict(),

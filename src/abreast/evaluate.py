@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,12 +18,28 @@ import torch
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.load import inference, keeps_last
+from abreast.paired import bootstrap
 from abreast.scoring import ratio_of_means, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int], None]
+BUCKETS = 8
+
+
+@dataclass(frozen=True)
+class PositionKL:
+    """Mean KL over the scored tokens from position `start` to position `end` of a window.
+
+    A token's position is the number of tokens before it in its window. stderr: cluster-robust over
+    windows, NaN where only one of them has such a token. In nats.
+    """
+
+    start: int
+    end: int
+    kl: float
+    stderr: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,11 @@ class Comparison:
     kl_p99, kl_max: over the scored tokens. float32 rounding can make a KL near 0 negative, by about
     1e-7. top1_agreement: share of the scored tokens for which both models rank the same token
     first. Every *_stderr is cluster-robust over windows, NaN where there is only one.
+
+    bootstrap: 95 % intervals (low, high) of nll_difference, kl, top1_agreement and perplexity_ratio
+    (model / reference), from windows drawn anew (see `paired.bootstrap`); NaN where there is only
+    one. kl_by_position: in at most BUCKETS buckets of equal width, those that hold scored tokens.
+    windows_worse: share of the windows that the model predicts worse than the reference.
     windows: sums per window, arrays of shape [num_windows]: 'tokens', 'nll', 'reference_nll', 'kl',
     'top1_agreement'.
     """
@@ -79,6 +100,9 @@ class Comparison:
     kl_max: float
     top1_agreement: float
     top1_agreement_stderr: float
+    bootstrap: dict[str, tuple[float, float]]
+    kl_by_position: tuple[PositionKL, ...]
+    windows_worse: float
     num_tokens: int
     window: int
     stride: int
@@ -122,11 +146,13 @@ def compare(
     window: int = 1024,
     stride: int = 512,
     batch_size: int = 1,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare a model with a reference on the same windows, in one pass over the stream.
 
-    Arguments as for `perplexity`; the window is clipped to what both models can hold. The two may
+    Arguments as for `perplexity`; the window is clipped to what both models can hold. seed: of the
+    bootstrap. The two may
     differ in device and dtype, but must share the tokenizer: `check_tokenizers` tells.
     Both logits of a batch are held at once, their float32 log-softmax only a chunk at a time.
 
@@ -139,6 +165,17 @@ def compare(
     mean_kl, kl_stderr = ratio_of_means(kl, counts)
     mean_agreement, agreement_stderr = ratio_of_means(agreement, counts)
     p50, p95, p99 = np.percentile(scores[:, 2], [50, 95, 99])
+    sums = {"tokens": counts, "nll": nll - reference_nll, "kl": kl, "agreement": agreement}
+    intervals = bootstrap(
+        sums,
+        {
+            "nll_difference": lambda drawn: drawn["nll"] / drawn["tokens"],
+            "kl": lambda drawn: drawn["kl"] / drawn["tokens"],
+            "top1_agreement": lambda drawn: drawn["agreement"] / drawn["tokens"],
+            "perplexity_ratio": lambda drawn: np.exp(drawn["nll"] / drawn["tokens"]),
+        },
+        seed=seed,
+    )
     return Comparison(
         model=_summarise(nll, counts, stream, window, stride),
         reference=_summarise(reference_nll, counts, stream, window, stride),
@@ -152,6 +189,9 @@ def compare(
         kl_max=float(scores[:, 2].max()),
         top1_agreement=mean_agreement,
         top1_agreement_stderr=agreement_stderr,
+        bootstrap=intervals,
+        kl_by_position=_by_position(scores[:, 2], counts, len(stream), window, stride),
+        windows_worse=float((nll > reference_nll).mean()),
         num_tokens=int(counts.sum()),
         window=window,
         stride=stride,
@@ -206,10 +246,23 @@ def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
         elif entry.name == "windows":
             if windows:
                 found["windows"] = {name: array.tolist() for name, array in value.items()}
+        elif entry.name == "bootstrap":
+            found["bootstrap"] = {
+                name: [_finite(end) for end in ends] for name, ends in value.items()
+            }
+        elif entry.name == "kl_by_position":
+            found["kl_by_position"] = [
+                {name: _finite(number) for name, number in asdict(bucket).items()}
+                for bucket in value
+            ]
         else:
-            # JSON has neither NaN nor infinity.
-            found[entry.name] = value if math.isfinite(value) else None
+            found[entry.name] = _finite(value)
     return found
+
+
+def _finite(value: float) -> float | None:
+    """JSON has neither NaN nor infinity."""
+    return value if math.isfinite(value) else None
 
 
 def _clip(window: int, stride: int, *models: PreTrainedModel) -> tuple[int, int]:
@@ -230,6 +283,25 @@ def _clip(window: int, stride: int, *models: PreTrainedModel) -> tuple[int, int]
 def _window_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     return np.asarray(np.add.reduceat(values, starts))
+
+
+def _by_position(
+    kl: np.ndarray, counts: np.ndarray, num_tokens: int, window: int, stride: int
+) -> tuple[PositionKL, ...]:
+    """kl: of every scored token, in the order of `sliding_windows`; counts: how many in each."""
+    spans = sliding_windows(num_tokens, window, stride)
+    positions = np.concatenate([np.arange(e - b - n, e - b) for b, e, n in spans])
+    clusters = np.repeat(np.arange(len(counts)), counts)
+    width = -(-window // BUCKETS)
+    found = []
+    for start in range(0, window, width):
+        inside = (positions >= start) & (positions < start + width)
+        sums = np.bincount(clusters[inside], kl[inside], minlength=len(counts))
+        sizes = np.bincount(clusters[inside], minlength=len(counts))
+        if sizes.any():
+            mean, stderr = ratio_of_means(sums[sizes > 0], sizes[sizes > 0])
+            found.append(PositionKL(start, min(start + width, window) - 1, mean, stderr))
+    return tuple(found)
 
 
 def _summarise(

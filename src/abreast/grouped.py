@@ -73,7 +73,7 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
         raise GroupingError("the model is grouped already; remove that plan first")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise GroupingError("the model is on the meta device and has no weights; load it first")
-    branches = _branches(model)
+    branches = branches_of(model)
     for group in plan.groups:
         for layer in group.layers:
             _check_submodules(layers[layer], layer, branches)
@@ -113,7 +113,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     )
 
 
-def _branches(model: nn.Module) -> Branches:
+def branches_of(model: nn.Module) -> Branches:
+    """The names of a decoder layer's submodules. Raises GroupingError for an unknown family."""
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
     model_type = getattr(text, "model_type", None)

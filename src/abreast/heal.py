@@ -12,7 +12,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,9 +46,10 @@ from abreast.grouped import decoder_layers
 from abreast.load import load
 from abreast.losses import kl_under, logits_of
 from abreast.plan import Plan
-from abreast.recipe import Recipe
+from abreast.recipe import Recipe, processes
 from abreast.refit import STEPS, Fit, Refit, memory_needed, refit
 from abreast.runs import cut, model_hash, open_run, stream_of, write
+from abreast.sharding import full
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,8 +166,10 @@ def heal(
             f"the plan was made for another model ({plan.source}) than '{model}'; "
             "make one for this model"
         )
-    placed: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
-    student, tokenizer = load(source.folder, dtype=dtype, **placed)
+    if device == "cuda" and processes() > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    options_of_load: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    student, tokenizer = load(source.folder, device=device, **options_of_load)
     _check_names(student, source)
     if method != "distill":
         _check_memory(student, source, plan, refit_steps)
@@ -196,7 +199,9 @@ def heal(
         untouched = solved is None or solved.kept
         teacher = None
         if recipe.objective == "kl" and not (untouched and recipe.train == "lora"):
-            teacher, _ = load(source.folder, dtype=dtype, **placed)
+            # Sharding moves it to the device piece by piece: there is no room for all of it there.
+            home = "cpu" if recipe.shard else device
+            teacher, _ = load(source.folder, device=home, **options_of_load)
         step(f"distil: {recipe.steps} steps")
         trained = distill(
             *(student, plan, text.train, folder / "distill"),
@@ -233,6 +238,8 @@ def heal(
         warnings=(*planned.warnings, *_doubts(text, trained)),
     )
     if not _is_main():
+        for _ in _whole(student, source):  # what is sharded, all processes gather together
+            pass
         return found
     step("write the converted checkpoint")
     weights = folder / "weights"
@@ -350,6 +357,13 @@ def _tensors(source: Checkpoint) -> dict[str, tuple[int, ...]]:
     return all_tensors(family_of(config), config)
 
 
+def _whole(model: PreTrainedModel, source: Checkpoint) -> Iterator[torch.Tensor]:
+    """The weights as `source` names them, one at a time, wherever they are."""
+    state = model.state_dict()
+    for name in _tensors(source):
+        yield full(state[name].detach())
+
+
 def _check_memory(
     model: PreTrainedModel, source: Checkpoint, plan: Plan, steps: Sequence[str]
 ) -> None:
@@ -380,7 +394,7 @@ def _write_weights(
     float32, so that what conversion folds is rounded once; where the source mixes dtypes, each
     tensor keeps its own.
     """
-    expected, state = _tensors(source), model.state_dict()
+    expected = _tensors(source)
     kinds = {source.tensors[name].dtype for name in expected}
     alike = kinds <= {"F32", "BF16", "F16"} and len(kinds) == 1
     new = [
@@ -391,7 +405,10 @@ def _write_weights(
         write_shards(
             staging,
             lay_out(new),
-            ((t.name, state[t.name].detach().to("cpu", DTYPES[t.dtype])) for t in new),
+            (
+                (t.name, whole.to("cpu", DTYPES[t.dtype]))
+                for t, whole in zip(new, _whole(model, source), strict=True)
+            ),
         )
         shutil.copyfile(source.folder / "config.json", staging / "config.json")
         for path in companions(source.folder):

@@ -1,4 +1,4 @@
-"""The whole job: measure, plan, heal, convert, verify, evaluate, time; each step resumes.
+"""The whole job: measure, plan, heal, convert, verify, evaluate, time, report; each step resumes.
 
 A run folder holds
 
@@ -6,34 +6,44 @@ A run folder holds
     front.json                every plan measured as a whole; another budget chooses anew from it
     profile.json              seconds per kind of stage, unless --hardware was named
     pareto.png                quality against depth, with the published ways to choose beside it
-    plans/NAME/               plan.yaml, why.md, converted/, verify.json, quality.json, speed.json;
-                              healed conversions and their files have a suffix
+    plans/NAME/               plan.yaml, why.md, converted/ with its model card, verify.json,
+                              quality.json, speed.json, samples.json, tasks.json if asked; healed
+                              conversions and their files have a suffix
+    tasks/                    every answer to every task (see harness.py)
     results.json              the last call's numbers, all of them
+    environment.json          versions, machine, and the last call's command
+    report/                   report.html, its pictures and numbers (see report.py)
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from abreast.bench import bench, verdict
+from abreast.card import write_card
 from abreast.checkpoint import MANIFEST, read_json
 from abreast.convert import convert
 from abreast.data import CALIBRATION, HELD_OUT, load_tokens
+from abreast.environment import record_environment
 from abreast.errors import AbreastError
 from abreast.evaluate import compare
 from abreast.front import explain
+from abreast.harness import Tasks, evaluate_tasks
 from abreast.heal import heal
 from abreast.load import load
 from abreast.plan import Plan
 from abreast.planning import Planned
 from abreast.recipe import Recipe
+from abreast.records import read_run
+from abreast.report import check_extra, write_report
 from abreast.runs import write
+from abreast.samples import sample
 from abreast.verify import verify
 
 Step = Callable[[str], None]
@@ -53,10 +63,11 @@ class Healing:
 
 @dataclass(frozen=True)
 class Optimized:
-    """What `optimize` did. verification, quality and speed are what the verbs' JSON has.
+    """What `optimize` did. verification, quality, speed and tasks are what the verbs' JSON has.
 
     plan: the one that was kept, another than planned.plan where that one heals better. healed: for
-    every plan that was healed, KL before and after, on text that healing did not see.
+    every plan that was healed, KL before and after, on text that healing did not see. samples: see
+    `sample`, its list under "samples".
     """
 
     planned: Planned
@@ -67,6 +78,8 @@ class Optimized:
     verification: dict[str, Any]
     quality: dict[str, Any]
     speed: dict[str, Any]
+    samples: dict[str, Any]
+    tasks: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "planned": self.planned.to_dict()}
@@ -88,7 +101,10 @@ def optimize(
     rounds: int = 12,
     context: int = 128,
     new_tokens: int = 64,
+    tasks: Tasks | None = None,
     seed: int = 0,
+    command: Sequence[str] | None = None,
+    report: bool = True,
     step: Step = lambda message: None,
     progress: Progress | None = None,
 ) -> Optimized:
@@ -96,10 +112,15 @@ def optimize(
 
     healing: heal the chosen plan and the next best ones, and go on with the one that is nearest to
     the original afterwards, on text that healing did not see. data, max_tokens, window: of the
-    evaluation against the original. rounds, context, new_tokens: of the timing, at batch 1. Every
-    step leaves a file in out/plans/NAME and is skipped where that file rests on the same settings.
+    evaluation against the original. rounds, context, new_tokens: of the timing, at batch 1. tasks:
+    from `harness.find_tasks`, to put to both models as well. Every step leaves a file in
+    out/plans/NAME and is skipped where that file rests on the same settings. command: the command
+    line, for the record. report: write out/report at the end.
     Raises AbreastError as the verbs do, and when the conversion does not pass its verification.
     """
+    if report:
+        check_extra()
+    record_environment(out, device, command)
     stats = planned.front.stats
     healed: dict[str, dict[str, float]] = {}
     made: dict[Plan, Path] = {}
@@ -173,8 +194,30 @@ def optimize(
             found[task] = {**result.to_dict(), "verdict": verdict(result)}
         return found
 
+    def written() -> dict[str, Any]:
+        step("let both models continue the same prompts")
+        (original, tokenizer), (converted, _) = models().values()
+        stream = load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
+        return {"data": data, "samples": sample(original, converted, tokenizer, stream)}
+
     scored = {"data": data, "max_tokens": max_tokens, "window": window}
     timing = {"rounds": rounds, "context": context, "new_tokens": new_tokens}
+    asked = None
+    if tasks is not None:
+        asked = evaluate_tasks(
+            target,
+            tasks,
+            against=model,
+            out=Path(out) / "tasks",
+            batch_size=8,
+            against_revision=revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            device=device,
+            step=step,
+            progress=progress,
+        ).to_dict()
+        write(folder / f"tasks{suffix}.json", json.dumps(asked, indent=1) + "\n")
     result = Optimized(
         planned=planned,
         plan=plan.shorthand,
@@ -184,8 +227,14 @@ def optimize(
         verification=resumed("verify", {}, verified),
         quality=resumed("quality", scored, evaluated),
         speed=resumed("speed", timing, timed),
+        samples=resumed("samples", {"data": data, "max_tokens": max_tokens}, written),
+        tasks=asked,
     )
     write(Path(out) / "results.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    if (last := read_run(out).last) is not None:
+        write_card(last)
+    if report:
+        step(f"wrote {write_report(out)}")
     return result
 
 

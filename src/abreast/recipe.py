@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -35,8 +36,9 @@ class Recipe:
     on a device. learning_rate rises over `warmup` (a share of the steps) and then follows a half
     cosine to zero. weight_decay, betas: AdamW's. clip: largest norm of a gradient. bf16: matrix
     products in bfloat16 (the weights keep their dtype). checkpointing: recompute activations
-    instead of keeping them. evaluate_every: steps between looks at the held-out KL, save_every:
-    between checkpoints. patience: stop after so many looks without a new
+    instead of keeping them. shard: spread weights, gradients and optimiser state over the processes
+    (FSDP) instead of keeping all of them on each. evaluate_every: steps between looks at the
+    held-out KL, save_every: between checkpoints. patience: stop after so many looks without a new
     best; the rate's late decay wins much, so few are too few.
     """
 
@@ -58,6 +60,7 @@ class Recipe:
     lora_targets: tuple[str, ...] = ()
     bf16: bool = True
     checkpointing: bool = False
+    shard: bool = False
     evaluate_every: int = 50
     save_every: int = 50
     patience: int = 12
@@ -66,7 +69,7 @@ class Recipe:
         return asdict(self)
 
     def check(self) -> None:
-        """Raise AbreastError for what makes no sense."""
+        """Raise AbreastError for what makes no sense, here or in so many processes."""
         for label, value, known in (
             ("train", self.train, get_args(Train)),
             ("objective", self.objective, get_args(Objective)),
@@ -93,6 +96,21 @@ class Recipe:
                 raise AbreastError(f"the {label} is {amount}; give a positive number")
         if not 0 <= self.warmup <= 1:
             raise AbreastError(f"the warm-up is {self.warmup}; give a share of the steps, 0 to 1")
+        if self.shard and processes() == 1:
+            raise AbreastError(
+                "to shard is to spread over several processes, and this is the only one; "
+                "start them with 'accelerate launch' or torchrun, or do without"
+            )
+        if self.batch_size % processes():
+            raise AbreastError(
+                f"a batch of {self.batch_size} windows cannot be shared evenly by {processes()} "
+                f"processes; give a multiple of {processes()}"
+            )
+
+
+def processes() -> int:
+    """How many processes train together, as `accelerate launch` and torchrun say."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def windows_of(step: int, count: int, batch_size: int, seed: int) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
+    from abreast.accuracy import Evaluation
     from abreast.backends import Report
     from abreast.demo import Demo
     from abreast.estimate import Estimate
@@ -28,12 +31,96 @@ def quality_rows(result: Comparison | Perplexity) -> dict[str, str]:
     return {
         "perplexity": f"{ours.perplexity:.3f} ± {ours.perplexity_stderr:.3f}",
         "of the original": f"{theirs.perplexity:.3f} ± {theirs.perplexity_stderr:.3f}",
-        "loss increase": f"{result.nll_difference:+.4f} ± {result.nll_difference_stderr:.4f} nats",
+        "loss increase": f"{result.nll_difference:+.4f} ± {result.nll_difference_stderr:.4f} nats"
+        f"{_interval(result.bootstrap['nll_difference'], '+.4f')}, "
+        f"worse in {result.windows_worse:.0%} of the windows",
         "KL divergence": f"{result.kl:.4f} ± {result.kl_stderr:.4f} nats, "
         f"95th percentile {result.kl_p95:.4f}",
         "same top token": f"{result.top1_agreement:.1%} ± {result.top1_agreement_stderr:.1%}",
         "scored": f"{result.num_tokens} tokens, window {result.window}, stride {result.stride}",
     }
+
+
+def _interval(ends: tuple[float, float], form: str) -> str:
+    low, high = ends
+    return f" [{low:{form}}, {high:{form}}]" if low <= high else ""  # NaN: one window alone
+
+
+def print_corpora(results: Mapping[str, Comparison | Perplexity]) -> None:
+    """One row per text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from abreast.evaluate import Perplexity
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("text", overflow="fold")
+    alone = any(isinstance(result, Perplexity) for result in results.values())
+    compared = ("original", "loss increase", "KL", "same top")
+    for heading in ("perplexity", *(() if alone else compared)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, result in results.items():
+        text = f"{Path(name).name}\n{result.num_tokens} tokens"
+        if isinstance(result, Perplexity):
+            table.add_row(text, f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}")
+            continue
+        interval = _interval(result.bootstrap["nll_difference"], "+.4f").strip()
+        table.add_row(
+            text,
+            f"{result.model.perplexity:.3f}",
+            f"{result.reference.perplexity:.3f}",
+            f"{result.nll_difference:+.4f}\n{interval}",
+            f"{result.kl:.4f}",
+            f"{result.top1_agreement:.1%}",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    if not alone:
+        console.print("brackets: 95 % bootstrap interval, windows drawn anew", soft_wrap=True)
+
+
+def print_tasks(result: Evaluation) -> None:
+    """One row per task and metric."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def score(value: float | None, stderr: float | None) -> str:
+        if value is None:
+            return ""
+        return f"{value:.3f}" if stderr is None else f"{value:.3f}±{stderr:.3f}"
+
+    alone = result.settings["against"] is None
+    title = f"{result.settings['model']} {result.settings['plan'] or ''}"
+    table = Table(title=title.strip(), box=None, padding=(0, 2, 0, 0))
+    table.add_column("task")
+    headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, row in result.tasks.items():
+        for metric, values in row.metrics.items():
+            ours = score(values["converted"], values["converted_stderr"])
+            if alone:
+                table.add_row(f"{name}\n{metric}", ours, str(row.num_items))
+                continue
+            lost, won = values["only_original"], values["only_converted"]
+            table.add_row(
+                f"{name}\n{metric}",
+                score(values["original"], values["original_stderr"]),
+                ours,
+                score(values["kept"], values["kept_stderr"]),
+                "" if values["p_value"] is None else f"{values['p_value']:.2g}",
+                "" if lost is None else f"{lost}:{won}",
+            )
+    console = Console(highlight=False)
+    console.print(table)
+    if result.kept_mean is not None:
+        mean = score(result.kept_mean, result.kept_mean_stderr)
+        console.print(f"accuracy kept, mean over tasks: {mean}", soft_wrap=True)
+        console.print(
+            "only one: items that only the original, only the converted model gets right; p is of "
+            "the paired test on them",
+            soft_wrap=True,
+        )
 
 
 def print_demo(result: Demo) -> None:

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from abreast.checkpoint import MANIFEST, CheckpointError, read_json, resolve, sha256_of
+from abreast.checkpoint import CheckpointError, read_json, resolve
 from abreast.grouped import grouped
 from abreast.load import load
-from abreast.plan import Plan
+from abreast.manifest import damaged, read_manifest
 
 # Largest allowed logit difference as a fraction of the range of the original's logits. In float32
 # only the order of summation differs. A half-precision checkpoint stores W diag(g) rounded once,
@@ -86,10 +84,10 @@ def verify(
     """
     folder, _ = resolve(out)
     original, _ = resolve(against, revision=revision)
-    plan, files, source_files, weights = _manifest(folder)
-    faults = list(_damaged(folder, files))
-    healed = bool(weights) and next(_damaged(original, weights), None) is not None
-    for name in _damaged(original, source_files) if healed or not weights else ():
+    plan, files, source_files, weights = read_manifest(folder)
+    faults = list(damaged(folder, files))
+    healed = bool(weights) and next(damaged(original, weights), None) is not None
+    for name in damaged(original, source_files) if healed or not weights else ():
         raise CheckpointError(
             f"'{out}' was not made from '{against}': {name}; name the original it was made from"
         )
@@ -141,37 +139,6 @@ def verify(
         faults=tuple(faults),
         healed=healed,
     )
-
-
-def _manifest(folder: Path) -> tuple[Plan, dict[str, str], dict[str, str], dict[str, str]]:
-    """The plan, and the sha256 of every file: converted, original, healed. Raises AbreastError.
-
-    The last is empty for a checkpoint that is not healed.
-    """
-    manifest, where = read_json(folder / MANIFEST), f"'{folder / MANIFEST}'"
-    try:
-        plan = Plan.model_validate(manifest["plan"])
-        lists = [manifest["files"], manifest["source"]["files"]]
-        if "healed" in manifest:
-            lists.append(manifest["healed"]["weights"])
-        hashes = [{str(k): str(v["sha256"]) for k, v in files.items()} for files in lists]
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise CheckpointError(f"{where} holds no valid plan: {reason}; convert again") from None
-    except (AttributeError, KeyError, TypeError):
-        raise CheckpointError(f"{where} is not the record of a conversion; convert again") from None
-    if not all("config.json" in files for files in hashes):
-        raise CheckpointError(f"{where} does not record all files; convert again")
-    return plan, hashes[0], hashes[1], hashes[2] if len(hashes) > 2 else {}
-
-
-def _damaged(folder: Path, files: dict[str, str]) -> Iterator[str]:
-    for name, sha256 in files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"file {name} is missing"
-        elif sha256_of(path) != sha256:
-            yield f"file {name} is not the one recorded in {MANIFEST}"
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

@@ -1,0 +1,364 @@
+"""The report's charts as Vega-Lite specifications, each with a description and a table of its data.
+
+Colours are CSS variables, so that a page can theme them; `painted` puts in real ones for a picture.
+Knows no torch; needs altair, which comes with the ``report`` extra.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+
+LIGHT = {
+    **{"paper": "#ffffff", "fg": "#1b1f24", "muted": "#57606a", "grid": "#e3e6ea"},
+    **{"wire": "#6e7781", "attn": "#cfe3fa", "ffn": "#fbe0c4"},
+    **{"c1": "#0b5cad", "c2": "#b3430f", "c3": "#2c7a36", "c4": "#7a3fb0", "c5": "#6a737d"},
+}
+DARK = {
+    **{"paper": "#15181c", "fg": "#e6e9ed", "muted": "#a3adb8", "grid": "#2d333a"},
+    **{"wire": "#8b949e", "attn": "#1f4468", "ffn": "#5f3c17"},
+    **{"c1": "#6cb6ff", "c2": "#ff9d66", "c3": "#7fd18b", "c4": "#cba6ff", "c5": "#9aa4af"},
+}
+METHODS = {
+    "planner": "planner",
+    "contiguous": "contiguous (LP)",
+    "similarity": "similarity (CQIL)",
+    "angular": "angular distance",
+    "random": "random",
+}
+LEAST_KL = 1e-6  # what a logarithmic axis shows of costs that rounding made zero or negative
+CONFIG = {
+    "background": "var(--paper)",
+    "font": "system-ui, sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        **{"labelColor": "var(--muted)", "titleColor": "var(--fg)", "gridColor": "var(--grid)"},
+        **{"domainColor": "var(--muted)", "tickColor": "var(--muted)"},
+        **{"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"},
+    },
+    "legend": {
+        **{"labelColor": "var(--fg)", "titleColor": "var(--fg)", "labelFontSize": 12},
+        **{"orient": "top", "columns": 2, "title": None},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart and its text alternatives.
+
+    spec: Vega-Lite. description: what it shows and, in a sentence, what is to be seen. columns:
+    headings of the table; rows: its cells, as text.
+    """
+
+    name: str
+    title: str
+    description: str
+    spec: Mapping[str, Any]
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def painted(spec: Mapping[str, Any], width: int = 640) -> str:
+    """The specification as JSON text with light colours and a width of its own."""
+    text = json.dumps({**spec, "width": width})
+    for name, colour in LIGHT.items():
+        text = text.replace(f"var(--{name})", colour)
+    return text.replace("system-ui, sans-serif", "sans-serif")
+
+
+def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
+    """What the best plan of each depth costs, a line per way to choose.
+
+    rows: plan, depth, method, and the cost as in `Cost`. measure: "kl" (on a logarithmic axis) or
+    "loss_increase". chosen: the plan to mark.
+    """
+    import altair as alt
+
+    error = {"kl": "kl_stderr", "loss_increase": "loss_stderr"}[measure]
+    label = {"kl": "KL divergence", "loss_increase": "loss increase"}[measure]
+    points = [
+        {
+            "method": METHODS.get(row["method"], row["method"]),
+            "depth": row["depth"],
+            "plan": row["plan"],
+            **_bar(row[measure], row[error], logarithmic=measure == "kl"),
+            "exact": number(row[measure], row[error]),
+            "chosen": row["plan"] == chosen and row["method"] == "planner",
+        }
+        for row in rows
+    ]
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    picked = alt.selection_point(fields=["method"], bind="legend")
+    depth = alt.X("depth:Q").title("effective depth").scale(zero=False, padding=12)
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=depth.axis(tickMinStep=1, format="d"),
+        color=alt.Color("method:N").scale(
+            domain=methods, range=[f"var(--c{1 + i % 5})" for i in range(len(methods))]
+        ),
+        opacity=alt.condition(picked, alt.value(1), alt.value(0.15)),
+        tooltip=[
+            alt.Tooltip("method:N", title="chosen by"),
+            alt.Tooltip("depth:Q", title="depth"),
+            alt.Tooltip("exact:N", title=label),
+            alt.Tooltip("plan:N", title="plan"),
+        ],
+    )
+    shape = alt.Shape("method:N").scale(domain=methods)
+    axis = alt.Y("value:Q").title(f"{label} (nats per token)")
+    axis = axis.scale(type="log") if measure == "kl" else axis
+    axis = axis.axis(format="~g", tickCount=6)
+    drawn = alt.layer(
+        base.mark_rule(strokeWidth=1.2).encode(y=_at(axis, "low:Q"), y2="high:Q"),
+        base.mark_line(strokeWidth=1.8).encode(y=axis),
+        base.mark_point(filled=True, size=64).encode(y=axis, shape=shape).add_params(picked),
+        alt.Chart(alt.Data(values=[point for point in points if point["chosen"]]))
+        .mark_point(size=240, strokeWidth=2, color="var(--fg)")
+        .encode(x=depth, y=axis),
+    )
+    mine = next((point for point in points if point["chosen"]), None)
+    seen = (
+        f" The chosen plan, ringed, is at depth {mine['depth']}: {mine['exact']}." if mine else ""
+    )
+    return Chart(
+        name={"kl": "depth-kl", "loss_increase": "depth-loss"}[measure],
+        title=f"{label[0].upper()}{label[1:]} against depth",
+        description=(
+            f"Line chart of the {label} from the original over effective depth, one line per way "
+            f"to choose the plan: {', '.join(methods)}. Bars are two standard errors each way."
+            f"{seen}"
+        ),
+        spec=_spec(drawn, 300),
+        columns=("chosen by", "depth", "plan", f"{label}, nats"),
+        rows=tuple((p["method"], str(p["depth"]), p["plan"], p["exact"]) for p in points),
+    )
+
+
+def groups_chart(rows: Sequence[Row]) -> Chart:
+    """What every candidate group costs alone, over the place of its first layer.
+
+    rows: group, first (layer), kl, kl_stderr, chosen.
+    """
+    import altair as alt
+
+    shifts: list[float] = []
+    beside: dict[int, int] = {}  # groups that begin at the same layer stand side by side
+    for row in rows:
+        beside[row["first"]] = beside.get(row["first"], -1) + 1
+        shifts.append(0.15 * beside[row["first"]])
+    points = [
+        {
+            "group": row["group"],
+            "first": row["first"] + shift,
+            **_bar(row["kl"], row["kl_stderr"], logarithmic=True),
+            "exact": number(row["kl"], row["kl_stderr"]),
+            "use": "in the plan" if row["chosen"] else "not in the plan",
+        }
+        for row, shift in zip(rows, shifts, strict=True)
+    ]
+    axis = alt.Y("value:Q").title("KL alone (nats per token)").scale(type="log")
+    axis = axis.axis(format="~g", tickCount=6)
+    place = alt.X("first:Q").title("first layer of the group").scale(zero=False, padding=12)
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=place.axis(tickMinStep=1, format="d"),
+        color=alt.Color("use:N").scale(
+            domain=["in the plan", "not in the plan"], range=["var(--c2)", "var(--c5)"]
+        ),
+        tooltip=[
+            alt.Tooltip("group:N", title="group"),
+            alt.Tooltip("exact:N", title="KL alone"),
+            alt.Tooltip("use:N", title="chosen"),
+        ],
+    )
+    shape = alt.Shape("use:N").scale(
+        domain=["in the plan", "not in the plan"], range=["diamond", "circle"]
+    )
+    drawn = alt.layer(
+        base.mark_rule(strokeWidth=1.2).encode(y=_at(axis, "low:Q"), y2="high:Q"),
+        base.mark_point(filled=True, size=80, opacity=1).encode(y=axis, shape=shape),
+    )
+    least = min(rows, key=lambda row: row["kl"])
+    most = max(rows, key=lambda row: row["kl"])
+    return Chart(
+        name="groups-kl",
+        title="What each group costs alone",
+        description=(
+            f"Point chart of the KL divergence with only one group formed, for {len(rows)} groups "
+            f"over their first layer. The cheapest is {least['group']} "
+            f"({number(least['kl'], least['kl_stderr'])}), the dearest {most['group']} "
+            f"({number(most['kl'], most['kl_stderr'])})."
+        ),
+        spec=_spec(drawn, 260),
+        columns=("group", "KL alone, nats", "chosen"),
+        rows=tuple((p["group"], p["exact"], p["use"]) for p in points),
+    )
+
+
+def position_chart(rows: Sequence[Row]) -> Chart:
+    """KL over the position in the window. rows: start, end (exclusive), kl, stderr."""
+    import altair as alt
+
+    points = [
+        {
+            "middle": (row["start"] + row["end"]) / 2,
+            "span": f"{row['start']} to {row['end'] - 1}",
+            **_bar(row["kl"], row["stderr"]),
+            "exact": number(row["kl"], row["stderr"]),
+        }
+        for row in rows
+    ]
+    axis = alt.Y("value:Q").title("KL divergence (nats per token)")
+    axis = axis.axis(format="~g", tickCount=6)
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("middle:Q").title("position in the window (tokens)").scale(padding=8),
+        tooltip=[
+            alt.Tooltip("span:N", title="positions"),
+            alt.Tooltip("exact:N", title="KL"),
+        ],
+    )
+    drawn = alt.layer(
+        base.mark_rule(color="var(--c1)").encode(y=_at(axis, "low:Q"), y2="high:Q"),
+        base.mark_line(color="var(--c1)").encode(y=axis),
+        base.mark_point(color="var(--c1)", filled=True, size=52, opacity=1).encode(y=axis),
+    )
+    first, last = points[0], points[-1]
+    return Chart(
+        name="position-kl",
+        title="KL divergence by position",
+        description=(
+            "Line chart of the KL divergence over the position of the token in its window, from "
+            f"{first['exact']} at {first['span']} to {last['exact']} at {last['span']}."
+        ),
+        spec=_spec(drawn, 240),
+        columns=("positions", "KL, nats"),
+        rows=tuple((p["span"], p["exact"]) for p in points),
+    )
+
+
+def speed_chart(rows: Sequence[Row]) -> Chart:
+    """The ratio of speeds per phase. rows: phase, ratio, low, high, verdict."""
+    import altair as alt
+
+    axis = alt.X("ratio:Q").title("speed against the original (1 = the same)")
+    axis = axis.axis(tickCount=5)
+    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
+        y=alt.Y("phase:N").title(None).axis(ticks=False, domain=False),
+        tooltip=[
+            alt.Tooltip("phase:N", title="phase"),
+            alt.Tooltip("verdict:N", title="verdict"),
+        ],
+    )
+    one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(
+        color="var(--muted)", strokeDash=[4, 4]
+    )
+    drawn = alt.layer(
+        one.encode(x=alt.X("one:Q")),
+        base.mark_rule(color="var(--c1)", strokeWidth=2).encode(x=_at(axis, "low:Q"), x2="high:Q"),
+        base.mark_point(color="var(--c1)", filled=True, size=90, opacity=1).encode(
+            x=axis.scale(zero=False, padding=16)
+        ),
+    )
+    listed = "; ".join(f"{row['phase']}: {row['verdict']}" for row in rows)
+    return Chart(
+        name="speed",
+        title="Speed against the original",
+        description=(
+            "Point chart of the converted model's speed over the original's, with 95 % intervals "
+            f"of the paired ratio. {listed}."
+        ),
+        spec=_spec(drawn, 46 * len(rows)),
+        columns=("phase", "ratio", "95 % interval", "verdict"),
+        rows=tuple(
+            (
+                row["phase"],
+                f"{row['ratio']:.3f}x",
+                f"{row['low']:.3f} to {row['high']:.3f}",
+                row["verdict"],
+            )
+            for row in rows
+        ),
+    )
+
+
+def tasks_chart(rows: Sequence[Row]) -> Chart:
+    """Accuracy per task. rows: task, metric, original, original_stderr, converted, ..._stderr."""
+    import altair as alt
+
+    points = [
+        {
+            "task": row["task"],
+            "model": model,
+            **_bar(row[model], row[f"{model}_stderr"]),
+            "exact": number(row[model], row[f"{model}_stderr"]),
+        }
+        for row in rows
+        for model in ("original", "converted")
+    ]
+    axis = alt.X("value:Q").title("score")
+    models = ["original", "converted"]
+    base = alt.Chart(alt.Data(values=points)).encode(
+        y=alt.Y("task:N").title(None).axis(ticks=False, domain=False, labelLimit=110),
+        yOffset=alt.YOffset("model:N").scale(domain=models),
+        color=alt.Color("model:N").scale(domain=models, range=["var(--c5)", "var(--c1)"]),
+        tooltip=[
+            alt.Tooltip("task:N", title="task"),
+            alt.Tooltip("model:N", title="model"),
+            alt.Tooltip("exact:N", title="score"),
+        ],
+    )
+    drawn = alt.layer(
+        base.mark_rule(strokeWidth=2).encode(x=_at(axis, "low:Q"), x2="high:Q"),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=axis),
+    )
+    listed = "; ".join(
+        f"{row['task']} {row['original']:.3f} and {row['converted']:.3f}" for row in rows
+    )
+    return Chart(
+        name="tasks",
+        title="Task scores",
+        description=(
+            "Point chart of the score per task, original and converted, with two standard errors "
+            f"each way. {listed}."
+        ),
+        spec=_spec(drawn, 44 * len(rows) + 10),
+        columns=("task", "model", "score"),
+        rows=tuple((p["task"], p["model"], p["exact"]) for p in points),
+    )
+
+
+def number(value: float | None, stderr: float | None = None) -> str:
+    """A number with its standard error, to as many digits as the error allows."""
+    if value is None:
+        return "unknown"
+    if not stderr:
+        return f"{value:.3g}"
+    digits = max(0, 1 - int(f"{stderr:e}".partition("e")[2]))
+    return f"{value:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def _bar(value: float, stderr: float | None, *, logarithmic: bool = False) -> dict[str, float]:
+    """A value and its error bar, two standard errors each way.
+
+    On a logarithmic axis a bar that would reach zero ends at a tenth of the value.
+    """
+    value = max(value, LEAST_KL) if logarithmic else value
+    low, high = value - 2 * (stderr or 0), value + 2 * (stderr or 0)
+    return {"value": value, "low": max(low, value / 10) if logarithmic else low, "high": high}
+
+
+def _at(channel: Any, field: str) -> Any:
+    """The same channel, reading another field."""
+    copied = channel.copy()
+    copied.shorthand = field
+    return copied
+
+
+def _spec(chart: Any, height: int) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.properties(width="container", height=height).to_dict()
+    # Wide charts would push a phone's page sideways; `fit` counts axes and legend in.
+    spec["autosize"] = {"type": "fit-x", "contains": "padding", "resize": True}
+    return {**spec, "config": CONFIG}

@@ -1,0 +1,111 @@
+"""A plan as a picture: per stage one small SVG, attention (A) and FFN (F) of every layer as boxes.
+
+Colours come from classes, so that a page can theme them: box, attn, ffn, wire, node, label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from abreast.plan import Group, Plan
+
+BOX, HEIGHT, PITCH = (34, 24, 34)  # width and height of a box, distance between members
+LEAD, JOIN = 14, 40  # the wires before and after, and between attention and FFN of a group
+
+
+def describe(stage: tuple[int, ...], group: Group | None) -> str:
+    """A stage in words."""
+    if group is None:
+        return f"layer {stage[0]} alone"
+    names = ", ".join(map(str, stage[:-1])) + f" and {stage[-1]}"
+    if group.wiring == "lp":
+        return f"layers {names} abreast, lp: every FFN sees the sum of all attentions"
+    if not group.bypass:
+        return f"layers {names} abreast, cqil: every FFN sees its own attention"
+    return (
+        f"layers {names} abreast, cqil with bypass {group.bypass}: every FFN sees its own "
+        f"attention and those of up to {group.bypass} layers before it"
+    )
+
+
+def stage_size(stage: tuple[int, ...]) -> tuple[int, int]:
+    """Width and height of a stage's drawing."""
+    join, members = (JOIN, len(stage)) if len(stage) > 1 else (10, 1)
+    return 2 * LEAD + 2 * BOX + join, (members - 1) * PITCH + HEIGHT + 12
+
+
+def draw_stage(stage: tuple[int, ...], group: Group | None) -> str:
+    """The elements of a stage's drawing, without the svg element around them."""
+    width, height = stage_size(stage)
+    middle = height / 2
+    rows = [6 + HEIGHT / 2 + PITCH * place for place in range(len(stage))]
+    attn_end, ffn = LEAD + BOX, width - LEAD - BOX
+    found: list[str] = []
+    for row in rows:
+        found += [_wire(0, middle, LEAD, row), _wire(width - LEAD, row, width, middle)]
+    if group is None:
+        found.append(_wire(attn_end, middle, ffn, middle))
+    elif group.wiring == "lp":
+        joint = (attn_end + ffn) / 2
+        for row in rows:
+            found += [_wire(attn_end, row, joint, middle), _wire(joint, middle, ffn, row)]
+        found.append(f'<circle class="node" cx="{joint:g}" cy="{middle:g}" r="8"/>')
+        found.append(_text("+", joint, middle))
+    else:
+        for row, seen in zip(rows, group.visibility, strict=True):
+            for other, visible in zip(rows, seen, strict=True):
+                if visible:
+                    found.append(_wire(attn_end, other, ffn, row))
+    for layer, row in zip(stage, rows, strict=True):
+        for letter, kind, left in (("A", "attn", LEAD), ("F", "ffn", ffn)):
+            found.append(
+                f'<rect class="box {kind}" x="{left}" y="{row - HEIGHT / 2:g}" '
+                f'width="{BOX}" height="{HEIGHT}" rx="4"/>'
+            )
+            found.append(_text(f"{letter}{layer}", left + BOX / 2, row))
+    return "".join(found)
+
+
+def draw_plan(plan: Plan, colours: Mapping[str, str], width: int = 1200) -> str:
+    """The whole plan as one SVG, its stages in lines of at most `width`.
+
+    colours: paper, fg, wire, attn, ffn as CSS colours.
+    """
+    lines: list[list[tuple[int, ...]]] = [[]]
+    for stage in plan.stages:
+        if sum(stage_size(each)[0] for each in [*lines[-1], stage]) > width and lines[-1]:
+            lines.append([])
+        lines[-1].append(stage)
+    found, top = [], 10.0
+    for line in lines:
+        tallest, left = max(stage_size(stage)[1] for stage in line), 10.0
+        for stage in line:
+            size = stage_size(stage)
+            inner = draw_stage(stage, plan.group_of(stage))
+            at = f"translate({left:g} {top + (tallest - size[1]) / 2:g})"
+            found.append(f'<g transform="{at}">{inner}</g>')
+            left += size[0]
+        top += tallest + 14
+    widest = 20 + max(sum(stage_size(stage)[0] for stage in line) for line in lines)
+    style = (
+        f".box{{stroke:{colours['fg']};stroke-width:1}}.attn{{fill:{colours['attn']}}}"
+        f".ffn{{fill:{colours['ffn']}}}.wire{{stroke:{colours['wire']};stroke-width:1.5;fill:none}}"
+        f".node{{fill:{colours['paper']};stroke:{colours['wire']};stroke-width:1.5}}"
+        f".label{{fill:{colours['fg']};font:12px sans-serif;text-anchor:middle}}"
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest:g}" height="{top:g}" '
+        f'viewBox="0 0 {widest:g} {top:g}"><style>{style}</style>'
+        f'<rect width="100%" height="100%" fill="{colours["paper"]}"/>{"".join(found)}</svg>'
+    )
+
+
+def _wire(x1: float, y1: float, x2: float, y2: float) -> str:
+    if y1 == y2:
+        return f'<path class="wire" d="M{x1:g} {y1:g}H{x2:g}"/>'
+    bend = (x1 + x2) / 2
+    return f'<path class="wire" d="M{x1:g} {y1:g}C{bend:g} {y1:g} {bend:g} {y2:g} {x2:g} {y2:g}"/>'
+
+
+def _text(text: str, x: float, y: float) -> str:
+    return f'<text class="label" x="{x:g}" y="{y + 4:g}">{text}</text>'
