@@ -58,7 +58,8 @@ TARGET = "a target of the Makefile: `make -n` runs here"
 SERVES = "serves until it is stopped: tests/test_play_browser.py::"
 PUSH = "against a Hub of its own: tests/test_card.py::test_push"
 ELSEWHERE = {
-    "pip install -e .": ENVIRONMENT,
+    "pip install -e .[report]": ENVIRONMENT,
+    "pip install -e .[report,eval,heal,gguf,play]": ENVIRONMENT,
     "pip install abreast[vllm]": f"{ENVIRONMENT}: tests/engines/vllm.txt",
     "pip install abreast[gguf]": f"{ENVIRONMENT}: tests/engines/llamacpp.txt",
     "pip install abreast[play]": f"{ENVIRONMENT}: the extra dev",
