@@ -44,7 +44,7 @@ def quality(**more: Any) -> dict[str, Any]:
     )
     found = Comparison(
         *(ours, theirs, 0.1, 0.002, 0.0625, 0.0012, 0.01, 0.2, 0.3, 2.0, 0.91, 0.002),
-        *(5000, 256, 256, windows),
+        *({}, (), 0.9, 5000, 256, 256, windows),
     )
     return {**found.to_dict(), **more}
 

@@ -44,7 +44,6 @@ _ITEM_BYTES = {
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
 }
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
-_ASIDE = {".py", ".log", ".csv", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".pdf"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _NOT_COPIED = {"config.json", MANIFEST, "README.md", "plan.yaml"}
 
@@ -482,14 +481,14 @@ def check_free(out: Path) -> None:
 def companions(folder: Path) -> list[Path]:
     """What travels with the weights: tokenizer, chat templates, generation config, licence.
 
-    Weights of any kind, code, plans, logs, pictures, config.json and the model card stay behind.
+    Weights of any kind, code, plans, logs, config.json and the model card stay behind.
     """
     files = [
         path
         for path in sorted(folder.iterdir())
         if path.is_file()
         and not path.name.startswith(".")
-        and path.suffix not in _WEIGHTS | _ASIDE
+        and path.suffix not in _WEIGHTS | {".py", ".log"}
         and path.name not in _NOT_COPIED
         and not path.name.endswith(".index.json")
     ]
