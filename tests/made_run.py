@@ -99,9 +99,10 @@ def make_run(run: Path, model: Path, source: str, data: str = "stdlib") -> Path:
     front.stats.save(run / "calibration" / "stats.safetensors")
     save(run / "front.json", {**front.to_dict(), "identity": {"num_layers": LAYERS}})
     rows = [
-        {"method": method, "depth": p.depth, "plan": p.shorthand, **asdict(c)}
-        for method in ("planner", "contiguous", "random")
+        {"method": method, "depth": p.depth, "plan": p.shorthand, **asdict(cost(factor * c.kl))}
+        for method, factor in (("planner", 1.0), ("contiguous", 1.5), ("random", 3.0))
         for p, c in front.plans.items()
+        if p.shorthand in ("2+3", PLAN)
     ]
     save(run / "baselines.json", {"rests_on": {}, "plans": rows})
     plan.model_copy(update={"source": source}).save(folder / "plan.yaml")

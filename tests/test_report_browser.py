@@ -80,7 +80,7 @@ def test_every_plot_is_drawn_and_nothing_overflows(opened, scheme, size):
     )
     points = {name.removeprefix("chart-"): count for name, count, _, _ in charts}
     assert set(points) == {"depth-kl", "depth-loss", "groups-kl", "position-kl", "tasks", "speed"}
-    least = {"depth-kl": 12, "depth-loss": 12, "groups-kl": 6, "position-kl": 3, "tasks": 4}
+    least = {"depth-kl": 6, "depth-loss": 6, "groups-kl": 6, "position-kl": 3, "tasks": 4}
     assert all(points[name] >= count for name, count in {**least, "speed": 2}.items()), points
     assert all(0 < width <= room + 1 for _, _, width, room in charts), charts
     assert page.evaluate("document.documentElement.scrollWidth") == SIZES[size][0]
@@ -126,7 +126,7 @@ def test_keyboard(opened):
     summary.focus()
     page.keyboard.press("Enter")
     table = page.locator("#chart-depth-kl ~ figcaption table")
-    assert table.is_visible() and table.locator("tbody tr").count() == 12
+    assert table.is_visible() and table.locator("tbody tr").count() == 6
 
 
 def test_tooltips_and_legend(opened):
@@ -137,7 +137,7 @@ def test_tooltips_and_legend(opened):
     assert "chosen by" in tip.inner_text() and "planner" in tip.inner_text()
     line = page.locator("#chart-depth-kl .layer_1_marks path")
     assert {line.nth(i).get_attribute("opacity") for i in range(3)} <= {None, "1"}
-    page.locator("#chart-depth-kl .role-legend-symbol path").nth(1).click()
+    page.locator("#chart-depth-kl .role-legend-label text").nth(1).click()
     page.wait_for_function(
         """() => [...document.querySelectorAll('#chart-depth-kl .layer_1_marks path')]
              .filter(path => path.getAttribute('opacity') === '0.15').length === 2"""

@@ -113,9 +113,12 @@ def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
     axis = axis.scale(type="log") if measure == "kl" else axis
     axis = axis.axis(format="~g", tickCount=6)
     drawn = alt.layer(
-        base.mark_rule(strokeWidth=1.2).encode(y=_at(axis, "low:Q"), y2="high:Q"),
+        # Vega-Lite makes a legend clickable for the first layer's parameters only
+        base.mark_rule(strokeWidth=1.2)
+        .encode(y=_at(axis, "low:Q"), y2="high:Q")
+        .add_params(picked),
         base.mark_line(strokeWidth=1.8).encode(y=axis),
-        base.mark_point(filled=True, size=64).encode(y=axis, shape=shape).add_params(picked),
+        base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
         alt.Chart(alt.Data(values=[point for point in points if point["chosen"]]))
         .mark_point(size=240, strokeWidth=2, color="var(--fg)")
         .encode(x=depth, y=axis),
