@@ -87,7 +87,9 @@ def print_tasks(result: Evaluation) -> None:
     def score(value: float | None, stderr: float | None) -> str:
         if value is None:
             return ""
-        return f"{value:.3f}" if stderr is None else f"{value:.3f}±{stderr:.3f}"
+        # accuracies, and perplexities that may be of any size
+        digits = ".3f" if max(value, stderr or 0.0) < 10 else ".4g"
+        return f"{value:{digits}}" + ("" if stderr is None else f"±{stderr:{digits}}")
 
     alone = result.settings["against"] is None
     title = f"{result.settings['model']} {result.settings['plan'] or ''}"
