@@ -120,7 +120,7 @@ def test_forced_edges_are_warned_about(run, demo, tmp_path):
 def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     code = (
         "import importlib, time; c = importlib.import_module('abreast.convert');"
-        "spans = c._spans; c._spans = lambda *a: (time.sleep(5), spans(*a))[1];"
+        "spans = c._spans; c._spans = lambda *a: (time.sleep(1), spans(*a))[1];"
         "print('ready', flush=True); from abreast.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "convert", str(demo), "--plan", "2+3", "-o"]

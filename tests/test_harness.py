@@ -333,6 +333,7 @@ def test_command_line(
         printed = capsys.readouterr()
         return int(left.value.code or 0), printed.out, printed.err
 
+    monkeypatch.setenv("COLUMNS", "120")  # an untrained model's perplexities are long numbers
     Plan.parse(PLAN, 6).save(tmp_path / "plan.yaml")
     plan = ("--plan", str(tmp_path / "plan.yaml"))
     few = ("--tasks", "python_entry, python_last_name", "--limit", "3", *plan)
