@@ -22,6 +22,7 @@ from abreast.plan import Group, Plan
 from abreast.records import read_conversion, read_run
 from abreast.report import numbers, write_report
 from abreast.samples import first_difference, sample
+from abreast.timing import MIN_ROUNDS
 
 EVIL = "<script>alert(1)</script>"
 
@@ -224,6 +225,8 @@ def test_a_report_is_replaced(run):
 
 def test_no_speed_is_claimed_from_few_rounds(run):
     save(run / "plans" / NAME / "speed.json", {"rests_on": {}, "result": speed(rounds=2)})
+    assert reporting.MIN_ROUNDS == MIN_ROUNDS
+    assert "speed" not in {chart.name for chart in reporting._charts(read_run(run))}
     tiles = reporting._tiles(read_run(run).last)
     assert ("decode speed", "unknown", "too few rounds to say: 2; use at least 6") in tiles
 

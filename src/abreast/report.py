@@ -37,6 +37,7 @@ from abreast.errors import AbreastError
 from abreast.records import Conversion, Run, finite, read_run
 
 PAGE = "report.html"
+MIN_ROUNDS = 6  # as in timing.py: fewer allow no 95 % interval, so no ratio is shown
 _EXTRA = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}
 
 
@@ -96,7 +97,7 @@ def render(run: Run, charts: list[Chart]) -> str:
     return jinja.get_template("report.html.j2").render(
         run=run,
         last=last,
-        model=run.model,
+        model=Path(run.model).name if run.model.startswith(("/", ".", "~")) else run.model,
         missing=run.missing(),
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
@@ -155,6 +156,7 @@ def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
                 "low": after["ratio_low"],
                 "high": after["ratio_high"],
                 "verdict": row["verdict"],
+                "known": row["rounds"] >= MIN_ROUNDS,
                 "about": f"batch {row['batch_size']}, context {row['context']}, {row['dtype']}, "
                 f"{row['device']}, {row['threads']} CPU threads, {row['rounds']} rounds",
             }
@@ -200,7 +202,7 @@ def _charts(run: Run) -> list[Chart]:
             charts.append(position_chart(places))
         if tasks := task_rows(last):
             charts.append(tasks_chart(tasks))
-        if speed := speed_rows(last):
+        if speed := [row for row in speed_rows(last) if row["known"]]:
             charts.append(speed_chart(speed))
     return charts
 
@@ -230,8 +232,7 @@ def _tiles(conversion: Conversion) -> list[tuple[str, str, str]]:
             found.append((heading, value, f"± {error} nats per token" if error else "nats"))
         found.append(("same top token", f"{quality['top1_agreement']:.1%}", "of the predictions"))
     for row in speed_rows(conversion):
-        known = not row["verdict"].startswith("too few")
-        ratio = f"{row['ratio']:.2f}x" if known else "unknown"
+        ratio = f"{row['ratio']:.2f}x" if row["known"] else "unknown"
         found.append((f"{row['phase']} speed", ratio, row["verdict"]))
     return found
 
@@ -266,7 +267,7 @@ def _samples(conversion: Conversion) -> list[dict[str, Any]]:
 
 def _summary(conversion: Conversion) -> dict[str, Any]:
     """A line of the table of the other plans."""
-    quality = conversion.quality
+    quality, timed = conversion.quality, speed_rows(conversion)
     return {
         "depth": conversion.plan.depth,
         "plan": conversion.plan.shorthand or "none",
@@ -275,7 +276,7 @@ def _summary(conversion: Conversion) -> dict[str, Any]:
         "loss": number(quality["nll_difference"], quality["nll_difference_stderr"])
         if quality
         else "not measured",
-        "speed": "; ".join(f"{r['phase']} {r['ratio']:.2f}x" for r in speed_rows(conversion)),
+        "speed": "; ".join(f"{r['phase']} {r['ratio']:.2f}x" for r in timed if r["known"]),
         "folder": str(conversion.target) if conversion.manifest else "not converted",
     }
 
