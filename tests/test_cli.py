@@ -117,15 +117,22 @@ def test_forced_edges_are_warned_about(run, demo, tmp_path):
     assert status == 0 and "warning" in err and (tmp_path / "out").is_dir()
 
 
+def interruptible() -> None:
+    """What a shell starts in the background ignores interrupts, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     code = (
         "import importlib, time; c = importlib.import_module('abreast.convert');"
-        "spans = c._spans; c._spans = lambda *a: (time.sleep(1), spans(*a))[1];"
+        "spans = c._spans; c._spans = lambda *a: (time.sleep(0.2), spans(*a))[1];"
         "print('ready', flush=True); from abreast.cli import main; main()"
     )
     command = [sys.executable, "-c", code, "convert", str(demo), "--plan", "2+3", "-o"]
     for stop, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        child = subprocess.Popen([*command, str(tmp_path / "out")], stdout=subprocess.PIPE)
+        child = subprocess.Popen(
+            [*command, str(tmp_path / "out")], stdout=subprocess.PIPE, preexec_fn=interruptible
+        )
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 120
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
