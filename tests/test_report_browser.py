@@ -5,19 +5,17 @@ Needs Chromium or Chrome on the PATH, and fails without one: what is not looked 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_run import LAYERS, add_plan, make_run
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
 from abreast.report import write_report
 
 pytestmark = pytest.mark.slow
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SIZES = {"desktop": (1200, 900), "phone": (360, 740)}
 
 
@@ -28,17 +26,6 @@ def report(tiny_checkpoint, tmp_path_factory) -> Path:
     make_run(run, tiny_checkpoint(num_layers=LAYERS), name)
     add_plan(run, "1+2 3+4 5+6", "depth-5-other")
     return write_report(run)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.fail(f"none of {', '.join(BROWSERS)} is installed (Debian: apt install chromium)")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
