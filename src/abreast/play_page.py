@@ -176,7 +176,9 @@ def page(models: Models) -> Any:
             )
             for event in (go.click, prompt.submit)
         ]
-        stop.click(lambda: _STOPPED, None, status, cancels=runs, queue=False, **hidden)
+        # In this order: what was on its way when the run ended must not come after it.
+        ended = stop.click(None, cancels=runs, queue=False, **hidden)
+        ended.then(lambda: _STOPPED, None, status, queue=False, **hidden)
     return blocks
 
 
