@@ -87,12 +87,13 @@ def print_tasks(result: Evaluation) -> None:
     def score(value: float | None, stderr: float | None) -> str:
         if value is None:
             return ""
-        return f"{value:.3f}" if stderr is None else f"{value:.3f}±{stderr:.3f}"
+        form = ".3f" if value < 1000 else ".3g"  # a perplexity can be anything
+        return f"{value:{form}}" if stderr is None else f"{value:{form}}±{stderr:{form}}"
 
     alone = result.settings["against"] is None
     title = f"{result.settings['model']} {result.settings['plan'] or ''}"
     table = Table(title=title.strip(), box=None, padding=(0, 2, 0, 0))
-    table.add_column("task")
+    table.add_column("task", min_width=16)
     headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
