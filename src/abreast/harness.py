@@ -94,13 +94,16 @@ def find_tasks(
     for folder in include_path:
         if not Path(folder).is_dir():
             raise AbreastError(f"no folder '{folder}' with task files; check --include-path")
+    for name in names:
+        if _is_file_name(name) and not Path(name).is_file():
+            raise AbreastError(f"no task file '{name}'; check the path")
     paths = [str(FOLDER), *map(str, include_path)]
     with _quiet():
         _seeded(seed)
-        ours = manager_class(include_path=[str(FOLDER)], include_defaults=False)
-        known = all(name in ours.task_index for name in names)
-        # Reading the harness's 14,000 task files takes seconds.
-        manager = ours if known else manager_class(include_path=paths)
+        manager = manager_class(include_path=paths, include_defaults=False)
+        # Reading the harness's 14,000 task files takes seconds; often none of them is needed.
+        if not all(_is_local(name, manager) for name in names):
+            manager = manager_class(include_path=paths)
         loaded: dict[str, Any] = {}
         rows: dict[str, tuple[str, ...]] = {}
         for name in (each for asked in names for each in _spelled_out(asked, manager)):
@@ -249,8 +252,24 @@ def _seeded(seed: int) -> None:
     torch.manual_seed(FEWSHOT_SEED + seed)
 
 
+def _is_file_name(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _is_local(name: str, manager: Any) -> bool:
+    """Whether a task of this suite or the user's, or a file, can do without the harness's own.
+
+    Groups may be made of those.
+    """
+    if _is_file_name(name):
+        text = Path(name).read_text(encoding="utf-8", errors="replace")
+        return re.search("^(group|include):", text, re.MULTILINE) is None
+    entry = manager.task_index.get(name)
+    return entry is not None and entry.kind.name != "GROUP"
+
+
 def _spelled_out(name: str, manager: Any) -> list[str]:
-    if name in manager.task_index or name.endswith((".yaml", ".yml")):
+    if name in manager.task_index or _is_file_name(name):
         return [name]
     found = manager.match_tasks([name]) if set(name) & set("*?[") else []
     if found:
@@ -263,8 +282,6 @@ def _spelled_out(name: str, manager: Any) -> list[str]:
 
 
 def _loaded(name: str, manager: Any) -> Any:
-    if name not in manager.task_index and not Path(name).is_file():
-        raise AbreastError(f"no task file '{name}'; check the path")
     try:
         return manager.load([name])
     except Exception as error:  # task files can hold any mistake, in YAML, templates or Python

@@ -94,7 +94,7 @@ def print_tasks(result: Evaluation) -> None:
     alone = result.settings["against"] is None
     title = f"{result.settings['model']} {result.settings['plan'] or ''}"
     table = Table(title=title.strip(), box=None, padding=(0, 2, 0, 0))
-    table.add_column("task", overflow="fold")
+    table.add_column("task", overflow="fold", min_width=16)
     headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
