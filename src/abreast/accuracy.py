@@ -10,6 +10,7 @@ import numpy as np
 
 from abreast.errors import AbreastError
 from abreast.paired import mcnemar, sign_flips
+from abreast.records import finite
 from abreast.scoring import ratio_of_means
 
 _COMPARED = ("kept", "kept_stderr", "p_value", "test", "only_original", "only_converted")
@@ -84,7 +85,7 @@ def compare(ours: Answers, theirs: Answers, metric: str, seed: int = 0) -> dict[
     if a is None or b is None:
         return found
     if higher and found["kept"] is not None and math.isclose(old["value"], b.mean(), rel_tol=1e-6):
-        found["kept_stderr"] = _finite(ratio_of_means(a, b)[1])
+        found["kept_stderr"] = finite(ratio_of_means(a, b)[1])
     if _binary(a) and _binary(b):
         lost, won = int(((b == 1) & (a == 0)).sum()), int(((a == 1) & (b == 0)).sum())
         found |= {"only_original": lost, "only_converted": won}
@@ -168,10 +169,6 @@ def _binary(values: np.ndarray) -> bool:
     return bool(np.isin(values, (0.0, 1.0)).all())
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def stderr_of(value: float, items: list[Any]) -> float | None:
     """Standard error over items of what the harness aggregates by a mean or as perplexity."""
     numbers = _numbers(items)
@@ -186,5 +183,5 @@ def stderr_of(value: float, items: list[Any]) -> float | None:
         (-mean / math.log(2), 1 / math.log(2)),  # bits per byte
     ):
         if math.isclose(value, expected, rel_tol=1e-6):
-            return _finite(abs(slope) * stderr)
+            return finite(abs(slope) * stderr)
     return None

@@ -19,6 +19,7 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.load import inference, keeps_last
 from abreast.paired import bootstrap
+from abreast.records import finite
 from abreast.scoring import ratio_of_means, token_scores
 
 if TYPE_CHECKING:
@@ -246,23 +247,11 @@ def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
         elif entry.name == "windows":
             if windows:
                 found["windows"] = {name: array.tolist() for name, array in value.items()}
-        elif entry.name == "bootstrap":
-            found["bootstrap"] = {
-                name: [_finite(end) for end in ends] for name, ends in value.items()
-            }
         elif entry.name == "kl_by_position":
-            found["kl_by_position"] = [
-                {name: _finite(number) for name, number in asdict(bucket).items()}
-                for bucket in value
-            ]
+            found["kl_by_position"] = [finite(asdict(bucket)) for bucket in value]
         else:
-            found[entry.name] = _finite(value)
+            found[entry.name] = finite(value)
     return found
-
-
-def _finite(value: float) -> float | None:
-    """JSON has neither NaN nor infinity."""
-    return value if math.isfinite(value) else None
 
 
 def _clip(window: int, stride: int, *models: PreTrainedModel) -> tuple[int, int]:

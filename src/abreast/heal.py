@@ -9,10 +9,9 @@ or kept apart, and every runtime work as they do without healing.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +46,7 @@ from abreast.load import load
 from abreast.losses import kl_under, logits_of
 from abreast.plan import Plan
 from abreast.recipe import Recipe, processes
+from abreast.records import finite
 from abreast.refit import STEPS, Fit, Refit, memory_needed, refit
 from abreast.runs import cut, model_hash, open_run, stream_of, write
 from abreast.sharding import full
@@ -87,7 +87,7 @@ class Healed:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values (NaN and infinity become None)."""
-        return _finite(asdict(self))
+        return finite(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def heal(
         **options,
         dtype=out_dtype or cast,
         max_shard_bytes=max_shard_bytes,
-        healed={"source": true_source, **_finite(record)},
+        healed={"source": true_source, **finite(record)},
     )
     if keep is not None:
         shutil.move(weights, keep)
@@ -482,14 +482,3 @@ def _reporter(folder: Path) -> Callable[[tuple[Point, ...]], None]:
             board.flush()
 
     return report
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
-    if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

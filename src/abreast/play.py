@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from abreast.evaluate import check_tokenizers
 from abreast.grouped import grouped
 from abreast.load import keeps_last, load
 from abreast.plan import Plan
+from abreast.samples import shared
 
 
 @dataclass(frozen=True)
@@ -267,12 +267,6 @@ def segments(
     text = decode(tokens)
     if place is None:
         return Segments(text)
-    same = _shared(text, decode(tokens[:place]))
-    through = max(same, _shared(text, decode(tokens[: place + 1])))
+    same = shared(text, decode(tokens[:place]))
+    through = max(same, shared(text, decode(tokens[: place + 1])))
     return Segments(text[:same], text[same:through], text[through:])
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with in common."""
-    pairs = zip(one, other, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

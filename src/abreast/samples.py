@@ -60,7 +60,7 @@ def sample(
                     "new_tokens": [len(ours), len(theirs)],
                     "first_difference": first,
                     # a token may end within a character, so the agreed text need not be a prefix
-                    "shared": _shared(agreed, *texts),
+                    "shared": shared(agreed, *texts),
                 }
             )
     return found
@@ -74,7 +74,7 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return next(unlike, end)
 
 
-def _shared(*texts: str) -> int:
+def shared(*texts: str) -> int:
     """How many characters all texts begin with."""
     columns = enumerate(zip(*texts, strict=False))
     ends = (place for place, letters in columns if len(set(letters)) > 1)
