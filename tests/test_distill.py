@@ -16,9 +16,9 @@ from abreast.distill import distill
 from abreast.errors import AbreastError
 from abreast.grouped import decoder_layers, grouped
 from abreast.load import load
-from abreast.losses import divergence
+from abreast.losses import divergence, next_token_loss
 from abreast.plan import Plan
-from abreast.recipe import Recipe, windows_of
+from abreast.recipe import Recipe, optimizers_of, windows_of
 
 pytest.importorskip("peft")
 
@@ -50,13 +50,14 @@ def pair(tiny_checkpoint):
     return model, copy.deepcopy(model)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("train", ["lora", "groups", "all"])
-def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train):
+def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimizer):
     model, teacher = pair
     before = weights_of(model)
     found = distill(
         *(model, PLAN, words(), tmp_path),
-        recipe=recipe(train=train),
+        recipe=recipe(train=train, optimizer=optimizer),
         teacher=None if train == "lora" else teacher,
     )
     assert found.after < found.before and found.best_step == 12
@@ -87,30 +88,72 @@ def test_the_language_model_loss_needs_no_teacher(pair, tmp_path):
     assert found.after < found.before - 0.1
 
 
-def test_states_after_the_groups_can_be_taught_too(pair, tmp_path):
+def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
+    """KL, the states after every stage from the first group on, and the text, each weighted."""
     model, teacher = pair
-    plain = distill(
-        *(model, PLAN, words(), tmp_path / "plain"),
-        recipe=recipe(steps=1, hidden_weight=0.0),
-        teacher=teacher,
-    )
-    fresh = copy.deepcopy(teacher)
-    taught = distill(
-        *(fresh, PLAN, words(), tmp_path / "taught"),
-        recipe=recipe(steps=1, hidden_weight=1.0),
-        teacher=teacher,
-    )
-    assert taught.points[1].loss > plain.points[1].loss
-    assert taught.points[0].held_out == plain.points[0].held_out
+    plan = Plan.parse("2+3", 6)
+    ids = torch.from_numpy(words(40)[windows_of(0, 36, 4, seed=0)])
+    states: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
+
+    def collector(found: list[torch.Tensor]):
+        return lambda _, __, output: found.append(
+            output[0] if isinstance(output, tuple) else output
+        )
+
+    logits = {}
+    with torch.no_grad():
+        for name, each, run in (
+            ("theirs", teacher, Plan(num_layers=6)),
+            ("ours", model, plan),
+        ):
+            layers = decoder_layers(each)
+            hooks = [
+                layers[end].register_forward_hook(collector(states[name])) for end in (3, 4, 5)
+            ]
+            with grouped(each, run):
+                logits[name] = each(ids).logits
+            for hook in hooks:
+                hook.remove()
+    gaps = [
+        float(((our - their).square().sum(-1) / their.square().sum(-1)).mean())
+        for our, their in zip(states["ours"], states["theirs"], strict=True)
+    ]
+    kl = float(divergence(logits["ours"], logits["theirs"]))
+    text = float(next_token_loss(logits["ours"], ids))
+    assert min(*gaps, kl, text) > 1e-6
+    for number, (hidden, lm) in enumerate([(0.0, 0.0), (1.0, 0.0), (20.0, 0.5)]):
+        found = distill(
+            *(copy.deepcopy(teacher), plan, words(40), tmp_path / str(number)),
+            recipe=recipe(steps=1, hidden_weight=hidden, lm_weight=lm, bf16=False),
+            teacher=teacher,
+        )
+        wanted = kl + hidden * sum(gaps) / 3 + lm * text
+        assert found.points[1].loss == pytest.approx(wanted, rel=1e-4)
 
 
-@pytest.mark.parametrize(("train", "dies_after"), [("groups", 1), ("all", 7), ("lora", 11)])
-def test_a_resumed_run_ends_with_the_same_bits(tiny_checkpoint, tmp_path, train, dies_after):
+def test_muon_trains_the_matrices_of_layers_only(pair):
+    model, _ = pair
+    adamw, muon = optimizers_of(model, recipe(optimizer="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    mine = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert mine | rest == set(names.values()) and not mine & rest
+    assert mine == {n for n in names.values() if "_proj" in n and ".layers." in n}
+    assert len(optimizers_of(model, recipe())) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "optimizer", "dies_after"),
+    [("groups", "adamw", 1), ("all", "adamw", 7), ("lora", "adamw", 11), ("all", "muon", 8)],
+)
+def test_a_resumed_run_ends_with_the_same_bits(
+    tiny_checkpoint, tmp_path, train, optimizer, dies_after
+):
     def start():
         model, _ = load(tiny_checkpoint())
         return model, None if train == "lora" else copy.deepcopy(model)
 
-    options = {"recipe": recipe(train=train), "seed": 5}
+    options = {"recipe": recipe(train=train, optimizer=optimizer), "seed": 5}
     whole, teacher = start()
     first = distill(whole, PLAN, words(), tmp_path / "whole", teacher=teacher, **options)
 
@@ -261,7 +304,10 @@ def test_a_run_of_other_settings_is_refused(pair, tmp_path):
         (PLAN, words() + 100, {}, "outside the model's vocabulary"),
         (PLAN, words(), {"train": "some"}, "train 'some' is not one of lora, groups, all"),
         (PLAN, words(), {"objective": "mse"}, "objective 'mse' is not one of kl, lm"),
+        (PLAN, words(), {"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, muon"),
         (PLAN, words(), {"steps": 0}, "the steps is 0; give at least 1"),
+        (PLAN, words(), {"hidden_weight": -1.0}, "hidden weight is -1.0; give 0 or more"),
+        (PLAN, words(), {"lm_weight": math.inf}, "language-model weight is inf"),
         (PLAN, words(), {"learning_rate": math.nan}, "learning rate is nan"),
         (PLAN, words(), {"temperature": 0.0}, "temperature is 0.0"),
         (PLAN, words(), {"warmup": 2.0}, "warm-up is 2.0"),

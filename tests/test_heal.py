@@ -204,10 +204,13 @@ def test_command_line(tmp_path):
     out = tmp_path / "out"
     arguments = [str(model_folder()), "--plan", "7+8", "-o", str(out), "--json"]
     arguments += ["--tokens", "2600", "--window", "128", "--steps", "2", "--batch-size", "2"]
+    arguments += ["--optimizer", "muon", "--hidden-weight", "5", "--lm-weight", "0.1"]
     done = CliRunner().invoke(heal_verb, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["plan"] == "7+8" and found["kl_after"] < found["kl_before"]
     assert found["data"]["source"] == "stdlib-train"
+    recipe = manifest_of(out)["healed"]["recipe"]
+    assert [recipe[key] for key in ("optimizer", "hidden_weight", "lm_weight")] == ["muon", 5, 0.1]
     model, tokenizer = load(out)
     assert tokenizer is not None and model.config.num_hidden_layers == 15

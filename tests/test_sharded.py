@@ -247,5 +247,7 @@ def test_one_process_cannot_shard(tmp_path):
 def test_processes_share_batches_evenly(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     Recipe(batch_size=6, shard=True).check()
+    with pytest.raises(AbreastError, match="cannot be sharded; use the optimizer 'adamw'"):
+        Recipe(batch_size=6, shard=True, optimizer="muon").check()
     with pytest.raises(AbreastError, match="8 windows cannot be shared evenly by 3 processes"):
         Recipe(batch_size=8).check()

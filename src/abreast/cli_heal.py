@@ -55,10 +55,20 @@ from abreast.tables import print_table
 @click.option("--steps", default=400, show_default=True, help="Of training.")
 @click.option("--batch-size", default=8, show_default=True, help="Windows per step.")
 @click.option("--micro-batch", default=8, show_default=True, help="Windows at once on a device.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(["adamw", "muon"]),
+    default="adamw",
+    show_default=True,
+    help="Muon trains the layers' matrices, AdamW the rest.",
+)
 @click.option("--learning-rate", default=1e-4, show_default=True)
 @click.option("--temperature", default=1.0, show_default=True, help="Of both distributions.")
 @click.option(
-    "--hidden-weight", default=1.0, show_default=True, help="Of the states after each group."
+    "--hidden-weight", default=20.0, show_default=True, help="Of the states after each stage."
+)
+@click.option(
+    "--lm-weight", default=0.0, show_default=True, help="Of the text itself, beside the original."
 )
 @click.option("--lora-rank", default=32, show_default=True)
 @click.option("--lora-targets", help="Matrices, by commas: q_proj,v_proj. Default: all.")
@@ -99,9 +109,11 @@ def heal(
     steps: int,
     batch_size: int,
     micro_batch: int,
+    optimizer: str,
     learning_rate: float,
     temperature: float,
     hidden_weight: float,
+    lm_weight: float,
     lora_rank: int,
     lora_targets: str | None,
     checkpointing: bool,
@@ -130,9 +142,11 @@ def heal(
         steps=steps,
         batch_size=batch_size,
         micro_batch=micro_batch,
+        optimizer=optimizer,  # type: ignore[arg-type]
         learning_rate=learning_rate,
         temperature=temperature,
         hidden_weight=hidden_weight,
+        lm_weight=lm_weight,
         lora_rank=lora_rank,
         lora_alpha=lora_rank,
         lora_targets=tuple(lora_targets.split(",")) if lora_targets else (),

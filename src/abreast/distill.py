@@ -34,6 +34,7 @@ from abreast.plan import Plan
 from abreast.recipe import (
     Recipe,
     need,
+    optimizers_of,
     processes,
     schedule_of,
     set_checkpointing,
@@ -123,8 +124,8 @@ class _Job:
     held: torch.Tensor
     recipe: Recipe
     seed: int
-    optimizer: Any
-    schedule: Any
+    optimizers: list[Any]
+    schedules: list[Any]
     work: Path
 
     @property
@@ -179,22 +180,19 @@ def distill(
                 align(model)
                 for each in (model, teacher) if teacher is not None else (model,):
                     shard(each, accelerator.device)
-            optimizer = torch.optim.AdamW(
-                [p for p in student.parameters() if p.requires_grad],
-                lr=recipe.learning_rate,
-                betas=recipe.betas,
-                weight_decay=recipe.weight_decay,
-            )
+            optimizers = optimizers_of(student, recipe)
             # Not handed to accelerate, which would take a step for every process.
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_of(recipe))
+            schedules = [
+                torch.optim.lr_scheduler.LambdaLR(each, schedule_of(recipe)) for each in optimizers
+            ]
             if recipe.shard:
-                wrapped, prepared = model, optimizer
+                wrapped, prepared = model, optimizers
             else:
-                wrapped, prepared = accelerator.prepare(student, optimizer)
+                wrapped, *prepared = accelerator.prepare(student, *optimizers)
             job = _Job(
                 *(accelerator, model, student, wrapped, teacher, plan),
                 *(windows[:-held_out], windows[-held_out:], recipe, seed),
-                *(prepared, schedule, Path(work)),
+                *(prepared, schedules, Path(work)),
             )
             apply(model, plan)
             try:
@@ -221,9 +219,9 @@ def distill(
 def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distilled:
     state = _State()
     best: dict[str, torch.Tensor] = {}
-    sharded = job.optimizer if job.recipe.shard else None
+    sharded = job.optimizers[0] if job.recipe.shard else None
     keep_only(job.accelerator, job.weights, best, sharded)
-    job.accelerator.register_for_checkpointing(state, job.schedule)
+    job.accelerator.register_for_checkpointing(state, *job.schedules)
     if job.accelerator.is_main_process:
         open_run(job.work, "training", _identity(job))
     job.accelerator.wait_for_everyone()
@@ -242,7 +240,7 @@ def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distill
         point = Point(
             step=state.step,
             tokens=state.step * recipe.batch_size * job.trained.shape[1],
-            learning_rate=float(job.schedule.get_last_lr()[0]),
+            learning_rate=float(job.schedules[0].get_last_lr()[0]),
             loss=loss,
             held_out=measure,
             cpu_seconds=spent + time.process_time() - began,
@@ -320,9 +318,10 @@ def _train_step(job: _Job, step: int) -> tuple[float, float]:
     total = _mean(job, total)
     norm = float(full(accelerator.clip_grad_norm_(list(job.weights.values()), recipe.clip)))
     if math.isfinite(total) and math.isfinite(norm):
-        job.optimizer.step()
-        job.schedule.step()
-    job.optimizer.zero_grad()
+        for each in (*job.optimizers, *job.schedules):
+            each.step()
+    for optimizer in job.optimizers:
+        optimizer.zero_grad()
     return total, norm
 
 
@@ -391,14 +390,16 @@ def _teaching(job: _Job) -> Iterator[PreTrainedModel]:
 
 @contextmanager
 def _ends(job: _Job, model: PreTrainedModel, found: list[torch.Tensor]) -> Iterator[None]:
-    """Collect the residual stream after each group, if the recipe asks for it."""
+    """Collect the residual stream after every stage from the first group on, if it is taught."""
     layers = decoder_layers(model)
 
     def collect(_: nn.Module, __: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    wanted = job.plan.groups if job.recipe.hidden_weight and job.recipe.objective == "kl" else ()
-    hooks = [layers[group.layers[-1]].register_forward_hook(collect) for group in wanted]
+    taught = job.recipe.hidden_weight and job.recipe.objective == "kl"
+    first = job.plan.groups[0].layers[0]
+    ends = [stage[-1] for stage in job.plan.stages if stage[0] >= first] if taught else []
+    hooks = [layers[end].register_forward_hook(collect) for end in ends]
     try:
         yield
     finally:

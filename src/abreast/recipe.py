@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from torch import nn
 
 from abreast.errors import AbreastError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Train = Literal["lora", "groups", "all"]
 Objective = Literal["kl", "lm"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,25 @@ class Recipe:
     train: "lora" for adapters of rank lora_rank on the matrices named in lora_targets (empty: all
     linear ones) of the grouped layers; "groups" for every weight of the grouped layers; "all" for
     every weight of the model. objective: "kl" or "lm". temperature: of both distributions.
-    hidden_weight: weight of the squared distance of the residual streams after each group, as a
-    fraction of the original's size, added to the loss. lm_weight: weight of the language-model loss
-    added to "kl". steps: of the optimiser, each on batch_size windows, micro_batch of them at once
-    on a device. learning_rate rises over `warmup` (a share of the steps) and then follows a half
-    cosine to zero. weight_decay, betas: AdamW's. clip: largest norm of a gradient. bf16: matrix
-    products in bfloat16 (the weights keep their dtype). checkpointing: recompute activations
-    instead of keeping them. shard: spread weights, gradients and optimiser state over the processes
-    (FSDP) instead of keeping all of them on each. evaluate_every: steps between looks at the
-    held-out KL, save_every: between checkpoints. patience: stop after so many looks without a new
-    best; the rate's late decay wins much, so few are too few.
+    hidden_weight: weight, beside "kl", of the squared distance between the residual streams after
+    every stage from the first group on, as a fraction of the original's size, in the mean over
+    stages. lm_weight: weight of the language-model loss beside "kl". optimizer: "adamw", or "muon"
+    for the matrices of the layers, in steps of AdamW's size, and AdamW for the rest. steps: of the
+    optimiser, each on batch_size windows, micro_batch of them at once on a device. learning_rate
+    rises over `warmup` (a share of the steps) and then follows a half cosine to zero. weight_decay:
+    of both optimisers; betas: AdamW's. clip: largest norm of a gradient. bf16: matrix products in
+    bfloat16 (the weights keep their dtype). checkpointing: recompute activations instead of keeping
+    them. shard: spread weights, gradients and optimiser state over the processes (FSDP) instead of
+    keeping all of them on each. evaluate_every: steps between looks at the held-out KL, save_every:
+    between checkpoints. patience: stop after so many looks without a new best; the rate's late
+    decay wins much, so few are too few.
     """
 
     train: Train = "groups"
     objective: Objective = "kl"
+    optimizer: Optimizer = "adamw"
     temperature: float = 1.0
-    hidden_weight: float = 1.0
+    hidden_weight: float = 20.0
     lm_weight: float = 0.0
     steps: int = 400
     batch_size: int = 8
@@ -73,6 +78,7 @@ class Recipe:
         for label, value, known in (
             ("train", self.train, get_args(Train)),
             ("objective", self.objective, get_args(Objective)),
+            ("optimizer", self.optimizer, get_args(Optimizer)),
         ):
             if value not in known:
                 raise AbreastError(f"{label} '{value}' is not one of {', '.join(known)}")
@@ -94,12 +100,23 @@ class Recipe:
         ):
             if not 0 < amount < math.inf:
                 raise AbreastError(f"the {label} is {amount}; give a positive number")
+        for label, amount in (
+            ("hidden weight", self.hidden_weight),
+            ("language-model weight", self.lm_weight),
+            ("weight decay", self.weight_decay),
+        ):
+            if not 0 <= amount < math.inf:
+                raise AbreastError(f"the {label} is {amount}; give 0 or more")
         if not 0 <= self.warmup <= 1:
             raise AbreastError(f"the warm-up is {self.warmup}; give a share of the steps, 0 to 1")
         if self.shard and processes() == 1:
             raise AbreastError(
                 "to shard is to spread over several processes, and this is the only one; "
                 "start them with 'accelerate launch' or torchrun, or do without"
+            )
+        if self.shard and self.optimizer == "muon":
+            raise AbreastError(
+                "Muon needs whole matrices and cannot be sharded; use the optimizer 'adamw'"
             )
         if self.batch_size % processes():
             raise AbreastError(
@@ -132,6 +149,26 @@ def schedule_of(recipe: Recipe) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, recipe.steps - rising)))
 
     return factor
+
+
+def optimizers_of(student: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Optimisers that share out what is trainable, embeddings and head never to Muon."""
+    rate, decay = recipe.learning_rate, recipe.weight_decay
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            suits = recipe.optimizer == "muon" and parameter.dim() == 2 and ".layers." in name
+            (matrices if suits else rest).append(parameter)
+    found: list[torch.optim.Optimizer] = []
+    if rest:
+        found.append(torch.optim.AdamW(rest, lr=rate, betas=recipe.betas, weight_decay=decay))
+    if matrices:
+        # Steps of AdamW's size (Moonlight, arXiv 2502.16982, section 2.2): one rate suits both.
+        found.append(
+            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    return found
 
 
 def student_of(model: PreTrainedModel, plan: Plan, recipe: Recipe) -> Any:
