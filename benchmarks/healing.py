@@ -75,9 +75,9 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--only", default=",".join(PLANS))
     parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--steps", type=int, default=1200)  # takes about 25 CPU minutes
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--hidden-weight", type=float, default=Recipe.hidden_weight)
+    parser.add_argument("--steps", type=int, default=1400)  # takes about 26 CPU minutes
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--hidden-weight", type=float, default=50.0)
     parser.add_argument("--lm-weight", type=float, default=Recipe.lm_weight)
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--train", default=Recipe.train)
