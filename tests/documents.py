@@ -141,8 +141,13 @@ PROGRAMS_ELSEWHERE = {
 }
 # Options in the text that are other programs'.
 FOREIGN_OPTIONS = {
-    *("--chat-template", "--enable-lora", "--flash-attn", "--no-repack", "--smoke", "--minutes"),
-    *("--cqil", "--only", "--methods"),
+    "--chat-template",
+    "--enable-lora",
+    "--flash-attn",
+    "--no-repack",
+    "--smoke",
+    "--minutes",
+    "--cqil",
 }
 
 
