@@ -147,7 +147,6 @@ FOREIGN_OPTIONS = {
     "--no-repack",
     "--smoke",
     "--minutes",
-    "--cqil",
 }
 
 
