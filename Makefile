@@ -29,15 +29,16 @@ test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 test-engines: test-gguf test-vllm ## run the tests against real engines
 
 test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
-	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/engines/test_llamacpp.py
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_engines/test_llamacpp.py
 
 test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment of their own
-	$(IN_VLLM) -m pytest tests/engines/test_vllm*.py tests/engines/test_transformers_serve.py
+	$(IN_VLLM) -m pytest tests/real_engines/test_vllm*.py tests/real_engines/test_transformers_serve.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/.dev .venv-vllm/.ready ## run the scripts in benchmarks/ but healing.py
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }
@@ -87,20 +88,20 @@ define need_compiler
   echo "make test-fast runs without one" >&2; exit 1; }
 endef
 
-.venv-gguf/.ready: pyproject.toml constraints.txt tests/engines/llamacpp.txt
+.venv-gguf/.ready: pyproject.toml constraints.txt tests/real_engines/llamacpp.txt
 	$(need_compiler)
 	"$(PYTHON)" -m venv .venv-gguf
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
 	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
-	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/engines/llamacpp.txt -c constraints.txt
+	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/real_engines/llamacpp.txt -c constraints.txt
 	@touch $@
 
 # The packages taken out are builds for CUDA and break `import transformers` on a CPU.
-.venv-vllm/.ready: pyproject.toml tests/engines/vllm.txt | $(VENV)/.core
+.venv-vllm/.ready: pyproject.toml tests/real_engines/vllm.txt | $(VENV)/.core
 	$(need_compiler)
 	"$(PYTHON)" -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install "pip>=22.3"
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install -r tests/engines/vllm.txt
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install -r tests/real_engines/vllm.txt
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec triton
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps -e .
 	@touch $@

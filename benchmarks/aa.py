@@ -11,9 +11,9 @@ import argparse
 import json
 import sys
 
-from abreast.bench import bench
 from abreast.demo import model_folder
-from abreast.load import load
+from abreast.model.load import load
+from abreast.speed.bench import bench
 
 
 def main() -> None:

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 import abreast.modeling as modeling
-from abreast.bench import BenchResult, bench
+from abreast.convert.fold import converted_config
 from abreast.errors import AbreastError
-from abreast.families import family_of
-from abreast.fold import converted_config
-from abreast.grouped import apply
+from abreast.families.table import family_of
+from abreast.model.grouped import apply
 from abreast.plan import Plan
+from abreast.speed.bench import BenchResult, bench
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from abreast.checkpoint import NewTensor, lay_out, write_shards
-from abreast.families import FAMILIES, all_tensors
+from abreast.checkpoint.files import NewTensor, lay_out, write_shards
+from abreast.families.table import FAMILIES, all_tensors
 
 SHAPES = {1: (1024, 3072), 2: (1536, 4096), 4: (2048, 6144)}  # GB: hidden size, FFN size
 LAYERS = 32

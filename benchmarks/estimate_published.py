@@ -14,9 +14,9 @@ import json
 import sys
 from typing import Any
 
-from abreast.estimate import forward_cost, speedup, stage_cost
-from abreast.hardware import hardware_of
 from abreast.plan import Plan
+from abreast.speed.estimate import forward_cost, speedup, stage_cost
+from abreast.speed.hardware import hardware_of
 
 LLAMA = {"model_type": "llama"}
 MODELS: dict[str, dict[str, Any]] = {

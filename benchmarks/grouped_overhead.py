@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 
-from abreast.bench import bench
 from abreast.demo import model_folder
-from abreast.grouped import apply
-from abreast.load import load
+from abreast.model.grouped import apply
+from abreast.model.load import load
 from abreast.plan import Plan
+from abreast.speed.bench import bench
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from abreast.modeling import MemberLinear
-from abreast.timing import measure, timings
+from abreast.speed.timing import measure, timings
 
 ROUNDS, REPEATS = 30, 20
 

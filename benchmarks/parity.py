@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from abreast.convert import convert
+from abreast.convert.convert import convert
+from abreast.convert.verify import verify
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
-from abreast.grouped import grouped
-from abreast.load import load
+from abreast.model.grouped import grouped
+from abreast.model.load import load
 from abreast.plan import Plan
-from abreast.verify import verify
 
 PLAN = "1+2 3+4+5"
 NEW_TOKENS = 64

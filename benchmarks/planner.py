@@ -16,10 +16,10 @@ from pathlib import Path
 
 from abreast.data import HELD_OUT
 from abreast.demo import model_folder
-from abreast.front import Budget, draw
-from abreast.measure import calibrate, candidates, difference, score
-from abreast.planning import find_plan
-from abreast.search import by_similarity, contiguous
+from abreast.planner.calibrate import calibrate, candidates, difference, score
+from abreast.planner.find import find_plan
+from abreast.planner.front import Budget, draw
+from abreast.planner.search import by_similarity, contiguous
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("build/planner"))

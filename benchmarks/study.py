@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from abreast.demo import model_folder
-from abreast.findings import wins
-from abreast.interventions import INTERVENTIONS, name_of, programs
-from abreast.study import JOURNAL, Study, study
+from abreast.model.programs import INTERVENTIONS, name_of, programs
+from abreast.runs.folder import JOURNAL
+from abreast.study.findings import wins
+from abreast.study.study import Study, study
 
 
 def show(done: int, total: int) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from abreast.backends import Case, Contender, Job, run
-from abreast.convert import convert
+from abreast.convert.convert import convert
+from abreast.speed.jobs import Case, Contender, Job, run
 
 PAIRS = range(14, 28, 2)
 

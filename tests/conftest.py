@@ -113,11 +113,11 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     import numpy as np
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from abreast.convert import convert
+    from abreast.convert.convert import convert
     from abreast.data import TokenStream
-    from abreast.front import Budget
-    from abreast.measure import calibrate
-    from abreast.planning import find_plan
+    from abreast.planner.calibrate import calibrate
+    from abreast.planner.find import find_plan
+    from abreast.planner.front import Budget
 
     root = tmp_path_factory.mktemp("play")
     model, run = root / "a <b>bold ${1+1}", root / "run"

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from abreast.bench import BenchResult, verdict
-from abreast.convert import convert
-from abreast.evaluate import Comparison, Perplexity
-from abreast.front import Front, explain, reasons
+from abreast.convert.convert import convert
+from abreast.evaluate.text import Comparison, Perplexity
 from abreast.plan import Group, Plan
-from abreast.stats import Cost, Stats
-from abreast.timing import Measurement, timings
+from abreast.planner.front import Front, explain, reasons
+from abreast.planner.stats import Cost, Stats
+from abreast.speed.bench import BenchResult, verdict
+from abreast.speed.timing import Measurement, timings
 
 LAYERS = 8
 PLAN = "2+3 5|6"

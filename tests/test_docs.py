@@ -33,10 +33,9 @@ from documents import (
     read,
     words_of,
 )
-from test_imports import FLOORS
 
 import abreast
-from abreast.cli import cli
+from abreast.cli.main import cli
 
 
 def test_pages_and_commands_were_found():
@@ -223,12 +222,6 @@ def test_reference_has_every_public_name():
     assert directives == set(abreast.__all__) - {"__version__"}
 
 
-def test_design_has_every_module():
-    rows = re.findall(r"^\|[^|]*\|([^|]+)\|", read("docs/design.md"), re.MULTILINE)
-    named = {name.rstrip("/") for row in rows for name in re.findall(r"`([\w/]+)`", row)}
-    assert {name for floor in FLOORS for name in floor} <= named
-
-
 def test_readme_names_every_verb():
     words = set(re.findall(r"abreast (\w+)", read("README.md")))
     assert set(cli.commands) - {"measure"} <= words
@@ -238,7 +231,7 @@ def test_table_of_the_demo_is_what_the_demo_prints(capsys):
     """Row by row; the numbers are those of another machine."""
     table = read("README.md").split("<!-- demo-table -->")[1].split("(2026")[0]
     rows = [line.split("|")[1].strip() for line in table.strip().splitlines()[2:]]
-    source = read("src/abreast/tables.py").split("def print_demo")[1].split("\ndef ")[0]
+    source = read("src/abreast/cli/tables.py").split("def print_demo")[1].split("\ndef ")[0]
     shown = re.findall(r'add_row\(\s*"([^"]+)"', source)
     shown += re.findall(r'\("(\w+ tokens/s)"', source)
     assert rows == shown

@@ -33,7 +33,7 @@ from documents import (
 )
 
 import abreast
-from abreast.cli import main
+from abreast.cli.main import main
 
 
 @pytest.fixture(scope="session")

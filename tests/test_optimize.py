@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import import_module
 
 import numpy as np
 import pytest
 
 import abreast.optimize as optimizing
-from abreast.cli import main
+from abreast.cli.main import main
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.front import Budget, Front, Profile, explain, kind_of, reasons
-from abreast.measure import calibrate, spent
 from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
-from abreast.planning import baselines, estimated_profile, find_plan, measured_profile
-from abreast.records import read_run
-from abreast.stats import Cost, Stats
+from abreast.planner.calibrate import calibrate, spent
+from abreast.planner.find import baselines, estimated_profile, find_plan, measured_profile
+from abreast.planner.front import Budget, Front, Profile, explain, kind_of, reasons
+from abreast.planner.stats import Cost, Stats
+from abreast.report.records import read_run
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
 
@@ -141,8 +142,8 @@ def test_a_depth_out_of_reach_is_refused_before_measuring(folder, tmp_path, dept
 
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
     first = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    monkeypatch.setattr("abreast.planning.measure", None)
-    monkeypatch.setattr("abreast.measure.load", None)  # not even loaded
+    monkeypatch.setattr("abreast.planner.find.measure", None)
+    monkeypatch.setattr(import_module("abreast.planner.calibrate"), "load", None)  # not even loaded
     again = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
     assert again.plan == first.front.best()[6]
     assert sum(again.front.full_forwards.values()) == sum(first.front.full_forwards.values())

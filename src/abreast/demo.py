@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abreast.bench import BenchResult, bench, verdict
-from abreast.convert import convert
+from abreast.convert import Verification, convert, verify
 from abreast.data import HELD_OUT, load_tokens
 from abreast.errors import AbreastError
 from abreast.evaluate import Comparison, compare
-from abreast.load import load
+from abreast.model import load
 from abreast.plan import Plan
-from abreast.verify import Verification, verify
+from abreast.speed import BenchResult, bench, verdict
 
 ORIGINAL, CONVERTED = "original", "converted"
 Step = Callable[[str], None]

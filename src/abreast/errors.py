@@ -10,3 +10,7 @@ class AbreastError(ValueError):
     def __init__(self, message: str) -> None:
         # Names from files may hold line breaks.
         super().__init__(" ".join(message.split()))
+
+
+class CheckpointError(AbreastError):
+    """A checkpoint that is missing, broken or unsafe, or a place that cannot be written."""

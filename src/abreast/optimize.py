@@ -25,26 +25,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from abreast.bench import bench, verdict
-from abreast.card import write_card
-from abreast.checkpoint import MANIFEST, read_json
-from abreast.convert import convert
+from abreast.checkpoint import MANIFEST, read_json, write
+from abreast.convert import convert, verify
 from abreast.data import CALIBRATION, HELD_OUT, load_tokens
-from abreast.environment import record_environment
 from abreast.errors import AbreastError
-from abreast.evaluate import compare
-from abreast.front import explain
-from abreast.harness import Tasks, evaluate_tasks
-from abreast.heal import heal
-from abreast.load import load
+from abreast.evaluate import Tasks, compare, evaluate_tasks, sample
+from abreast.heal import Recipe, heal
+from abreast.model import load
 from abreast.plan import Plan
-from abreast.planning import Planned
-from abreast.recipe import Recipe
-from abreast.records import read_run
-from abreast.report import check_extra, write_report
-from abreast.runs import write
-from abreast.samples import sample
-from abreast.verify import verify
+from abreast.planner import Planned, explain
+from abreast.report import check_extra, read_run, write_card, write_report
+from abreast.runs import record_environment
+from abreast.speed import bench, verdict
 
 Step = Callable[[str], None]
 Progress = Callable[[int, int], None]

@@ -1,0 +1,81 @@
+"""The `abreast` command. Verbs are imported when they run, so that --help costs no torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import click
+
+from abreast.cli import checkpoint as cli_checkpoint
+from abreast.cli import heal as cli_heal
+from abreast.cli import plan as cli_plan
+from abreast.cli import quality as cli_quality
+from abreast.cli import run as cli_run
+from abreast.cli import share as cli_share
+from abreast.cli import speed as cli_speed
+from abreast.errors import AbreastError
+from abreast.version import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="abreast")
+def cli() -> None:
+    """Run consecutive layers of a language model side by side.
+
+    MODEL is a folder with a Hugging Face checkpoint, or a Hugging Face id such as ORG/NAME.
+    Try it on the bundled model: abreast inspect "$(abreast demo --path)"
+    """
+
+
+for verb in (
+    *(cli_checkpoint.inspect, cli_checkpoint.convert, cli_checkpoint.verify),
+    cli_checkpoint.export,
+    *(cli_quality.evaluate, cli_quality.study),
+    *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
+    cli_heal.heal,
+    *(cli_speed.bench, cli_speed.estimate),
+    *(cli_share.report, cli_share.push),
+    *(cli_run.demo, cli_run.play),
+):
+    cli.add_command(verb)
+
+
+def main() -> NoReturn:
+    """Entry point: runs the command; a user's mistake is one line on stderr and status 2."""
+    # Libraries that a verb imports later read these once; the user's own settings win.
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TQDM_DISABLE", "1"),
+    ):
+        os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders are removed
+    try:
+        cli(standalone_mode=False)
+    except AbreastError as error:
+        _leave(str(error))
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("abreast: interrupted, nothing half-written is left", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; keep Python from complaining again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except MemoryError:
+        _leave("out of memory; use a smaller --batch-size, --window or model")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(f"'{error.filename}': {error.strerror}")
+    sys.exit(0)
+
+
+def _leave(message: str) -> NoReturn:
+    click.echo(f"abreast: {' '.join(message.split())}", err=True)
+    sys.exit(2)

@@ -1,0 +1,13 @@
+"""Rewriting a checkpoint under a plan, and proving the result."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.convert.convert import convert, hash_inputs, preview
+    from abreast.convert.fold import attention_kinds, obstacle
+    from abreast.convert.inspect import inspect_model
+    from abreast.convert.verify import Verification, verify
+
+attach(__name__)

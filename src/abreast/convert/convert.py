@@ -1,0 +1,473 @@
+"""Checkpoint x plan -> checkpoint: streaming, in bounded memory, published whole or not at all.
+
+Nothing is instantiated. Every output tensor follows a recipe (see fold.py) and is made row chunk by
+row chunk, so that memory depends neither on the checkpoint's size nor on that of its largest
+tensor. The result is an ordinary Hugging Face checkpoint whose layers differ in width.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from abreast.checkpoint import (
+    DTYPES,
+    MANIFEST,
+    MAX_SHARD_BYTES,
+    Checkpoint,
+    NewTensor,
+    TensorInfo,
+    check_free,
+    companions,
+    lay_out,
+    open_checkpoint,
+    publish,
+    read_rows,
+    sha256_of,
+    write_shards,
+)
+from abreast.convert.fold import (
+    REMOTE_CODE,
+    Recipe,
+    check_plan,
+    converted_config,
+    fold_gain,
+    fold_shift,
+    join_columns,
+    join_rows,
+    recipes,
+    sum_biases,
+)
+from abreast.errors import AbreastError, CheckpointError
+from abreast.families import Family, all_tensors, complete, family_of, is_tied, num_layers_of
+from abreast.plan import Plan
+from abreast.version import __version__
+
+CHUNK_BYTES = 2 << 20  # fits the cache; 16 MB was slower and took 5 times the memory
+_SAFETENSORS_NAME = {dtype: name for name, dtype in DTYPES.items()}
+_BITS = {  # integer type of the same size, mask without the sign, pattern of infinity
+    torch.float64: (torch.int64, np.int64(0x7FFF_FFFF_FFFF_FFFF), 0x7FF0_0000_0000_0000),
+    torch.float32: (torch.int32, np.int32(0x7FFF_FFFF), 0x7F80_0000),
+    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
+    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
+}
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a conversion would do. Sizes in bytes; peak_memory is over the interpreter's own."""
+
+    source: str
+    family: str
+    plan: str
+    num_layers: int
+    depth: int
+    stages: tuple[tuple[int, ...], ...]
+    architecture: str
+    dtype: str
+    bytes_read: int
+    bytes_written: int
+    shards: tuple[str, ...]
+    peak_memory: int
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A conversion that has passed every check that needs no weights."""
+
+    checkpoint: Checkpoint
+    family: Family
+    plan: Plan
+    config: dict[str, Any]
+    work: tuple[tuple[Recipe, NewTensor], ...]
+    shards: dict[str, list[NewTensor]]
+    dropped: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(tensor.nbytes for _, tensor in self.work)
+
+
+def preview(
+    model: str | Path,
+    plan: Plan | str,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    dtype: str | None = None,
+    prefill: str = "grouped",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Preview:
+    """Check everything that can be checked without reading weights, and say what would be done.
+
+    Arguments and errors as for `convert`.
+    """
+    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
+    return Preview(
+        source=job.checkpoint.source,
+        family=job.family.model_type,
+        plan=job.plan.shorthand,
+        num_layers=job.plan.num_layers,
+        depth=job.plan.depth,
+        stages=job.plan.stages,
+        architecture=job.config["architectures"][0],
+        dtype=str(job.config["dtype"]),
+        bytes_read=job.checkpoint.nbytes,
+        bytes_written=job.bytes_written,
+        shards=tuple(job.shards),
+        peak_memory=_peak_memory(job),
+        warnings=job.warnings,
+    )
+
+
+def convert(
+    model: str | Path,
+    plan: Plan | str,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    force: bool = False,
+    dtype: str | None = None,
+    prefill: str = "grouped",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    healed: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Rewrite a checkpoint under a plan into the new folder `out`; return its manifest.
+
+    model: folder or Hugging Face id. plan: a Plan, shorthand, or the path of a plan file; lp groups
+    of any size (Layer Parallelism, arXiv 2502.02790, section 3, with every member's own norm kept
+    exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
+    "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
+    the original order and only decode abreast. max_shard_bytes: size limit of one safetensors file.
+    healed: where `model` holds healed weights: how they were made, and under "source" the entry of
+    the true original, which the manifest then names as the source. progress(done, total) is called
+    with bytes written.
+
+    The manifest, also written to abreast.json, records the plan and the sha256 of every input and
+    output. Raises AbreastError for anything the user can mend; `out` is then absent.
+    """
+    target = Path(out)
+    check_free(target)
+    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
+    with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
+        stop = threading.Event()
+        with _threads_to_spare(), ThreadPoolExecutor(1) as hasher:
+            inputs = hasher.submit(hash_inputs, job.checkpoint, stop)
+            try:
+                outputs = write_shards(staging, job.shards, _stream(job, progress))
+                source_files = inputs.result()
+            except BaseException:
+                stop.set()
+                raise
+        _write_companions(job, staging)
+        for path in sorted(p for p in staging.rglob("*") if p.is_file()):
+            name = path.relative_to(staging).as_posix()
+            if name not in outputs:
+                outputs[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        manifest = _manifest(job, source_files, outputs)
+        if healed is not None:
+            manifest["healed"] = {**healed, "weights": manifest["source"]["files"]}
+            manifest["source"] = manifest["healed"].pop("source")
+        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+@contextmanager
+def _threads_to_spare() -> Iterator[None]:
+    """Leave two cores to the threads that hash: OpenMP waits for its slowest thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _prepare(
+    model: str | Path,
+    plan: Plan | str,
+    revision: str | None,
+    force: bool,
+    dtype: str | None,
+    prefill: str,
+    max_shard_bytes: int,
+) -> _Job:
+    checkpoint = open_checkpoint(model, revision=revision)
+    family = family_of(checkpoint.config)
+    config = complete(checkpoint.config)
+    checkpoint = replace(checkpoint, config=config)
+    num_layers = num_layers_of(config)
+    if isinstance(plan, str):
+        plan = Plan.read(plan, num_layers)
+    plan.check_layers(num_layers)
+    dropped = _check_tensors(checkpoint, family)
+    warnings = check_plan(config, plan, force=force, prefill=prefill)
+    cast = _cast_name(dtype)
+    expected = all_tensors(family, config)
+    work = tuple(
+        (recipe, _new_tensor(recipe, checkpoint, expected, cast))
+        for recipe in recipes(family, config, plan)
+    )
+    dtypes = {tensor.dtype for _, tensor in work}
+    main = str(DTYPES[work[0][1].dtype]).removeprefix("torch.")
+    if len(dtypes) > 1:
+        warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
+    return _Job(
+        checkpoint=checkpoint,
+        family=family,
+        plan=plan,
+        config=converted_config(config, family, plan, dtype=main, prefill=prefill),
+        work=work,
+        shards=lay_out([tensor for _, tensor in work], max_shard_bytes),
+        dropped=dropped,
+        warnings=tuple(warnings),
+    )
+
+
+def _cast_name(dtype: str | None) -> str | None:
+    if dtype is None:
+        return None
+    known = {str(d).removeprefix("torch."): n for n, d in DTYPES.items() if d != torch.float64}
+    if dtype not in known:
+        raise AbreastError(f"dtype '{dtype}' is not one of {', '.join(known)}")
+    return known[dtype]
+
+
+def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
+    """Compare a checkpoint with what its config promises; return the tensors to be dropped."""
+    config, found = checkpoint.config, checkpoint.tensors
+    if config.get("quantization_config"):
+        raise CheckpointError(
+            f"'{checkpoint.source}' is quantised, its weights cannot be folded; "
+            "convert the unquantised original and quantise the result"
+        )
+    if "abreast" in config:
+        raise CheckpointError(
+            f"'{checkpoint.source}' is converted already; give the original that it was made from"
+        )
+    if config.get("per_layer_config"):
+        raise CheckpointError(
+            f"'{checkpoint.source}' has layers of different shape already (per_layer_config), "
+            "which cannot be joined; give a model whose layers are all alike"
+        )
+    if config.get("auto_map"):
+        raise CheckpointError(
+            f"'{checkpoint.source}' brings its own code (auto_map in config.json), which is not "
+            "run here; only stock architectures can be converted"
+        )
+    if num_layers_of(config) > len(found):  # also spares us a list of absurd length
+        raise CheckpointError(
+            f"config.json says {num_layers_of(config)} layers, '{checkpoint.source}' holds only "
+            f"{len(found)} tensors; weights and config do not belong together"
+        )
+    expected = all_tensors(family, config)
+    dropped = {name for name in found if name.endswith(family.ignore)}
+    if is_tied(config) and family.head in found:
+        dropped.add(family.head)
+    for name, shape in expected.items():
+        if name not in found:
+            raise CheckpointError(
+                f"tensor '{name}' is missing from '{checkpoint.source}'; download it again"
+            )
+        tensor = found[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' has shape {list(tensor.shape)}, config.json says {list(shape)}; "
+                "weights and config do not belong together"
+            )
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor '{name}' has dtype {tensor.dtype}, which cannot be folded; "
+                "give the checkpoint in float32, bfloat16 or float16"
+            )
+    left = [name for name in found if name not in expected and name not in dropped]
+    if left:
+        raise CheckpointError(
+            f"tensor '{left[0]}' ({len(left)} in all) does not belong to a {family.model_type} of "
+            f"{num_layers_of(config)} layers; weights and config do not belong together"
+        )
+    return tuple(sorted(dropped))
+
+
+def _new_tensor(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    cast: str | None,
+) -> NewTensor:
+    sources = recipe.members or (recipe.like,)
+    dtype = DTYPES[checkpoint.tensors[sources[0]].dtype]
+    for name in sources[1:]:
+        dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
+    shape = recipe.shape(expected[sources[0]])
+    return NewTensor(recipe.name, cast or _SAFETENSORS_NAME[dtype], shape)
+
+
+def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
+    total, done = job.bytes_written, 0
+    for recipe, new in job.work:
+        dtype = DTYPES[new.dtype]
+        gains = [_gain(job.checkpoint.tensors[name], recipe) for name in recipe.gains]
+        for chunk in _chunks(recipe, job.checkpoint, gains, new):
+            cast = chunk.to(dtype)
+            if not _is_finite(cast):
+                _blame(recipe, job.checkpoint, cast.dtype)
+            done += cast.nbytes
+            if progress is not None:  # before the yield: nobody comes back after the last one
+                progress(done, total)
+            yield new.name, cast
+
+
+def _gain(tensor: TensorInfo, recipe: Recipe) -> torch.Tensor:
+    gain = read_rows(tensor)
+    if not recipe.gain_offset:
+        return gain
+    return gain.to(torch.promote_types(gain.dtype, torch.float32)) + recipe.gain_offset
+
+
+def _chunks(
+    recipe: Recipe, checkpoint: Checkpoint, gains: list[torch.Tensor], new: NewTensor
+) -> Iterator[torch.Tensor]:
+    dtype = DTYPES[new.dtype]
+    sources = [checkpoint.tensors[name] for name in recipe.members]
+    if recipe.how in ("copy", "rows"):
+        for index, start, stop in _row_spans(recipe, sources):
+            rows = read_rows(sources[index], start, stop)
+            yield fold_gain(rows, gains[index], dtype) if gains else rows
+    elif recipe.how == "columns":
+        for start, stop in _spans(sources[0].shape[0], sum(s.row_bytes for s in sources)):
+            yield join_columns([read_rows(source, start, stop) for source in sources])
+    elif recipe.how == "sum":
+        yield sum_biases([read_rows(source) for source in sources])
+    elif recipe.how == "shift":
+        for index, (shift, weight) in enumerate(zip(recipe.shifts, recipe.weights, strict=True)):
+            matrix, beta = checkpoint.tensors[weight], read_rows(checkpoint.tensors[shift])
+            bias = read_rows(sources[index]) if sources else torch.zeros(matrix.shape[0])
+            for start, stop in _spans(matrix.shape[0], matrix.row_bytes):
+                yield fold_shift(read_rows(matrix, start, stop), beta, bias[start:stop])
+    elif recipe.how == "heads":
+        yield join_rows([read_rows(source).expand(recipe.heads, -1) for source in sources])
+    else:
+        yield torch.full(new.shape, recipe.fill)
+
+
+def _row_spans(recipe: Recipe, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:
+    """(member, start, stop) of every chunk of stacked rows, part by part if there are parts."""
+    first = 0
+    for part in recipe.parts or (sources[0].shape[0] if sources[0].shape else 1,):
+        for index, source in enumerate(sources):
+            for start, stop in _spans(part, source.row_bytes):
+                yield index, first + start, first + stop
+        first += part
+
+
+def _spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # NaN and Inf are the bit patterns whose exponent is all ones, the largest there are but for the
+    # sign. Looking for them as integers is 10 times faster than torch.isfinite.
+    signed, magnitude, infinite = _BITS[tensor.dtype]
+    bits: np.ndarray[Any, Any] = tensor.view(signed).numpy()
+    return bits.size == 0 or int((bits & magnitude).max()) < infinite
+
+
+def _blame(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    for name in recipe.gains + recipe.shifts + recipe.weights + recipe.members:
+        source = checkpoint.tensors[name]
+        for start, stop in _spans(source.shape[0], source.row_bytes):
+            if not read_rows(source, start, stop).isfinite().all():
+                raise CheckpointError(
+                    f"tensor '{source.name}' holds NaN or Inf; the checkpoint is damaged"
+                )
+    name = str(dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"tensor '{recipe.name}' exceeds the range of {name}; convert with --dtype bfloat16"
+    )
+
+
+def hash_inputs(
+    checkpoint: Checkpoint, stop: threading.Event | None = None
+) -> dict[str, dict[str, Any]]:
+    """sha256 and bytes of every file of a checkpoint that conversion reads or copies."""
+    paths = [checkpoint.folder / "config.json"]
+    paths += [checkpoint.folder / shard for shard in checkpoint.shards]
+    for path in companions(checkpoint.folder):
+        paths += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    found = {}
+    for path in paths:
+        entry = {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
+        found[path.relative_to(checkpoint.folder).as_posix()] = entry
+    return found
+
+
+def _write_companions(job: _Job, staging: Path) -> None:
+    for path in companions(job.checkpoint.folder):
+        if path.is_dir():
+            shutil.copytree(path, staging / path.name)
+        else:
+            shutil.copyfile(path, staging / path.name)
+    text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
+    (staging / "config.json").write_text(text, encoding="utf-8")
+    if "auto_map" in job.config:
+        shutil.copyfile(str(files("abreast") / "modeling.py"), staging / REMOTE_CODE)
+
+
+def _manifest(
+    job: _Job, inputs: dict[str, dict[str, Any]], outputs: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "plan": job.plan.model_dump(mode="json", exclude_none=True),
+        "shorthand": job.plan.shorthand,
+        "num_layers": job.plan.num_layers,
+        "depth": job.plan.depth,
+        "architecture": job.config["architectures"][0],
+        "warnings": list(job.warnings),
+        "source": {
+            "name": job.checkpoint.source,
+            "revision": job.checkpoint.revision,
+            "files": inputs,
+            "dropped_tensors": list(job.dropped),
+        },
+        "files": outputs,
+        "versions": {
+            "python": platform.python_version(),
+            "abreast": __version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _peak_memory(job: _Job) -> int:
+    # A chunk is read, widened to float32 twice over while folding, and cast; four finished ones
+    # wait for the writer, one is being written, and two hash buffers stand beside them.
+    widest = max(
+        (t.row_bytes for t in job.checkpoint.tensors.values() if len(t.shape) > 1), default=0
+    )
+    chunk = max(CHUNK_BYTES, max(map(len, job.plan.stages)) * widest)
+    return 12 * chunk + (64 << 20)  # the rest: buffers of the interpreter, threads, libraries

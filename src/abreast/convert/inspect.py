@@ -1,0 +1,107 @@
+"""What a checkpoint is, and which of its layers may be grouped: read from headers, no weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
+from abreast.convert.fold import attention_kinds, obstacle
+from abreast.families import BRANCHES, FAMILIES, family_of, head_dim_of, is_tied, num_layers_of
+from abreast.plan import Plan
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One checkpoint. parameters counts stored ones; nbytes are those of the weights.
+
+    fusable: model_type has a row of its own, so groups can be written to a checkpoint. stretches:
+    maximal runs of layers, first to last, within which every consecutive group can be fused.
+    refused: adjacent pairs that cannot, with the reason. edges: layers that need --force.
+    plan: that of a converted checkpoint, else None.
+    """
+
+    source: str
+    model_type: str
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tied: bool
+    dtypes: tuple[str, ...]
+    parameters: int
+    nbytes: int
+    shards: tuple[str, ...]
+    fusable: bool
+    runs_grouped: bool
+    stretches: tuple[tuple[int, int], ...]
+    refused: tuple[tuple[int, int, str], ...]
+    edges: tuple[int, ...]
+    plan: str | None
+    original_layers: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspection:
+    """Read a checkpoint's config and headers. Raises AbreastError for one that is broken."""
+    checkpoint = open_checkpoint(model, revision=revision)
+    config = checkpoint.config
+    model_type = str(config.get("model_type"))
+    manifest = checkpoint.folder / MANIFEST
+    plan = Plan.model_validate(read_json(manifest)["plan"]) if manifest.is_file() else None
+    if plan is None and model_type not in BRANCHES:
+        family_of(config)
+    count = num_layers_of(config)
+    refused = []
+    if plan is None:
+        for first in range(count - 1):
+            reason = obstacle(config, (first, first + 1))
+            if reason:
+                refused.append((first, first + 1, reason))
+    heads = int(config["num_attention_heads"])
+    return Inspection(
+        source=str(model),
+        model_type=model_type,
+        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        num_layers=count,
+        hidden_size=int(config["hidden_size"]),
+        num_attention_heads=heads,
+        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=head_dim_of(config),
+        intermediate_size=int(config["intermediate_size"]),
+        vocab_size=int(config["vocab_size"]),
+        tied=is_tied(config),
+        dtypes=tuple(sorted({tensor.dtype for tensor in checkpoint.tensors.values()})),
+        parameters=_parameters(checkpoint),
+        nbytes=checkpoint.nbytes,
+        shards=checkpoint.shards,
+        fusable=plan is None and model_type in FAMILIES,
+        runs_grouped=plan is None and model_type in BRANCHES,
+        stretches=_stretches(attention_kinds(config)) if plan is None else (),
+        refused=tuple(refused),
+        edges=(0, count - 1),
+        plan=plan.shorthand if plan else None,
+        original_layers=plan.num_layers if plan else None,
+    )
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+
+
+def _stretches(kinds: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    found, start = [], 0
+    for layer in range(1, len(kinds) + 1):
+        if layer == len(kinds) or kinds[layer] != kinds[start]:
+            if layer - start >= 2:
+                found.append((start, layer - 1))
+            start = layer
+    return tuple(found)

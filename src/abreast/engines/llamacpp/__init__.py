@@ -1,0 +1,10 @@
+"""llama.cpp: export a converted checkpoint as GGUF."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.engines.llamacpp.export import export
+
+attach(__name__)

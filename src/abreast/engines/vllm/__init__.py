@@ -1,0 +1,11 @@
+"""vLLM: a plugin that serves converted checkpoints."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.engines.vllm.bench import VllmFailure, latency
+    from abreast.engines.vllm.plugin import register
+
+attach(__name__)

@@ -1,0 +1,11 @@
+"""Repairing the quality of a converted model: closed-form refit and self-distillation."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.heal.heal import heal
+    from abreast.heal.recipe import Recipe
+
+attach(__name__)

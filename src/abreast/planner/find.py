@@ -1,0 +1,360 @@
+"""From a budget to a plan: measure, search, choose; what other ways would have chosen."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from abreast.checkpoint import read_json, resolve, write
+from abreast.convert import convert
+from abreast.errors import AbreastError
+from abreast.families import FAMILIES, num_layers_of
+from abreast.model import decoder_layers, load
+from abreast.plan import Group, Plan
+from abreast.planner.calibrate import KEEP, SCREEN, Calibration, measure, score, spent
+from abreast.planner.front import (
+    FRONT_FILE,
+    Budget,
+    Front,
+    Profile,
+    draw,
+    kind_of,
+    reasons,
+    unreachable,
+)
+from abreast.planner.search import (
+    BEAM,
+    PER_GROUP,
+    additive,
+    at_random,
+    by_angle,
+    by_similarity,
+    contiguous,
+    refine,
+)
+from abreast.planner.stats import STATS_FILE, Cost, Stats
+from abreast.speed import bench, read_config, stage_cost, stage_seconds
+
+Step = Callable[[str], None]
+Progress = Callable[[int, int], None]
+Series = Mapping[str, Mapping[Plan, Cost]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan that a budget bought. expected: its cost on the calibration text.
+
+    others: the next best plans of its depth, as many as were asked for.
+    """
+
+    plan: Plan
+    others: tuple[Plan, ...]
+    expected: Cost
+    front: Front
+    profile: Profile | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready values, with the best plan of each depth."""
+        best = self.front.best()
+        return {
+            "plan": self.plan.shorthand,
+            "num_layers": self.plan.num_layers,
+            "depth": self.plan.depth,
+            "others": [plan.shorthand for plan in self.others],
+            "expected": asdict(self.expected),
+            "predicted_speedup": self.profile.speedup(self.plan) if self.profile else None,
+            "full_forwards": sum(self.front.full_forwards.values()),
+            "full_forwards_by_depth": dict(self.front.full_forwards),
+            "front": [
+                {"plan": plan.shorthand, "depth": depth, **asdict(self.front.plans[plan])}
+                for depth, plan in best.items()
+            ],
+            "reasons": reasons(self.plan, self.front),
+        }
+
+
+def check_depth(calibration: Calibration, depth: int | None) -> int:
+    """The least depth that the candidate groups allow.
+
+    Raises AbreastError where `depth` is none that they give, naming the nearest. Measures nothing.
+    """
+    num_layers = calibration.num_layers
+    free = dict.fromkeys(calibration.candidates, 0.0)
+    depths = [each for each in additive(num_layers, free) if each < num_layers]
+    if depth is not None and depth not in depths:
+        raise AbreastError(unreachable(depth, num_layers, depths))
+    return min(depths)
+
+
+def find_plan(
+    calibration: Calibration,
+    out: str | Path,
+    budget: Budget,
+    *,
+    profile: Profile | None = None,
+    best: int = 1,
+    per_group: int = PER_GROUP,
+    beam: int = BEAM,
+    screen: float = SCREEN,
+    keep: float = KEEP,
+    step: Step = lambda message: None,
+    progress: Progress | None = None,
+) -> Planned:
+    """Measure what has not been measured, search as deep as the budget goes, choose.
+
+    out: the run folder; front.json there gets every plan measured. best: how many plans to return,
+    the best and the next ones of its depth. per_group: plans measured per
+    group at each depth; 0 measures the additive optima only. screen, keep: as for `measure`. What
+    the calibration's journal has is not measured again, so another budget takes seconds where the
+    first search went deep enough. Raises AbreastError for a budget that no plan meets, naming the
+    nearest.
+    """
+    deepest = check_depth(calibration, budget.depth)
+    num_layers = calibration.num_layers
+    stats = _stats(calibration, screen, keep, step, progress)
+    costs = {group: stats.groups[group].kl for group in calibration.candidates}
+    plans: dict[Plan, Cost] = {}
+
+    def measured(wanted: Sequence[Plan]) -> list[float]:
+        found = score(calibration, wanted, progress=progress)
+        plans.update(zip(wanted, found, strict=True))
+        return [cost.kl for cost in found]
+
+    for depth, found in refine(
+        num_layers,
+        costs,
+        measured,
+        least_depth=budget.depth or deepest,
+        per_group=per_group,
+        beam=beam,
+    ):
+        step(f"depth {depth}: KL {min(found.values()):.5f}, the best of {len(found)} plans")
+        if budget.exhausted({plan: plans[plan] for plan in found}, profile):
+            break
+    front = Front(stats, plans, spent(calibration))
+    write(Path(out) / FRONT_FILE, json.dumps(front.to_dict(), indent=1) + "\n")
+    chosen, *others = front.choose(budget, profile, best=best)
+    return Planned(chosen, tuple(others), front.plans[chosen], front, profile)
+
+
+def baselines(
+    planned: Planned,
+    held_out: Calibration,
+    out: str | Path,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> Series:
+    """What the best plan of each depth costs on other text, and what the published ways would.
+
+    Written to out/baselines.json as well.
+
+    They choose among the same groups: "contiguous" is the best start of all (arXiv 2502.02790),
+    judged on this very text; "similarity" CQIL's (arXiv 2404.06709), "angular" arXiv 2403.17887's.
+    """
+    front, stats = planned.front, planned.front.stats
+    costs = {group: stats.groups[group].kl for group in held_out.candidates}
+    wanted: dict[str, dict[int, list[Plan]]] = {}
+    for depth, best in front.best().items():
+        found: dict[str, list[Plan | None]] = {
+            "planner": [best],
+            "contiguous": [*contiguous(stats.num_layers, depth, costs)],
+            "similarity": [by_similarity(stats.similarity, depth, costs)],
+            "angular": [by_angle(stats.angular, depth, costs)],
+            "random": [at_random(stats.num_layers, depth, costs, seed)],
+        }
+        for name, plans in found.items():
+            known = [plan for plan in plans if plan is not None]
+            if known:
+                wanted.setdefault(name, {})[depth] = known
+    every = sorted({p for of in wanted.values() for plans in of.values() for p in plans}, key=str)
+    scored = dict(zip(every, score(held_out, every, progress=progress), strict=True))
+    series = {
+        name: {
+            (best := min(plans, key=lambda plan: (scored[plan].kl, plan.shorthand))): scored[best]
+            for plans in of.values()
+        }
+        for name, of in wanted.items()
+    }
+    rows = [
+        {"method": name, "depth": plan.depth, "plan": plan.shorthand, **asdict(cost)}
+        for name, line in series.items()
+        for plan, cost in line.items()
+    ]
+    record = {"rests_on": held_out.identity, "plans": rows}
+    write(Path(out) / "baselines.json", json.dumps(record, indent=1) + "\n")
+    return series
+
+
+def draw_front(planned: Planned, series: Series | None, out: str | Path) -> None:
+    """Draw pareto.png, quality against depth, and with a profile pareto-speed.png.
+
+    series: as `baselines` gave it, or None to draw the front on the calibration text alone.
+    """
+    best = planned.front.best().values()
+    lines = series or {"planner": {plan: planned.front.plans[plan] for plan in best}}
+    text = "held-out" if series else "calibration"
+    title = f"{planned.plan.num_layers} layers, on {text} text"
+    by_depth = {
+        name: {float(plan.depth): cost for plan, cost in line.items()}
+        for name, line in lines.items()
+    }
+    draw(by_depth, "effective depth", title, Path(out) / "pareto.png")
+    if planned.profile is not None:
+        profile = planned.profile
+        by_speed = {
+            name: {profile.speedup(plan): cost for plan, cost in line.items()}
+            for name, line in lines.items()
+        }
+        label = "predicted speed-up of decoding"
+        draw(by_speed, label, title, Path(out) / "pareto-speed.png")
+
+
+def profile_here(
+    model: str | Path,
+    groups: Sequence[Group],
+    out: str | Path,
+    *,
+    dtype: str,
+    device: str,
+    seed: int,
+    rounds: int = 12,
+    context: int = 128,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    step: Step = lambda message: None,
+) -> Profile:
+    """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
+    path = Path(out) / "profile.json"
+    rests_on = {
+        "kinds": sorted({kind_of(group) for group in groups}),
+        **{"dtype": dtype, "device": device, "rounds": rounds, "context": context, "seed": seed},
+    }
+    found = read_json(path) if path.is_file() else {}
+    if found.get("rests_on") != rests_on:
+        step("time each kind of stage")
+        profile = measured_profile(
+            model,
+            groups,
+            Path(out),
+            dtype=dtype,
+            device=device,
+            rounds=rounds,
+            context=context,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        found = {"rests_on": rests_on, "profile": asdict(profile)}
+        write(path, json.dumps(found, indent=1) + "\n")
+    return Profile(**found["profile"])
+
+
+def estimated_profile(
+    model: str | Path,
+    groups: Sequence[Group],
+    hardware: str,
+    *,
+    batch: int = 1,
+    context: int = 1024,
+    revision: str | None = None,
+) -> Profile:
+    """Seconds of decoding per kind of stage on hardware that is not here (see estimate.py).
+
+    hardware: a name such as "2xA100-NVLink". Raises AbreastError for one that is not known.
+    """
+    config = read_config(model, revision=revision)
+    sizes: dict[str, Any] = {"batch": batch, "context": context}
+    kinds = {kind_of(group): group for group in groups}
+    *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), hardware, **sizes)
+    return Profile(
+        about=f"estimate for {hardware}, decode at batch {batch}, context {context}",
+        single=stage_cost(config, 1, None, hardware, **sizes),
+        groups={
+            kind: stage_cost(
+                *(config, len(group.layers), group.wiring, hardware), bypass=group.bypass, **sizes
+            )
+            for kind, group in kinds.items()
+        },
+        rest=rest,
+    )
+
+
+def measured_profile(
+    model: str | Path,
+    groups: Sequence[Group],
+    work: Path,
+    *,
+    dtype: str,
+    device: str,
+    rounds: int,
+    context: int,
+    seed: int,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Profile:
+    """Time decoding here and solve for the seconds per kind of stage.
+
+    Timed in turn: the model, the model with half of its layers, and for each kind among `groups` a
+    conversion (grouped in memory for families that cannot be converted) with as many groups of that
+    kind as fit one after another. Raises AbreastError as `convert`, `load` and `bench` do.
+    """
+    folder, _ = resolve(model, revision=revision)
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    options["trust_remote_code"] = trust_remote_code
+    whole, _ = load(folder, **options)
+    half, _ = load(folder, **options)
+    layers = decoder_layers(half)
+    count = len(layers)
+    kept = count // 2
+    del layers[kept:]
+    models = {"whole": whole, "half": half}
+    kinds: dict[str, Plan] = {}
+    for group in groups:
+        taken = kinds.get(kind_of(group), Plan(num_layers=count))
+        if not taken.groups or taken.groups[-1].layers[-1] < group.layers[0]:
+            kinds[kind_of(group)] = Plan(num_layers=count, groups=(*taken.groups, group))
+    with tempfile.TemporaryDirectory(dir=work) as staging:
+        for place, (kind, plan) in enumerate(kinds.items()):
+            target = Path(staging) / str(place)
+            if whole.config.model_type in FAMILIES:
+                convert(folder, plan, target, force=True)
+                models[kind], _ = load(target, **options)
+            else:
+                models[kind], _ = load(folder, plan=plan, **options)
+        sizes: dict[str, Any] = {"context": context, "new_tokens": 16, "seed": seed}
+        timed = bench(models, task="decode", rounds=rounds, **sizes).timings
+    seconds = {name: timing.median / 16 for name, timing in timed.items()}
+    single = (seconds["whole"] - seconds["half"]) / (count - kept)
+    rest = max(0.0, seconds["whole"] - count * single)
+    return Profile(
+        about=f"decode at context {context}, {dtype}, {device}, median of {rounds} rounds",
+        single=single,
+        groups={
+            kind: (seconds[kind] - rest - (plan.depth - len(plan.groups)) * single)
+            / len(plan.groups)
+            for kind, plan in kinds.items()
+        },
+        rest=rest,
+    )
+
+
+def _stats(
+    calibration: Calibration,
+    screen: float,
+    keep: float,
+    step: Step,
+    progress: Progress | None,
+) -> Stats:
+    """The statistics on disk where they are of these candidates, else measured now."""
+    path = calibration.folder / STATS_FILE
+    if path.is_file():
+        stats = Stats.load(path)
+        if set(calibration.candidates) <= set(stats.groups):
+            return stats
+    step(f"measure {len(calibration.candidates)} groups alone")
+    return measure(calibration, screen=screen, keep=keep, progress=progress)

@@ -1,0 +1,14 @@
+"""What a run produced, read back and shown: report page, charts, model card, Hub."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.report.card import write_card
+    from abreast.report.choices import Choice, Choices, read_choices
+    from abreast.report.page import PAGE, check_extra, numbers, write_report
+    from abreast.report.push import prepare, push
+    from abreast.report.records import read_run
+
+attach(__name__)

@@ -1,0 +1,343 @@
+"""One HTML page about a run, its pictures and its numbers, made from the run's files; no torch.
+
+The page needs nothing but itself: the plotting library (Vega) lies in it, and its content security
+policy allows no request at all and no script but the two whose hashes it names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from abreast.checkpoint import finite
+from abreast.errors import AbreastError
+from abreast.report.card import dtype_of, quality_rows, serving
+from abreast.report.charts import (
+    DARK,
+    LIGHT,
+    Chart,
+    depth_chart,
+    groups_chart,
+    number,
+    painted,
+    position_chart,
+    speed_chart,
+    tasks_chart,
+)
+from abreast.report.diagram import describe, draw_plan, draw_stage, stage_size
+from abreast.report.records import Conversion, Run, read_run
+from abreast.version import __version__
+
+PAGE = "report.html"
+MIN_ROUNDS = 6  # as in timing.py: fewer allow no 95 % interval, so no ratio is shown
+_EXTRA = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}
+
+
+def check_extra() -> None:
+    """Raise AbreastError where a package that the report needs is not installed."""
+    lacking = [package for module, package in _EXTRA.items() if find_spec(module) is None]
+    if lacking:
+        raise AbreastError(
+            f"the report needs {', '.join(lacking)}: pip install 'abreast[report]'; "
+            "optimize runs without it by --no-report"
+        )
+
+
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write report.html, results.json and a PNG per chart and of the plan; return the page's path.
+
+    run: what `optimize` left, also half-finished: the page then says what is missing. out: folder,
+    run/report unless given; a report there is replaced. Raises AbreastError for a folder that is no
+    run, an `out` that holds something else, and without the ``report`` extra.
+    """
+    check_extra()
+    found = read_run(run)
+    target = Path(out) if out is not None else found.folder / "report"
+    if target.exists() and not target.is_dir():
+        raise AbreastError(f"'{target}' is a file; name a folder for the report")
+    if target.is_dir() and any(target.iterdir()) and not (target / PAGE).is_file():
+        raise AbreastError(f"'{target}' holds something else than a report; name a new folder")
+    charts = _charts(found)
+    pictures = {f"{chart.name}.png": _png(chart) for chart in charts}
+    if found.last is not None:
+        pictures["plan.png"] = _svg_png(draw_plan(found.last.plan, LIGHT))
+    page = render(found, charts)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, data in pictures.items():
+        _replace(target / name, data)
+    _replace(target / "results.json", (json.dumps(numbers(found), indent=1) + "\n").encode())
+    _replace(target / PAGE, page.encode())
+    return target / PAGE
+
+
+def render(run: Run, charts: list[Chart]) -> str:
+    """The page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from jinja2.utils import htmlsafe_json_dumps
+    from markupsafe import Markup
+
+    script = files("abreast.report").joinpath("templates", "report.js").read_text(encoding="utf-8")
+    scripts = [Markup(text) for text in (_bundle(), script)] if charts else []
+    jinja = Environment(
+        loader=PackageLoader("abreast.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    last = run.last
+    return jinja.get_template("report.html.j2").render(
+        run=run,
+        last=last,
+        model=Path(run.model).name if run.model.startswith(("/", ".", "~")) else run.model,
+        missing=run.missing(),
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        charts={chart.name: chart for chart in charts},
+        specs=htmlsafe_json_dumps({chart.name: chart.spec for chart in charts}),
+        scripts=scripts,
+        hashes=[_csp_hash(script) for script in scripts],
+        light=LIGHT,
+        dark=DARK,
+        stages=_stages(last) if last is not None else [],
+        reasons=_reasons(run),
+        tiles=_tiles(last) if last is not None else [],
+        dtype=dtype_of(last.quality) if last is not None and last.quality else None,
+        quality=quality_rows(last.quality) if last is not None and last.quality else [],
+        speed=speed_rows(last) if last is not None else [],
+        tasks=task_rows(last) if last is not None else [],
+        samples=_samples(last) if last is not None else [],
+        others=[_summary(each) for each in run.others],
+        out=str(last.target) if last is not None else None,
+        serving=serving(str(last.target), last) if last is not None and last.manifest else [],
+        hashed=_hashes(last) if last is not None else [],
+        number=number,
+    )
+
+
+def numbers(run: Run) -> dict[str, Any]:
+    """All that the page shows, as JSON-ready values."""
+    return finite(
+        {
+            "model": run.model,
+            "command": run.command,
+            "environment": run.environment,
+            "missing": [each.what for each in run.missing()],
+            "last": _numbers(run.last) if run.last is not None else None,
+            "others": [_numbers(each) for each in run.others],
+            "front": run.front,
+            "baselines": run.baselines,
+            "groups": group_rows(run),
+        }
+    )
+
+
+def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
+    """Per phase that was timed: tokens per second of both, their ratio, the verdict."""
+    found = []
+    for phase, row in (conversion.speed or {}).items():
+        if phase == "settings":
+            continue
+        before, after = (row["timings"][name] for name in ("original", "converted"))
+        found.append(
+            {
+                "phase": phase,
+                "before": before["tokens_per_second"],
+                "after": after["tokens_per_second"],
+                "ratio": after["ratio"],
+                "low": after["ratio_low"],
+                "high": after["ratio_high"],
+                "verdict": row["verdict"],
+                "known": row["rounds"] >= MIN_ROUNDS,
+                "about": f"batch {row['batch_size']}, context {row['context']}, {row['dtype']}, "
+                f"{row['device']}, {row['threads']} CPU threads, {row['rounds']} rounds",
+            }
+        )
+    return found
+
+
+def task_rows(conversion: Conversion) -> list[dict[str, Any]]:
+    """Per task its scores, standard errors, the share kept and the paired test's p value."""
+    keys = [f"{model}{end}" for model in ("original", "converted") for end in ("", "_stderr")]
+    keys += ["metric", "kept", "p_value", "num_items"]
+    tasks = (conversion.tasks or {}).get("tasks", {})
+    return [{"task": task, **{k: row.get(k) for k in keys}} for task, row in tasks.items()]
+
+
+def group_rows(run: Run) -> list[dict[str, Any]]:
+    """Every candidate group with its cost alone, and whether the last plan has it."""
+    if run.stats is None:
+        return []
+    chosen = set(run.last.plan.groups) if run.last is not None else set()
+    return [
+        {
+            "group": group.shorthand,
+            "first": group.layers[0],
+            "kl": cost.kl,
+            "kl_stderr": cost.kl_stderr,
+            "chosen": group in chosen,
+        }
+        for group, cost in run.stats.groups.items()
+    ]
+
+
+def _charts(run: Run) -> list[Chart]:
+    last, charts = run.last, []
+    rows = run.baselines or tuple({**row, "method": "planner"} for row in run.front)
+    chosen = last.plan.shorthand if last is not None else None
+    if rows:
+        charts += [depth_chart(rows, measure, chosen) for measure in ("kl", "loss_increase")]
+    if groups := group_rows(run):
+        charts.append(groups_chart(groups))
+    if last is not None:
+        if places := (last.quality or {}).get("kl_by_position"):
+            charts.append(position_chart(places))
+        if tasks := task_rows(last):
+            charts.append(tasks_chart(tasks))
+        if speed := [row for row in speed_rows(last) if row["known"]]:
+            charts.append(speed_chart(speed))
+    return charts
+
+
+def _stages(conversion: Conversion) -> list[dict[str, Any]]:
+    from markupsafe import Markup
+
+    plan = conversion.plan
+    return [
+        {
+            "name": describe(stage, plan.group_of(stage)),
+            "size": stage_size(stage),
+            "drawing": Markup(draw_stage(stage, plan.group_of(stage))),  # numbers and fixed words
+        }
+        for stage in plan.stages
+    ]
+
+
+def _tiles(conversion: Conversion) -> list[tuple[str, str, str]]:
+    """(heading, number, small print) of what matters most."""
+    plan, quality = conversion.plan, conversion.quality
+    share = f"{plan.num_layers - plan.depth} of {plan.num_layers} steps fewer"
+    found = [("effective depth", f"{plan.num_layers} → {plan.depth}", share)]
+    if quality is not None:
+        for heading, key in (("loss increase", "nll_difference"), ("KL divergence", "kl")):
+            value, _, error = number(quality[key], quality[f"{key}_stderr"]).partition(" ± ")
+            found.append((heading, value, f"± {error} nats per token" if error else "nats"))
+        found.append(("same top token", f"{quality['top1_agreement']:.1%}", "of the predictions"))
+    for row in speed_rows(conversion):
+        ratio = f"{row['ratio']:.2f}x" if row["known"] else "unknown"
+        found.append((f"{row['phase']} speed", ratio, row["verdict"]))
+    return found
+
+
+def _reasons(run: Run) -> list[Mapping[str, Any]]:
+    """Why each group, where the last call's plan is the one that was planned."""
+    planned = (run.results or {}).get("planned", {})
+    same = run.last is not None and planned.get("plan") == run.last.plan.shorthand
+    return planned.get("reasons", []) if same else []
+
+
+def _samples(conversion: Conversion) -> list[dict[str, Any]]:
+    found = []
+    for each in (conversion.samples or {}).get("samples", []):
+        first, shared = each["first_difference"], each["shared"]
+        found.append(
+            {
+                "prompt": each["prompt"],
+                "note": (
+                    f"Both wrote the same {each['new_tokens'][0]} tokens."
+                    if first is None
+                    else f"The first difference, marked, is at token {first + 1}."
+                ),
+                "texts": [
+                    (model, each[model][:shared], each[model][shared:])
+                    for model in ("original", "converted")
+                ],
+            }
+        )
+    return found
+
+
+def _summary(conversion: Conversion) -> dict[str, Any]:
+    """A line of the table of the other plans."""
+    quality, timed = conversion.quality, speed_rows(conversion)
+    return {
+        "depth": conversion.plan.depth,
+        "plan": conversion.plan.shorthand or "none",
+        "healed": (conversion.healed or {}).get("method", ""),
+        "kl": number(quality["kl"], quality["kl_stderr"]) if quality else "not measured",
+        "loss": number(quality["nll_difference"], quality["nll_difference_stderr"])
+        if quality
+        else "not measured",
+        "speed": "; ".join(f"{r['phase']} {r['ratio']:.2f}x" for r in timed if r["known"]),
+        "folder": str(conversion.target) if conversion.manifest else "not converted",
+    }
+
+
+def _hashes(conversion: Conversion) -> list[tuple[str, str, str]]:
+    """(whose, file, sha256) of all files of the original and of the conversion."""
+    manifest = conversion.manifest or {}
+    lists = {
+        "original": manifest.get("source", {}).get("files", {}),
+        "converted": manifest.get("files", {}),
+    }
+    return [
+        (whose, name, str(entry.get("sha256", "")))
+        for whose, listed in lists.items()
+        for name, entry in listed.items()
+    ]
+
+
+def _numbers(conversion: Conversion) -> dict[str, Any]:
+    plan = conversion.plan
+    results = ("verify", "quality", "speed", "tasks", "samples")
+    return {
+        "plan": plan.shorthand,
+        "num_layers": plan.num_layers,
+        "depth": plan.depth,
+        "converted": str(conversion.target) if conversion.manifest else None,
+        "healed": conversion.healed,
+        **{name: getattr(conversion, name) for name in results},
+    }
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that an HTML page can hold."""
+    import vl_convert
+
+    text: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]
+    return text.replace("</script", "<\\/script").replace("<!--", "<\\!--")
+
+
+def _csp_hash(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _png(chart: Chart) -> bytes:
+    import vl_convert
+
+    found: bytes = vl_convert.vegalite_to_png(painted(chart.spec), scale=2)
+    return found
+
+
+def _svg_png(svg: str) -> bytes:
+    import vl_convert
+
+    found: bytes = vl_convert.svg_to_png(svg, scale=2)
+    return found
+
+
+def _replace(path: Path, data: bytes) -> None:
+    staging = path.with_name(f".{path.name}.new")
+    staging.write_bytes(data)
+    os.replace(staging, path)

@@ -1,0 +1,270 @@
+"""Two models answer one prompt, token by token in turn: what the playground shows.
+
+The original and the conversion take turns, one token each, so that both meet the same moments of a
+busy machine; each one's clock runs during its own steps only. Both get the same settings, and when
+sampling the same random numbers, so what differs between the answers is the models' doing.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abreast.errors import AbreastError
+from abreast.evaluate import check_tokenizers, shared
+from abreast.model import grouped, keeps_last, load
+from abreast.plan import Plan
+from abreast.report.choices import Choice, Choices
+
+
+@dataclass(frozen=True)
+class Models:
+    """What answers. of(choice): the model that a choice runs on, loaded when it is first asked for;
+    one converted checkpoint is held at a time. limit: tokens of prompt and answer together, None
+    for no limit. ends: tokens that end an answer. lock: held during every step.
+    """
+
+    run: Choices
+    original: Any
+    tokenizer: Any
+    of: Callable[[Choice], Any]
+    limit: int | None
+    ends: frozenset[int]
+    lock: threading.RLock
+
+
+def open_models(
+    run: Choices,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> Models:
+    """Load the original and its tokenizer. Raises AbreastError as `load` does, and without one."""
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    original, tokenizer = load(run.model, trust_remote_code=trust_remote_code, **options)
+    if tokenizer is None:
+        raise AbreastError(f"'{run.model}' has no tokenizer; give a folder with its files")
+    _warm(original)
+    held: dict[Path, Any] = {}
+    lock = threading.RLock()
+
+    def of(choice: Choice) -> Any:
+        if choice.folder is None:
+            return original
+        with lock:
+            if choice.folder not in held:
+                held.clear()  # before loading, so that there are never two
+                model, own = load(choice.folder, **options)
+                if own is not None:
+                    check_tokenizers(own, tokenizer)
+                _warm(model)
+                held[choice.folder] = model
+            return held[choice.folder]
+
+    ends = getattr(original.generation_config, "eos_token_id", None)
+    return Models(
+        run=run,
+        original=original,
+        tokenizer=tokenizer,
+        of=of,
+        limit=getattr(original.config.get_text_config(), "max_position_embeddings", None),
+        ends=frozenset([ends] if isinstance(ends, int) else ends or ()),
+        lock=lock,
+    )
+
+
+def _warm(model: Any) -> None:
+    """Reads the weights into memory and lets libraries set up, which is nobody's speed."""
+    with torch.inference_mode():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to generate. temperature 0 takes the likeliest token. top_p: 1 leaves all tokens in."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, fine in (
+            ("the number of new tokens", self.max_new_tokens, self.max_new_tokens >= 1),
+            ("the temperature", self.temperature, 0 <= self.temperature <= 5),
+            ("top-p", self.top_p, 0 < self.top_p <= 1),
+            ("the seed", self.seed, 0 <= self.seed < 2**63),
+        ):
+            if not fine:
+                raise AbreastError(f"{name} cannot be {value:g}; choose another")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer so far. tokens: ids, a closing one included.
+
+    prefill: seconds to the first token. decode: seconds of all later steps. ended: the model
+    closed it.
+    """
+
+    tokens: tuple[int, ...] = ()
+    prefill: float = 0.0
+    decode: float = 0.0
+    ended: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, the prompt's pass left out; NaN before the second token."""
+        return (len(self.tokens) - 1) / self.decode if self.decode else math.nan
+
+
+def encode(models: Models, prompt: str, *, chat: bool = False) -> list[int]:
+    """The prompt's token ids. chat: as a user's message in the tokenizer's chat template.
+
+    Raises AbreastError for an empty prompt, one that leaves no room for an answer, and a template
+    that does not take it.
+    """
+    if not prompt:
+        raise AbreastError("the prompt is empty; write the beginning of a text")
+    tokenizer = models.tokenizer
+    if chat:
+        from jinja2 import TemplateError
+
+        message = [{"role": "user", "content": prompt}]
+        try:
+            prompt = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise AbreastError(f"the chat template refuses it ({reason}); switch it off") from None
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    if not ids:
+        raise AbreastError("the tokenizer makes no token of this prompt; write another")
+    if models.limit is not None and len(ids) >= models.limit:
+        raise AbreastError(
+            f"the prompt has {len(ids):,} tokens, the model holds {models.limit:,} with the "
+            "answer; shorten it"
+        )
+    vocabulary = models.original.get_input_embeddings().weight.shape[0]
+    if max(ids) >= vocabulary:
+        raise AbreastError(
+            f"the tokenizer makes token {max(ids)} of this prompt, the model knows {vocabulary}; "
+            "tokenizer and weights do not belong together"
+        )
+    return ids
+
+
+def answers(
+    models: Models, choice: Choice, ids: Sequence[int], settings: Settings
+) -> Iterator[tuple[Answer, Answer]]:
+    """The original's answer and the choice's, as they grow by a token each.
+
+    Raises AbreastError for logits that are not finite, and as `grouped` and `load` do.
+    """
+    room = math.inf if models.limit is None else models.limit - len(ids)
+    settings = replace(settings, max_new_tokens=int(min(settings.max_new_tokens, room)))
+    sides = [
+        _steps(models, model, plan, ids, settings)
+        for model, plan in (
+            (models.original, None),
+            (models.of(choice), choice.plan if choice.folder is None else None),
+        )
+    ]
+    found = [Answer(), Answer()]
+    while True:
+        grown = [next(side, None) for side in sides]
+        if grown == [None, None]:
+            return
+        found = [new or old for new, old in zip(grown, found, strict=True)]
+        yield found[0], found[1]
+
+
+def _steps(
+    models: Models, model: Any, plan: Plan | None, ids: Sequence[int], settings: Settings
+) -> Iterator[Answer]:
+    draw = _drawing(settings)
+    last = keeps_last(model, 1)
+    answer, cache = Answer(), None
+    given = torch.tensor([list(ids)], device=model.device)
+    while len(answer.tokens) < settings.max_new_tokens and not answer.ended:
+        # grouped anew for every token, because the original takes its turns on the same weights
+        under = grouped(model, plan) if plan is not None and plan.groups else nullcontext()
+        with models.lock, torch.inference_mode(), under:
+            start = time.perf_counter()
+            out = model(input_ids=given, past_key_values=cache, use_cache=True, **last)
+            token = draw(out.logits[0, -1])  # waits for the device
+            took = time.perf_counter() - start
+        cache, given = out.past_key_values, torch.tensor([[token]], device=model.device)
+        answer = Answer(
+            tokens=(*answer.tokens, token),
+            prefill=answer.prefill if answer.tokens else took,
+            decode=answer.decode + took if answer.tokens else 0.0,
+            ended=token in models.ends,
+        )
+        yield answer
+
+
+def _drawing(settings: Settings) -> Callable[[torch.Tensor], int]:
+    """Chooses a token by its logits [vocabulary]. Raises AbreastError where they are not finite."""
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    generator = torch.Generator().manual_seed(settings.seed)
+
+    def draw(logits: torch.Tensor) -> int:
+        highest, token = logits.max(dim=-1)
+        if not math.isfinite(highest.item()):
+            raise AbreastError(
+                "the model gives logits that are not finite (NaN or infinite); "
+                "start again with --dtype float32"
+            )
+        if settings.temperature == 0:
+            return int(token)
+        scores = logits.float().cpu()[None]
+        scores = TemperatureLogitsWarper(float(settings.temperature))(None, scores)
+        if settings.top_p < 1:
+            scores = TopPLogitsWarper(float(settings.top_p))(None, scores)
+        # argmax of p / noise is a draw from p, and near p draw alike from the same noise
+        noise = torch.empty_like(scores).exponential_(generator=generator)
+        return int((scores.softmax(dim=-1) / noise).argmax())
+
+    return draw
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """Place of the first token in which two answers differ; None while one only goes further."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), None)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """An answer's text: what both share, the first differing token, what follows."""
+
+    same: str
+    first: str = ""
+    rest: str = ""
+
+
+def segments(
+    decode: Callable[[Sequence[int]], str], tokens: Sequence[int], place: int | None
+) -> Segments:
+    """Cut an answer's text at the token of this place.
+
+    A character whose bytes lie in several tokens goes to the part that completes it.
+    """
+    text = decode(tokens)
+    if place is None:
+        return Segments(text)
+    same = shared(text, decode(tokens[:place]))
+    through = max(same, shared(text, decode(tokens[: place + 1])))
+    return Segments(text[:same], text[same:through], text[through:])

@@ -1,0 +1,23 @@
+"""Speed: timing here, benchmarks, and estimates for other hardware."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.speed.bench import BenchResult, bench, verdict
+    from abreast.speed.estimate import Estimate, estimate, read_config, stage_cost, stage_seconds
+    from abreast.speed.hardware import hardware, hardware_of
+    from abreast.speed.jobs import (
+        ORIGINAL,
+        Case,
+        Contender,
+        Job,
+        Report,
+        conclusion,
+        device_or_cpu,
+        plot,
+        run,
+    )
+
+attach(__name__)

@@ -1,0 +1,10 @@
+"""The effect of interventions on every stretch of layers."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.study.study import study
+
+attach(__name__)

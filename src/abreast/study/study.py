@@ -1,0 +1,357 @@
+"""The papers' interventions on any model: what a stretch of layers loses when it is changed.
+
+For every *stretch* start..end of at least two layers (zero-based, both ends included) and every
+intervention of arXiv 2502.02790, section 3, the model is run with that stretch changed:
+
+- ``shuffle``: its layers in random order, averaged over several seeded orders;
+- ``prune``: without them;
+- ``merge``: one layer in their place, whose every weight is the mean of theirs;
+- ``parallel``: all of them as one ``lp`` group;
+- ``2-parallel``, ``3-parallel``: as consecutive ``lp`` pairs or triples from `start` on; what is
+  left over at the end is a smaller group, or a single layer as it was;
+- ``cqil``, ``cqil-full``: as one group wired as in CQIL (arXiv 2404.06709, section 3.2) with bypass
+  distance 0, or with full causal visibility.
+
+`interventions` says what a changed model runs and runs many of them without repeating what they
+have in common; here is the study of all of them: on disk, resumable, over devices, drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from abreast.checkpoint import resolve, write
+from abreast.data import HELD_OUT, TokenStream
+from abreast.errors import AbreastError
+from abreast.figures import figure_class
+from abreast.model import (
+    INTERVENTIONS,
+    Program,
+    cases,
+    cost_of,
+    decoder_layers,
+    load,
+    name_of,
+    run_programs,
+    shared_steps,
+    split,
+)
+from abreast.runs import (
+    JOURNAL,
+    cut,
+    gather,
+    model_hash,
+    open_run,
+    stream_of,
+    to_csv,
+    tokens_hash,
+    window_bytes,
+    windows_at_once,
+)
+from abreast.study.findings import Row, draw, row_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CSV, RECORD = "study.csv", "study.json"
+
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Layers run on one batch of windows each; a merged layer counts 1, a group of p layers p.
+
+    spent: counted as they ran, with what was run before an interruption. without_reuse: had every
+    row's model run from its first layer. prefix_only: had the unmodified layers before a stretch
+    been reused, and nothing else.
+    """
+
+    spent: int
+    without_reuse: int
+    prefix_only: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """The result: rows in the order interventions, start, end, and what they rest on.
+
+    identity: what the numbers depend on (hashes of model and tokens, sizes, seed, dtype).
+    """
+
+    rows: tuple[Row, ...]
+    loss: float
+    num_layers: int
+    num_tokens: int
+    evaluations: Evaluations
+    identity: dict[str, Any]
+    folder: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON-ready values (NaN and infinity become None)."""
+        found = asdict(self)
+        for row in found["rows"]:
+            row.update({k: None for k, v in row.items() if v != v or v == math.inf})
+        return found
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one worker has to do: programs per batch, in `size` windows of tokens [all, window]."""
+
+    folder: Path
+    tokens: np.ndarray
+    size: int
+    work: tuple[tuple[int, tuple[Program, ...]], ...]
+    options: dict[str, Any]
+    threads: int
+    journal: Path
+
+
+def study(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str | TokenStream = HELD_OUT,
+    interventions: Sequence[str] = INTERVENTIONS,
+    max_length: int | None = None,
+    num_windows: int = 16,
+    window: int = 256,
+    permutations: int = 3,
+    seed: int = 0,
+    dtype: str = "auto",
+    devices: Sequence[str] = ("cpu",),
+    batch_size: int = 8,
+    max_cache_bytes: int = 2**30,
+    plots: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Study:
+    """Run the interventions on every stretch, and write folder `out`: study.csv, study.json, PNGs.
+
+    model: folder or Hugging Face id of any family that can run grouped. data: a source as for
+    `load_tokens`, or a stream; cut into num_windows windows of `window` tokens that do not overlap,
+    of which all but the first token are scored. max_length: longest stretch, in layers.
+    permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
+    each; name "cpu" twice for two. batch_size: windows at once, fewer where the hidden states kept
+    for reuse, (layers + 1) x batch x window x hidden values, would exceed max_cache_bytes per
+    worker. plots: also draw the maps and the curve. progress: called with (evaluations done, in
+    all), one being a program on a batch.
+
+    Each evaluation is on disk before the next begins. A later call with the same model, tokens,
+    seed, window, dtype and batch goes on from there, also for more interventions or lengths, and
+    gives the very file that an uninterrupted one would have given; study.csv holds what the last
+    call asked for. Raises AbreastError for a folder with another study, or something else, in it,
+    sizes that make no sense, missing matplotlib, and as `load`, `load_tokens` and `apply` do.
+    """
+    _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
+    _check_devices(devices)
+    if plots:
+        figure_class()
+    folder, _ = resolve(model, revision=revision)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    loaded, tokenizer = load(folder, device=devices[0], **options)  # type: ignore[arg-type]
+    data = stream_of(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
+    config = loaded.config.get_text_config()
+    tokens = cut(
+        data,
+        num_windows,
+        window,
+        longest=getattr(config, "max_position_embeddings", None),
+        vocabulary=loaded.get_input_embeddings().weight.shape[0],
+    )
+    num_layers = len(decoder_layers(loaded))
+    each = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
+    size = min(len(tokens), batch_size, windows_at_once(each, max_cache_bytes))
+    identity = {
+        "model": model_hash(folder),
+        "tokens": tokens_hash(tokens),
+        "num_layers": num_layers,
+        "num_windows": len(tokens),
+        "window": window,
+        "batch": size,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    asked = cases(
+        num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
+    )
+    out = open_run(Path(out), "study", identity)
+    done = gather(out)
+    original: Program = tuple(range(num_layers))
+    wanted = {original, *(program for group in asked.values() for program in group)}
+    batches = range(math.ceil(len(tokens) / size))
+    todo = {
+        (batch, program)
+        for batch in batches
+        for program in wanted
+        if (name_of(program), batch) not in done
+    }
+    cpus = max(1, sum(torch.device(device).type == "cpu" for device in devices))
+    shares = [
+        _Share(
+            folder,
+            tokens,
+            size,
+            tuple((b, tuple(p for p in part if (b, p) in todo)) for b in batches),
+            {**options, "device": device},
+            max(1, torch.get_num_threads() // cpus),
+            out / JOURNAL.format(number),
+        )
+        for number, (device, part) in enumerate(
+            zip(devices, split({p for _, p in todo}, original, len(devices)), strict=True)
+        )
+    ]
+    total = len(wanted) * len(batches)
+    _run_shares(shares, loaded, progress, total - len(todo), total)
+    done = gather(out)
+    nll = {
+        program: np.concatenate([done[name_of(program), b]["nll"] for b in batches])
+        for program in wanted
+    }
+    every = [original, *(program for group in asked.values() for program in group)]
+    losses = {program: sums / (window - 1) for program, sums in nll.items()}
+    if not np.isfinite(losses[original]).all():
+        raise AbreastError(
+            "the unmodified model gives a loss that is not finite; use --dtype bfloat16 or float32"
+        )
+    result = Study(
+        rows=tuple(
+            row_of(case, len(group[0]), [losses[p] for p in group], losses[original])
+            for case, group in asked.items()
+        ),
+        loss=float(losses[original].mean()),
+        num_layers=num_layers,
+        num_tokens=len(tokens) * (window - 1),
+        evaluations=Evaluations(
+            spent=sum(done[name_of(p), b]["evaluated"] for p in wanted for b in batches),
+            without_reuse=len(batches) * sum(map(cost_of, every)),
+            prefix_only=len(batches)
+            * (num_layers + sum(cost_of(p[shared_steps(p, original) :]) for p in every)),
+        ),
+        identity=identity,
+        folder=str(out),
+    )
+    write(out / CSV, to_csv(result.rows, Row))
+    summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
+    write(out / RECORD, json.dumps(summary, indent=2) + "\n")
+    if plots:
+        draw(result.rows, num_layers, out)
+    return result
+
+
+def _check_arguments(
+    interventions: Sequence[str],
+    max_length: int | None,
+    num_windows: int,
+    window: int,
+    permutations: int,
+    batch_size: int,
+) -> None:
+    unknown = [name for name in interventions if name not in INTERVENTIONS]
+    if unknown or not interventions:
+        wrong = f"intervention '{unknown[0]}' is unknown" if unknown else "no intervention is named"
+        raise AbreastError(f"{wrong}; choose from {', '.join(INTERVENTIONS)}")
+    if len(set(interventions)) < len(interventions):
+        raise AbreastError("an intervention is named twice; name each once")
+    for label, value, least in (
+        ("the longest stretch", 2 if max_length is None else max_length, 2),
+        ("the number of windows", num_windows, 1),
+        ("the window", window, 2),
+        ("the number of permutations", permutations, 1),
+        ("the batch size", batch_size, 1),
+    ):
+        if value < least:
+            raise AbreastError(f"{label} is {value}; give at least {least}")
+
+
+def _check_devices(devices: Sequence[str]) -> None:
+    if not devices:
+        raise AbreastError("no device is named; give at least one, such as cpu or cuda:0")
+    for name in devices:
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise AbreastError(f"device '{name}' is unknown; write cpu or cuda:0") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise AbreastError(f"there is no device '{name}' here; use cpu or fewer devices")
+
+
+def _run_shares(
+    shares: Sequence[_Share],
+    model: PreTrainedModel,
+    progress: Progress | None,
+    finished: int,
+    total: int,
+) -> None:
+    """Do the first share here with the model given, the others in processes of their own."""
+    before = {share.journal: _lines(share.journal) for share in shares}
+
+    told = finished
+
+    def report() -> None:
+        nonlocal told
+        new = sum(_lines(share.journal) - before[share.journal] for share in shares)
+        if progress is not None and finished + new > told:
+            told = finished + new
+            progress(told, total)
+
+    context = multiprocessing.get_context("spawn")
+    busy = [share for share in shares[1:] if any(part for _, part in share.work)]
+    workers = [context.Process(target=_work, args=(share,), daemon=True) for share in busy]
+    try:
+        for worker in workers:
+            worker.start()
+        _work(shares[0], model, report)
+        for share, worker in zip(busy, workers, strict=True):
+            while worker.is_alive():
+                worker.join(1.0)
+                report()
+            if worker.exitcode:
+                raise AbreastError(
+                    f"the worker on {share.options['device']} ended with status {worker.exitcode} "
+                    "(its last words are above); run again to go on, perhaps with fewer devices"
+                )
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _work(
+    share: _Share,
+    model: PreTrainedModel | None = None,
+    report: Callable[[], None] | None = None,
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(share.threads)
+    try:
+        if model is None:
+            model, _ = load(share.folder, **share.options)
+        with open(share.journal, "a", encoding="utf-8") as journal:
+            for batch, wanted in share.work:
+                ids = torch.from_numpy(share.tokens[batch * share.size :][: share.size])
+                for program, sums, evaluated in run_programs(model, ids, wanted):
+                    line = {"program": name_of(program), "batch": batch, "evaluated": evaluated}
+                    journal.write(json.dumps({**line, "nll": sums[:, 0].tolist()}) + "\n")
+                    journal.flush()
+                    if report is not None:
+                        report()
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,154 @@
+"""The command as its user meets it: output, exit status, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abreast.checkpoint.files import sha256_of
+from abreast.cli.main import main
+from abreast.demo import model_folder
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Run:
+    """Calls the command in this process: (exit status, stdout, stderr)."""
+    # main sets both for its own process; here they would outlive the test
+    for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, {"TQDM_DISABLE": "1"}.get(name, "error"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["abreast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def demo() -> Path:
+    return model_folder()
+
+
+def test_the_whole_way_through(run, demo, tmp_path):
+    out = tmp_path / "out"
+    status, text, _ = run("inspect", demo)
+    assert status == 0 and "llama" in text and "0..15" in text
+    status, text, _ = run("convert", demo, "--plan", "2+3 4|5:1", "-o", out, "--dry-run", "--json")
+    assert status == 0 and json.loads(text)["depth"] == 14 and not out.exists()
+    status, text, _ = run("convert", demo, "--plan", "2+3 4|5:1", "-o", out, "--json")
+    assert status == 0 and json.loads(text) == json.loads((out / "abreast.json").read_text())
+    status, text, _ = run("inspect", out, "--json")
+    found = json.loads(text)
+    assert (found["plan"], found["original_layers"], found["num_layers"]) == ("2+3 4|5:1", 16, 14)
+    status, text, _ = run("verify", out, "--against", demo, "--tokens", 32, "--json")
+    assert status == 0 and json.loads(text)["ok"] is True
+    few = ("--max-tokens", 600, "--window", 128, "--stride", 128, "--dtype", "float32")
+    status, text, _ = run("eval", out, "--against", demo, *few, "--json")
+    compared = json.loads(text)["result"]
+    assert status == 0 and compared["kl"] > 0 and compared["kl_stderr"] > 0
+    status, text, _ = run("eval", demo, "--plan", "2+3 4|5:1", *few, "--json")
+    grouped = json.loads(text)["result"]
+    assert grouped["nll"] == pytest.approx(compared["model"]["nll"], abs=1e-3)
+    status, text, _ = run("eval", demo, *few)
+    assert status == 0 and "±" in text
+
+
+def test_verify_says_no_by_its_exit_status(run, demo, tmp_path):
+    out = tmp_path / "out"
+    assert run("convert", demo, "--plan", "2+3", "-o", out)[0] == 0
+    config = json.loads((out / "config.json").read_text())
+    config["rms_norm_eps"] = 0.5
+    (out / "config.json").write_text(json.dumps(config))
+    status, text, _ = run("verify", out, "--against", demo, "--tokens", 16)
+    assert status == 1 and "WRONG" in text and "config.json" in text
+    manifest = json.loads((out / "abreast.json").read_text())
+    manifest["files"]["config.json"]["sha256"] = sha256_of(out / "config.json")
+    (out / "abreast.json").write_text(json.dumps(manifest))
+    status, text, _ = run("verify", out, "--against", demo, "--tokens", 16)
+    assert status == 1 and "logits" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "/nowhere"), "no model at"),
+        (("convert", "DEMO", "--plan", "3+5", "-o", "OUT"), "not consecutive"),
+        (("convert", "DEMO", "--plan", "0+1", "-o", "OUT"), "--force"),
+        (("convert", "DEMO", "--plan", "3+4", "-o", "TMP"), "exists"),
+        (("convert", "DEMO", "--plan", "missing.yaml", "-o", "OUT"), "cannot be read"),
+        (("convert", "DEMO", "--plan", "3+4", "-o", "OUT", "--dtype", "int8"), "dtype"),
+        (("convert", "DEMO", "--plan", "3+4", "-o", "OUT", "--max-shard-size", "5XB"), "size"),
+        (("verify", "DEMO", "--against", "DEMO"), "abreast.json"),
+        (("verify", "DEMO", "--against", "DEMO", "--tokens", "1"), "too few"),
+        (("eval", "DEMO", "--data", "/nowhere"), "not found"),
+        (("eval", "DEMO", "--max-tokens", "1"), "too few"),
+        (("eval", "DEMO", "--device", "warp"), "unknown"),
+        (("eval", "DEMO", "--dtype", "float8"), "dtype"),
+        (("eval", "DEMO", "--plan", "3+99"), "plan"),
+        (("study", "DEMO", "-o", "OUT", "--interventions", "melt"), "unknown"),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[2:4]) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_one_line_and_status_2(run, demo, tmp_path, arguments, said):
+    places = {"DEMO": demo, "OUT": tmp_path / "out", "TMP": tmp_path}
+    status, out, err = run(*(places.get(word, word) for word in arguments))
+    assert status == 2 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("abreast: ") and said in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_forced_edges_are_warned_about(run, demo, tmp_path):
+    status, _, err = run("convert", demo, "--plan", "0+1", "-o", tmp_path / "out", "--force")
+    assert status == 0 and "warning" in err and (tmp_path / "out").is_dir()
+
+
+def interruptible() -> None:
+    """What a shell starts in the background ignores interrupts, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
+    code = (
+        "import importlib, time; c = importlib.import_module('abreast.convert.convert');"
+        "spans = c._spans; c._spans = lambda *a: (time.sleep(0.2), spans(*a))[1];"
+        "print('ready', flush=True); from abreast.cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", code, "convert", str(demo), "--plan", "2+3", "-o"]
+    for stop, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        child = subprocess.Popen(
+            [*command, str(tmp_path / "out")], stdout=subprocess.PIPE, preexec_fn=interruptible
+        )
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list(tmp_path.iterdir()), "the staging folder never appeared"
+        child.send_signal(stop)
+        assert child.wait(120) == status
+        child.stdout.close()
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_demo(run, tmp_path):
+    status, text, _ = run("demo", "--max-tokens", 2000, "--rounds", 2, "-o", tmp_path / "out")
+    assert status == 0 and "perplexity" in text and (tmp_path / "out" / "abreast.json").is_file()
+
+
+def test_demo_path(run, demo):
+    assert run("demo", "--path") == (0, f"{demo}\n", "")

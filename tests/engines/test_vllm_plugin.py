@@ -1,0 +1,97 @@
+"""The vLLM plugin without vLLM: what it would refuse, and that it costs nothing to be there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+import abreast.modeling  # noqa: F401  registers the config classes
+from abreast.convert.convert import convert
+from abreast.engines.vllm.plugin import ServingError, Width, check, is_too_old, obstacle
+
+SINGLE = Width(4, 2, 96)
+
+
+@pytest.mark.parametrize(
+    ("layers", "native", "fits"),
+    [
+        ([SINGLE], True, {1, 2, 4}),  # four ranks share two key-value heads
+        ([SINGLE, Width(8, 4, 192, 2)], True, {1, 2, 4}),  # the narrow layer decides
+        ([Width(6, 2, 96), Width(12, 4, 192)], True, {1, 2}),  # 6 ranks cannot share 4 heads
+        ([Width(6, 6, 96), Width(12, 12, 192, 2, 0)], True, {1, 2, 6}),
+        ([Width(6, 6, 96), Width(18, 18, 288, 3, 1)], True, {1, 3, 6}),
+        ([SINGLE, Width(16, 8, 384, 4, 0)], True, {1, 2, 4}),
+        ([Width(4, 4, 90), Width(8, 8, 180)], True, {1, 2}),
+        ([SINGLE, Width(8, 4, 192, 2)], False, {1}),
+        ([SINGLE, Width(8, 4, 192)], False, {1, 2, 4}),
+    ],
+)
+def test_degrees_that_fit(layers, native, fits):
+    assert {n for n in range(1, 13) if obstacle(layers, n, native) is None} == fits
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "degree", "message"),
+    [
+        ("llama", "1+2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
+        ("llama", "1|2|3", 2, "layer 1 is a cqil group of 3 members; possible: 1"),
+        ("granite", "1|2", 2, "which this family cannot split; possible: 1"),
+    ],
+)
+def test_degree_that_does_not_fit(tiny_checkpoint, tmp_path, family, plan, degree, message):
+    convert(tiny_checkpoint(family), plan, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    check(config, 1)
+    with pytest.raises(ServingError, match=f"^tensor parallel size {degree} .*{message}$") as error:
+        check(config, degree)
+    assert "\n" not in str(error.value)
+
+
+def test_sequential_prefill_is_refused(tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint(), "1+2", tmp_path / "out", prefill="sequential")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    with pytest.raises(ServingError, match="hf-overrides"):
+        check(config, 1)
+    config.abreast_prefill = None  # what the override that the message names does
+    check(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"),
+    [
+        ("0.31.9", True),
+        ("0.8.5.post1", True),
+        ("0.32.0", False),
+        ("0.32.0+cpu", False),
+        ("0.33.0rc1", False),
+        ("1.0", False),
+        ("0.0.0.dev1+gabc", False),
+        ("dev", False),
+    ],
+)
+def test_version(version, old):
+    assert is_too_old(version) is old
+
+
+def test_entry_point_names_the_function():
+    found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "abreast"]
+    assert found, "abreast is not installed, or was before it had a plugin: pip install -e ."
+    from abreast.engines import vllm
+
+    assert found[0].load() is vllm.register
+
+
+def test_plugin_module_is_light():
+    """vLLM loads it in every process; it must not load torch before it knows that vLLM is there."""
+    source = Path(__file__).resolve().parents[2] / "src"
+    code = "import sys, abreast.engines.vllm; sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(source)}
+    )
+    assert done.returncode == 0

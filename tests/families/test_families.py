@@ -1,0 +1,212 @@
+"""The family table against what transformers saves, and configs that describe no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from abreast.convert.fold import attention_kinds
+from abreast.families.branches import BRANCHES
+from abreast.families.table import (
+    FAMILIES,
+    FamilyError,
+    all_tensors,
+    complete,
+    family_of,
+    head_dim_of,
+    is_tied,
+    layer_tensors,
+    num_layers_of,
+    sizes,
+)
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("options", [{}, {"head_dim": 24}, {"biases": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_are_those_that_transformers_saves(
+    tiny_checkpoint: Callable[..., Path], family: str, options: dict[str, Any], tied: bool
+) -> None:
+    folder = tiny_checkpoint(family, tied=tied, **options)
+    config = complete(json.loads((folder / "config.json").read_text()))
+    row = family_of(config)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert all_tensors(row, config) == saved
+    assert is_tied(config) == tied
+    assert config["architectures"] == [row.stock]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_rows_are_sound(family: Any) -> None:
+    for matrix in family.matrices:
+        # what reads the residual stream may have a norm before it; what writes it has none
+        reads = matrix.join == "rows"
+        assert reads == (matrix.columns == "D") == (matrix.rows != "D")
+        assert matrix.norm in (family.norms if reads and family.norms else (None,))
+    assert family.model_type in BRANCHES
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        family.model_type = "other"
+
+
+def test_converted_names_have_their_classes() -> None:
+    from abreast import modeling
+
+    for family in FAMILIES.values():
+        model = getattr(modeling, family.converted)
+        assert model.config_class.model_type == family.converted_type
+        assert getattr(modeling, family.converted.replace("ForCausalLM", "Model"))
+
+
+def test_branches_name_known_models() -> None:
+    from transformers import CONFIG_MAPPING
+
+    assert [name for name in BRANCHES if name not in CONFIG_MAPPING] == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_are_those_of_transformers(family: str) -> None:
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(family)
+    ours = complete({"model_type": family})
+    assert is_tied(ours) == bool(theirs.tie_word_embeddings)
+    for matrix in FAMILIES[family].matrices:
+        if matrix.bias not in ("", "always"):
+            assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias))
+    shape = {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads")}
+    derived = shape["hidden_size"] // shape["num_attention_heads"]
+    assert head_dim_of({**ours, **shape}) == (getattr(theirs, "head_dim", None) or derived)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_kinds_are_those_of_transformers(family: str, count: int) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, num_hidden_layers=count).to_dict()
+    theirs = config.pop("layer_types", None) or [""] * count
+    config.pop("no_rope_layers", None)
+    ours = [kind.removesuffix(" without RoPE") for kind in attention_kinds(config)]
+    if len(set(theirs)) > 1:
+        assert ours == theirs
+    else:
+        assert len(set(ours)) == 1
+
+
+def test_layers_without_rope_are_a_kind_of_their_own() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("smollm3", num_hidden_layers=10).to_dict()
+    theirs = config.pop("no_rope_layers")
+    assert set(theirs) == {0, 1}
+    for listed in ({}, {"no_rope_layers": theirs}):
+        kinds = attention_kinds({**config, **listed})
+        assert [int("without RoPE" not in kind) for kind in kinds] == theirs
+
+
+@given(
+    st.integers(1, 12),
+    st.booleans(),
+    st.none() | st.integers(1, 100),
+    st.integers(0, 14),
+)
+def test_attention_kinds_follow_qwen2(
+    count: int, use: bool, window: int | None, first: int
+) -> None:
+    from transformers import Qwen2Config
+
+    settings = {
+        "num_hidden_layers": count,
+        "use_sliding_window": use,
+        "sliding_window": window,
+        "max_window_layers": first,
+    }
+    wanted = Qwen2Config(**settings).layer_types
+    assert list(attention_kinds({**CONFIG, **settings})) == wanted
+    assert list(attention_kinds({**CONFIG, "num_hidden_layers": count, "layer_types": wanted})) == (
+        wanted
+    )
+
+
+def test_defaults() -> None:
+    assert sizes(CONFIG) == {"D": 64, "Q": 64, "K": 32, "F": 96, "V": 128}
+    without = {key: value for key, value in CONFIG.items() if key != "num_key_value_heads"}
+    assert sizes(without)["K"] == 64
+    assert head_dim_of({**CONFIG, "head_dim": None}) == 16
+    assert sizes({**CONFIG, "head_dim": 10}) == {"D": 64, "Q": 40, "K": 20, "F": 96, "V": 128}
+    assert num_layers_of(CONFIG) == 6
+    assert "self_attn.q_proj.bias" not in layer_tensors(FAMILIES["llama"], CONFIG)
+    assert "self_attn.q_proj.bias" in layer_tensors(FAMILIES["qwen2"], CONFIG)
+    assert "self_attn.o_proj.bias" not in layer_tensors(FAMILIES["qwen2"], CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"model_type": None}, "no model_type"),
+        ({"model_type": ["llama"]}, "no model_type"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama"),
+        ({"model_type": "abreast_llama"}, "converted already"),
+        ({"model_type": "mixtral"}, "a mixtral cannot be written as wide layers"),
+        ({"hidden_size": None}, "no hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive whole number, not '64'"),
+        ({"hidden_size": 64.0}, "hidden_size"),
+        ({"hidden_size": True}, "hidden_size"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"hidden_size": 63}, "4 heads do not divide hidden_size 63"),
+        ({"num_attention_heads": -4}, "num_attention_heads"),
+        ({"num_key_value_heads": 3}, "4 attention heads cannot share 3 key-value heads"),
+        ({"num_key_value_heads": 8}, "cannot share"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads"),
+        ({"head_dim": 0}, "head_dim"),
+        ({"head_dim": "16"}, "head_dim"),
+        ({"vocab_size": [128]}, "vocab_size"),
+        ({"intermediate_size": {}}, "intermediate_size"),
+        ({"num_hidden_layers": 6.5}, "num_hidden_layers"),
+    ],
+    ids=str,
+)
+def test_config_that_describes_no_model(change: dict[str, Any], fault: str) -> None:
+    config = {**CONFIG, **change}
+    with pytest.raises(FamilyError) as caught:
+        all_tensors(family_of(config), config)
+    assert fault in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer_types": "full_attention"},
+        {"layer_types": ["full_attention"] * 5},
+        {"layer_types": []},
+        *(
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": value}
+            for value in (None, "3", 3.0, -1, True, [])
+        ),
+    ],
+    ids=str,
+)
+def test_layer_kinds_that_make_no_sense(change: dict[str, Any]) -> None:
+    with pytest.raises(FamilyError, match=r"layer_types|max_window_layers") as caught:
+        attention_kinds({**CONFIG, **change})
+    assert len(str(caught.value).splitlines()) == 1

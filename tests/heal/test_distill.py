@@ -1,0 +1,394 @@
+"""Training the grouped model: what it learns, exact resume, and when it must stop."""
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from abreast.errors import AbreastError
+from abreast.heal.recipe import Recipe, optimizers_of, windows_of
+from abreast.heal.train import distill
+from abreast.model.grouped import decoder_layers, grouped
+from abreast.model.load import load
+from abreast.model.losses import divergence, next_token_loss
+from abreast.plan import Plan
+
+pytest.importorskip("peft")
+
+PLAN = Plan.parse("1+2 3|4:1", 6)
+QUICK = {"batch_size": 4, "micro_batch": 4, "evaluate_every": 4, "save_every": 3, "steps": 12}
+
+
+def words(windows: int = 44, window: int = 24, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 128, (windows, window))
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe(**{**QUICK, "learning_rate": 1e-3, **changes})
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> set[str]:
+    assert one.keys() == other.keys()
+    return {name for name in one if not torch.equal(one[name], other[name])}
+
+
+@pytest.fixture
+def pair(tiny_checkpoint):
+    """A model to train, and its teacher."""
+    model, _ = load(tiny_checkpoint())
+    return model, copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("train", ["lora", "groups", "all"])
+def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimizer):
+    model, teacher = pair
+    before = weights_of(model)
+    found = distill(
+        *(model, PLAN, words(), tmp_path),
+        recipe=recipe(train=train, optimizer=optimizer),
+        teacher=None if train == "lora" else teacher,
+    )
+    assert found.after < found.before and found.best_step == 12
+    assert found.reason == "all steps done" and not found.diverged
+    assert [point.step for point in found.points] == [0, 4, 8, 12]
+    members = {f"layers.{layer}." for group in PLAN.groups for layer in group.layers}
+    moved = changed(before, weights_of(model))
+    for name in before:
+        inside = any(member in name for member in members)
+        matrix = before[name].dim() == 2
+        assert (name in moved) == (train == "all" or (inside and (train == "groups" or matrix))), (
+            name
+        )
+    # The curve's last point is what the trained model really does.
+    ids = torch.from_numpy(words()[-4:])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = teacher(ids).logits
+        with grouped(model, PLAN):
+            got = model(ids).logits
+    assert float(divergence(got, wanted)) == pytest.approx(found.after, rel=0.02)
+    assert not model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_language_model_loss_needs_no_teacher(pair, tmp_path):
+    model, _ = pair
+    ids = np.tile(np.arange(24), (44, 1))
+    found = distill(model, PLAN, ids, tmp_path, recipe=recipe(objective="lm"))
+    assert found.after < found.before - 0.1
+
+
+def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
+    """KL, the states after every stage from the first group on, and the text, each weighted."""
+    model, teacher = pair
+    plan = Plan.parse("2+3", 6)
+    ids = torch.from_numpy(words(40)[windows_of(0, 36, 4, seed=0)])
+    states: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
+
+    def collector(found: list[torch.Tensor]):
+        return lambda _, __, output: found.append(
+            output[0] if isinstance(output, tuple) else output
+        )
+
+    logits = {}
+    with torch.no_grad():
+        for name, each, run in (
+            ("theirs", teacher, Plan(num_layers=6)),
+            ("ours", model, plan),
+        ):
+            layers = decoder_layers(each)
+            hooks = [
+                layers[end].register_forward_hook(collector(states[name])) for end in (3, 4, 5)
+            ]
+            with grouped(each, run):
+                logits[name] = each(ids).logits
+            for hook in hooks:
+                hook.remove()
+    gaps = [
+        float(((our - their).square().sum(-1) / their.square().sum(-1)).mean())
+        for our, their in zip(states["ours"], states["theirs"], strict=True)
+    ]
+    kl = float(divergence(logits["ours"], logits["theirs"]))
+    text = float(next_token_loss(logits["ours"], ids))
+    assert min(*gaps, kl, text) > 1e-6
+    for number, (hidden, lm) in enumerate([(0.0, 0.0), (1.0, 0.0), (20.0, 0.5)]):
+        found = distill(
+            *(copy.deepcopy(teacher), plan, words(40), tmp_path / str(number)),
+            recipe=recipe(steps=1, hidden_weight=hidden, lm_weight=lm, bf16=False),
+            teacher=teacher,
+        )
+        wanted = kl + hidden * sum(gaps) / 3 + lm * text
+        assert found.points[1].loss == pytest.approx(wanted, rel=1e-4)
+
+
+def test_muon_trains_the_matrices_of_layers_only(pair):
+    model, _ = pair
+    adamw, muon = optimizers_of(model, recipe(optimizer="muon"))
+    names = {id(p): name for name, p in model.named_parameters()}
+    mine = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    rest = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert mine | rest == set(names.values()) and not mine & rest
+    assert mine == {n for n in names.values() if "_proj" in n and ".layers." in n}
+    assert len(optimizers_of(model, recipe())) == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "optimizer", "dies_after"),
+    [("groups", "adamw", 1), ("all", "adamw", 7), ("lora", "adamw", 11), ("all", "muon", 8)],
+)
+def test_a_resumed_run_ends_with_the_same_bits(
+    tiny_checkpoint, tmp_path, train, optimizer, dies_after
+):
+    def start():
+        model, _ = load(tiny_checkpoint())
+        return model, None if train == "lora" else copy.deepcopy(model)
+
+    options = {"recipe": recipe(train=train, optimizer=optimizer), "seed": 5}
+    whole, teacher = start()
+    first = distill(whole, PLAN, words(), tmp_path / "whole", teacher=teacher, **options)
+
+    def die(done: int, total: int) -> None:
+        if done == dies_after:
+            raise KeyboardInterrupt
+
+    killed, teacher = start()
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            *(killed, PLAN, words(), tmp_path / "cut"), teacher=teacher, progress=die, **options
+        )
+    torch.rand(7)  # whatever happens in between must not matter
+    again, teacher = start()
+    second = distill(again, PLAN, words(), tmp_path / "cut", teacher=teacher, **options)
+    assert not changed(weights_of(whole), weights_of(again))
+    lines = [
+        [(p.step, p.tokens, p.learning_rate, p.held_out) for p in found.points]
+        for found in (first, second)
+    ]
+    assert lines[0] == lines[1]
+    assert first.points[-1].loss == second.points[-1].loss
+
+
+def test_a_half_written_checkpoint_is_not_used(pair, tmp_path):
+    model, teacher = pair
+    fresh = copy.deepcopy(teacher)
+    options = {"recipe": recipe(steps=6), "teacher": teacher}
+    distill(model, PLAN, words(), tmp_path / "whole", **options)
+
+    def die(done: int, total: int) -> None:
+        if done == 4:
+            (tmp_path / "cut" / ".partial").mkdir(parents=True)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(fresh, PLAN, words(), tmp_path / "cut", progress=die, **options)
+    again = copy.deepcopy(teacher)
+    distill(again, PLAN, words(), tmp_path / "cut", **options)
+    assert not changed(weights_of(model), weights_of(again))
+
+
+def test_only_the_last_two_checkpoints_stay(pair, tmp_path):
+    model, teacher = pair
+    distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [
+        "step-00000009",
+        "step-00000012",
+    ]
+
+
+def test_a_gathered_batch_is_a_whole_one(pair, tmp_path):
+    model, teacher = pair
+    other = copy.deepcopy(teacher)
+    for name, each, micro in (("whole", model, 4), ("parts", other, 1)):
+        distill(
+            *(each, PLAN, words(), tmp_path / name),
+            recipe=recipe(micro_batch=micro, bf16=False, steps=3),
+            teacher=teacher,
+        )
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-4)
+
+
+def test_recomputing_activations_changes_nothing(pair, tmp_path):
+    model, teacher = pair
+    other = copy.deepcopy(teacher)
+    for name, each, on in (("kept", model, False), ("recomputed", other, True)):
+        distill(
+            *(each, PLAN, words(), tmp_path / name),
+            recipe=recipe(checkpointing=on, bf16=False, steps=3),
+            teacher=teacher,
+        )
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
+
+
+def test_nan_stops_the_run_and_keeps_the_last_good_weights(pair, tmp_path):
+    model, teacher = pair
+
+    def poison(done: int, total: int) -> None:
+        if done == 9:
+            with torch.no_grad():
+                decoder_layers(model)[1].mlp.up_proj.weight[0, 0] = math.nan
+
+    options = {"recipe": recipe(), "teacher": teacher}
+    found = distill(model, PLAN, words(), tmp_path, progress=poison, **options)
+    assert found.diverged and "nan" in found.reason and "step 10" in found.reason
+    assert found.best_step == 8
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert (tmp_path / "step-00000009").is_dir()
+
+
+def test_a_model_that_is_broken_already(pair, tmp_path):
+    model, teacher = pair
+    with torch.no_grad():
+        decoder_layers(model)[2].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(AbreastError, match="not finite before any training"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
+
+
+def test_a_rising_loss_stops_the_run(pair, tmp_path):
+    model, teacher = pair
+    before = weights_of(model)
+    wild = recipe(train="all", learning_rate=1.0, warmup=0.0, clip=1e6)
+    options = {"recipe": wild, "teacher": teacher}
+    found = distill(model, PLAN, words(), tmp_path, **options)
+    assert found.diverged and "rose from" in found.reason
+    assert found.best_step == 0 and found.after == found.before
+    assert not changed(before, weights_of(model))
+
+
+def test_patience_ends_a_run_that_wins_nothing(pair, tmp_path):
+    model, teacher = pair
+    options = {
+        "recipe": recipe(learning_rate=1e-30, patience=2, evaluate_every=1),
+        "teacher": teacher,
+    }
+    found = distill(model, PLAN, words(), tmp_path, **options)
+    assert found.reason == "no better for 2 looks at the held-out text"
+    assert found.points[-1].step == 2 and not found.diverged
+
+
+def test_every_window_once_before_any_twice():
+    rows = np.concatenate([windows_of(step, 10, 4, seed=1) for step in range(5)])
+    assert sorted(rows[:10]) == list(range(10)) == sorted(rows[10:])
+    assert rows[:10].tolist() != rows[10:].tolist()
+
+
+def test_a_run_of_other_settings_is_refused(pair, tmp_path):
+    model, teacher = pair
+    distill(model, PLAN, words(), tmp_path, recipe=recipe(steps=1), teacher=teacher)
+    fresh = copy.deepcopy(teacher)
+    with pytest.raises(AbreastError, match="with other recipe"):
+        distill(fresh, PLAN, words(), tmp_path, recipe=recipe(steps=2), teacher=teacher)
+    with pytest.raises(AbreastError, match="with other tokens"):
+        distill(fresh, PLAN, words(seed=1), tmp_path, recipe=recipe(steps=1), teacher=teacher)
+    assert not hasattr(fresh, "_abreast_replaced")
+
+
+@pytest.mark.parametrize(
+    ("plan", "tokens", "changes", "message"),
+    [
+        (Plan.parse("1+2", 8), words(), {}, "the plan is for 8 layers, the model has 6"),
+        (Plan(num_layers=6), words(), {}, "no groups"),
+        (PLAN, words(5), {}, "too little text"),
+        (PLAN, words() + 100, {}, "outside the model's vocabulary"),
+        (PLAN, words(), {"train": "some"}, "train 'some' is not one of lora, groups, all"),
+        (PLAN, words(), {"objective": "mse"}, "objective 'mse' is not one of kl, lm"),
+        (PLAN, words(), {"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, muon"),
+        (PLAN, words(), {"steps": 0}, "the steps is 0; give at least 1"),
+        (PLAN, words(), {"hidden_weight": -1.0}, "hidden weight is -1.0; give 0 or more"),
+        (PLAN, words(), {"lm_weight": math.inf}, "language-model weight is inf"),
+        (PLAN, words(), {"learning_rate": math.nan}, "learning rate is nan"),
+        (PLAN, words(), {"temperature": 0.0}, "temperature is 0.0"),
+        (PLAN, words(), {"warmup": 2.0}, "warm-up is 2.0"),
+        (PLAN, words(), {"train": "lora", "lora_targets": ("wq",)}, "target 'wq' is no matrix"),
+    ],
+)
+def test_bad_input(pair, tmp_path, plan, tokens, changes, message):
+    model, teacher = pair
+    before = weights_of(model)
+    with pytest.raises(AbreastError, match=message):
+        distill(model, plan, tokens, tmp_path / "w", recipe=recipe(**changes), teacher=teacher)
+    assert not changed(before, weights_of(model))
+    assert not (tmp_path / "w").exists()
+
+
+def test_teacher_of_another_model(pair, tiny_checkpoint, tmp_path):
+    model, _ = pair
+    for other in ({"num_layers": 8}, {"vocab_size": 100}):
+        teacher, _ = load(tiny_checkpoint(**other))
+        with pytest.raises(AbreastError, match="must be the plan's original"):
+            distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
+
+
+def test_half_precision_weights_are_not_trained(tiny_checkpoint, tmp_path):
+    model, _ = load(tiny_checkpoint(dtype="bfloat16"))
+    with pytest.raises(AbreastError, match="the weights are bfloat16"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=copy.deepcopy(model))
+
+
+def test_weights_that_change_cannot_teach(pair, tmp_path):
+    model, _ = pair
+    with pytest.raises(AbreastError, match="the teacher must be a second model"):
+        distill(model, PLAN, words(), tmp_path, recipe=recipe(train="groups"))
+
+
+WORKER = """
+import json, os, sys
+import numpy as np
+import torch
+from abreast.distill import distill
+from abreast.load import load
+from abreast.plan import Plan
+from abreast.recipe import Recipe
+
+job = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+model, _ = load(job["folder"])
+teacher, _ = load(job["folder"])
+tokens = np.random.default_rng(0).integers(0, 128, (44, 24))
+recipe = Recipe(**job["recipe"])
+found = distill(model, Plan.parse("1+2 3|4:1", 6), tokens, job["work"], recipe=recipe,
+                teacher=teacher)
+if os.environ.get("RANK", "0") == "0":
+    torch.save(model.state_dict(), job["out"])
+    print(json.dumps([found.before, found.after]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_each_batch(tiny_checkpoint, tmp_path):
+    """Two processes on half a batch each do what one does on the whole."""
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    source = Path(__file__).resolve().parents[2] / "src"
+    states = []
+    for count in (1, 2):
+        job = {
+            "folder": str(tiny_checkpoint()),
+            "work": str(tmp_path / f"work-{count}"),
+            "out": str(tmp_path / f"{count}.pt"),
+            "recipe": recipe(bf16=False, steps=4).to_dict(),
+        }
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launch += [f"--nproc-per-node={count}", str(tmp_path / "worker.py"), json.dumps(job)]
+        done = subprocess.run(
+            *(launch,),
+            env={**os.environ, "PYTHONPATH": str(source), "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        states.append(torch.load(tmp_path / f"{count}.pt"))
+    for name in states[0]:
+        assert torch.allclose(states[0][name], states[1][name], atol=1e-4), name

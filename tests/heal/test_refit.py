@@ -1,0 +1,217 @@
+"""Refitting in closed form: the regression itself, whole models, and what it must leave alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abreast.data import CALIBRATION, HELD_OUT, load_tokens
+from abreast.demo import model_folder
+from abreast.errors import AbreastError
+from abreast.evaluate.text import compare
+from abreast.heal.refit import FOLDS, RIDGES, _Moments, _ridge, _solve, memory_needed, refit
+from abreast.model.grouped import decoder_layers, grouped
+from abreast.model.load import load
+from abreast.plan import Plan
+
+PLAN = Plan.parse("1+2 3|4", 6)
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+def words(windows: int, window: int, seed: int = 0, vocabulary: int = 128) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, (windows, window))
+
+
+def moments(inputs: torch.Tensor, targets: torch.Tensor, folds: int = FOLDS) -> list[_Moments]:
+    found = []
+    for u, t in zip(inputs.chunk(folds), targets.chunk(folds), strict=True):
+        found.append(_Moments(u.shape[1], t.shape[1], torch.device("cpu")))
+        found[-1].add(u, t)
+    return found
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@settings(max_examples=25)
+@given(
+    tokens=st.integers(1, 40),
+    inputs=st.integers(1, 12),
+    targets=st.integers(1, 6),
+    ridge=st.floats(1e-3, 1e3),
+    seed=st.integers(0, 2**16),
+)
+def test_ridge_is_the_least_squares_solution(tokens, inputs, targets, ridge, seed):
+    """Against numpy's least squares on the same problem, with a row per penalised weight.
+
+    Small integers, whose sums of products float32 holds exactly: what is left is the algebra.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    u, t, start = (
+        torch.randint(-8, 9, shape, generator=generator).float()
+        for shape in ((tokens, inputs), (tokens, targets), (targets, inputs))
+    )
+    [found] = moments(u, t, 1)
+    weight = _ridge(found, start.double(), ridge)
+    rows = np.concatenate([u.double(), math.sqrt(ridge) * np.eye(inputs)])
+    right = np.concatenate([t.double(), math.sqrt(ridge) * start.double().T])
+    wanted = np.linalg.lstsq(rows, right, rcond=None)[0].T
+    assert np.allclose(weight, wanted, rtol=1e-8, atol=1e-8)
+    direct = float((t.double() - u.double() @ weight.T).square().sum())
+    assert found.error(weight) == pytest.approx(direct, rel=1e-8, abs=1e-6)
+
+
+def test_solve_finds_what_is_there():
+    generator = torch.Generator().manual_seed(0)
+    u, true = torch.randn(600, 8, generator=generator), torch.randn(3, 8, generator=generator)
+    found, ridge, before, after = _solve(moments(u, u @ true.T), torch.zeros(3, 8).double())
+    assert ridge == min(RIDGES)
+    assert torch.allclose(found.float(), true, atol=1e-3)
+    assert before == pytest.approx(1) and after < 1e-6
+
+
+def test_solve_keeps_weights_where_nothing_can_be_learnt():
+    generator = torch.Generator().manual_seed(0)
+    u, noise = torch.randn(60, 30, generator=generator), torch.randn(60, 2, generator=generator)
+    start = torch.zeros(2, 30).double()
+    found, ridge, before, after = _solve(moments(u, 0.01 * noise), start)
+    # Sixty tokens of pure noise for thirty inputs: whatever is fitted is worse on the next fold.
+    assert after <= before
+    assert ridge is None or float(found.norm()) < 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi", "gemma2", "phi3"])
+def test_refit_brings_the_grouped_model_nearer(tiny_checkpoint, family):
+    model, _ = load(tiny_checkpoint(family, biases=True))
+    before = weights_of(model)
+    found = refit(model, PLAN, words(40, 32))
+    assert found.kl_after < found.kl_before and not found.kept
+    members = {f"layers.{layer}." for group in PLAN.groups for layer in group.layers}
+    for name, weight in model.named_parameters():
+        grouped_matrix = weight.dim() == 2 and any(member in name for member in members)
+        assert grouped_matrix or torch.equal(weight, before[name]), name
+    assert {fit.step for fit in found.fits} == (
+        {"qkv", "gate_up"} if family == "gemma2" else {"qkv", "gate_up", "out"}
+    )
+    assert all(fit.after <= fit.before for fit in found.fits)
+
+
+@pytest.mark.parametrize("family", ["llama", "granite", "phi", "starcoder2"])
+def test_a_group_that_equals_the_original_has_nothing_to_learn(tiny_checkpoint, family):
+    """A first member that adds nothing but its biases' zeros: grouped and sequential agree.
+
+    A family's scale or a bias left out of the target would show as an error before.
+    """
+    model, _ = load(tiny_checkpoint(family, biases=True))
+    with torch.no_grad():
+        for name, weight in decoder_layers(model)[1].named_parameters():
+            if any(part in name for part in ("o_proj", "dense", "down", "fc2", "c_proj")):
+                weight.zero_()
+    found = refit(model, Plan.parse("1+2", 6), words(12, 48), steps=("out",))
+    assert found.kl_before < 1e-6
+    assert found.fits[0].before < 1e-6
+
+
+def test_few_tokens_do_no_harm():
+    """1,000 tokens of calibration: the KL on other, held-out text must not rise."""
+    plan = Plan.parse("5+6 7+8", 16)
+    model, tokenizer = load(model_folder(), dtype="float32")
+    original, _ = load(model_folder(), dtype="float32")
+    text = load_tokens(tokenizer, CALIBRATION, max_tokens=1000, seed=3)
+    held_out = load_tokens(tokenizer, HELD_OUT, max_tokens=2048)
+    sizes = {"window": 256, "stride": 256, "batch_size": 8}
+    with grouped(model, plan):
+        before = compare(model, original, held_out, **sizes)
+    refit(model, plan, text.tokens.reshape(8, 125))
+    with grouped(model, plan):
+        after = compare(model, original, held_out, **sizes)
+    assert after.kl <= before.kl
+
+
+def test_weights_come_back_where_nothing_is_won(tiny_checkpoint, monkeypatch):
+    model, _ = load(tiny_checkpoint())
+    before = weights_of(model)
+    measured = iter([1.0, 1.0])
+    monkeypatch.setattr("abreast.heal.refit.kl_under", lambda *_: next(measured))
+    assert refit(model, PLAN, words(12, 48)).kept
+    assert same(before, weights_of(model))
+
+
+def test_an_error_leaves_the_weights_alone(tiny_checkpoint):
+    model, _ = load(tiny_checkpoint())
+    before = weights_of(model)
+
+    def stop(done: int, total: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refit(model, PLAN, words(12, 48), progress=stop)
+    assert same(before, weights_of(model))
+
+
+def test_not_finite_activations_are_an_error(tiny_checkpoint):
+    model, _ = load(tiny_checkpoint())
+    with torch.no_grad():
+        decoder_layers(model)[1].mlp.down_proj.weight[0, 0] = math.nan
+    with pytest.raises(AbreastError, match="not finite"):
+        refit(model, PLAN, words(12, 48))
+
+
+@pytest.mark.parametrize(
+    ("plan", "tokens", "steps", "message"),
+    [
+        ("1+2", words(3, 256), ("out",), "too little text"),
+        ("1+2", words(20, 20), ("out",), "too little text"),
+        ("1+2", words(8, 128) + 100, ("out",), "outside the model's vocabulary"),
+        ("1+2", words(8, 128), ("down",), "choose some of qkv, gate_up, out"),
+        ("1+2", words(8, 128), (), "choose some of qkv, gate_up, out"),
+        ("", words(8, 128), ("out",), "no groups"),
+    ],
+)
+def test_bad_input(tiny_checkpoint, plan, tokens, steps, message):
+    model, _ = load(tiny_checkpoint())
+    with pytest.raises(AbreastError, match=message):
+        refit(model, Plan.parse(plan, 6), tokens, steps=steps)
+
+
+def test_plan_of_another_model(tiny_checkpoint):
+    model, _ = load(tiny_checkpoint())
+    with pytest.raises(AbreastError, match="the plan is for 8 layers, the model has 6"):
+        refit(model, Plan.parse("1+2", 8), words(8, 128))
+
+
+def test_a_7b_model_fits_one_80_gb_device():
+    needs = memory_needed(LLAMA_2_7B)
+    assert needs["weights"] == pytest.approx(2 * 6.74e9, rel=0.01)
+    assert needs["total"] == sum(value for name, value in needs.items() if name != "total")
+    assert needs["total"] < 80e9
+    # Without the widest regression there is hardly anything beside the weights.
+    assert memory_needed(LLAMA_2_7B, largest_group=3)["moments"] > needs["moments"]
+
+
+def test_memory_is_what_is_really_allocated():
+    """The formula's moments, counted on the tensors that a regression of that width makes."""
+    config = {**LLAMA_2_7B, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config["num_key_value_heads"] = 4
+    width = 2 * (64 + 96)
+    sets = [_Moments(width, 64, torch.device("cpu")) for _ in range(FOLDS + 1)]
+    held = sum(each.gram.nbytes + each.cross.nbytes for each in sets)
+    assert memory_needed(config)["moments"] == held

@@ -1,0 +1,290 @@
+"""Calibration runs: the numbers against plain forward passes, planted truths, interruptions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from abreast.data import TokenStream
+from abreast.errors import AbreastError
+from abreast.evaluate.text import compare
+from abreast.model.load import load
+from abreast.plan import Group, Plan
+from abreast.planner.calibrate import calibrate, candidates, expect, measure, score, spent
+from abreast.planner.stats import Stats
+
+WINDOW, WINDOWS, LAYERS = 32, 8, 6
+
+measuring = import_module("abreast.planner.calibrate")  # `calibrate` is the function
+
+
+def text(seed: int = 0, windows: int = WINDOWS) -> TokenStream:
+    tokens = np.random.default_rng(seed).integers(128, size=windows * WINDOW)
+    return TokenStream(tokens, "random", 1, windows * WINDOW)
+
+
+def run(model, out, **options):
+    settings = {"data": text(), "num_windows": WINDOWS, "window": WINDOW, "batch_size": 2}
+    return calibrate(model, out, **{**settings, **options})
+
+
+def test_costs_are_those_of_the_grouped_model(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint()
+    calibration = run(folder, tmp_path / "run", max_group=3, wirings=["lp", "cqil", "cqil-full"])
+    plans = [Plan.parse(p, LAYERS) for p in ("1+2", "1|2:1 3+4", "2|3|4", "2|3|4:2")]
+    original, _ = load(folder)
+    for plan, cost in zip(plans, score(calibration, plans), strict=True):
+        grouped, _ = load(folder, plan=plan)
+        found = compare(grouped, original, text(), window=WINDOW, stride=WINDOW)
+        assert cost.kl == pytest.approx(found.kl, rel=1e-4, abs=1e-7)
+        assert cost.kl_stderr == pytest.approx(found.kl_stderr, rel=1e-3, abs=1e-7)
+        assert cost.loss_increase == pytest.approx(found.nll_difference, rel=1e-3, abs=1e-6)
+        assert cost.tokens == found.num_tokens
+
+
+def test_geometry_is_that_of_the_hidden_states(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint()
+    stats = measure(run(folder, tmp_path / "run"))
+    model, _ = load(folder)
+    ids = torch.from_numpy(text().tokens).view(-1, WINDOW)
+    # transformers gives the last state after the final norm; the states before it are enough
+    with torch.inference_mode():
+        states = model(ids, output_hidden_states=True).hidden_states[:-1]
+    for first in range(LAYERS):
+        for second in range(first, LAYERS):
+            alike = torch.cosine_similarity(states[first], states[second], dim=-1).clamp(-1, 1)
+            assert stats.similarity[first, second] == pytest.approx(alike.mean().item(), abs=1e-5)
+            turned = alike.double().arccos().mean().item() / np.pi
+            assert stats.angular[second, first] == pytest.approx(turned, abs=1e-3)
+            if second == first + 1:
+                assert stats.influence[first] == pytest.approx(1 - alike.mean().item(), abs=1e-5)
+
+
+def test_dependency_is_how_a_contribution_turns(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint()
+    stats = measure(run(folder, tmp_path / "run"))
+    model, _ = load(folder)
+    few = torch.from_numpy(text().tokens).view(-1, WINDOW)[: WINDOWS // 8]
+    with torch.inference_mode():
+        states = model(few, output_hidden_states=True).hidden_states
+    layers = list(model.model.layers)
+    model.model.layers = torch.nn.ModuleList([*layers[:2], *layers[3:]])
+    with torch.inference_mode():
+        without = model(few, output_hidden_states=True).hidden_states
+    whole, alone = states[4] - states[3], without[3] - without[2]  # what layer 3 adds
+    expected = 1 - torch.cosine_similarity(whole, alone, dim=-1).mean().item()
+    assert stats.dependency[2, 3] == pytest.approx(expected, abs=1e-5)
+    assert not np.tril(stats.dependency).any()
+
+
+def test_stats_file_holds_what_was_measured(tiny_checkpoint, tmp_path):
+    stats = measure(run(tiny_checkpoint(), tmp_path / "run", wirings=["lp", "cqil-full"]))
+    found = Stats.load(tmp_path / "run" / "stats.safetensors")
+    assert dict(found.groups) == dict(stats.groups)
+    assert found.identity == stats.identity and found.loss == stats.loss
+    assert set(found.identity) >= {"model", "tokens", "seed", "num_windows", "window", "dtype"}
+    for name in ("similarity", "angular", "influence", "dependency"):
+        assert (getattr(found, name) == getattr(stats, name)).all()
+    assert len(found.groups) == 2 * (LAYERS - 3)
+
+
+def test_all_of_the_text_for_the_better_candidates_only(tiny_checkpoint, tmp_path):
+    stats = measure(run(tiny_checkpoint(), tmp_path / "run", wirings=["lp", "cqil"]), keep=0.5)
+    scored = {group: cost.tokens for group, cost in stats.groups.items()}
+    part, whole = 2 * (WINDOW - 1), WINDOWS * (WINDOW - 1)
+    assert sorted(scored.values()) == [part] * 4 + [whole] * 2
+    kept = {group.layers for group, tokens in scored.items() if tokens == whole}
+    assert len(kept) == 2
+    every = measure(run(tiny_checkpoint(), tmp_path / "all"), screen=1, keep=1)
+    assert {cost.tokens for cost in every.groups.values()} == {whole}
+
+
+def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, monkeypatch):
+    folder = tiny_checkpoint()
+    whole = measure(run(folder, tmp_path / "whole"))
+    real, programs = measuring.run_programs, 0
+
+    def breaking(*arguments, **options):
+        nonlocal programs
+        for each in real(*arguments, **options):
+            programs += 1
+            if programs == 7:
+                raise KeyboardInterrupt
+            yield each
+
+    monkeypatch.setattr(measuring, "run_programs", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        measure(run(folder, tmp_path / "broken"))
+    journal = (tmp_path / "broken" / "journal-0.jsonl").read_text().splitlines()
+    assert 0 < len(journal) < len(whole.groups) * WINDOWS / 2
+    with open(tmp_path / "broken" / "journal-0.jsonl", "a") as file:
+        file.write('{"program": "0 1+2')  # as a power cut would leave it
+    ran = []
+    monkeypatch.setattr(
+        measuring,
+        "run_programs",
+        lambda *a, **k: ((ran.append(each), each)[1] for each in real(*a, **k)),
+    )
+    again = measure(run(folder, tmp_path / "broken"))
+    assert dict(again.groups) == dict(whole.groups)
+    references = sum(program == tuple(range(LAYERS)) for program, *_ in ran)
+    assert len(ran) - references == _lines(tmp_path / "whole") - len(journal)
+
+
+def _lines(folder) -> int:
+    return len((folder / "journal-0.jsonl").read_text().splitlines())
+
+
+def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint(num_layers=10)
+    options = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 1}
+    foretold = expect(folder, **options)
+    calibration = run(folder, tmp_path / "run", batch_size=1)
+    stats = measure(calibration)
+    assert 0.6 * foretold.full_forwards < stats.full_forwards <= foretold.full_forwards
+    assert stats.full_forwards == pytest.approx(sum(spent(calibration).values()))
+    assert foretold.candidates == len(stats.groups) == 7
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    fresh = run(folder, tmp_path / "counted", batch_size=1)
+    for layer in fresh.load().model.layers:
+        layer.mlp.register_forward_hook(count)
+    assert measure(fresh).full_forwards == pytest.approx(calls / 10 / WINDOWS)
+
+
+@pytest.mark.parametrize("wirings", [["lp"], ["lp", "cqil-full"]], ids="-".join)
+def test_measuring_32_layers_takes_at_most_20_forward_passes(tiny_checkpoint, wirings):
+    folder = tiny_checkpoint(num_layers=32)
+    assert expect(folder, num_windows=128, window=WINDOW, wirings=wirings).full_forwards <= 20
+
+
+def planted(folder, independent: list[tuple[int, int]]):
+    """A checkpoint in which the layers of some pairs cannot see each other at all.
+
+    They write to one half of the residual stream and their norms read the other half only; the
+    norms' epsilon is so large that a norm is the same linear map whatever the stream holds.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.rms_norm_eps = 1e6
+    half = model.config.hidden_size // 2
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.3)  # nothing else keeps the stream from growing
+            layer.mlp.down_proj.weight.mul_(0.3)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.mul_(1e3)
+        model.model.norm.weight.mul_(1e3)
+        for layer in (model.model.layers[i] for pair in independent for i in pair):
+            layer.self_attn.o_proj.weight[half:] = 0
+            layer.mlp.down_proj.weight[half:] = 0
+            layer.input_layernorm.weight[:half] = 0
+            layer.post_attention_layernorm.weight[:half] = 0
+    return model
+
+
+def test_planted_independent_pairs_are_found(tiny_checkpoint, tmp_path):
+    from abreast.planner.find import find_plan
+    from abreast.planner.front import Budget
+
+    model = planted(tiny_checkpoint(num_layers=14), [(2, 3), (5, 6), (10, 11)])
+    model.save_pretrained(tmp_path / "planted")
+    calibration = run(tmp_path / "planted", tmp_path / "run" / "calibration")
+    found = find_plan(calibration, tmp_path / "run", Budget(depth=11))
+    assert found.plan.shorthand == "2+3 5+6 10+11"
+    true = set(found.plan.groups)
+    wrong = [cost.kl for plan, cost in found.front.plans.items() if not set(plan.groups) <= true]
+    assert abs(found.expected.kl) < min(wrong) / 20
+    limit = Budget(max_kl=min(wrong) / 10)
+    assert find_plan(calibration, tmp_path / "run", limit).plan == found.plan
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wirings": ["sideways"]}, "wiring 'sideways' is unknown"),
+        ({"max_group": 1}, "groups of up to 1 layers"),
+        ({"max_group": 7}, "groups of up to 7 layers"),
+        ({"num_windows": 7}, "the number of windows is 7; give at least 8"),
+        ({"window": 1}, "the window is 1"),
+        ({"batch_size": 0}, "the batch size is 0"),
+        ({"data": text(windows=3)}, "gives 3 windows of 32 tokens, too few"),
+        ({"dtype": "float13"}, "dtype 'float13' is not one of"),
+        ({"max_cache_bytes": 1000}, "what is kept of one window needs"),
+        ({"data": "stdlib"}, "has no tokenizer"),
+    ],
+)
+def test_bad_input(tiny_checkpoint, tmp_path, options, message):
+    with pytest.raises(AbreastError, match=message):
+        run(tiny_checkpoint(), tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_config_without_sizes_is_refused_in_one_line(tiny_checkpoint, tmp_path, key):
+    folder = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AbreastError, match=key):
+        run(folder, tmp_path / "run")
+
+
+def test_statistics_of_something_else_are_refused(tiny_checkpoint, tmp_path):
+    measure(run(tiny_checkpoint(), tmp_path / "run"))
+    with pytest.raises(AbreastError, match="holds a measure with other model; choose a new"):
+        run(tiny_checkpoint(seed=1), tmp_path / "run")
+    with pytest.raises(AbreastError, match="with other tokens"):
+        run(tiny_checkpoint(), tmp_path / "run", data=text(1))
+    with pytest.raises(AbreastError, match="with other seed"):
+        run(tiny_checkpoint(), tmp_path / "run", seed=1)
+    run(tiny_checkpoint(), tmp_path / "run")
+
+
+def test_statistics_that_are_not_numbers_are_refused(tiny_checkpoint, tmp_path):
+    stats = measure(run(tiny_checkpoint(), tmp_path / "run"))
+    path = tmp_path / "run" / "stats.safetensors"
+    group = next(iter(stats.groups))
+    broken = {**stats.groups, group: type(stats.groups[group])(float("nan"), 0, 0, 0, 1)}
+    type(stats)(**{**stats.__dict__, "groups": broken}).save(path)
+    with pytest.raises(AbreastError, match=r"cost of group 1\+2 is not finite; measure again"):
+        Stats.load(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(AbreastError, match=r"is damaged .*; delete it and measure again"):
+        Stats.load(path)
+    with pytest.raises(AbreastError, match="no statistics at"):
+        Stats.load(tmp_path / "none")
+
+
+def test_a_model_whose_numbers_overflow_is_refused(tiny_checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint())
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    with pytest.raises(AbreastError, match=r"not finite .*; use --dtype bfloat16 or float32"):
+        measure(run(tmp_path / "nan", tmp_path / "run"))
+
+
+def test_groups_that_cannot_be_fused_are_no_candidates(tiny_checkpoint):
+    config = json.loads((tiny_checkpoint("gemma2") / "config.json").read_text())
+    with pytest.raises(AbreastError, match="no group of this model can be formed"):
+        candidates(config)  # its layers alternate between sliding and full attention
+    plain = json.loads((tiny_checkpoint() / "config.json").read_text())
+    assert {group.layers for group in candidates(plain)} == {(1, 2), (2, 3), (3, 4)}
+    assert len(candidates(plain, force=True)) == 5
+    parallel = json.loads((tiny_checkpoint("cohere") / "config.json").read_text())
+    assert {group.wiring for group in candidates(parallel, wirings=["lp", "cqil"])} == {"lp"}
+    both = candidates(plain, max_group=3, wirings=["lp", "cqil", "cqil-full"])
+    assert Group(layers=(1, 2, 3), wiring="cqil", bypass=2) in both and len(both) == 15

@@ -1,0 +1,192 @@
+"""The search alone, on costs made up here: exact where it says so, better where costs interact."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast.plan import Group, Plan
+from abreast.planner.search import (
+    additive,
+    at_random,
+    by_angle,
+    by_similarity,
+    contiguous,
+    neighbours,
+    refine,
+    total,
+)
+
+
+def pairs(num_layers: int, cost=lambda first: 1.0, *, size: int = 2) -> dict[Group, float]:
+    """All groups of one size but those with the first or last layer."""
+    firsts = range(1, num_layers - size)
+    return {Group(layers=tuple(range(f, f + size))): cost(f) for f in firsts}
+
+
+def every_plan(num_layers: int, costs: dict[Group, float]) -> list[Plan]:
+    """All plans from these groups, by trying every subset of them."""
+    found = []
+    for count in range(len(costs) + 1):
+        for groups in itertools.combinations(sorted(costs, key=lambda g: g.layers), count):
+            layers = [layer for group in groups for layer in group.layers]
+            if len(set(layers)) == len(layers) and layers == sorted(layers):
+                found.append(Plan(num_layers=num_layers, groups=groups))
+    return found
+
+
+some_costs = st.integers(4, 8).flatmap(
+    lambda num_layers: st.tuples(
+        st.just(num_layers),
+        st.dictionaries(
+            st.tuples(
+                st.integers(0, num_layers - 2), st.integers(2, 3), st.sampled_from(("lp", "cqil"))
+            )
+            .filter(lambda key: key[0] + key[1] <= num_layers)
+            .map(lambda k: Group(layers=tuple(range(k[0], k[0] + k[1])), wiring=k[2])),
+            st.integers(-50, 200).map(lambda cost: cost / 16),
+            min_size=1,
+            max_size=8,
+        ),
+    )
+)
+
+
+@given(some_costs)
+def test_additive_optimum_is_the_best_of_all_plans(given_costs):
+    num_layers, costs = given_costs
+    best = {}
+    for plan in every_plan(num_layers, costs):
+        best[plan.depth] = min(best.get(plan.depth, math.inf), total(plan, costs))
+    found = additive(num_layers, costs)
+    assert {depth: total(plans[0], costs) for depth, plans in found.items()} == pytest.approx(best)
+    assert all(plan.depth == depth for depth, plans in found.items() for plan in plans)
+
+
+@given(some_costs, st.integers(2, 5))
+def test_the_best_few_are_the_best_few(given_costs, best):
+    num_layers, costs = given_costs
+    ranked: dict[int, list[float]] = {}
+    for plan in every_plan(num_layers, costs):
+        ranked.setdefault(plan.depth, []).append(total(plan, costs))
+    for depth, plans in additive(num_layers, costs, best=best).items():
+        assert [total(plan, costs) for plan in plans] == pytest.approx(sorted(ranked[depth])[:best])
+        assert len(set(plans)) == len(plans)
+
+
+@given(some_costs, st.data())
+def test_neighbours_are_plans_of_the_same_depth_and_known_groups(given_costs, data):
+    num_layers, costs = given_costs
+    plan = data.draw(st.sampled_from(every_plan(num_layers, costs)))
+    found = neighbours(plan, costs)
+    assert plan not in found
+    for near in found:
+        assert near.depth == plan.depth
+        assert set(near.groups) <= set(costs)
+        assert near == Plan.parse(near.shorthand, num_layers)
+
+
+@given(some_costs, st.data())
+def test_moves_can_be_taken_back(given_costs, data):
+    num_layers, costs = given_costs
+    plan = data.draw(st.sampled_from(every_plan(num_layers, costs)))
+    assert all(plan in neighbours(near, costs) for near in neighbours(plan, costs))
+
+
+def test_neighbours_of_a_full_stretch_shift_it():
+    costs = pairs(8)
+    plan = Plan.parse("1+2 3+4", 8)
+    assert {near.shorthand for near in neighbours(plan, costs)} >= {"2+3 4+5", "1+2 4+5", "1+2 5+6"}
+
+
+def test_a_stretch_for_every_start():
+    found = contiguous(8, 6, pairs(8))
+    assert [plan.shorthand for plan in found] == ["1+2 3+4", "2+3 4+5", "3+4 5+6"]
+    assert contiguous(8, 4, pairs(8)) == []
+    triples = contiguous(8, 6, pairs(8, size=3))
+    assert [plan.shorthand for plan in triples] == [f"{f}+{f + 1}+{f + 2}" for f in range(1, 5)]
+
+
+def everything(num_layers, costs, score, **options):
+    found = {}
+    for _, plans in refine(num_layers, costs, score, **options):
+        found |= plans
+    return found
+
+
+def test_search_finds_what_the_sum_does_not_see():
+    """Groups that touch cost extra: the additive optimum is a run of them, the best plan is not."""
+    costs = pairs(16, lambda first: 1 + first / 100)
+
+    def measured(plan: Plan) -> float:
+        edges = [group.layers for group in plan.groups]
+        touching = sum(b[0] - a[-1] == 1 for a, b in itertools.pairwise(edges))
+        return total(plan, costs) + touching
+
+    found = everything(16, costs, lambda plans: [measured(p) for p in plans], least_depth=11)
+    for depth in range(15, 10, -1):
+        here = {plan: cost for plan, cost in found.items() if plan.depth == depth}
+        best = min(measured(p) for p in every_plan(16, costs) if p.depth == depth)
+        assert min(here.values()) == pytest.approx(best, rel=0.02)
+    assert measured(additive(16, costs)[11][0]) > 1.5 * min(found.values())
+
+
+def test_contiguous_stretches_are_among_the_starting_points():
+    """Only whole stretches are cheap: nothing leads there step by step."""
+    costs = pairs(16, lambda first: 1 + abs(first - 6) / 100)
+    stretch = Plan.parse("3+4 5+6 7+8 9+10", 16)
+
+    def measured(plan: Plan) -> float:
+        return 0.5 if plan == stretch else total(plan, costs) + len(plan.shorthand) / 100
+
+    found = everything(16, costs, lambda plans: [measured(p) for p in plans], least_depth=12)
+    assert found[stretch] == 0.5
+
+
+def test_search_keeps_to_its_budget_and_measures_nothing_twice():
+    asked: list[Plan] = []
+
+    def measured(plans):
+        asked.extend(plans)
+        return [float(np.random.default_rng(len(asked)).random()) for _ in plans]
+
+    for depth, plans in refine(16, pairs(16), measured, least_depth=10, per_group=4):
+        groups = 16 - depth
+        assert all(plan.depth == depth for plan in plans)
+        assert len(plans) <= 4 * groups
+    assert len(asked) == len(set(asked))
+
+
+def test_search_without_refinement_takes_the_additive_optimum():
+    costs = pairs(12, lambda first: 1 / first)
+    found = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
+    assert list(found) == [plans[0] for d, plans in additive(12, costs).items() if 8 <= d < 12]
+
+
+def test_search_is_deterministic_and_breaks_ties_by_name():
+    def run():
+        return everything(14, pairs(14), lambda p: [float(len(x.groups)) for x in p], least_depth=9)
+
+    assert list(run()) == list(run())
+    assert additive(14, pairs(14))[13][0].shorthand == "1+2"
+
+
+def test_published_ways_to_choose():
+    costs = pairs(10)
+    inputs = np.eye(11)
+    alike = np.ones((11, 11)) * 0.5
+    alike[3, 4] = alike[6, 7] = 0.99
+    assert by_similarity(alike, 8, costs).shorthand == "3+4 6+7"
+    turning = np.ones((11, 11))
+    turning[4, 8] = 0.1
+    assert by_angle(turning, 8, costs).shorthand == "4+5 6+7"
+    drawn = {at_random(10, 8, costs, seed).shorthand for seed in range(20)}
+    assert len(drawn) > 5
+    assert at_random(10, 8, costs, 3) == at_random(10, 8, dict(reversed(costs.items())), 3)
+    for choose in (by_similarity, by_angle):
+        assert choose(inputs, 3, costs) is None

@@ -1,0 +1,57 @@
+"""What an engine wrote against what transformers would have written; commands of the docs."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abreast.model.load import load
+
+TOLERANCE = 1e-3
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+
+
+def command_in_docs(start: str) -> list[str]:
+    """The one command in docs/serving.md that starts so, backslashes joined."""
+    text = DOCS.read_text(encoding="utf-8").replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if line.startswith(start)]
+    return shlex.split(line, comments=True)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def compare(
+    folder: Path,
+    prompts: list[list[int]],
+    answers: list[dict[str, Any]],
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Greedy tokens equal, top-5 log probabilities within tolerance.
+
+    Fed what vLLM wrote, transformers must predict just that, token by token. A looser tolerance is
+    for arithmetic that differs: there a token may win that is behind by no more than that.
+    """
+    # Faster implementations leave out what some families cap.
+    model, _ = load(folder, dtype="float32", attn_implementation="eager")
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer["ids"]])
+        with torch.inference_mode():
+            scores = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        if tolerance == TOLERANCE:
+            assert scores.argmax(-1).tolist() == answer["ids"]
+        for row, step, token in zip(scores, answer["logprobs"], answer["ids"], strict=True):
+            assert row.max() - row[token] <= tolerance
+            top = row.topk(5).values
+            assert len(step) >= 5
+            for other, value in step.items():
+                assert abs(row[other].item() - value) <= tolerance
+            got = torch.tensor(sorted(step.values(), reverse=True)[:5])
+            assert (got - top).abs().max() <= tolerance

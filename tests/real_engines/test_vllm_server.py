@@ -1,0 +1,154 @@
+"""The OpenAI-compatible server, started as docs/serving.md says and asked by the openai client."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from agreement import DOCS, command_in_docs, free_port
+
+from abreast.convert.convert import convert
+from abreast.demo import model_folder
+from abreast.model.load import load
+
+PROMPT = "import os\nimport sys\n\ndef main("
+SECONDS = 300
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "OUT"
+    convert(model_folder(), "2+3 8|9 10|11:1", out, dtype="float32")
+    return out
+
+
+@pytest.fixture(scope="module")
+def client(folder, tmp_path_factory) -> Any:
+    """Two ranks, each a process of its own, as a user would run it."""
+    command = command_in_docs("python -m vllm.entrypoints.openai.api_server")
+    assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert "OUT" in command
+    port = free_port()
+    template = tmp_path_factory.mktemp("chat") / "chat.jinja"
+    template.write_text("{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}# ")
+    here = ["--port", str(port), "--dtype", "float32", "--chat-template", str(template)]
+    small = ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--max-num-seqs", "8"]
+    log = template.with_name("log")
+    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if os.cpu_count() != 1 else "0|0"}
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [sys.executable, *command[1:], *here, *small],
+            cwd=folder.parent,
+            env=env,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    asked = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60)
+    try:
+        start = time.monotonic()
+        while True:
+            assert server.poll() is None, log.read_text()[-5000:]
+            assert time.monotonic() - start < SECONDS, log.read_text()[-5000:]
+            try:
+                asked.models.list()
+                break
+            except openai.APIConnectionError:
+                time.sleep(1)
+        yield asked
+    finally:
+        server.terminate()
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+@pytest.fixture(scope="module")
+def greedy(folder) -> Any:
+    model, tokenizer = load(folder, dtype="float32")
+
+    def complete(prompt: str, new_tokens: int) -> tuple[str, torch.Tensor]:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        with torch.inference_mode():
+            for _ in range(new_tokens):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            scores = model(ids).logits[0].log_softmax(-1)
+        return tokenizer.decode(ids[0, -new_tokens:]), scores[-new_tokens - 1 : -1]
+
+    return complete
+
+
+def ask(client: Any, **more: Any) -> Any:
+    given = {"model": "OUT", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    return client.completions.create(**{**given, **more})
+
+
+def test_completion_with_logprobs(client, greedy):
+    text, scores = greedy(PROMPT, 24)
+    answer = ask(client, logprobs=5).choices[0]
+    assert answer.text == text
+    for row, value, top in zip(
+        scores, answer.logprobs.token_logprobs, answer.logprobs.top_logprobs, strict=True
+    ):
+        assert abs(row.max().item() - value) <= 1e-3
+        assert sorted(top.values(), reverse=True)[:5] == pytest.approx(
+            row.topk(5).values.tolist(), abs=1e-3
+        )
+
+
+def test_streaming(client, greedy):
+    pieces = [chunk.choices[0].text for chunk in ask(client, stream=True)]
+    assert len(pieces) > 5
+    assert "".join(pieces) == greedy(PROMPT, 24)[0]
+
+
+def test_chat(client, greedy):
+    given = {"model": "OUT", "max_tokens": 16, "temperature": 0, "logprobs": True}
+    said = [{"role": "user", "content": "write a function"}]
+    answer = client.chat.completions.create(messages=said, **given).choices[0]
+    assert answer.message.content == greedy("# user: write a function\n# ", 16)[0]
+    assert len(answer.logprobs.content) == 16
+    parts = client.chat.completions.create(messages=said, stream=True, **given)
+    text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+    assert text == answer.message.content
+
+
+def test_sixteen_clients_at_once(client, greedy):
+    """More than the eight that the server runs at a time."""
+    prompts = [f"class Number{n}:\n    def __init__(" for n in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda prompt: ask(client, prompt=prompt, max_tokens=16), prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.choices[0].text == greedy(prompt, 16)[0]
+
+
+def test_cancelled_request(client, greedy):
+    stream = ask(client, stream=True, max_tokens=220, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    stream.close()
+    assert ask(client).choices[0].text == greedy(PROMPT, 24)[0]
+
+
+def test_prompt_that_is_too_long(client, greedy):
+    with pytest.raises(openai.BadRequestError, match="256"):
+        ask(client, prompt="x = 1\n" * 300)
+    assert ask(client, max_tokens=4).choices[0].text == greedy(PROMPT, 4)[0]
+
+
+def test_python_of_the_docs(folder, run_apart):
+    """As a user would type it, but not compiled, which takes a minute."""
+    text = DOCS.read_text(encoding="utf-8")
+    (code,) = [c for c in text.split("```") if c.startswith("python\nfrom vllm import LLM")]
+    own = f"LLM({str(folder)!r}, enforce_eager=True)"
+    done = run_apart(code.removeprefix("python\n").replace('LLM("OUT")', own))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()[-1]) > 0

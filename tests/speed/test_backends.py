@@ -1,0 +1,373 @@
+"""Bench jobs: what every back end is asked, what survives a failure, what is said at the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from abreast.cli.main import cli
+from abreast.convert.convert import convert
+from abreast.errors import AbreastError
+from abreast.plan import Plan
+from abreast.speed import jobs as backends
+from abreast.speed.bench import BenchResult
+from abreast.speed.jobs import Case, Contender, Failure, Job, conclusion, device_or_cpu, plot, run
+from abreast.speed.timing import Measurement, timings
+
+
+def result(task: str, ratio: float, rounds: int = 8, context: int = 8) -> BenchResult:
+    jitter = np.linspace(0.99, 1.01, rounds)
+    seconds = {"original": ratio * jitter, "abreast": np.ones(rounds)}
+    return BenchResult(
+        task=task,
+        original="original",
+        batch_size=1,
+        context=context,
+        new_tokens=0 if task == "prefill" else 4,
+        rounds=rounds,
+        warmup=0,
+        seed=0,
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        timings=timings(Measurement(seconds, dict.fromkeys(seconds, 4))),
+        seconds=seconds,
+    )
+
+
+def job_of(*models: Path, tasks: tuple[str, ...] = ("decode",), **options) -> Job:
+    contenders = [
+        Contender("original" if i == 0 else f"m{i}", str(m)) for i, m in enumerate(models)
+    ]
+    cases = tuple(Case(task, 2, 9, 3) for task in tasks)  # type: ignore[arg-type]
+    return Job(tuple(contenders), cases, **{"rounds": 2, "warmup": 0, **options})
+
+
+@pytest.fixture
+def converted(tiny_checkpoint, tmp_path) -> tuple[Path, Path]:
+    convert(tiny_checkpoint(), "1+2 3|4", tmp_path / "out")
+    return tiny_checkpoint(), tmp_path / "out"
+
+
+def test_eager_measures_three_tasks_and_memory(converted):
+    job = job_of(*converted, tasks=("prefill", "decode", "generate"), dtype="float32")
+    found = run(job)
+    assert [r.task for r in found.results] == ["prefill", "decode", "generate"]
+    assert [r.new_tokens for r in found.results] == [0, 3, 3]
+    for r in found.results:
+        # 6 layers of 2 KV heads of 16, keys and values, 2 rows, float32; grouping changes nothing.
+        length = {"prefill": 9, "decode": 12, "generate": 11}[r.task]
+        assert {m.kv_cache for m in r.memory.values()} == {6 * 2 * 2 * 16 * 2 * length * 4}
+        assert all(m.device_peak is None and m.weights > 0 for m in r.memory.values())
+    row = json.loads(json.dumps(found.to_dict()))
+    assert row["results"][0]["timings"]["m1"]["ttft"] > 0
+    tpot = row["results"][1]["timings"]["m1"]
+    assert tpot["tpot"] == pytest.approx(tpot["median"] / 3)
+    assert row["hardware"]["torch"] == torch.__version__
+
+
+def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(
+    tiny_checkpoint, tmp_path
+):
+    source = str(tiny_checkpoint())
+    job = Job(
+        (Contender("original", source), Contender("grouped", source, "1+2")),
+        (Case("decode", 1, 4, 2),),
+        dtype="float32",
+    )
+    models = backends._models(job)
+    plan = tmp_path / "plan.yaml"
+    Plan.parse("1+2", 6).save(plan)
+    assert backends._models(replace(job, contenders=(Contender("file", source, str(plan)),)))
+    pairs = zip(models["original"].parameters(), models["grouped"].parameters(), strict=True)
+    assert all(a is b for a, b in pairs)
+    ids = torch.arange(3, 12)[None]
+    with torch.inference_mode():
+        difference = models["original"](ids).logits - models["grouped"](ids).logits
+    assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path):
+    from abreast.model.load import load
+    from abreast.speed.bench import compiled, eager
+
+    convert(tiny_checkpoint(num_layers=4), "1+2", tmp_path / "out")
+    model, _ = load(tmp_path / "out", dtype="float32")
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+    written = []
+    with torch.inference_mode():
+        for make in (eager, compiled):
+            steps = make(model, 14, "decode")
+            for _ in range(2):  # a second run starts from a clean cache
+                steps.reset()
+                token, cache = steps.prefill(ids)
+                tokens = [token]
+                for _ in range(4):
+                    token = steps.step(token, cache)
+                    tokens.append(token)
+                written.append(torch.cat(tokens, 1))
+    torch.compiler.reset()
+    assert all(torch.equal(tokens, written[0]) for tokens in written)
+
+
+@pytest.mark.slow
+def test_tensor_parallel_job_comes_back_from_torchrun(converted):
+    found = run(job_of(*converted, backend="tp", dtype="float32", tasks=("prefill", "decode")))
+    assert [r.task for r in found.results] == ["prefill", "decode"]
+    assert found.results[0].ranks == 2
+    assert found.results[0].seconds["m1"].shape == (2,)
+    # Each rank has half of the KV heads.
+    assert found.results[0].memory["m1"].kv_cache == 6 * 2 * 1 * 16 * 2 * 9 * 4
+
+
+@pytest.mark.slow
+def test_tensor_parallel_refusal_is_one_line(tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint(), "1|2|3", tmp_path / "out")
+    with pytest.raises(AbreastError, match=r"runs on 3 processes or a multiple of that, not on 2$"):
+        run(job_of(tmp_path / "out", backend="tp"))
+
+
+def test_out_of_memory_keeps_what_is_there_and_names_the_knob(tiny_checkpoint, monkeypatch):
+    def full(models, *, task, batch_size, context, **options):
+        if batch_size * context > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
+        return result(task, 1.2, context=context)
+
+    monkeypatch.setattr(backends, "bench", full)
+    cases = tuple(Case("decode", batch, context, 1) for batch in (1, 8) for context in (8, 16, 128))
+    job = Job((Contender("original", str(tiny_checkpoint())),), cases)
+    found = run(job)
+    assert [r.context for r in found.results] == [8, 16, 8]
+    assert [f.case for f in found.failures] == [
+        "decode at batch 1, context 128",
+        "decode at batch 8, context 16",
+        "decode at batch 8, context 128",
+    ]
+    assert found.failures[0].reason == "out of memory; use --context below 128"
+    assert found.failures[1].reason == "out of memory; use --batch below 8 or --context below 16"
+    assert found.failures[2].reason.startswith("left out, larger than what ran out of memory")
+    with pytest.raises(AbreastError, match="context 128: out of memory; use --context below 128"):
+        run(Job(job.contenders, (Case("decode", 1, 128, 1),)))
+
+
+def test_a_killed_rank_keeps_the_finished_cases(tiny_checkpoint, monkeypatch):
+    def killed(command, **options):
+        line = json.dumps(result("decode", 1.2).to_dict(seconds=True))
+        Path(command[-1]).write_text(line + "\n")
+        stderr = "exitcode  : -9 (pid: 1)\ntraceback : Signal 9 (SIGKILL) received by PID 1"
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(backends.subprocess, "run", killed)
+    found = run(job_of(tiny_checkpoint(), backend="tp", tasks=("decode", "generate")))
+    assert [r.task for r in found.results] == ["decode"]
+    assert found.failures == (
+        Failure(
+            "generate at batch 2, context 9",
+            "out of memory; use --batch below 2 or --context below 9",
+        ),
+    )
+
+
+def test_other_errors_are_not_taken_for_memory(tiny_checkpoint, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(backends, "bench", broken)
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        run(job_of(tiny_checkpoint()))
+
+
+FAKE_VLLM = """
+import json, sys
+arguments = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+assert sys.argv[1:3] == ["bench", "latency"], sys.argv
+batch, length, new = (int(arguments[k]) for k in ("--batch-size", "--input-len", "--output-len"))
+with open(LOG, "a") as log:
+    log.write(f"{arguments['--model']} {length} {new} {batch}\\n")
+if batch > 4:
+    sys.exit("torch.OutOfMemoryError: CUDA out of memory")
+speed = 2 if arguments["--model"] == "fast" else 1
+seconds = (length * 1e-3 + (new - 1) * 1e-2) / speed
+found = {"avg_latency": 9.0, "latencies": [seconds, seconds, 5.0]}
+json.dump(found, open(arguments["--output-json"], "w"))
+"""
+
+
+def test_vllm_is_asked_in_turns_and_its_times_are_taken_apart(tmp_path):
+    script, log = tmp_path / "vllm.py", tmp_path / "log"
+    script.write_text(FAKE_VLLM.replace("LOG", repr(str(log))))
+    job = Job(
+        (Contender("original", "slow"), Contender("converted", "fast")),
+        (Case("prefill", 2, 100, 5), Case("decode", 2, 100, 5), Case("generate", 8, 100, 5)),
+        backend="vllm",
+        rounds=2,
+        vllm=(sys.executable, str(script)),
+    )
+    found = run(job)
+    prefill, decode = found.results
+    assert prefill.seconds["original"] == pytest.approx([0.1, 0.1])
+    assert prefill.timings["converted"].ratio == pytest.approx(2)
+    assert prefill.timings["converted"].tokens_per_second == pytest.approx(200 / 0.05)
+    # 6 tokens less 1: five steps.
+    assert decode.seconds["original"] == pytest.approx([0.05, 0.05])
+    assert decode.timings["original"].tokens_per_second == pytest.approx(10 / 0.05)
+    assert found.failures[0].reason == "out of memory; use --batch below 8 or --context below 100"
+    asked = [line.split()[0] for line in log.read_text().splitlines()]
+    assert asked[:4] == ["slow", "fast", "fast", "slow"]
+
+
+FAILING_VLLM = """
+import sys
+print("ModuleNotFoundError: No module named 'some.plugin'", file=sys.stderr)
+print({line!r}, file=sys.stderr)
+print("RuntimeError: Engine core initialization failed. See root cause above.", file=sys.stderr)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (
+            "ValueError: 6 heads are not divisible by 4",
+            "ValueError: 6 heads are not divisible by 4",
+        ),
+        ("VLLMValidationError: Token id 9707 is out of vocabulary", "token ids up to 10,000"),
+        ("ValueError: No available memory for the cache blocks", "use --context below 9"),
+    ],
+)
+def test_vllm_failures_say_what_vllm_said(tmp_path, line, reason):
+    script = tmp_path / "vllm.py"
+    script.write_text(FAILING_VLLM.format(line=line))
+    job = Job(
+        (Contender("original", "m"),),
+        (Case("prefill", 1, 9, 1),),
+        backend="vllm",
+        vllm=(sys.executable, str(script)),
+    )
+    with pytest.raises(AbreastError, match="prefill at batch 1, context 9: ") as caught:
+        run(job)
+    assert reason in str(caught.value)
+    assert "Engine core" not in str(caught.value)
+
+
+def test_missing_vllm_is_one_line(tiny_checkpoint):
+    with pytest.raises(AbreastError, match="no command 'no-such-vllm' here; install vLLM"):
+        run(job_of(tiny_checkpoint(), backend="vllm", vllm=("no-such-vllm",)))
+
+
+def test_conclusion_says_where_it_helps_and_where_not():
+    text = conclusion([result("decode", 1.2), result("decode", 1.3, context=16)]).splitlines()
+    assert text[0].startswith("abreast: decode, batch 1, context 8: faster by 1.20x [1.1")
+    assert text[-1] == "abreast: faster here in decode by 1.20x to 1.30x (2 of 2 cases)"
+    mixed = conclusion([result("decode", 1.2), result("prefill", 0.8)]).splitlines()[-1]
+    assert mixed == (
+        "abreast: faster here in decode by 1.20x; slower, do not use it there: "
+        "prefill, batch 1, context 8"
+    )
+    for ratio, word in ((1.0, "no faster"), (0.8, "slower")):
+        last = conclusion([result("decode", ratio)]).splitlines()[-1]
+        assert last == f"abreast: {word} in whatever was measured: do not use this here"
+    assert conclusion([result("decode", 1.2, rounds=3)]).endswith("too few rounds for a verdict")
+    assert conclusion([]) == "nothing to compare with"
+
+
+def test_plot_is_a_png(tmp_path):
+    job = Job((Contender("original", "a"), Contender("abreast", "b")), ())
+    results = (result("decode", 1.2), result("prefill", 1.1))
+    plot(backends.Report(job, results, ()), tmp_path / "bench.png")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
+
+
+def test_device_falls_back_only_when_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said: list[str] = []
+    assert device_or_cpu("cpu", False) == "cpu"
+    assert device_or_cpu("cuda:1", True, said.append) == "cpu"
+    assert "no CUDA device" in said[0]
+    with pytest.raises(AbreastError, match="no CUDA device here; use --device cpu"):
+        device_or_cpu("cuda", False)
+
+
+def test_jobs_that_make_no_sense(tiny_checkpoint):
+    with pytest.raises(AbreastError, match="unknown back end 'jax'"):
+        run(job_of(tiny_checkpoint(), backend="jax"))
+    with pytest.raises(AbreastError, match="nothing to time"):
+        run(Job((), ()))
+    grouped = Contender("grouped", str(tiny_checkpoint()), "1+2")
+    with pytest.raises(AbreastError, match="only the eager back end"):
+        run(Job((grouped,), (Case("decode", 1, 4, 1),), backend="compile"))
+
+
+def test_results_survive_the_way_through_json():
+    row = json.loads(json.dumps(result("decode", 1.2).to_dict(seconds=True)))
+    back = backends._from_json(row)
+    assert back == result("decode", 1.2)
+    assert backends._from_json({"case": "a", "reason": "b"}) == Failure("a", "b")
+
+
+def test_verb_prints_a_table_and_a_verdict_or_one_line_of_json(converted, tmp_path):
+    original, out = (str(folder) for folder in converted)
+    arguments = ["bench", original, out, "--plan", "1+2", "--task", "decode", "--rounds", "6"]
+    arguments += ["--context", "4,8", "--steps", "2", "--dtype", "float32"]
+    shown = CliRunner().invoke(cli, [*arguments, "-o", str(tmp_path / "plot.png")])
+    assert shown.exit_code == 0, shown.output
+    assert "TPOT" in shown.output
+    assert "out: decode, batch 1, context 4:" in shown.output
+    assert (tmp_path / "plot.png").is_file()
+    dumped = CliRunner().invoke(cli, [*arguments, "--json"])
+    (line,) = dumped.stdout.splitlines()
+    row = json.loads(line)
+    assert [r["context"] for r in row["results"]] == [4, 8]
+    assert list(row["results"][0]["timings"]) == ["original", "out", "grouped 1+2"]
+    assert row["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "train"], "unknown task 'train'"),
+        (["--batch", "1,x"], "--batch '1,x' cannot be read"),
+        (["--ranks", "0"], "--ranks 0 makes no sense"),
+        (["--context", "0"], "--context '0' cannot be read"),
+        (["--context", "100000"], "use a shorter context"),
+        (["-o", "no/such/folder/a.png"], "does not exist; create it first"),
+        (["--device", "cuda"], "allow it by --fallback-cpu"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_checkpoint, monkeypatch, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = CliRunner().invoke(cli, ["bench", str(tiny_checkpoint()), *arguments])
+    assert isinstance(found.exception, AbreastError)
+    assert message in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "told"),
+    [
+        (
+            "[rank0]: abreast.errors.AbreastError: no such model\nChildFailedError: x",
+            "no such model",
+        ),
+        ("[rank1]: RuntimeError: shapes differ\n", "RuntimeError: shapes differ"),
+        (
+            "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+            "  exitcode  : -6 (pid: 12)\n  traceback : Signal 6 (SIGABRT) received by PID 12\n",
+            "a process was ended by SIGABRT",
+        ),
+        ("", "it did not say why"),
+    ],
+)
+def test_what_ended_torchrun_is_told(stderr, told):
+    assert backends._told(stderr) == told

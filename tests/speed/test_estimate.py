@@ -1,0 +1,242 @@
+"""The latency model: limits that can be worked out by hand, and what the papers measured."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abreast.cli.main import cli
+from abreast.errors import AbreastError
+from abreast.families.table import FamilyError
+from abreast.plan import Plan
+from abreast.speed.estimate import (
+    BYTES,
+    estimate,
+    forward_cost,
+    read_config,
+    shape_of,
+    speedup,
+    stage_cost,
+    stage_seconds,
+)
+from abreast.speed.hardware import HardwareError, hardware_of, table
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32000,
+}
+PAIRS = Plan.parse("14+15 16+17 18+19 20+21", 32)
+MEMBERS = Plan.parse("14|15 16|17 18|19 20|21", 32)
+
+
+def test_sizes_are_those_of_the_matrices():
+    shape = shape_of(CONFIG)
+    assert shape.attention == 2 * 4096 * 4096 + 2 * 4096 * 1024
+    assert shape.ffn == 3 * 4096 * 11008
+    assert (shape.head, shape.embedding) == (32000 * 4096, 32000 * 4096)
+    assert shape_of({**CONFIG, "tie_word_embeddings": True}).embedding == 0
+
+
+def test_decode_on_an_ideal_device_is_the_time_to_read_everything():
+    ideal = replace(hardware_of("H100"), bandwidth=1e9, flops=(("bfloat16", 1e30),))
+    fraction = table()["fractions"]
+    shape = shape_of(CONFIG)
+    weights = 32 * (shape.attention + shape.ffn) + shape.head
+    cache = 2 * 1024 * 5000 * 32
+    want = 2 * (weights / fraction["bandwidth"] + cache / fraction["attention"]) / 1e9
+    found = forward_cost(CONFIG, None, ideal, context=5000).seconds
+    assert found == pytest.approx(want, rel=1e-3)  # the rest are the gaps between kernels
+    # The same weights are read in groups: nothing but kernels can be won on one device.
+    assert speedup(CONFIG, PAIRS, ideal, context=5000) == pytest.approx(1, rel=1e-3)
+
+
+def test_long_prompts_are_bound_by_arithmetic():
+    shape = shape_of(CONFIG)
+    tokens = 4 * 512
+    flops = 2 * 32 * (shape.attention + shape.ffn) * tokens
+    least = flops / (9.89e14 * table()["fractions"]["flops"])
+    found = forward_cost(CONFIG, None, hardware_of("H100"), batch=4, context=512, phase="prefill")
+    assert least < found.seconds < 1.2 * least
+
+
+def test_where_the_program_decides_the_speed_up_is_that_of_depth():
+    slow = speedup(CONFIG, PAIRS, "2xH100-NVLink", runtime="eager", context=16)
+    assert slow == pytest.approx(32 / 28, rel=0.02)
+    found = estimate(CONFIG, PAIRS, "2xH100-NVLink", runtime="eager", context=16)
+    assert found.bound == "program"
+    assert estimate(CONFIG, PAIRS, "2xH100-NVLink").bound == "device"
+
+
+def test_collectives_are_counted_as_the_theory_says():
+    two = "2xA100-NVLink"
+    # Two for a single layer and for an lp group, one for a cqil group, two around the layers.
+    assert estimate(CONFIG, PAIRS, two).all_reduces == (66, 24 * 2 + 4 * 2 + 2)
+    assert estimate(CONFIG, MEMBERS, two).all_reduces == (66, 24 * 2 + 4 * 1 + 2)
+    # Four devices for two members: those that share one add its attention up among themselves.
+    assert estimate(CONFIG, MEMBERS, "4xA100-NVLink").all_reduces[1] == 24 * 2 + 4 * 2 + 2
+    one = estimate(CONFIG, MEMBERS, two, replicated=True)
+    assert one.all_reduces == (0, 4)
+    assert (one.ranks, one.baseline_ranks) == (2, 1)
+    assert estimate(CONFIG, PAIRS, "A100").all_reduces == (0, 0)
+
+
+def test_slower_links_make_fewer_collectives_worth_more():
+    wins = [speedup(CONFIG, PAIRS, f"2xA100-{link}") for link in ("NVLink", "PCIe")]
+    assert 1 < wins[0] < wins[1]
+    assert speedup(CONFIG, MEMBERS, "2xA100-PCIe") > wins[1]
+
+
+def test_stages_add_up_to_the_forward_pass():
+    hardware = hardware_of("2xH100-NVLink")
+    single = stage_cost(CONFIG, 1, None, hardware)
+    pair = stage_cost(CONFIG, 2, "lp", hardware)
+    original = forward_cost(CONFIG, None, hardware).seconds
+    under = forward_cost(CONFIG, PAIRS, hardware).seconds
+    assert original - under == pytest.approx(4 * (2 * single - pair))
+    assert stage_cost(CONFIG, 2, "lp", hardware, fused=False) > pair
+    stages = stage_seconds(CONFIG, PAIRS, hardware)
+    assert len(stages) == 28 + 1
+    assert stages[14] == pair
+    assert sum(stages) == pytest.approx(under)
+    halves = [stage_cost(CONFIG, 1, None, hardware, part=p) for p in ("attention", "ffn")]
+    assert sum(halves) == pytest.approx(single)
+
+
+@given(
+    batch=st.integers(1, 256),
+    context=st.integers(1, 32768),
+    phase=st.sampled_from(["prefill", "decode"]),
+    runtime=st.sampled_from(["graphs", "eager"]),
+    dtype=st.sampled_from(list(BYTES)),
+    hardware=st.sampled_from(["A100", "2xA100-PCIe", "8xH100-NVLink", "2xXeon-gloo"]),
+)
+def test_no_plan_of_pairs_is_ever_slower_and_more_work_takes_longer(
+    batch, context, phase, runtime, dtype, hardware
+):
+    options = {"phase": phase, "runtime": runtime, "dtype": dtype}
+    at = {**options, "batch": batch, "context": context}
+    assert 1 <= speedup(CONFIG, PAIRS, hardware, **at) < 32 / 28 + 1e-9
+    target = hardware_of(hardware)
+    now = forward_cost(CONFIG, None, target, **at).seconds
+    assert now <= forward_cost(CONFIG, None, target, **{**at, "batch": batch + 1}).seconds
+    assert now <= forward_cost(CONFIG, None, target, **{**at, "context": context + 1}).seconds
+
+
+PUBLISHED = runpy.run_path(str(ROOT / "benchmarks" / "estimate_published.py"))
+
+
+@pytest.mark.parametrize("row", PUBLISHED["predicted"](), ids=lambda row: row["figure"])
+def test_published_speed_ups_within_ten_percent(row):
+    assert abs(row["error_percent"]) <= 10
+    # FFN Fusion is only partly explained: its fused FFNs also read their weights faster.
+    if row["figure"] != "FFN Fusion":
+        assert abs(row["gain_error_percent"]) <= 10
+
+
+def test_the_gap_is_calibrated_to_the_405b():
+    found = PUBLISHED["calibration"]()
+    assert found["predicted"] == pytest.approx(found["published"], rel=0.05)
+
+
+def test_memory_per_device():
+    found = estimate(CONFIG, PAIRS, "2xA100-NVLink", batch=2, context=1000)
+    shape = shape_of(CONFIG)
+    parameters = 32 * (shape.attention + shape.ffn) + shape.head + shape.embedding
+    assert found.weights == parameters * 2 // 2
+    assert found.kv_cache == 2 * 1024 * 32 * 2 * 1000 * 2 // 2
+    assert found.fits
+    assert not estimate(CONFIG, PAIRS, "L40S", batch=64, context=8192).fits
+
+
+@pytest.mark.parametrize("text", ["2xV100", "", "x", "0xA100", "A100-gloo", "2x A100 NVLink", "-"])
+def test_unknown_hardware_lists_the_known(text):
+    with pytest.raises(HardwareError, match=r"known are A100 \(NVLink, PCIe\), .*H200.*B200"):
+        hardware_of(text)
+
+
+def test_hardware_is_read_generously():
+    assert hardware_of("2xa100-nvlink").link == "NVLink"
+    assert hardware_of("4xA100-PCIe").bandwidth == 1.935e12  # the PCIe card, a device of its own
+    assert hardware_of("2xL40S").link == "PCIe"
+    assert hardware_of("H200").count == 1
+    for name in table()["devices"]:
+        assert table()["devices"][name]["source"]
+        assert hardware_of(name).peak("bfloat16") > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch": 0}, "at least 1"),
+        ({"dtype": "int3"}, "'int3' is not one of float32"),
+        ({"phase": "train"}, "'train' is not one of prefill, decode"),
+        ({"ranks": 3}, "is 2 devices; 3 cannot share"),
+        ({"plan": Plan.parse("1+2", 16)}, "the plan is for 16 layers, the model has 32"),
+        ({"plan": Plan.parse("1|2|3", 32)}, "runs on 3 devices or a multiple of that, not on 2"),
+    ],
+)
+def test_senseless_requests_are_refused(options, message):
+    plan = options.pop("plan", MEMBERS)
+    with pytest.raises(AbreastError, match=message):
+        estimate(CONFIG, plan, "2xA100-NVLink", **options)
+
+
+def test_converted_models_are_refused():
+    with pytest.raises(FamilyError, match="give the original"):
+        speedup({**CONFIG, "model_type": "abreast_llama"}, PAIRS, "A100")
+
+
+def test_verb(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    arguments = ["estimate", str(path), "--plan", "14+15 16+17", "--hardware", "2xA100-NVLink"]
+    shown = CliRunner().invoke(cli, [*arguments, "--batch", "1,8"])
+    assert shown.exit_code == 0, shown.output
+    assert "computed, not measured" in shown.output
+    assert "66 -> 62 collectives" in shown.output
+    dumped = CliRunner().invoke(cli, [*arguments, "--context", "128", "--json"])
+    rows = json.loads(dumped.stdout)["estimates"]
+    assert [(row["runtime"], row["phase"]) for row in rows] == [
+        ("graphs", "prefill"),
+        ("graphs", "decode"),
+        ("eager", "prefill"),
+        ("eager", "decode"),
+    ]
+    assert rows[1]["speedup"] == pytest.approx(
+        speedup(CONFIG, Plan.parse("14+15 16+17", 32), "2xA100-NVLink", context=128)
+    )
+    assert read_config(tmp_path) == CONFIG
+
+
+def test_verb_on_bad_input(tmp_path):
+    for model, message in (
+        (tmp_path / "none.json", "give a model folder"),
+        (tmp_path, "has no config.json"),
+        ("nope", "no model at 'nope'"),
+    ):
+        found = CliRunner().invoke(
+            cli, ["estimate", str(model), "--plan", "1+2", "--hardware", "A100"]
+        )
+        assert isinstance(found.exception, AbreastError)
+        assert message in str(found.exception)
+
+
+def test_estimating_needs_no_torch():
+    code = "import abreast.speed.estimate, sys; sys.exit('torch' in sys.modules)"
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": ""}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

@@ -1,0 +1,501 @@
+"""The study against naive runs of models that were changed as a whole, and what it promises."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from abreast.data import TokenStream
+from abreast.errors import AbreastError
+from abreast.model.grouped import decoder_layers, grouped
+from abreast.model.programs import (
+    INTERVENTIONS,
+    Merged,
+    cases,
+    cost_of,
+    name_of,
+    planned,
+    programs,
+    run_programs,
+    shared_steps,
+    split,
+)
+from abreast.plan import Group
+from abreast.runs.folder import to_csv
+from abreast.study.findings import Row, best_by_depth, wins
+from abreast.study.study import CSV, RECORD, _run_shares, _Share, study
+
+LAYERS, VOCABULARY, WINDOW = 5, 64, 12
+# Both sides are float32; the same sums in another order differ by a few units in the last place of
+# a loss near 4, which is 5e-7.
+TOLERANCE = 1e-5
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+SLIDING = {"head_dim": 8, "num_key_value_heads": 2, "sliding_window": 4}
+MODELS = {
+    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
+    "gemma2": ("Gemma2Config", {**SLIDING, "query_pre_attn_scalar": 8}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a random checkpoint of a family, gains and biases far from 1 and 0."""
+    made: dict[tuple[str, int], Path] = {}
+
+    def make(family: str = "llama", seed: int = 0) -> Path:
+        if (family, seed) not in made:
+            name, extra = MODELS[family]
+            config = getattr(transformers, name)(**COMMON, **extra)
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    matrix = parameter.dim() == 2
+                    noise = torch.randn_like(parameter)
+                    parameter.copy_(noise * 0.15 if matrix else parameter + noise * 0.2)
+            made[family, seed] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[family, seed])
+        return made[family, seed]
+
+    return make
+
+
+def stream(windows: int = 3, seed: int = 0) -> TokenStream:
+    tokens = np.random.default_rng(seed).integers(VOCABULARY, size=windows * WINDOW)
+    return TokenStream(tokens, source="random", num_documents=1, num_bytes=len(tokens))
+
+
+def run(model: Path, out: Path, **changes):
+    settings = {"data": stream(), "window": WINDOW, "plots": False, "permutations": 2}
+    return study(model, out, **(settings | changes))
+
+
+def load(folder: Path) -> nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def loss_of(model: nn.Module) -> float:
+    ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    logp = logits[:, :-1].double().log_softmax(-1)
+    return -logp.gather(-1, ids[:, 1:, None]).mean().item()
+
+
+def with_layers(model: nn.Module, order: list[int], layers: list[nn.Module]) -> nn.Module:
+    """The model with other layers; layer i of the new ones has the attention of order[i]."""
+    changed = copy.deepcopy(model)
+    kinds = getattr(model.config, "layer_types", None)
+    changed.base_model.layers = nn.ModuleList(layers)
+    changed.config.num_hidden_layers = len(layers)
+    if kinds is not None:
+        changed.config.layer_types = [kinds[layer] for layer in order]
+    return changed
+
+
+def naive_loss(model: nn.Module, intervention: str, start: int, end: int) -> float:
+    """By surgery on a copy of the model, and a plain forward of all of it."""
+    inside = list(range(start, end + 1))
+    before, after = list(range(start)), list(range(end + 1, LAYERS))
+    layers = list(decoder_layers(model))
+    if intervention == "shuffle":
+        losses = []
+        for program in programs("shuffle", start, end, LAYERS, permutations=2, seed=0):
+            assert sorted(program) == list(range(LAYERS))
+            assert list(program) != list(range(LAYERS))
+            changed = with_layers(model, list(program), [layers[i] for i in program])
+            losses.append(loss_of(changed))
+        return float(np.mean(losses))
+    if intervention == "prune":
+        kept = before + after
+        return loss_of(with_layers(model, kept, [layers[i] for i in kept]))
+    if intervention == "merge":
+        mean = copy.deepcopy(layers[start])
+        weights = {
+            name: torch.stack([layers[i].state_dict()[name] for i in inside]).mean(0)
+            for name in mean.state_dict()
+        }
+        mean.load_state_dict(weights)
+        order = [*before, start, *after]
+        kept = [*(layers[i] for i in before), mean, *(layers[i] for i in after)]
+        return loss_of(with_layers(model, order, kept))
+    if intervention.startswith("cqil"):
+        plan = "|".join(map(str, inside))
+        plan += f":{len(inside) - 1}" if intervention == "cqil-full" else ""
+    else:
+        width = {"parallel": LAYERS, "2-parallel": 2, "3-parallel": 3}[intervention]
+        parts = [inside[at : at + width] for at in range(0, len(inside), width)]
+        plan = " ".join("+".join(map(str, part)) for part in parts if len(part) > 1)
+    with grouped(model, plan):
+        return loss_of(model)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_every_intervention_equals_a_naive_run(folder, tmp_path, family):
+    result = run(folder(family), tmp_path / "out", batch_size=2)
+    model = load(folder(family))
+    if family == "gemma2":
+        assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
+    original = loss_of(model)
+    assert result.loss == pytest.approx(original, abs=TOLERANCE)
+    assert len(result.rows) == len(INTERVENTIONS) * LAYERS * (LAYERS - 1) // 2
+    for row in result.rows:
+        expected = naive_loss(model, row.intervention, row.start, row.end)
+        assert row.loss == pytest.approx(expected, abs=TOLERANCE), row
+        assert row.loss_increase == pytest.approx(expected - original, abs=2 * TOLERANCE), row
+        assert row.perplexity == pytest.approx(np.exp(expected), rel=2 * TOLERANCE), row
+    # The interventions are not one and the same on these models.
+    at = {row.intervention: row.loss for row in result.rows if (row.start, row.end) == (1, 4)}
+    unlike = set(INTERVENTIONS) - ({"cqil", "cqil-full"} if family == "gpt_neox" else set())
+    losses = sorted(at[name] for name in unlike)
+    assert np.diff(losses).min() > 3 * TOLERANCE
+
+
+def test_a_layer_takes_its_own_mask_along(folder):
+    """In Gemma 2 a shuffled layer keeps its kind of attention: this would notice if not."""
+    model = load(folder("gemma2"))
+    order = [1, 0, 2, 3, 4]
+    moved = with_layers(model, order, [decoder_layers(model)[layer] for layer in order])
+    right = loss_of(moved)
+    moved.config.layer_types = model.config.layer_types
+    assert abs(loss_of(moved) - right) > 1e-4
+
+
+def test_programs_by_hand():
+    def name(intervention: str, start: int, end: int) -> str:
+        return name_of(programs(intervention, start, end, 7)[0])
+
+    assert name("prune", 1, 3) == "0 4 5 6"
+    assert name("prune", 0, 6) == ""
+    assert name("merge", 1, 3) == "0 1~2~3 4 5 6"
+    assert name("parallel", 1, 4) == "0 1+2+3+4 5 6"
+    assert name("2-parallel", 1, 5) == "0 1+2 3+4 5 6"
+    assert name("3-parallel", 0, 6) == "0+1+2 3+4+5 6"
+    assert name("3-parallel", 1, 5) == "0 1+2+3 4+5 6"
+    assert name("cqil", 1, 3) == "0 1|2|3 4 5 6"
+    assert name("cqil-full", 1, 3) == "0 1|2|3:2 4 5 6"
+
+
+def test_shuffles_are_seeded_distinct_and_as_many_as_there_are():
+    assert programs("shuffle", 2, 3, 6, permutations=3) == ((0, 1, 3, 2, 4, 5),)
+    assert len(programs("shuffle", 0, 2, 6, permutations=99)) == 5
+    found = programs("shuffle", 0, 5, 6, permutations=3, seed=1)
+    assert len(set(found)) == 3
+    assert found == programs("shuffle", 0, 5, 6, permutations=3, seed=1)
+    assert found != programs("shuffle", 0, 5, 6, permutations=3, seed=2)
+
+
+def test_costs():
+    pair, triple = Group(layers=(1, 2)), Group(layers=(1, 2, 3))
+    assert cost_of((0, pair, 3)) == 4
+    assert cost_of((0, Merged((1, 2, 3)), 4)) == 3
+    assert shared_steps((0, pair, 3), (0, pair, 4)) == 2
+    assert shared_steps((0, pair, 3), (0, triple)) == 1
+    assert shared_steps((0, 1), (0, 1, 2)) == 2
+    # 0 1 2 3, then 1+2 3 after 0, then 4 after 0 1+2
+    assert planned([(0, 1, 2, 3), (0, pair, 3), (0, pair, 4)]) == 4 + 3 + 1
+
+
+def test_layers_really_run_are_as_many_as_counted(folder):
+    """Counted at the feed-forward networks, which every way of running a layer calls once."""
+    model = load(folder())
+    calls = 0
+
+    def count(*_) -> None:
+        nonlocal calls
+        calls += 1
+
+    for layer in decoder_layers(model):
+        layer.mlp.register_forward_hook(count)
+    wanted = {program for group in cases(LAYERS).values() for program in group}
+    ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
+    found = list(run_programs(model, ids, wanted))
+    assert {program for program, _, _ in found} == wanted
+    assert len(found) == len(wanted)
+    assert calls == sum(evaluated for *_, evaluated in found) == planned(wanted)
+
+
+def test_counts_of_evaluations(folder, tmp_path):
+    result = run(folder(), tmp_path / "out", interventions=["prune", "parallel"], batch_size=2)
+    stretches = [(s, e) for s in range(LAYERS) for e in range(s + 1, LAYERS)]
+    kept = sum(LAYERS - (e - s + 1) for s, e in stretches)
+    suffix = sum(LAYERS - 1 - e for _, e in stretches)
+    counts, batches = result.evaluations, 2
+    assert counts.without_reuse == batches * (LAYERS + kept + LAYERS * len(stretches))
+    parallel = sum(LAYERS - s for s, _ in stretches)
+    assert counts.prefix_only == batches * (LAYERS + suffix + parallel)
+    # Nothing but prefixes is shared here.
+    assert counts.spent == counts.prefix_only
+    longer = run(folder(), tmp_path / "all", batch_size=2).evaluations
+    assert longer.spent < longer.prefix_only < longer.without_reuse
+
+
+class Stop(Exception):
+    pass
+
+
+def test_interrupted_study_goes_on_to_the_same_bytes(folder, tmp_path):
+    whole = run(folder(), tmp_path / "whole", batch_size=2)
+    last = 0
+
+    def stop_at(limit: int) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            nonlocal last
+            assert done == last + 1 <= total
+            last = done
+            if done >= limit:
+                raise Stop
+
+        return progress
+
+    for limit in (30, 60):
+        with pytest.raises(Stop):
+            run(folder(), tmp_path / "cut", batch_size=2, progress=stop_at(limit))
+        assert not (tmp_path / "cut" / CSV).exists()
+        with open(tmp_path / "cut" / "journal-0.jsonl", "a") as journal:
+            journal.write('{"program": "0 1 2", "batch": 0, "nll": [1.')  # a power cut
+    resumed = run(folder(), tmp_path / "cut", batch_size=2, progress=stop_at(10**6))
+    assert (tmp_path / "cut" / CSV).read_bytes() == (tmp_path / "whole" / CSV).read_bytes()
+    assert resumed.rows == whole.rows
+    # Each start begins again at the embeddings, and pays at most one model's depth for it.
+    spent = resumed.evaluations.spent - whole.evaluations.spent
+    assert 0 <= spent <= 2 * 2 * LAYERS
+    again = run(folder(), tmp_path / "cut", batch_size=2, progress=stop_at(0))
+    assert again == resumed
+
+
+def test_more_interventions_can_be_added(folder, tmp_path):
+    run(folder(), tmp_path / "out", interventions=["prune"], max_length=2)
+    run(folder(), tmp_path / "out")
+    run(folder(), tmp_path / "other")
+    assert (tmp_path / "out" / CSV).read_bytes() == (tmp_path / "other" / CSV).read_bytes()
+
+
+def test_files(folder, tmp_path):
+    result = run(folder(), tmp_path / "out", interventions=["merge"], max_length=3)
+    with open(tmp_path / "out" / CSV, newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == [
+        *("intervention", "start", "end", "depth"),
+        *("loss", "loss_increase", "stderr", "perplexity"),
+    ]
+    assert [(int(x["start"]), int(x["end"]), int(x["depth"])) for x in lines] == [
+        (start, end, LAYERS - (end - start))
+        for start in range(LAYERS)
+        for end in range(start + 1, min(start + 3, LAYERS))
+    ]
+    assert float(lines[0]["loss"]) == pytest.approx(result.rows[0].loss, rel=1e-7)
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["identity"] == result.identity
+    assert record["evaluations"]["spent"] == result.evaluations.spent
+    assert json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_standard_error_is_paired_over_windows(folder, tmp_path):
+    row = run(folder(), tmp_path / "out", interventions=["prune"], max_length=2).rows[1]
+    ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
+    original = tuple(range(LAYERS))
+    sums = {
+        p: found[:, 0] for p, found, _ in run_programs(load(folder()), ids, [original, (0, 3, 4)])
+    }
+    differences = (sums[0, 3, 4] - sums[original]) / (WINDOW - 1)
+    assert row.stderr == pytest.approx(np.std(differences, ddof=1) / len(differences) ** 0.5)
+    single = run(folder(), tmp_path / "one", num_windows=1, max_length=2)
+    assert all(np.isnan(row.stderr) for row in single.rows)
+
+
+def test_hidden_states_stay_within_the_limit(folder, tmp_path):
+    window = (LAYERS + 1) * WINDOW * 32 * 4
+    small = run(folder(), tmp_path / "small", max_cache_bytes=window, max_length=2)
+    assert small.identity["batch"] == 1
+    large = run(folder(), tmp_path / "large", max_length=2)
+    assert large.identity["batch"] == 3
+    for one, other in zip(small.rows, large.rows, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=TOLERANCE)
+    with pytest.raises(AbreastError, match="what is kept of one window needs"):
+        run(folder(), tmp_path / "none", max_cache_bytes=window - 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"data": stream(seed=1)}, "tokens"),
+        ({"seed": 5}, "seed"),
+        ({"window": WINDOW - 1}, "tokens, window"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"batch_size": 1}, "batch"),
+    ],
+)
+def test_folder_of_another_study_is_refused(folder, tmp_path, changes, differing):
+    run(folder(), tmp_path, max_length=2, interventions=["prune"])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(AbreastError, match=f"other {differing}; choose a new folder"):
+        run(folder(), tmp_path, max_length=2, interventions=["prune"], **changes)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_folder_of_another_model_is_refused(folder, tmp_path):
+    run(folder(), tmp_path, max_length=2, interventions=["prune"])
+    with pytest.raises(AbreastError, match="other model; choose"):
+        run(folder(seed=1), tmp_path, max_length=2, interventions=["prune"])
+    (tmp_path / RECORD).write_text("{")
+    with pytest.raises(AbreastError, match="damaged"):
+        run(folder(), tmp_path)
+
+
+def test_folder_of_something_else_is_refused(folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(AbreastError, match="is not a study"):
+        run(folder(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"interventions": ["prine"]}, "'prine' is unknown; choose from shuffle"),
+        ({"interventions": []}, "no intervention is named"),
+        ({"interventions": ["prune", "prune"]}, "named twice"),
+        ({"max_length": 1}, "longest stretch is 1; give at least 2"),
+        ({"num_windows": 0}, "number of windows is 0"),
+        ({"window": 1}, "window is 1; give at least 2"),
+        ({"window": 65}, "the model holds 64 tokens"),
+        ({"window": 40}, "less than one window"),
+        ({"permutations": 0}, "number of permutations is 0"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"devices": []}, "no device"),
+        ({"devices": ["gpu"]}, "device 'gpu' is unknown"),
+        ({"devices": ["cuda:97"]}, "no device 'cuda:97' here"),
+        ({"data": "stdlib"}, "has no tokenizer"),
+        ({"data": TokenStream(np.full(36, VOCABULARY), "", 1, 1)}, "outside the model's vocab"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_made(folder, tmp_path, changes, message):
+    with pytest.raises(AbreastError, match=message):
+        run(folder(), tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_unlike_shape_do_not_merge(folder):
+    model = load(folder())
+    mlp = decoder_layers(model)[3].mlp
+    mlp.up_proj, mlp.gate_proj = nn.Linear(32, 8, bias=False), nn.Linear(32, 8, bias=False)
+    mlp.down_proj = nn.Linear(8, 32, bias=False)
+    ids = torch.zeros(1, WINDOW, dtype=torch.long)
+    with pytest.raises(AbreastError, match="layers 2 and 3 have weights of different shape"):
+        list(run_programs(model, ids, programs("merge", 2, 3, LAYERS)))
+    assert list(run_programs(model, ids, programs("parallel", 2, 3, LAYERS)))
+
+
+def test_grouped_model_is_refused_and_the_model_left_as_it_was(folder):
+    model = load(folder())
+    before = loss_of(model)
+    ids = torch.zeros(1, WINDOW, dtype=torch.long)
+    with grouped(model, "1+2"), pytest.raises(AbreastError, match="run under a plan"):
+        list(run_programs(model, ids, [(0, 1)]))
+    list(run_programs(model, ids, [p for group in cases(LAYERS).values() for p in group]))
+    assert loss_of(model) == before
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model))
+
+
+def test_split_keeps_starts_together_and_loses_nothing():
+    wanted = {program for group in cases(8).values() for program in group}
+    original = tuple(range(8))
+    parts = split(wanted, original, 3)
+    assert set.union(*parts) == wanted
+    assert sum(map(len, parts)) == len(wanted)
+    starts = [{shared_steps(program, original) for program in part} for part in parts]
+    assert not (starts[0] & starts[1] or starts[0] & starts[2] or starts[1] & starts[2])
+    loads = [planned(part) for part in parts]
+    assert max(loads) < 1.4 * min(loads)
+
+
+@pytest.mark.slow
+def test_two_workers_find_what_one_finds(folder, tmp_path):
+    calls = []
+    one = run(folder(), tmp_path / "one")
+    two = run(
+        *(folder(), tmp_path / "two"),
+        devices=["cpu", "cpu"],
+        progress=lambda *counts: calls.append(counts),
+    )
+    assert (tmp_path / "two" / CSV).read_bytes() == (tmp_path / "one" / CSV).read_bytes()
+    assert calls[-1][0] == calls[-1][1]
+    assert calls == sorted(calls)
+    assert [path.name for path in (tmp_path / "two").glob("*.jsonl")] == ["journal-0.jsonl"]
+    # Each worker runs the layers before its stretches for itself.
+    spent = two.evaluations.spent - one.evaluations.spent
+    assert 0 <= spent <= LAYERS
+    assert two.evaluations.without_reuse == one.evaluations.without_reuse
+
+
+@pytest.mark.slow
+def test_worker_that_dies_is_reported(folder, tmp_path, capfd):
+    tokens = stream().tokens.reshape(-1, WINDOW)
+    idle = _Share(folder(), tokens, 3, (), {"device": "cpu"}, 1, tmp_path / "journal-0.jsonl")
+    work = ((0, (tuple(range(LAYERS)),)),)
+    doomed = replace(idle, folder=tmp_path, work=work, journal=tmp_path / "journal-1.jsonl")
+    with pytest.raises(AbreastError, match=r"worker on cpu ended with status 1 .* run again"):
+        _run_shares([idle, doomed], load(folder()), None, 0, 1)
+    assert "CheckpointError" in capfd.readouterr().err
+
+
+def rows_of(**losses: list[float]) -> list[Row]:
+    return [
+        Row(name.replace("_", "-"), start, start + 1, 5, loss, loss - 1, 0.1, 2.0)
+        for name, values in losses.items()
+        for start, loss in enumerate(values)
+    ]
+
+
+def test_wins_and_best():
+    rows = rows_of(prune=[3.0, 2.0, 2.5], merge=[4.0, 2.0, 2.0])
+    assert wins(rows, "prune", "merge") == (1, 1, 1)
+    assert wins(rows, "prune", "shuffle") == (0, 0, 0)
+    assert best_by_depth(rows)["prune"][5].start == 1
+    assert to_csv(rows[:1], Row).splitlines()[1] == "prune,0,1,5,3,2,0.1,2"
+
+
+def test_pictures(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(folder(), tmp_path / "out", interventions=["shuffle", "prune"], plots=True, max_length=3)
+    made = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+    assert made == ["depth_curve.png", "prune.png", "shuffle.png"]
+    for name in made:
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_matplotlib_is_told_before_the_work(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(AbreastError, match=r"pip install 'abreast\[report\]', or use --no-plots"):
+        run(folder(), tmp_path / "out", plots=True)
+    assert not (tmp_path / "out").exists()
+    assert run(folder(), tmp_path / "out", max_length=2, interventions=["prune"]).rows
