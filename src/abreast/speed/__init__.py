@@ -7,7 +7,7 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.speed.bench import BenchResult, bench, verdict
     from abreast.speed.estimate import Estimate, estimate, read_config, stage_cost, stage_seconds
-    from abreast.speed.hardware import hardware, hardware_of
+    from abreast.speed.hardware import hardware_of
     from abreast.speed.jobs import (
         ORIGINAL,
         Case,
