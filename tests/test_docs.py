@@ -153,6 +153,13 @@ def test_scripts_in_the_text_exist(page):
             assert f'"{option}"' in source, f"{page}: {script} {option}"
 
 
+@pytest.mark.parametrize("page", LINKED)
+def test_files_in_the_text_exist(page):
+    paths = r"(?<![\w/])(?:src/abreast|tests|benchmarks|scripts|examples)/[\w/.-]*\w"
+    missing = [path for path in re.findall(paths, read(page)) if not (ROOT / path).exists()]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_extras_in_the_text_exist(page):
     table = read("pyproject.toml").split("[project.optional-dependencies]\n")[1].split("\n[")[0]

@@ -1,7 +1,7 @@
 """vLLM's own latency benchmark as a subprocess, in whatever environment has vLLM.
 
 The command line of vLLM's CPU wheel fails on its package's name. Where abreast is installed beside
-such a vLLM, `python -m abreast.engines.vllm_bench` stands in for it and starts the same benchmark.
+such a vLLM, `python -m abreast.engines.vllm.bench` stands in for it and starts the same benchmark.
 """
 
 from __future__ import annotations
