@@ -218,7 +218,8 @@ def test_pictures_have_a_text():
     for page in LINKED:
         for alt, name in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", read(page)):
             assert len(alt) >= 4, f"{page}: {name}"
-    assert "<title " in read("docs/idea.svg") and "<desc " in read("docs/idea.svg")
+    for drawing in ("docs/idea.svg", "docs/architecture.svg"):
+        assert "<title " in read(drawing) and "<desc " in read(drawing)
 
 
 def test_reference_has_every_public_name():
@@ -227,6 +228,14 @@ def test_reference_has_every_public_name():
     assert listed == set(abreast.__all__)
     directives = set(re.findall(r"^<!-- ::: abreast\.(?:\w+\.)+(\w+) -->$", text, re.MULTILINE))
     assert directives == set(abreast.__all__) - {"__version__"}
+
+
+def test_every_chapter_is_in_the_tree_and_in_the_architecture():
+    package = ROOT / "src/abreast"
+    chapters = {init.parent.name for init in package.glob("*/__init__.py")}
+    tree = set(re.findall(r"^      (\w+)/ ", read("README.md"), re.MULTILINE))
+    assert tree == chapters
+    assert chapters <= set(re.findall(r"\*\*(\w+)\*\*", read("docs/architecture.md")))
 
 
 def test_readme_names_every_verb():
