@@ -12,8 +12,8 @@ import json
 import sys
 
 from abreast.demo import model_folder
-from abreast.model.load import load
-from abreast.speed.bench import bench
+from abreast.model.loading import load
+from abreast.speed.benchmark import bench
 
 
 def main() -> None:

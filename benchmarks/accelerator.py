@@ -29,9 +29,9 @@ import abreast.modeling as modeling
 from abreast.convert.fold import converted_config
 from abreast.errors import AbreastError
 from abreast.families.table import family_of
-from abreast.model.grouped import apply
+from abreast.model.grouping import apply
 from abreast.plan import Plan
-from abreast.speed.bench import BenchResult, bench
+from abreast.speed.benchmark import BenchResult, bench
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.families.table import num_layers_of
 from abreast.plan import Plan
-from abreast.speed.estimate import forward_cost
 from abreast.speed.hardware import hardware_of
 from abreast.speed.jobs import Case, Contender, Job, run
+from abreast.speed.prediction import forward_cost
 
 # hidden size, FFN size, layers, heads
 SHAPES = ((128, 344, 32, 4), (512, 1376, 16, 8), (1024, 2752, 8, 16))

@@ -15,8 +15,8 @@ import sys
 from typing import Any
 
 from abreast.plan import Plan
-from abreast.speed.estimate import forward_cost, speedup, stage_cost
 from abreast.speed.hardware import hardware_of
+from abreast.speed.prediction import forward_cost, speedup, stage_cost
 
 LLAMA = {"model_type": "llama"}
 MODELS: dict[str, dict[str, Any]] = {

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from abreast.convert.convert import convert
-from abreast.model.load import load
-from abreast.speed.bench import bench
+from abreast.convert.rewrite import convert
+from abreast.model.loading import load
+from abreast.speed.benchmark import bench
 
 # hidden size, FFN size, layers, heads, KV heads
 SHAPES = (

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 
 from abreast.demo import model_folder
-from abreast.model.grouped import apply
-from abreast.model.load import load
+from abreast.model.grouping import apply
+from abreast.model.loading import load
 from abreast.plan import Plan
-from abreast.speed.bench import bench
+from abreast.speed.benchmark import bench
 
 
 def main() -> None:

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint.publish import write
-from abreast.convert.convert import convert
+from abreast.checkpoint.atomic import write
+from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
 from abreast.evaluate.text import Comparison, compare
-from abreast.heal.heal import heal
+from abreast.heal.healing import heal
 from abreast.heal.recipe import Recipe
-from abreast.model.load import load
+from abreast.model.loading import load
 
 PAIRS = {12: "2+3 4+5 6+7 10+11", 10: "1+2 3+4 5+6 7+8 9+10 11+12"}
 PLANS = {

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import transformers
 
-from abreast.convert.convert import convert
-from abreast.convert.verify import verify
+from abreast.convert.rewrite import convert
+from abreast.convert.verification import verify
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
-from abreast.model.grouped import grouped
-from abreast.model.load import load
+from abreast.model.grouping import grouped
+from abreast.model.loading import load
 from abreast.plan import Plan
 
 PLAN = "1+2 3+4+5"

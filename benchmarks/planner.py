@@ -16,7 +16,7 @@ from pathlib import Path
 
 from abreast.data import HELD_OUT
 from abreast.demo import model_folder
-from abreast.planner.calibrate import calibrate, candidates, difference, score
+from abreast.planner.calibration import calibrate, candidates, difference, score
 from abreast.planner.find import find_plan
 from abreast.planner.front import Budget, draw
 from abreast.planner.search import by_similarity, contiguous

@@ -28,8 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from abreast.convert.convert import convert
-from abreast.model.load import load
+from abreast.convert.rewrite import convert
+from abreast.model.loading import load
 
 LAYERS, CONTEXT, STEPS = 16, 64, 8
 STARTS = range(2, 14, 2)

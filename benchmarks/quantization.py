@@ -31,15 +31,15 @@ import numpy as np
 import torch
 
 from abreast.checkpoint.files import open_checkpoint
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.demo import model_folder
 from abreast.engines.llamacpp.deci import lay_out
-from abreast.engines.llamacpp.export import export
 from abreast.engines.llamacpp.quantizer import check_quantizer
+from abreast.engines.llamacpp.writer import export
 from abreast.errors import AbreastError
 from abreast.evaluate.text import Comparison, compare
-from abreast.model.load import load
+from abreast.model.loading import load
 from abreast.model.scores import ratio_of_means
 
 PLANS = {16: "", 14: "4+5 10+11", 12: "2+3 4+5 6+7 10+11", 10: "1+2 3+4 5+6 7+8 9+10 11+12"}

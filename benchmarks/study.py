@@ -21,7 +21,7 @@ from abreast.demo import model_folder
 from abreast.model.programs import INTERVENTIONS, name_of, programs
 from abreast.runs.folder import JOURNAL
 from abreast.study.findings import wins
-from abreast.study.study import Study, study
+from abreast.study.sweep import Study, study
 
 
 def show(done: int, total: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.speed.jobs import Case, Contender, Job, run
 
 PAIRS = range(14, 28, 2)

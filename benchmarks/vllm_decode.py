@@ -46,7 +46,7 @@ import torch
 import vllm
 from agreement import free_port
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 
 PAIRS = 7
 VOCABULARY = 2048

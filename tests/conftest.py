@@ -113,9 +113,9 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     import numpy as np
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from abreast.convert.convert import convert
+    from abreast.convert.rewrite import convert
     from abreast.data import TokenStream
-    from abreast.planner.calibrate import calibrate
+    from abreast.planner.calibration import calibrate
     from abreast.planner.find import find_plan
     from abreast.planner.front import Budget
 

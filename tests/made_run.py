@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.evaluate.text import Comparison, Perplexity
 from abreast.plan import Group, Plan
 from abreast.planner.front import Front, explain, reasons
 from abreast.planner.stats import Cost, Stats
-from abreast.speed.bench import BenchResult, verdict
+from abreast.speed.benchmark import BenchResult, verdict
 from abreast.speed.timing import Measurement, timings
 
 LAYERS = 8

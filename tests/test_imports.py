@@ -27,9 +27,9 @@ ONLY = {
 ONLY_LAZILY = {"data": {"datasets"}}
 # Read without torch: what a run folder holds, estimates, and the search.
 NO_TORCH = {
-    *("checkpoint.publish", "evaluate.paired", "planner.front", "planner.search", "planner.stats"),
+    *("checkpoint.atomic", "evaluate.paired", "planner.front", "planner.search", "planner.stats"),
     *("report.card", "report.charts", "report.diagram", "report.page", "report.records"),
-    *("speed.estimate", "speed.timing", "study.findings"),
+    *("speed.prediction", "speed.timing", "study.findings"),
 }
 # These may be imported by their own path from outside their chapter.
 OPEN = {"abreast.engines"}
@@ -123,7 +123,7 @@ def test_the_top_of_the_package_stays_small():
         ("convert.fold", "from abreast import Plan", "import it from the module it lives in"),
         ("convert.fold", "import abreast", "import it from the module it lives in"),
         ("convert.fold", "from ..plan import Plan", "write the whole path"),
-        ("convert.fold", "from abreast.model.load import load", "import it from abreast.model"),
+        ("convert.fold", "from abreast.model.loading import load", "import it from abreast.model"),
         ("errors", "import click", "errors may not import it"),
         ("plan", "def f():\n    import torch", "plan may not import it"),
         ("data", "import datasets", "data may not import it"),
@@ -191,7 +191,7 @@ def test_missing_laziness_would_be_seen():
 
 def test_a_function_wins_over_the_module_of_its_name():
     code = (
-        "import abreast, abreast.convert.convert, abreast.heal.heal, abreast.study.study\n"
+        "import abreast, abreast.convert.rewrite, abreast.heal, abreast.study\n"
         "assert callable(abreast.convert) and callable(abreast.heal.heal)\n"
         "from abreast.study import study; assert callable(study)\n"
         "assert 'convert' in dir(abreast) and abreast.__version__"

@@ -15,7 +15,7 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
-from abreast.planner.calibrate import calibrate, spent
+from abreast.planner.calibration import calibrate, spent
 from abreast.planner.find import baselines, estimated_profile, find_plan, measured_profile
 from abreast.planner.front import Budget, Front, Profile, explain, kind_of, reasons
 from abreast.planner.stats import Cost, Stats
@@ -143,7 +143,9 @@ def test_a_depth_out_of_reach_is_refused_before_measuring(folder, tmp_path, dept
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
     first = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
     monkeypatch.setattr("abreast.planner.find.measure", None)
-    monkeypatch.setattr(import_module("abreast.planner.calibrate"), "load", None)  # not even loaded
+    monkeypatch.setattr(
+        import_module("abreast.planner.calibration"), "load", None
+    )  # not even loaded
     again = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
     assert again.plan == first.front.best()[6]
     assert sum(again.front.full_forwards.values()) == sum(first.front.full_forwards.values())

@@ -57,13 +57,13 @@ def attach(package: str) -> None:
 
 # Modules that task files, notebooks and docs/api.md of the first releases name by their old paths.
 _MOVED = {
-    "abreast.estimate": "abreast.speed.estimate",
-    "abreast.grouped": "abreast.model.grouped",
+    "abreast.estimate": "abreast.speed.prediction",
+    "abreast.grouped": "abreast.model.grouping",
     "abreast.harness": "abreast.evaluate.tasks",
-    "abreast.load": "abreast.model.load",
-    "abreast.measure": "abreast.planner.calibrate",
+    "abreast.load": "abreast.model.loading",
+    "abreast.measure": "abreast.planner.calibration",
     "abreast.planning": "abreast.planner.find",
-    "abreast.verify": "abreast.convert.verify",
+    "abreast.verify": "abreast.convert.verification",
 }
 
 

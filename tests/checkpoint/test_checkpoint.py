@@ -1,4 +1,4 @@
-"""Reading and writing safetensors against the safetensors library, and atomic publishing."""
+"""Reading and writing safetensors against the safetensors library, and atomic atomic."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from abreast.checkpoint import atomic
+from abreast.checkpoint.atomic import publish
 from abreast.checkpoint.files import (
     DTYPES,
     INDEX,
@@ -30,10 +31,8 @@ from abreast.checkpoint.files import (
     sha256_of,
     write_shards,
 )
-from abreast.checkpoint.publish import publish
 from abreast.errors import CheckpointError
 
-publishing = import_module("abreast.checkpoint.publish")  # `publish` is the function
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
 )
@@ -254,8 +253,8 @@ def test_publish_turns_a_full_disk_into_our_error(tmp_path: Path) -> None:
 
 
 def test_publish_checks_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = publishing.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda path: usage)
+    usage = atomic.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
     with publish(tmp_path / "small", needed_bytes=1000):
         pass
     with (

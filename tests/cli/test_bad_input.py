@@ -10,7 +10,6 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from abreast.checkpoint import atomic
 from abreast.checkpoint.files import INDEX, open_checkpoint
-from abreast.convert.convert import convert, preview
+from abreast.convert import rewrite
+from abreast.convert.rewrite import convert, preview
 from abreast.errors import AbreastError
 from abreast.plan import Plan
 
-publishing = import_module("abreast.checkpoint.publish")  # `publish` is the function
-convert_module = import_module("abreast.convert.convert")  # `abreast.convert` is the function
 TinyCheckpoint = Callable[..., Path]
 PLAN = "1+2 3+4"
 NORM = "model.layers.3.input_layernorm.weight"
@@ -554,14 +553,14 @@ def test_output_folder_without_permission(
     def mkdtemp(**_: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(publishing.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(atomic.tempfile, "mkdtemp", mkdtemp)
     refused(source, tmp_path / "out", f"cannot write in '{tmp_path}'", "Permission denied")
 
 
 def test_too_little_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     needed = preview(source, PLAN).bytes_written
-    monkeypatch.setattr(publishing.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage._replace(free=needed))
     refused(source, tmp_path / "out", f"'{tmp_path}' has", "are needed")
 
 
@@ -595,7 +594,7 @@ def test_disk_that_fills_up_meanwhile(
         return Full(file) if path.suffix == ".safetensors" and "w" in mode else file
 
     monkeypatch.setattr(Path, "open", small_open)
-    monkeypatch.setattr(convert_module, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(rewrite, "CHUNK_BYTES", 5000)
     refused(source, tmp_path / "out", "model.safetensors", "No space left on device")
 
 

@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from abreast.convert.convert import convert, preview
+from abreast.convert import rewrite
 from abreast.convert.fold import FoldError
+from abreast.convert.rewrite import convert, preview
 from abreast.plan import Plan
 
-convert_module = import_module("abreast.convert.convert")  # `abreast.convert` is the function
 TinyCheckpoint = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
 PLAN = "1+2 3+4"
@@ -299,7 +298,7 @@ def test_companions(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
 def test_uniform_plan_gives_a_stock_model(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
-    from abreast.model.grouped import grouped
+    from abreast.model.grouping import grouped
 
     source, out = tiny_checkpoint(), tmp_path / "out"
     plan = Plan.parse("0+1 2+3 4+5", 6)
@@ -365,7 +364,7 @@ def test_small_chunks_change_nothing_and_bound_every_read(
     source = tiny_checkpoint(family, head_dim=16, biases=True, sharded=True)
     convert(source, plan, tmp_path / "large")
     largest = 0
-    read_rows = convert_module.read_rows
+    read_rows = rewrite.read_rows
 
     def recording(tensor: Any, start: int = 0, stop: int | None = None) -> torch.Tensor:
         nonlocal largest
@@ -375,8 +374,8 @@ def test_small_chunks_change_nothing_and_bound_every_read(
             assert rows.nbytes < tensor.nbytes / 8
         return rows
 
-    monkeypatch.setattr(convert_module, "read_rows", recording)
-    monkeypatch.setattr(convert_module, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(rewrite, "read_rows", recording)
+    monkeypatch.setattr(rewrite, "CHUNK_BYTES", chunk)
     manifest = convert(source, plan, tmp_path / "small")
     assert 0 < largest <= max(chunk, 96 * 4)  # one row is the least that can be read
     small, large = files(tmp_path / "small"), files(tmp_path / "large")
@@ -455,13 +454,13 @@ def test_only_nan_and_infinity_count_as_damage(dtype: str) -> None:
     subnormal = torch.tensor([1], dtype=torch.int16).view(torch.uint8)
     fine = torch.cat([fine, subnormal.repeat(kind.itemsize // 2).view(kind)])
     assert fine.isfinite().all()
-    assert convert_module._is_finite(fine)
-    assert convert_module._is_finite(fine[:0])
+    assert rewrite._is_finite(fine)
+    assert rewrite._is_finite(fine[:0])
     for value in (math.nan, -math.nan, math.inf, -math.inf):
         for place in range(len(fine)):
             damaged = fine.clone()
             damaged[place] = value
-            assert not convert_module._is_finite(damaged)
+            assert not rewrite._is_finite(damaged)
 
 
 def test_thread_count_is_put_back(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abreast.convert.convert import convert
-from abreast.convert.verify import TOLERANCE, Verification, verify
+from abreast.convert.rewrite import convert
+from abreast.convert.verification import TOLERANCE, Verification, verify
 from abreast.errors import AbreastError
 
 FAMILIES = ("llama", "mistral", "qwen2")

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from abreast.checkpoint.files import open_checkpoint
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
+from abreast.engines.llamacpp import writer
 from abreast.engines.llamacpp.deci import EXPRESSIBLE, lay_out
-from abreast.engines.llamacpp.export import export
 from abreast.engines.llamacpp.quantizer import KINDS, check_quantizer, quantize
 from abreast.engines.llamacpp.vocabulary import BY_HASH, fingerprint, read_vocabulary
+from abreast.engines.llamacpp.writer import export
 from abreast.errors import AbreastError
 from abreast.families.table import FAMILIES
 from abreast.plan import Plan
-
-writing = import_module("abreast.engines.llamacpp.export")  # `export` is the function
 
 
 def save_tokenizer(folder: Path, **state: Any) -> Path:
@@ -113,7 +111,7 @@ def test_values_survive_and_heads_are_reordered(tiny, tmp_path, monkeypatch):
     export(source, tmp_path / "model.gguf")
     _, tensors = read(tmp_path / "model.gguf")
     checkpoint = open_checkpoint(source)
-    sources = {name: writing.read_rows(tensor) for name, tensor in checkpoint.tensors.items()}
+    sources = {name: writer.read_rows(tensor) for name, tensor in checkpoint.tensors.items()}
     for piece in lay_out(checkpoint).pieces:
         got = torch.from_numpy(np.array(tensors[piece.name].data))
         wanted = sources[piece.source][piece.start : piece.stop]
@@ -123,7 +121,7 @@ def test_values_survive_and_heads_are_reordered(tiny, tmp_path, monkeypatch):
             order = torch.arange(16).view(2, 8).T.reshape(-1)
             wanted = wanted.view(-1, 16, *wanted.shape[1:])[:, order].reshape(wanted.shape)
         assert torch.equal(got, wanted), piece.name
-    monkeypatch.setattr(writing, "CHUNK_BYTES", 1000)  # a few rows at a time
+    monkeypatch.setattr(writer, "CHUNK_BYTES", 1000)  # a few rows at a time
     export(source, tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
 
@@ -132,7 +130,7 @@ def test_packed_matrices_are_split(tiny, tmp_path):
     source = tiny("phi3", plan="1+2", sliding_window=None)
     export(source, tmp_path / "model.gguf")
     _, tensors = read(tmp_path / "model.gguf")
-    packed = writing.read_rows(
+    packed = writer.read_rows(
         open_checkpoint(source).tensors["model.layers.1.self_attn.qkv_proj.weight"]
     )
     assert np.array_equal(tensors["blk.1.attn_v.weight"].data, packed[128 + 64 :].numpy())
@@ -150,8 +148,8 @@ def test_granite_multipliers_fold_in(tiny, tmp_path):
     export(source, tmp_path / "model.gguf")
     _, tensors = read(tmp_path / "model.gguf")
     sources = open_checkpoint(source).tensors
-    embedding = writing.read_rows(sources["model.embed_tokens.weight"]).numpy()
-    down = writing.read_rows(sources["model.layers.0.mlp.down_proj.weight"]).numpy()
+    embedding = writer.read_rows(sources["model.embed_tokens.weight"]).numpy()
+    down = writer.read_rows(sources["model.layers.0.mlp.down_proj.weight"]).numpy()
     assert np.array_equal(tensors["token_embd.weight"].data, embedding * 12)
     assert np.array_equal(tensors["output.weight"].data, embedding / 8)
     assert np.array_equal(tensors["blk.0.ffn_down.weight"].data, down / 4)
@@ -280,7 +278,7 @@ def test_places_that_cannot_be_written_are_refused(tiny, tmp_path):
 
 def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
     source = tiny()
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 0))
     with pytest.raises(AbreastError, match=r"0.0 GB free, 0.1 GB are needed"):
         export(source, tmp_path / "model.gguf")
 
@@ -288,7 +286,7 @@ def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.undo()
-    monkeypatch.setattr(writing, "read_rows", full)
+    monkeypatch.setattr(writer, "read_rows", full)
     with pytest.raises(AbreastError, match="No space left on device; nothing was written"):
         export(source, tmp_path / "model.gguf")
     assert os.listdir(tmp_path) == ["source"]

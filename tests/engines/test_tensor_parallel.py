@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from abreast.convert.convert import convert
-from abreast.model.load import load
+from abreast.convert.rewrite import convert
+from abreast.model.loading import load
 
 PLAN = "1+2 3+4"
 MEMBERS = 2

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from abreast.checkpoint.files import open_checkpoint
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.engines.torch_tp import ParallelError, check_degree, load_parallel
-from abreast.model.load import load
+from abreast.model.loading import load
 
 WORKER = """
 import json, sys

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoConfig
 
 import abreast.modeling  # noqa: F401  registers the config classes
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.engines.vllm.plugin import ServingError, Width, check, is_too_old, obstacle
 
 SINGLE = Width(4, 2, 96)

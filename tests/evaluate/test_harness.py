@@ -16,14 +16,14 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from abreast.cli.main import main
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate import tasks as harness
 from abreast.evaluate.accuracy import Answers, compare, kept_mean, row_of, stderr_of, together
 from abreast.evaluate.paired import mcnemar
 from abreast.evaluate.tasks import FOLDER, OFFLINE, evaluate_tasks, find_tasks
-from abreast.model.load import load_tokenizer
+from abreast.model.loading import load_tokenizer
 from abreast.plan import Plan
 
 SUITE = (

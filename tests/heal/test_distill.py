@@ -15,8 +15,8 @@ import torch
 from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe, optimizers_of, windows_of
 from abreast.heal.train import distill
-from abreast.model.grouped import decoder_layers, grouped
-from abreast.model.load import load
+from abreast.model.grouping import decoder_layers, grouped
+from abreast.model.loading import load
 from abreast.model.losses import divergence, next_token_loss
 from abreast.plan import Plan
 

@@ -11,14 +11,14 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from abreast.cli.heal import heal as heal_verb
-from abreast.convert.convert import convert
-from abreast.convert.verify import verify
+from abreast.convert.rewrite import convert
+from abreast.convert.verification import verify
 from abreast.data import TokenStream
 from abreast.demo import model_folder
 from abreast.errors import AbreastError, CheckpointError
-from abreast.heal.heal import heal
+from abreast.heal.healing import heal
 from abreast.heal.recipe import Recipe
-from abreast.model.load import load
+from abreast.model.loading import load
 from abreast.plan import Plan
 
 pytest.importorskip("peft")

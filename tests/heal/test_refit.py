@@ -12,9 +12,9 @@ from abreast.data import CALIBRATION, HELD_OUT, load_tokens
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
-from abreast.heal.refit import FOLDS, RIDGES, _Moments, _ridge, _solve, memory_needed, refit
-from abreast.model.grouped import decoder_layers, grouped
-from abreast.model.load import load
+from abreast.heal.least_squares import FOLDS, RIDGES, _Moments, _ridge, _solve, memory_needed, refit
+from abreast.model.grouping import decoder_layers, grouped
+from abreast.model.loading import load
 from abreast.plan import Plan
 
 PLAN = Plan.parse("1+2 3|4", 6)
@@ -149,7 +149,7 @@ def test_weights_come_back_where_nothing_is_won(tiny_checkpoint, monkeypatch):
     model, _ = load(tiny_checkpoint())
     before = weights_of(model)
     measured = iter([1.0, 1.0])
-    monkeypatch.setattr("abreast.heal.refit.kl_under", lambda *_: next(measured))
+    monkeypatch.setattr("abreast.heal.least_squares.kl_under", lambda *_: next(measured))
     assert refit(model, PLAN, words(12, 48)).kept
     assert same(before, weights_of(model))
 

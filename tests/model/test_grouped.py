@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abreast.errors import AbreastError
 from abreast.families.branches import BRANCHES
-from abreast.model.grouped import GroupingError, apply, decoder_layers, grouped, remove
+from abreast.model.grouping import GroupingError, apply, decoder_layers, grouped, remove
 from abreast.plan import Plan, PlanError
 
 LAYERS = 5

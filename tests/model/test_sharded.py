@@ -18,13 +18,13 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from abreast.cli.heal import heal as heal_verb
-from abreast.convert.verify import verify
+from abreast.convert.verification import verify
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe
 from abreast.heal.shard import full, local, shard
-from abreast.model.grouped import grouped
-from abreast.model.load import load
+from abreast.model.grouping import grouped
+from abreast.model.loading import load
 
 pytest.importorskip("peft")
 

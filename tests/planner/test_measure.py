@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ import torch
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
-from abreast.model.load import load
+from abreast.model.loading import load
 from abreast.plan import Group, Plan
-from abreast.planner.calibrate import calibrate, candidates, expect, measure, score, spent
+from abreast.planner import calibration
+from abreast.planner.calibration import calibrate, candidates, expect, measure, score, spent
 from abreast.planner.stats import Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 6
-
-measuring = import_module("abreast.planner.calibrate")  # `calibrate` is the function
 
 
 def text(seed: int = 0, windows: int = WINDOWS) -> TokenStream:
@@ -107,7 +105,7 @@ def test_all_of_the_text_for_the_better_candidates_only(tiny_checkpoint, tmp_pat
 def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, monkeypatch):
     folder = tiny_checkpoint()
     whole = measure(run(folder, tmp_path / "whole"))
-    real, programs = measuring.run_programs, 0
+    real, programs = calibration.run_programs, 0
 
     def breaking(*arguments, **options):
         nonlocal programs
@@ -117,7 +115,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, m
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(measuring, "run_programs", breaking)
+    monkeypatch.setattr(calibration, "run_programs", breaking)
     with pytest.raises(KeyboardInterrupt):
         measure(run(folder, tmp_path / "broken"))
     journal = (tmp_path / "broken" / "journal-0.jsonl").read_text().splitlines()
@@ -126,7 +124,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, m
         file.write('{"program": "0 1+2')  # as a power cut would leave it
     ran = []
     monkeypatch.setattr(
-        measuring,
+        calibration,
         "run_programs",
         lambda *a, **k: ((ran.append(each), each)[1] for each in real(*a, **k)),
     )

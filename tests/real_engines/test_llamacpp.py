@@ -34,12 +34,12 @@ from tokenizers import (
 from tokenizers.processors import TemplateProcessing
 
 from abreast.cli.main import cli
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, documents
 from abreast.demo import model_folder
-from abreast.engines.llamacpp.export import export
 from abreast.engines.llamacpp.vocabulary import BY_STEPS
-from abreast.model.load import load
+from abreast.engines.llamacpp.writer import export
+from abreast.model.loading import load
 
 PLANS = ("2+3 4+5 6+7 10+11", "2+3+4 6+7 9+10+11")
 WORDS = 600  # tokens of the tokenizers made here

@@ -11,9 +11,9 @@ import pytest
 import torch
 from agreement import command_in_docs, free_port
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.load import load
+from abreast.model.loading import load
 
 
 @pytest.mark.parametrize("plan", ["2+3 8|9:1"])

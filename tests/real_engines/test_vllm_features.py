@@ -12,9 +12,9 @@ import torch
 from agreement import compare
 from safetensors.torch import load_file, save_file
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.load import load
+from abreast.model.loading import load
 
 PLAN = "2+3 8|9 10|11:1"
 CHUNK = 48

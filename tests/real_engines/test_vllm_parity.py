@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from agreement import compare
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.load import load
+from abreast.model.loading import load
 from abreast.plan import Plan
 
 NEW_TOKENS = 64

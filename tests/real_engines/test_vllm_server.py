@@ -15,9 +15,9 @@ import pytest
 import torch
 from agreement import DOCS, command_in_docs, free_port
 
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.load import load
+from abreast.model.loading import load
 
 PROMPT = "import os\nimport sys\n\ndef main("
 SECONDS = 300

@@ -129,7 +129,7 @@ def test_llama_cpp_is_named_for_lp_plans_only(made):
 
 
 def test_the_card_does_not_spoil_the_conversion(out, tiny_checkpoint):
-    from abreast.convert.verify import verify
+    from abreast.convert.verification import verify
 
     write_card(read_conversion(out))
     assert verify(out, tiny_checkpoint(num_layers=LAYERS), num_tokens=16, new_tokens=4).ok

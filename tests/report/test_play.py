@@ -17,8 +17,8 @@ import torch
 
 from abreast.cli.main import main
 from abreast.errors import AbreastError
-from abreast.model.grouped import grouped
-from abreast.model.load import load
+from abreast.model.grouping import grouped
+from abreast.model.loading import load
 from abreast.plan import Plan
 from abreast.planner.stats import Cost
 from abreast.report.choices import Choice, Choices, read_choices

@@ -334,7 +334,7 @@ def test_first_difference(ours, theirs, place):
 def test_samples_of_two_models():
     from abreast.data import load_tokens
     from abreast.demo import model_folder
-    from abreast.model.load import load
+    from abreast.model.loading import load
 
     model, tokenizer = load(model_folder(), dtype="float32")
     other, _ = load(model_folder(), plan="2+3 5+6 8+9 11+12", dtype="float32")

@@ -14,11 +14,11 @@ import torch
 from click.testing import CliRunner
 
 from abreast.cli.main import cli
-from abreast.convert.convert import convert
+from abreast.convert.rewrite import convert
 from abreast.errors import AbreastError
 from abreast.plan import Plan
 from abreast.speed import jobs as backends
-from abreast.speed.bench import BenchResult
+from abreast.speed.benchmark import BenchResult
 from abreast.speed.jobs import Case, Contender, Failure, Job, conclusion, device_or_cpu, plot, run
 from abreast.speed.timing import Measurement, timings
 
@@ -97,8 +97,8 @@ def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path):
-    from abreast.model.load import load
-    from abreast.speed.bench import compiled, eager
+    from abreast.model.loading import load
+    from abreast.speed.benchmark import compiled, eager
 
     convert(tiny_checkpoint(num_layers=4), "1+2", tmp_path / "out")
     model, _ = load(tmp_path / "out", dtype="float32")

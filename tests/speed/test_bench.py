@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.errors import AbreastError
-from abreast.speed.bench import BenchResult, bench, verdict
+from abreast.speed.benchmark import BenchResult, bench, verdict
 from abreast.speed.timing import Measurement, measure, ratio_interval, timings
 
 

@@ -18,7 +18,8 @@ from abreast.cli.main import cli
 from abreast.errors import AbreastError
 from abreast.families.table import FamilyError
 from abreast.plan import Plan
-from abreast.speed.estimate import (
+from abreast.speed.hardware import HardwareError, hardware_of, table
+from abreast.speed.prediction import (
     BYTES,
     estimate,
     forward_cost,
@@ -28,7 +29,6 @@ from abreast.speed.estimate import (
     stage_cost,
     stage_seconds,
 )
-from abreast.speed.hardware import HardwareError, hardware_of, table
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -237,6 +237,6 @@ def test_verb_on_bad_input(tmp_path):
 
 
 def test_estimating_needs_no_torch():
-    code = "import abreast.speed.estimate, sys; sys.exit('torch' in sys.modules)"
+    code = "import abreast.speed.prediction, sys; sys.exit('torch' in sys.modules)"
     environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": ""}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0

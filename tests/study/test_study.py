@@ -18,7 +18,7 @@ from torch import nn
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.model.grouped import decoder_layers, grouped
+from abreast.model.grouping import decoder_layers, grouped
 from abreast.model.programs import (
     INTERVENTIONS,
     Merged,
@@ -34,7 +34,7 @@ from abreast.model.programs import (
 from abreast.plan import Group
 from abreast.runs.folder import to_csv
 from abreast.study.findings import Row, best_by_depth, wins
-from abreast.study.study import CSV, RECORD, _run_shares, _Share, study
+from abreast.study.sweep import CSV, RECORD, _run_shares, _Share, study
 
 LAYERS, VOCABULARY, WINDOW = 5, 64, 12
 # Both sides are float32; the same sums in another order differ by a few units in the last place of

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
+    from abreast.checkpoint.atomic import check_free, finite, publish, write
     from abreast.checkpoint.files import (
         DTYPES,
         MANIFEST,
@@ -22,6 +23,5 @@ if TYPE_CHECKING:
         write_shards,
     )
     from abreast.checkpoint.manifest import damaged, read_manifest
-    from abreast.checkpoint.publish import check_free, finite, publish, write
 
 attach(__name__)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.heal.heal import heal
+    from abreast.heal.healing import heal
     from abreast.heal.recipe import Recipe
 
 attach(__name__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from abreast.model.grouped import grouped
+from abreast.model.grouping import grouped
 from abreast.plan import Plan
 
 if TYPE_CHECKING:

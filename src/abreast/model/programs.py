@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.model.grouped import decoder_layers, grouped
+from abreast.model.grouping import decoder_layers, grouped
 from abreast.model.scores import token_scores
 from abreast.plan import Group, Plan
 

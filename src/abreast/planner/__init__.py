@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.planner.calibrate import Calibration, calibrate, expect, measure
+    from abreast.planner.calibration import Calibration, calibrate, expect, measure
     from abreast.planner.find import (
         Planned,
         baselines,

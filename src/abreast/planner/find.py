@@ -15,7 +15,7 @@ from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of
 from abreast.model import decoder_layers, load
 from abreast.plan import Group, Plan
-from abreast.planner.calibrate import KEEP, SCREEN, Calibration, measure, score, spent
+from abreast.planner.calibration import KEEP, SCREEN, Calibration, measure, score, spent
 from abreast.planner.front import (
     FRONT_FILE,
     Budget,

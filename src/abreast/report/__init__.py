@@ -7,8 +7,8 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.report.card import write_card
     from abreast.report.choices import Choice, Choices, read_choices
+    from abreast.report.hub import prepare, push
     from abreast.report.page import PAGE, check_extra, numbers, write_report
-    from abreast.report.push import prepare, push
     from abreast.report.records import read_run
 
 attach(__name__)

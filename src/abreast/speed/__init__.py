@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.speed.bench import BenchResult, bench, verdict
-    from abreast.speed.estimate import Estimate, estimate, read_config, stage_cost, stage_seconds
+    from abreast.speed.benchmark import BenchResult, bench, verdict
     from abreast.speed.hardware import hardware_of
     from abreast.speed.jobs import (
         ORIGINAL,
@@ -19,5 +18,6 @@ if TYPE_CHECKING:
         plot,
         run,
     )
+    from abreast.speed.prediction import Estimate, estimate, read_config, stage_cost, stage_seconds
 
 attach(__name__)

@@ -28,7 +28,7 @@ from abreast.errors import AbreastError
 from abreast.model import apply, decoder_layers, load
 from abreast.plan import Plan
 from abreast.runs import hardware
-from abreast.speed.bench import BenchResult, Footprint, Task, bench
+from abreast.speed.benchmark import BenchResult, Footprint, Task, bench
 from abreast.speed.timing import MIN_ROUNDS, Measurement, Timing, claim, timings
 
 ORIGINAL = "original"

@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.study.study import study
+    from abreast.study.sweep import study
 
 attach(__name__)

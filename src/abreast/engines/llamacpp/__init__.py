@@ -5,6 +5,6 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.engines.llamacpp.export import export
+    from abreast.engines.llamacpp.writer import export
 
 attach(__name__)

@@ -12,7 +12,7 @@ import torch
 
 from abreast.checkpoint import open_checkpoint, resolve
 from abreast.errors import CheckpointError
-from abreast.model.grouped import apply, decoder_layers
+from abreast.model.grouping import apply, decoder_layers
 from abreast.plan import Plan
 
 if TYPE_CHECKING:

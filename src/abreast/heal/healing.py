@@ -40,8 +40,8 @@ from abreast.data import CALIBRATION, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, complete, family_of
 from abreast.figures import figure_class
+from abreast.heal.least_squares import STEPS, Fit, Refit, memory_needed, refit
 from abreast.heal.recipe import Recipe, processes
-from abreast.heal.refit import STEPS, Fit, Refit, memory_needed, refit
 from abreast.heal.shard import full
 from abreast.heal.train import Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
