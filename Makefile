@@ -3,23 +3,24 @@
 
 PYTHON ?= python3
 VENV := .venv
+export PYTHON VENV
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
 # healing.py trains for hours: run it by hand
 BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean compiler
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# PASSIVE: on a busy machine threads that spin take the cores from those they wait for, for minutes
 demo: $(VENV)/.core ## convert and measure the bundled model (core dependencies only)
-	$(BIN)/abreast demo
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/abreast demo
 
-test: $(VENV)/.browser ## run all tests, those against real engines included
+test: compiler $(VENV)/.browser ## run all tests, those against real engines included
 	$(PYTEST)
 	@$(MAKE) --no-print-directory test-engines
 
@@ -54,54 +55,42 @@ clean: ## remove the virtual environments, build outputs and caches
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
-# torch comes first and alone: whatever a later package would accept, the pinned build is in place.
+# The modules that a run imports are compiled then; compiling all of them here would take a minute.
+INSTALL := -m pip --disable-pip-version-check install --no-compile
+
 $(VENV)/.core: pyproject.toml constraints.txt
-	@command -v "$(PYTHON)" >/dev/null || { \
-	  echo "$(PYTHON) not found: install Python 3.10 or newer, or run: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	  echo "$(PYTHON) is older than Python 3.10; run: make PYTHON=/path/to/a/newer/python3" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo "$(PYTHON) cannot make virtual environments: its ensurepip module is missing." >&2; \
-	  echo "On Debian or Ubuntu: apt install python3-venv; elsewhere: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@scripts/need.sh python
+	@echo "installing PyTorch, transformers and their like into $(VENV): 2 to 5 minutes the first time and"
+	@echo "1.2 GB of disk, or several with PyTorch's build for CUDA (constraints.txt says how to avoid it)"
 	"$(PYTHON)" -m venv $(VENV)
-	$(PIP) install "pip>=22.3"
-	$(PIP) install torch -c constraints.txt
-	$(PIP) install -e . -c constraints.txt
+	$(BIN)/python $(INSTALL) "pip>=22.3"
+	$(BIN)/python $(INSTALL) -e . -c constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
-	$(PIP) install -e ".[dev]" -c constraints.txt
+	$(BIN)/python $(INSTALL) -e ".[dev]" -c constraints.txt
 	@touch $@
 
-# The pages are tested in a real browser: the machine's own, else one that playwright fetches.
 $(VENV)/.browser: $(VENV)/.dev
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
-	  command -v google-chrome >/dev/null || $(BIN)/python -m playwright install --only-shell chromium || { \
-	  echo "the tests of the HTML pages need a browser (on Debian: apt install chromium);" >&2; \
-	  echo "make test-fast runs without one" >&2; exit 1; }
+	@scripts/need.sh browser
 	@touch $@
 
-# llama.cpp's quantiser comes as source only (see the file), and vLLM compiles its graphs.
-define need_compiler
-@command -v c++ >/dev/null || { \
-  echo "the tests against real engines need a C++ compiler (on Debian or Ubuntu: apt install g++);" >&2; \
-  echo "make test-fast runs without one" >&2; exit 1; }
-endef
+compiler:
+	@scripts/need.sh compiler
 
-.venv-gguf/.ready: pyproject.toml constraints.txt tests/real_engines/llamacpp.txt
-	$(need_compiler)
+.venv-gguf/.ready: pyproject.toml constraints.txt tests/real_engines/llamacpp.txt | compiler
+	@scripts/need.sh python
 	"$(PYTHON)" -m venv .venv-gguf
-	.venv-gguf/bin/python -m pip --disable-pip-version-check install "pip>=23.1"
-	.venv-gguf/bin/python -m pip --disable-pip-version-check install torch -c constraints.txt
-	.venv-gguf/bin/python -m pip --disable-pip-version-check install -e . -r tests/real_engines/llamacpp.txt -c constraints.txt
+	.venv-gguf/bin/python $(INSTALL) "pip>=23.1"
+	.venv-gguf/bin/python $(INSTALL) -e . -r tests/real_engines/llamacpp.txt -c constraints.txt
 	@touch $@
 
 # The packages taken out are builds for CUDA and break `import transformers` on a CPU.
-.venv-vllm/.ready: pyproject.toml tests/real_engines/vllm.txt | $(VENV)/.core
-	$(need_compiler)
+.venv-vllm/.ready: pyproject.toml tests/real_engines/vllm.txt | compiler
+	@scripts/need.sh python
 	"$(PYTHON)" -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install "pip>=22.3"
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install -r tests/real_engines/vllm.txt
+	.venv-vllm/bin/python $(INSTALL) "pip>=22.3"
+	.venv-vllm/bin/python $(INSTALL) -r tests/real_engines/vllm.txt
 	.venv-vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec triton
-	.venv-vllm/bin/python -m pip --disable-pip-version-check install --no-deps -e .
+	.venv-vllm/bin/python $(INSTALL) --no-deps -e .
 	@touch $@

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,12 +147,13 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless browser: the machine's own, else the one that playwright installed."""
+    """A headless browser: the machine's own, else the one that scripts/need.sh installed."""
     from playwright.sync_api import sync_playwright
 
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
+    own_chromium = Path(sys.executable).with_name("chromium")
+    names = ("chromium", "chromium-browser", "google-chrome", str(own_chromium))
+    executable = next(filter(None, map(shutil.which, names)), None)  # None: playwright's own
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield launched
         launched.close()
