@@ -19,9 +19,9 @@ apt() {
     reason=$1
     shift
     say "$reason: installing $* with apt-get"
-    [ -n "${updated:-}" ] || apt-get update -q || return 1
+    [ -n "${updated:-}" ] || apt-get update -qq >/dev/null || return 1
     updated=yes
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
 # advise REASON WAITS [SYSTEM COMMAND]...

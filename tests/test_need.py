@@ -105,7 +105,7 @@ def test_root_with_apt_installs(machine: Machine) -> None:
     code, output = machine.need("make", "python", "compiler", "browser")
     assert code == 0, output
     calls = machine.apt_calls()
-    assert calls.count("update -q") == 1
+    assert calls.count("update -qq") == 1
     packages = ("make", "python3.11-venv", "g++", "libatomic1", "chromium fonts-liberation")
     assert [call.split("recommends ")[1] for call in calls[1:]] == list(packages)
     assert output.count("\n") == 5
