@@ -60,8 +60,8 @@ INSTALL := -m pip --disable-pip-version-check install --no-compile
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	@scripts/need.sh python
-	@echo "installing PyTorch, transformers and their like into $(VENV): 2 to 5 minutes the first time and"
-	@echo "1.2 GB of disk, or several with PyTorch's build for CUDA (constraints.txt says how to avoid it)"
+	@echo "installing PyTorch, transformers and their like into $(VENV): 1 to 5 minutes the first time and"
+	@echo "1 GB of disk, or several with PyTorch's build for CUDA (constraints.txt says how to avoid it)"
 	"$(PYTHON)" -m venv $(VENV)
 	$(BIN)/python $(INSTALL) "pip>=22.3"
 	$(BIN)/python $(INSTALL) -e . -c constraints.txt
