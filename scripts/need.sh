@@ -16,9 +16,9 @@ say() { printf 'need: %s\n' "$*" >&2; }
 # apt REASON PACKAGE...: fails where this machine or user cannot.
 apt() {
     [ "$(id -u)" -eq 0 ] && has apt-get || return 1
-    reason=$1
+    lack=$1
     shift
-    say "$reason: installing $* with apt-get"
+    say "$lack: installing $* with apt-get"
     [ -n "${updated:-}" ] || apt-get update -qq >/dev/null || return 1
     updated=yes
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null

@@ -110,6 +110,7 @@ def test_root_with_apt_installs(machine: Machine) -> None:
     assert [call.split("recommends ")[1] for call in calls[1:]] == list(packages)
     assert output.count("\n") == 5
     assert "need: the tests against real engines need a C++ compiler: installing g++" in output
+    assert "need: the tests of the HTML pages need a browser: installing chromium" in output
 
 
 @pytest.mark.parametrize(
