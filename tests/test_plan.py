@@ -1,4 +1,4 @@
-"""Plans: round trips, what stages and visibility mean, and one-line errors for everything else."""
+"""Plans: round trips, what stages and wirings mean, and one-line errors for everything else."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abreast.errors import AbreastError
-from abreast.plan import Group, Plan, PlanError
+from abreast.plan import WIRING_NAMES, Group, Plan, PlanError
 
 TEXT = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -63,15 +63,27 @@ def test_stages_are_an_ordered_partition(plan: Plan) -> None:
 
 
 @given(st.integers(0, 20), st.integers(2, 7), st.data())
-def test_visibility(first: int, size: int, data: st.DataObject) -> None:
+def test_ffn_sees(first: int, size: int, data: st.DataObject) -> None:
     layers = tuple(range(first, first + size))
     square = [(j, k) for j in range(size) for k in range(size)]
-    assert all(Group(layers=layers).visibility[j][k] for j, k in square)
+    assert all(Group(layers=layers).ffn_sees[j][k] for j, k in square)
     bypass = data.draw(st.integers(0, size - 1))
-    band = Group(layers=layers, wiring="cqil", bypass=bypass).visibility
+    band = Group(layers=layers, wiring="cqil", bypass=bypass).ffn_sees
     assert all(band[j][k] == (0 <= j - k <= bypass) for j, k in square)
-    causal = Group(layers=layers, wiring="cqil", bypass=size - 1).visibility
+    causal = Group(layers=layers, wiring="cqil", bypass=size - 1).ffn_sees
     assert all(causal[j][k] == (k <= j) for j, k in square)
+
+
+def test_what_follows_from_the_matrices() -> None:
+    layers = (3, 4, 5)
+    groups = {name: Group.wired(layers, name) for name in WIRING_NAMES}
+    assert [g.shorthand for g in groups.values()] == ["3+4+5", "3|4|5", "3|4|5:2"]
+    assert [g.kind for g in groups.values()] == ["lp", "cqil:0", "cqil:2"]
+    assert [g.ffn_band for g in groups.values()] == [None, 0, 2]
+    for name, group in groups.items():
+        assert group.is_wide_layer == group.shares_ffn_input == (name == "lp")
+        assert group.attention_sees == ((False,) * 3,) * 3
+        assert group.description.startswith(group.wiring)
 
 
 def test_known_plan() -> None:
@@ -81,7 +93,7 @@ def test_known_plan() -> None:
         Group(layers=(3, 4, 5), wiring="cqil", bypass=1),
     )
     assert plan.stages == ((0,), (1, 2), (3, 4, 5), (6,), (7,))
-    assert plan.groups[1].visibility == (
+    assert plan.groups[1].ffn_sees == (
         (True, False, False),
         (True, True, False),
         (False, True, True),

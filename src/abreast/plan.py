@@ -1,12 +1,16 @@
-"""Plans: which consecutive layers run abreast, and what each member's FFN may see.
+"""Plans: which consecutive layers run abreast, and which outputs each member sees.
 
 A plan is an ordered partition of a model's layers into *stages*; a stage is one layer or a *group*
-of consecutive layers with a *wiring*. All members of a group read one common input x; the wiring
-says which attention outputs a_k(x) enter the input of member j's FFN:
+of p >= 2 consecutive layers with a *wiring*. The members of a group read one common input x; a
+wiring says what else they read, as two p x p matrices: which attention sees which attention, and
+which FFN sees which attention. No FFN's output is seen within a group.
 
-- ``lp`` (Layer Parallelism, arXiv 2502.02790, section 3): the sum of all members' attentions;
-- ``cqil`` with bypass distance d (CQIL, arXiv 2404.06709, section 3.2): those of members
-  j-d .. j of the group; d = 0 is CQIL without bypassing, d = p-1 full causal visibility.
+- ``lp`` (Layer Parallelism, arXiv 2502.02790, section 3): every FFN sees all attentions;
+- ``cqil`` with bypass distance d (CQIL, arXiv 2404.06709, section 3.2): FFN j sees attentions
+  j-d .. j; d = 0 is CQIL without bypassing, d = p-1 full causal visibility.
+
+In both, no attention sees another. Only this file tests a wiring by name; everything else follows
+from the matrices.
 
 Shorthand: ``5+6`` is an lp group, ``7|8`` cqil with d = 0, ``7|8:1`` with d = 1; groups are
 separated by spaces or commas. Layer numbers are zero-based and always explicit.
@@ -26,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from abreast.errors import AbreastError
 
 Wiring = Literal["lp", "cqil"]
+WIRING_NAMES = ("lp", "cqil", "cqil-full")  # for `Group.wired`
+Sees = tuple[tuple[bool, ...], ...]
 _NUMBER = "[0-9]{1,9}"
 _GROUP = re.compile(rf"{_NUMBER}(?:\+{_NUMBER})+|{_NUMBER}(?:\|{_NUMBER})+(?::{_NUMBER})?")
 
@@ -84,13 +90,60 @@ class Group(BaseModel):
         text = ("+" if self.wiring == "lp" else "|").join(map(str, self.layers))
         return f"{text}:{self.bypass}" if self.bypass else text
 
+    @classmethod
+    def wired(cls, layers: Sequence[int], name: str) -> Group:
+        """A group by the name of its wiring; cqil has bypass 0, cqil-full bypass p-1."""
+        if name == "lp":
+            return cls(layers=tuple(layers))
+        bypass = len(layers) - 1 if name == "cqil-full" else 0
+        return cls(layers=tuple(layers), wiring="cqil", bypass=bypass)
+
     @property
-    def visibility(self) -> tuple[tuple[bool, ...], ...]:
-        """V of shape [p, p]: `V[j][k]` says that FFN j sees attention k (both counted from 0)."""
+    def kind(self) -> str:
+        """The wiring with its bypass distance: lp, cqil:0, cqil:1."""
+        return f"cqil:{self.bypass}" if self.wiring == "cqil" else self.wiring
+
+    @property
+    def description(self) -> str:
+        """The wiring in a sentence."""
+        if self.wiring == "lp":
+            return "lp: every FFN sees the sum of all attentions"
+        if not self.bypass:
+            return "cqil: every FFN sees its own attention"
+        return (
+            f"cqil with bypass {self.bypass}: every FFN sees its own attention and those of up to "
+            f"{self.bypass} layers before it"
+        )
+
+    @property
+    def attention_sees(self) -> Sees:
+        """[p, p], strictly lower: `[j][k]`, whether attention j reads the output of attention k."""
+        return tuple((False,) * len(self.layers) for _ in self.layers)
+
+    @property
+    def ffn_sees(self) -> Sees:
+        """[p, p]: `[j][k]`, whether FFN j reads the output of attention k."""
         size = range(len(self.layers))
         if self.wiring == "lp":
             return tuple(tuple(True for _ in size) for _ in size)
         return tuple(tuple(j - self.bypass <= k <= j for k in size) for j in size)
+
+    @property
+    def shares_ffn_input(self) -> bool:
+        """Whether all FFNs read the same sum, so that one all-reduce before them serves all."""
+        return len(set(self.ffn_sees)) == 1
+
+    @property
+    def is_wide_layer(self) -> bool:
+        """Whether the group computes what one layer of p times the width does."""
+        return self.shares_ffn_input and not any(map(any, self.attention_sees))
+
+    @property
+    def ffn_band(self) -> int | None:
+        """The d for which FFN j sees attentions j-d .. j, or None where the FFNs share an input."""
+        if self.shares_ffn_input:
+            return None
+        return max(j - row.index(True) for j, row in enumerate(self.ffn_sees))
 
 
 class Plan(BaseModel):
@@ -186,7 +239,7 @@ class Plan(BaseModel):
         return plan
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise PlanError unless the plan is for a model of so many layers."""
+        """Raise PlanError unless the plan is for a model of `num_layers` layers."""
         if self.num_layers != num_layers:
             raise PlanError(
                 f"the plan is for {self.num_layers} layers, the model has {num_layers}; "

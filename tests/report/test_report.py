@@ -288,7 +288,7 @@ def test_the_picture_shows_every_wire(text):
     group = Plan.parse(text, 8).groups[0]
     drawing = draw_stage(group.layers, group)
     size = len(group.layers)
-    seen = sum(map(sum, group.visibility)) if group.wiring == "cqil" else 2 * size
+    seen = 2 * size if group.shares_ffn_input else sum(map(sum, group.ffn_sees))
     assert drawing.count('class="wire"') == 2 * size + seen
     assert drawing.count("<rect") == 2 * size
     assert ("<circle" in drawing) == (group.wiring == "lp")

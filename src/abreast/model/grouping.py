@@ -161,7 +161,7 @@ def _install(
             if place < len(members) - 1:
                 return hidden_states
             last = members[place]
-            run = partial(_run, members, group.visibility, branches)
+            run = partial(_run, members, group.ffn_sees, branches)
             # Recent versions of transformers checkpoint in the class's `forward`, which this one
             # stands before; earlier ones in `__call__`, around this one.
             checkpointing = last.training and getattr(last, "gradient_checkpointing", False)

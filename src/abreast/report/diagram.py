@@ -52,7 +52,7 @@ def draw_stage(stage: tuple[int, ...], group: Group | None) -> str:
         found.append(f'<circle class="node" cx="{joint:g}" cy="{middle:g}" r="8"/>')
         found.append(_text("+", joint, middle))
     else:
-        for row, seen in zip(rows, group.visibility, strict=True):
+        for row, seen in zip(rows, group.ffn_sees, strict=True):
             for other, visible in zip(rows, seen, strict=True):
                 if visible:
                     found.append(_wire(attn_end, other, ffn, row))
