@@ -10,6 +10,9 @@ IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
 # healing.py trains for hours: run it by hand
 BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
+# Without bytecode on disk every process that imports torch would compile it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean compiler
 
