@@ -19,9 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from abreast.convert.rewrite import convert
 from abreast.families.table import num_layers_of
 from abreast.plan import Plan
-from abreast.speed.hardware import hardware_of
 from abreast.speed.jobs import Case, Contender, Job, run
-from abreast.speed.prediction import forward_cost
+from abreast.speed.prediction import Setting, forward_cost, hardware_of
 
 # hidden size, FFN size, layers, heads
 SHAPES = ((128, 344, 32, 4), (512, 1376, 16, 8), (1024, 2752, 8, 16))
@@ -59,10 +58,8 @@ def compare(shape: tuple[int, int, int, int], ranks: int, rounds: int) -> dict[s
     measured = [timing[name].median / 16 for name in ("original", "lp")]
     plan = Plan.parse(text, num_layers_of(known))
     hardware = hardware_of("Xeon" if ranks == 1 else f"{ranks}xXeon-gloo")
-    computed = [
-        forward_cost(known, p, hardware, context=CONTEXT, runtime="eager", dtype=dtype).seconds
-        for p in (None, plan)
-    ]
+    setting = Setting(hardware, context=CONTEXT, runtime="eager", dtype=dtype)
+    computed = [forward_cost(known, p, setting).seconds for p in (None, plan)]
     return {
         "hidden": hidden,
         "layers": layers,

@@ -14,9 +14,8 @@ import json
 import sys
 from typing import Any
 
-from abreast.plan import Plan
-from abreast.speed.hardware import hardware_of
-from abreast.speed.prediction import forward_cost, speedup, stage_cost
+from abreast.plan import Group, Plan
+from abreast.speed.prediction import Setting, forward_cost, hardware_of, speedup, stage_cost
 
 LLAMA = {"model_type": "llama"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -83,9 +82,10 @@ def predicted() -> list[dict[str, Any]]:
     for name, model, plan, hardware, figure, replicated, given in CASES:
         config = MODELS[model]
         parsed = Plan.parse(plan, config["num_hidden_layers"])
-        found = speedup(
-            config, parsed, hardware, context=CONTEXT, runtime="eager", replicated=replicated
+        setting = Setting(
+            hardware_of(hardware), context=CONTEXT, runtime="eager", replicated=replicated
         )
+        found = speedup(config, parsed, setting)
         published = 1 / (1 - figure) if figure < 1 else figure
         rows.append(_row(name, model, f"depth {parsed.depth}", published, found, given))
     rows.append(_row(*_ffn_fusion(), True))
@@ -94,9 +94,10 @@ def predicted() -> list[dict[str, Any]]:
 
 def _ffn_fusion() -> tuple[str, str, str, float, float]:
     config, hardware = MODELS["Llama 3.1 405B"], hardware_of("8xH100-NVLink")
+    setting = Setting(hardware, dtype="float8", context=CONTEXT)
     ffn = [
-        stage_cost(config, width, "lp", hardware, part="ffn", dtype="float8", context=CONTEXT)
-        for width in (1, 12, 13)
+        stage_cost(config, group, setting, part="ffn")
+        for group in (None, Group(layers=tuple(range(12))), Group(layers=tuple(range(13))))
     ]
     saved = 49 * ffn[0] - 3 * ffn[1] - ffn[2]
     before = 1 / 63.38
@@ -121,7 +122,7 @@ def _row(
 def calibration() -> dict[str, float]:
     """The absolute speed, in tokens/s, that the gap between kernels is calibrated to."""
     config, hardware = MODELS["Llama 3.1 405B"], hardware_of("8xH100-NVLink")
-    cost = forward_cost(config, None, hardware, dtype="float8", context=CONTEXT)
+    cost = forward_cost(config, None, Setting(hardware, dtype="float8", context=CONTEXT))
     return {"published": 41.44, "predicted": round(1 / cost.seconds, 2)}
 
 

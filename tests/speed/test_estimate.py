@@ -17,17 +17,20 @@ from hypothesis import strategies as st
 from abreast.cli.main import cli
 from abreast.errors import AbreastError
 from abreast.families.table import FamilyError
-from abreast.plan import Plan
-from abreast.speed.hardware import HardwareError, hardware_of, table
+from abreast.plan import Group, Plan
 from abreast.speed.prediction import (
     BYTES,
+    HardwareError,
+    Setting,
     estimate,
     forward_cost,
+    hardware_of,
     read_config,
     shape_of,
     speedup,
     stage_cost,
     stage_seconds,
+    table,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +45,11 @@ CONFIG = {
 }
 PAIRS = Plan.parse("14+15 16+17 18+19 20+21", 32)
 MEMBERS = Plan.parse("14|15 16|17 18|19 20|21", 32)
+PAIR = Group(layers=(14, 15))
+
+
+def on(hardware: str, **options) -> Setting:
+    return Setting(hardware_of(hardware), **options)
 
 
 def test_sizes_are_those_of_the_matrices():
@@ -59,10 +67,10 @@ def test_decode_on_an_ideal_device_is_the_time_to_read_everything():
     weights = 32 * (shape.attention + shape.ffn) + shape.head
     cache = 2 * 1024 * 5000 * 32
     want = 2 * (weights / fraction["bandwidth"] + cache / fraction["attention"]) / 1e9
-    found = forward_cost(CONFIG, None, ideal, context=5000).seconds
+    found = forward_cost(CONFIG, None, Setting(ideal, context=5000)).seconds
     assert found == pytest.approx(want, rel=1e-3)  # the rest are the gaps between kernels
     # The same weights are read in groups: nothing but kernels can be won on one device.
-    assert speedup(CONFIG, PAIRS, ideal, context=5000) == pytest.approx(1, rel=1e-3)
+    assert speedup(CONFIG, PAIRS, Setting(ideal, context=5000)) == pytest.approx(1, rel=1e-3)
 
 
 def test_long_prompts_are_bound_by_arithmetic():
@@ -70,50 +78,50 @@ def test_long_prompts_are_bound_by_arithmetic():
     tokens = 4 * 512
     flops = 2 * 32 * (shape.attention + shape.ffn) * tokens
     least = flops / (9.89e14 * table()["fractions"]["flops"])
-    found = forward_cost(CONFIG, None, hardware_of("H100"), batch=4, context=512, phase="prefill")
+    found = forward_cost(CONFIG, None, on("H100", batch=4, context=512, phase="prefill"))
     assert least < found.seconds < 1.2 * least
 
 
 def test_where_the_program_decides_the_speed_up_is_that_of_depth():
-    slow = speedup(CONFIG, PAIRS, "2xH100-NVLink", runtime="eager", context=16)
+    slow = speedup(CONFIG, PAIRS, on("2xH100-NVLink", runtime="eager", context=16))
     assert slow == pytest.approx(32 / 28, rel=0.02)
-    found = estimate(CONFIG, PAIRS, "2xH100-NVLink", runtime="eager", context=16)
+    found = estimate(CONFIG, PAIRS, on("2xH100-NVLink", runtime="eager", context=16))
     assert found.bound == "program"
-    assert estimate(CONFIG, PAIRS, "2xH100-NVLink").bound == "device"
+    assert estimate(CONFIG, PAIRS, on("2xH100-NVLink")).bound == "device"
 
 
 def test_collectives_are_counted_as_the_theory_says():
     two = "2xA100-NVLink"
     # Two for a single layer and for an lp group, one for a cqil group, two around the layers.
-    assert estimate(CONFIG, PAIRS, two).all_reduces == (66, 24 * 2 + 4 * 2 + 2)
-    assert estimate(CONFIG, MEMBERS, two).all_reduces == (66, 24 * 2 + 4 * 1 + 2)
+    assert estimate(CONFIG, PAIRS, on(two)).all_reduces == (66, 24 * 2 + 4 * 2 + 2)
+    assert estimate(CONFIG, MEMBERS, on(two)).all_reduces == (66, 24 * 2 + 4 * 1 + 2)
     # Four devices for two members: those that share one add its attention up among themselves.
-    assert estimate(CONFIG, MEMBERS, "4xA100-NVLink").all_reduces[1] == 24 * 2 + 4 * 2 + 2
-    one = estimate(CONFIG, MEMBERS, two, replicated=True)
+    assert estimate(CONFIG, MEMBERS, on("4xA100-NVLink")).all_reduces[1] == 24 * 2 + 4 * 2 + 2
+    one = estimate(CONFIG, MEMBERS, on(two, replicated=True))
     assert one.all_reduces == (0, 4)
     assert (one.ranks, one.baseline_ranks) == (2, 1)
-    assert estimate(CONFIG, PAIRS, "A100").all_reduces == (0, 0)
+    assert estimate(CONFIG, PAIRS, on("A100")).all_reduces == (0, 0)
 
 
 def test_slower_links_make_fewer_collectives_worth_more():
-    wins = [speedup(CONFIG, PAIRS, f"2xA100-{link}") for link in ("NVLink", "PCIe")]
+    wins = [speedup(CONFIG, PAIRS, on(f"2xA100-{link}")) for link in ("NVLink", "PCIe")]
     assert 1 < wins[0] < wins[1]
-    assert speedup(CONFIG, MEMBERS, "2xA100-PCIe") > wins[1]
+    assert speedup(CONFIG, MEMBERS, on("2xA100-PCIe")) > wins[1]
 
 
 def test_stages_add_up_to_the_forward_pass():
-    hardware = hardware_of("2xH100-NVLink")
-    single = stage_cost(CONFIG, 1, None, hardware)
-    pair = stage_cost(CONFIG, 2, "lp", hardware)
+    hardware = on("2xH100-NVLink")
+    single = stage_cost(CONFIG, None, hardware)
+    pair = stage_cost(CONFIG, PAIR, hardware)
     original = forward_cost(CONFIG, None, hardware).seconds
     under = forward_cost(CONFIG, PAIRS, hardware).seconds
     assert original - under == pytest.approx(4 * (2 * single - pair))
-    assert stage_cost(CONFIG, 2, "lp", hardware, fused=False) > pair
+    assert stage_cost(CONFIG, PAIR, replace(hardware, fused=False)) > pair
     stages = stage_seconds(CONFIG, PAIRS, hardware)
     assert len(stages) == 28 + 1
     assert stages[14] == pair
     assert sum(stages) == pytest.approx(under)
-    halves = [stage_cost(CONFIG, 1, None, hardware, part=p) for p in ("attention", "ffn")]
+    halves = [stage_cost(CONFIG, None, hardware, part=p) for p in ("attention", "ffn")]
     assert sum(halves) == pytest.approx(single)
 
 
@@ -128,13 +136,11 @@ def test_stages_add_up_to_the_forward_pass():
 def test_no_plan_of_pairs_is_ever_slower_and_more_work_takes_longer(
     batch, context, phase, runtime, dtype, hardware
 ):
-    options = {"phase": phase, "runtime": runtime, "dtype": dtype}
-    at = {**options, "batch": batch, "context": context}
-    assert 1 <= speedup(CONFIG, PAIRS, hardware, **at) < 32 / 28 + 1e-9
-    target = hardware_of(hardware)
-    now = forward_cost(CONFIG, None, target, **at).seconds
-    assert now <= forward_cost(CONFIG, None, target, **{**at, "batch": batch + 1}).seconds
-    assert now <= forward_cost(CONFIG, None, target, **{**at, "context": context + 1}).seconds
+    setting = on(hardware, phase=phase, runtime=runtime, dtype=dtype, batch=batch, context=context)
+    assert 1 <= speedup(CONFIG, PAIRS, setting) < 32 / 28 + 1e-9
+    now = forward_cost(CONFIG, None, setting).seconds
+    for more in (replace(setting, batch=batch + 1), replace(setting, context=context + 1)):
+        assert now <= forward_cost(CONFIG, None, more).seconds
 
 
 PUBLISHED = runpy.run_path(str(ROOT / "benchmarks" / "estimate_published.py"))
@@ -154,13 +160,13 @@ def test_the_gap_is_calibrated_to_the_405b():
 
 
 def test_memory_per_device():
-    found = estimate(CONFIG, PAIRS, "2xA100-NVLink", batch=2, context=1000)
+    found = estimate(CONFIG, PAIRS, on("2xA100-NVLink", batch=2, context=1000))
     shape = shape_of(CONFIG)
     parameters = 32 * (shape.attention + shape.ffn) + shape.head + shape.embedding
     assert found.weights == parameters * 2 // 2
     assert found.kv_cache == 2 * 1024 * 32 * 2 * 1000 * 2 // 2
     assert found.fits
-    assert not estimate(CONFIG, PAIRS, "L40S", batch=64, context=8192).fits
+    assert not estimate(CONFIG, PAIRS, on("L40S", batch=64, context=8192)).fits
 
 
 @pytest.mark.parametrize("text", ["2xV100", "", "x", "0xA100", "A100-gloo", "2x A100 NVLink", "-"])
@@ -193,12 +199,12 @@ def test_hardware_is_read_generously():
 def test_senseless_requests_are_refused(options, message):
     plan = options.pop("plan", MEMBERS)
     with pytest.raises(AbreastError, match=message):
-        estimate(CONFIG, plan, "2xA100-NVLink", **options)
+        estimate(CONFIG, plan, on("2xA100-NVLink", **options))
 
 
 def test_converted_models_are_refused():
     with pytest.raises(FamilyError, match="give the original"):
-        speedup({**CONFIG, "model_type": "abreast_llama"}, PAIRS, "A100")
+        speedup({**CONFIG, "model_type": "abreast_llama"}, PAIRS, on("A100"))
 
 
 def test_verb(tmp_path):
@@ -218,7 +224,7 @@ def test_verb(tmp_path):
         ("eager", "decode"),
     ]
     assert rows[1]["speedup"] == pytest.approx(
-        speedup(CONFIG, Plan.parse("14+15 16+17", 32), "2xA100-NVLink", context=128)
+        speedup(CONFIG, Plan.parse("14+15 16+17", 32), on("2xA100-NVLink", context=128))
     )
     assert read_config(tmp_path) == CONFIG
 

@@ -150,8 +150,8 @@ def estimate(
     from abreast.cli.tables import print_estimates
     from abreast.families import num_layers_of
     from abreast.plan import Plan
+    from abreast.speed import Setting, hardware_of, read_config
     from abreast.speed import estimate as compute
-    from abreast.speed import hardware_of, read_config
 
     config = read_config(model)
     parsed = Plan.read(plan, num_layers_of(config))
@@ -160,16 +160,18 @@ def estimate(
         compute(
             config,
             parsed,
-            target,
-            batch=size,
-            context=length,
-            phase=phase,
-            runtime=runtime,
-            dtype=dtype,
-            ranks=ranks,
-            baseline_ranks=baseline_ranks,
-            fused=not unfused,
-            replicated=replicated,
+            Setting(
+                target,
+                batch=size,
+                context=length,
+                phase=phase,  # type: ignore[arg-type]
+                runtime=runtime,  # type: ignore[arg-type]
+                dtype=dtype,
+                ranks=ranks,
+                baseline_ranks=baseline_ranks,
+                fused=not unfused,
+                replicated=replicated,
+            ),
         )
         for runtime in ("graphs", "eager")
         for phase in ("prefill", "decode")

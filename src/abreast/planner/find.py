@@ -37,7 +37,7 @@ from abreast.planner.search import (
     refine,
 )
 from abreast.planner.stats import STATS_FILE, Cost, Stats
-from abreast.speed import bench, read_config, stage_cost, stage_seconds
+from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
 
 Step = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -268,18 +268,13 @@ def estimated_profile(
     hardware: a name such as "2xA100-NVLink". Raises AbreastError for one that is not known.
     """
     config = read_config(model, revision=revision)
-    sizes: dict[str, Any] = {"batch": batch, "context": context}
+    setting = Setting(hardware_of(hardware), batch=batch, context=context)
     kinds = {kind_of(group): group for group in groups}
-    *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), hardware, **sizes)
+    *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), setting)
     return Profile(
         about=f"estimate for {hardware}, decode at batch {batch}, context {context}",
-        single=stage_cost(config, 1, None, hardware, **sizes),
-        groups={
-            kind: stage_cost(
-                *(config, len(group.layers), group.wiring, hardware), bypass=group.bypass, **sizes
-            )
-            for kind, group in kinds.items()
-        },
+        single=stage_cost(config, None, setting),
+        groups={kind: stage_cost(config, group, setting) for kind, group in kinds.items()},
         rest=rest,
     )
 

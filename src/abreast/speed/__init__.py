@@ -6,7 +6,6 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.speed.benchmark import BenchResult, bench, verdict
-    from abreast.speed.hardware import hardware_of
     from abreast.speed.jobs import (
         ORIGINAL,
         Case,
@@ -18,6 +17,14 @@ if TYPE_CHECKING:
         plot,
         run,
     )
-    from abreast.speed.prediction import Estimate, estimate, read_config, stage_cost, stage_seconds
+    from abreast.speed.prediction import (
+        Estimate,
+        Setting,
+        estimate,
+        hardware_of,
+        read_config,
+        stage_cost,
+        stage_seconds,
+    )
 
 attach(__name__)

@@ -6,32 +6,193 @@ device a gap and, unless a graph is replayed, the program a launch; every all-re
 and volume. Program and device work side by side, so the slower of the two decides, except on a CPU,
 where they are one. Constants and their sources: hardware.yaml. Two of them are calibrated to
 published numbers (the gap between kernels, and the program's time per kernel in eager PyTorch);
-docs/speed.md compares what follows with everything that the papers measured.
+docs/speed.md compares the estimates with everything that the papers measured.
+
+Everything here is pure and needs no torch.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import yaml
+
 from abreast.errors import AbreastError
 from abreast.families import family_of, head_dim_of, is_tied, num_layers_of, sizes
-from abreast.plan import Plan, Wiring
-from abreast.speed.hardware import Hardware, HardwareError, hardware_of, table
+from abreast.plan import Group, Plan
 
 Phase = Literal["prefill", "decode"]
-Runtime = Literal["eager", "graphs"]
+Runtime = Literal["graphs", "eager"]
 Part = Literal["both", "attention", "ffn"]
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int4": 0.5}
 
 
+class HardwareError(AbreastError):
+    """Hardware that is not in the table, or that cannot run the plan."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """`count` equal devices. bandwidth: bytes/s of memory; flops: FLOP/s per dtype, as pairs;
+    memory: bytes; link_bandwidth: bytes/s per device and direction, 0 for a single device;
+    latency and latency_per_doubling: seconds of an all-reduce (see hardware.yaml)."""
+
+    name: str
+    count: int
+    bandwidth: float
+    flops: tuple[tuple[str, float], ...]
+    memory: float
+    synchronous: bool
+    link: str | None
+    link_bandwidth: float
+    latency: float
+    latency_per_doubling: float
+
+    def peak(self, dtype: str) -> float:
+        return dict(self.flops)["bfloat16" if dtype == "float16" else dtype]
+
+    def all_reduce(self, nbytes: float, ranks: int) -> float:
+        """Seconds to add up `nbytes` over `ranks` devices, by latency and ring volume."""
+        if ranks < 2:
+            return 0.0
+        volume = 2 * (ranks - 1) / ranks * nbytes / self.link_bandwidth
+        return self.latency + self.latency_per_doubling * math.log2(ranks) + volume
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """The contents of hardware.yaml."""
+    text = Path(__file__).with_name("hardware.yaml").read_text(encoding="utf-8")
+    contents: dict[str, Any] = yaml.safe_load(text)
+    return contents
+
+
+def hardware_of(text: str) -> Hardware:
+    """Read "A100", "2xA100-NVLink", "8xH100-PCIe"; without a link, the device's first one.
+
+    Raises HardwareError that lists the known hardware.
+    """
+    devices = table()["devices"]
+    spellings = {
+        f"{name}-{link}".lower(): (name, link)
+        for name in devices
+        for link in devices[name]["links"]
+    }
+    # Last, because the A100-PCIe is a device of its own, not an A100 with a PCIe link.
+    spellings |= {name.lower(): (name, next(iter(devices[name]["links"]))) for name in devices}
+    match = re.fullmatch(r"(?:(\d{1,4})x)?(.+)", text.strip())
+    count = int(match[1] or 1) if match else 0
+    if match is None or match[2].lower() not in spellings or not 1 <= count <= 1024:
+        known = ", ".join(f"{name} ({', '.join(row['links'])})" for name, row in devices.items())
+        raise HardwareError(f"unknown hardware '{text}'; known are {known}; several: 2xA100-NVLink")
+    name, link = spellings[match[2].lower()]
+    device, latency = devices[name], table()["links"][link]
+    return Hardware(
+        name=text,
+        count=count,
+        bandwidth=float(device["bandwidth"]),
+        flops=tuple((dtype, float(peak)) for dtype, peak in device["flops"].items()),
+        memory=float(device["memory"]),
+        synchronous=bool(device.get("synchronous", False)),
+        link=link if count > 1 else None,
+        link_bandwidth=float(device["links"][link]),
+        latency=float(latency["latency"]),
+        latency_per_doubling=float(latency["latency_per_doubling"]),
+    )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is served. Fields with a help text are options of `abreast estimate`.
+
+    batch: rows. context: tokens in the KV cache (decode) or of the prompt (prefill). runtime:
+    "graphs" for a serving engine that replays CUDA graphs, "eager" for PyTorch operation by
+    operation. Raises AbreastError for unknown values, HardwareError for too many ranks.
+    """
+
+    hardware: Hardware = field(
+        metadata={"help": "Such as A100, 2xA100-NVLink, 8xH100-NVLink.", "parse": hardware_of}
+    )
+    batch: int = 1
+    context: int = 1024
+    phase: Phase = "decode"
+    runtime: Runtime = "graphs"
+    ranks: int | None = field(
+        default=None, metadata={"help": "Devices that share the work. Default: all of them."}
+    )
+    baseline_ranks: int | None = field(
+        default=None, metadata={"help": "Devices for the original. Default: as many."}
+    )
+    replicated: bool = field(
+        default=False,
+        metadata={
+            "help": "As in CQIL's measurements: the original on one device, single layers "
+            "replicated on every device."
+        },
+    )
+    fused: bool = field(
+        default=True,
+        metadata={
+            "help": "Run a group's members one after another, as when grouped in memory.",
+            "option": "--unfused",
+        },
+    )
+    dtype: str = field(
+        default="bfloat16", metadata={"help": "Dtype of the weights; also float8 and int4."}
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.batch, self.context) < 1:
+            raise AbreastError("batch size and context must both be at least 1")
+        for value, known in (
+            (self.dtype, tuple(BYTES)),
+            (self.phase, get_args(Phase)),
+            (self.runtime, get_args(Runtime)),
+        ):
+            if value not in known:
+                raise AbreastError(f"'{value}' is not one of {', '.join(known)}")
+        if not 1 <= self.devices <= self.hardware.count:
+            count = self.hardware.count
+            raise HardwareError(
+                f"'{self.hardware.name}' is {count} device{'s' * (count > 1)}; "
+                f"{self.devices} cannot share the work"
+            )
+
+    @property
+    def devices(self) -> int:
+        return self.hardware.count if self.ranks is None else self.ranks
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one forward pass."""
+        return self.batch * (self.context if self.phase == "prefill" else 1)
+
+    @property
+    def cache_bytes(self) -> float:
+        """Bytes of one element of the KV cache."""
+        return max(BYTES[self.dtype], 2.0)
+
+    @property
+    def baseline(self) -> Setting:
+        """The setting of the original that a plan is compared with."""
+        ranks = 1 if self.replicated else self.baseline_ranks or self.ranks
+        return replace(self, ranks=ranks, baseline_ranks=None, fused=True, replicated=False)
+
+    def split(self, group: Group | None) -> int:
+        """Devices over which the weights of a group, or of a single layer, are split."""
+        return 1 if self.replicated and group is None else self.devices
+
+
 @dataclass(frozen=True)
 class Shape:
-    """What of a config.json matters here. Sizes in elements; attention and ffn: parameters of
-    one layer; outside: those of the output head, which every token reads."""
+    """The parts of a config.json that matter here, in elements. attention, ffn: parameters of one
+    layer; head: those of the output head, which every token reads."""
 
     hidden: int
     queries: int
@@ -65,10 +226,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds per forward pass of the original and under the plan, per phase, and what they hold.
+    """Seconds per forward pass of the original and under the plan, and memory.
 
-    bound: what decides: "program" or "device". all_reduces: per forward pass. weights, kv_cache:
-    bytes per device. fits: whether they fit into its memory.
+    bound: what limits the speed under the plan, "program" or "device". all_reduces: per forward
+    pass, of the original and under the plan. weights, kv_cache: bytes per device. fits: whether
+    they fit into its memory.
     """
 
     hardware: str
@@ -116,12 +278,11 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a folder, of a Hugging Face id (nothing else is fetched), or that file.
+    """The config.json of a folder or of a Hugging Face id (only that file is fetched), or the file.
 
     Raises AbreastError where there is none.
     """
     from abreast.checkpoint import read_json
-    from abreast.errors import CheckpointError
 
     path = Path(model).expanduser()
     if path.is_dir() or path.suffix == ".json":
@@ -131,352 +292,178 @@ def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, 
     from huggingface_hub import hf_hub_download
 
     try:
-        return read_json(Path(hf_hub_download(str(model), "config.json", revision=revision)))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the client raises many kinds; all mean that it is not to be had
+        file = hf_hub_download(str(model), "config.json", revision=revision)
+    except Exception as error:  # of many kinds; all mean that the file is out of reach
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise AbreastError(f"no config.json of '{model}' here or on the Hub ({reason})") from None
+    return read_json(Path(file))
 
 
-def context_bytes(
-    config: Mapping[str, Any], batch: int, context: int, dtype: str = "bfloat16"
-) -> int:
-    """Bytes of keys and values of all layers; grouping does not change them."""
-    kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
-    per_token = 2 * kv_heads * head_dim_of(config) * num_layers_of(config)
-    return int(per_token * batch * context * max(BYTES[dtype], 2.0))
+def forward_cost(config: Mapping[str, Any], plan: Plan | None, setting: Setting) -> Cost:
+    """Cost of a whole forward pass, of the original where plan is None.
 
-
-@functools.lru_cache(maxsize=4096)
-def _stage(
-    shape: Shape,
-    width: int,
-    wiring: Wiring | None,
-    hardware: Hardware,
-    batch: int,
-    context: int,
-    phase: Phase,
-    runtime: Runtime,
-    dtype: str,
-    ranks: int,
-    fused: bool,
-    replicated: bool,
-    bypass: int,
-    part: Part,
-) -> Cost:
-    """One stage of `width` layers; a single layer has width 1 and no wiring."""
-    how, fractions = table()["runtimes"][runtime], table()["fractions"]
-    tokens = batch * (context if phase == "prefill" else 1)
-    split = 1 if replicated and width == 1 else ranks
-    weight, value = BYTES[dtype], max(BYTES[dtype], 2.0)
-    peak, gap = hardware.peak(dtype), table()["gap"]
-    host = device = 0.0
-    kernels = 0
-    launched = 1 if fused else width
-    for half, elements in (("attention", shape.attention), ("ffn", shape.ffn)):
-        if part not in ("both", half):
-            continue
-        mine = elements * width / split
-        read = mine * weight / (hardware.bandwidth * fractions["bandwidth"])
-        multiplied = 2 * mine * tokens / (peak * fractions["flops"])
-        device += max(read, multiplied)
-        kernels += how["kernels"][half] * launched
-    if part != "ffn":
-        heads = width / split
-        cache = 2 * shape.keys * batch * context * value * heads
-        read = cache / (hardware.bandwidth * fractions["attention"])
-        pairs = context * context / 2 if phase == "prefill" else context
-        products = 4 * shape.queries * batch * pairs * heads
-        device += max(read, products / (peak * fractions["attention_flops"]))
-    for nbytes, members in _collectives(shape, width, wiring, ranks, split, tokens, bypass, part):
-        device += hardware.all_reduce(nbytes, members)
-        host += how["host_collective"]
-    if hardware.synchronous:
-        host += kernels * table()["synchronous_kernel"]
-    else:
-        host += kernels * how["host_kernel"]
-        device += kernels * gap
-    return Cost(host, device, hardware.synchronous)
-
-
-def _collectives(
-    shape: Shape,
-    width: int,
-    wiring: Wiring | None,
-    ranks: int,
-    split: int,
-    tokens: int,
-    bypass: int,
-    part: Part,
-) -> list[tuple[float, int]]:
-    """(bytes, ranks) of every all-reduce of a stage; an exchange with neighbours counts as one."""
-    nbytes = tokens * shape.hidden * 2.0
-    if (split == 1 and width == 1) or ranks == 1:
-        return []
-    if part != "both":
-        return [(nbytes, ranks)]
-    if wiring != "cqil":
-        return [(nbytes, ranks)] * 2
-    if ranks % width:
-        raise HardwareError(
-            f"a cqil group of {width} layers runs on {width} devices or a multiple of that, "
-            f"not on {ranks}"
-        )
-    found = [(nbytes, ranks)]
-    if ranks > width:
-        found.append((nbytes, ranks // width))
-    if bypass:
-        found.append((nbytes, 2))
-    return found
-
-
-def stage_cost(
-    config: Mapping[str, Any],
-    width: int,
-    wiring: Wiring | None,
-    hardware: Hardware | str,
-    *,
-    batch: int = 1,
-    context: int = 1024,
-    phase: Phase = "decode",
-    runtime: Runtime = "graphs",
-    dtype: str = "bfloat16",
-    ranks: int | None = None,
-    fused: bool = True,
-    replicated: bool = False,
-    bypass: int = 0,
-    part: Part = "both",
-) -> float:
-    """Seconds of one stage: `width` layers in `wiring`, None for a single layer.
-
-    batch: rows; context: tokens in the cache (decode) or of the prompt (prefill). ranks: devices
-    that share the work, all by default. fused=False: members run one kernel after another, as
-    grouped in memory. replicated: single layers run whole on every device, as in CQIL's own
-    runtime. Pure, and remembered for equal arguments, so that a search may call it freely.
-    Stages add up to a forward pass (plus what lies outside the layers) where program or device is
-    the slower one throughout. Raises HardwareError and FamilyError.
+    Raises AbreastError for a plan of another model, HardwareError and FamilyError.
     """
-    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
-    _check(batch, context, dtype, phase, runtime)
-    return _stage(
-        shape_of(config),
-        width,
-        wiring,
-        hardware,
-        batch,
-        context,
-        phase,
-        runtime,
-        dtype,
-        _ranks(hardware, ranks),
-        fused,
-        replicated,
-        bypass,
-        part,
-    ).seconds
-
-
-def _outside(
-    shape: Shape,
-    hardware: Hardware,
-    batch: int,
-    phase: Phase,
-    runtime: Runtime,
-    dtype: str,
-    ranks: int,
-) -> Cost:
-    """Embedding, last norm, output head (of one position per row), choice of the token."""
-    how, fractions = table()["runtimes"][runtime], table()["fractions"]
-    kernels = how["kernels"]["outside"]
-    elements = shape.head / ranks
-    read = elements * BYTES[dtype] / (hardware.bandwidth * fractions["bandwidth"])
-    device = max(read, 2 * elements * batch / (hardware.peak(dtype) * fractions["flops"]))
-    host = 0.0
-    if ranks > 1:
-        device += 2 * hardware.all_reduce(batch * shape.hidden * 2.0, ranks)
-        host += 2 * how["host_collective"]
-    if hardware.synchronous:
-        return Cost(host + kernels * table()["synchronous_kernel"], device, True)
-    return Cost(host + kernels * how["host_kernel"], device + kernels * table()["gap"])
-
-
-def forward_cost(
-    config: Mapping[str, Any],
-    plan: Plan | None,
-    hardware: Hardware,
-    *,
-    batch: int = 1,
-    context: int = 1024,
-    phase: Phase = "decode",
-    runtime: Runtime = "graphs",
-    dtype: str = "bfloat16",
-    ranks: int | None = None,
-    fused: bool = True,
-    replicated: bool = False,
-) -> Cost:
-    """A whole forward pass, of the original where plan is None. Arguments as for `stage_cost`."""
     shape = shape_of(config)
-    _check(batch, context, dtype, phase, runtime)
-    count = _ranks(hardware, ranks)
     if plan is not None:
         plan.check_layers(shape.num_layers)
-
-    def stage(width: int, wiring: Wiring | None, bypass: int) -> Cost:
-        return _stage(
-            shape,
-            width,
-            wiring,
-            hardware,
-            batch,
-            context,
-            phase,
-            runtime,
-            dtype,
-            count,
-            fused,
-            replicated,
-            bypass,
-            "both",
-        )
-
     groups = plan.groups if plan is not None else ()
     singles = shape.num_layers - sum(len(group.layers) for group in groups)
-    head_ranks = 1 if replicated else count
-    total = _outside(shape, hardware, batch, phase, runtime, dtype, head_ranks)
-    total = total + stage(1, None, 0) * singles
+    total = _outside(shape, setting) + _stage(shape, None, setting) * singles
     for group in groups:
-        total = total + stage(len(group.layers), group.wiring, group.bypass)
+        total = total + _stage(shape, group, setting)
     return total
 
 
-def stage_seconds(
-    config: Mapping[str, Any], plan: Plan, hardware: Hardware | str, **options: Any
-) -> tuple[float, ...]:
+def stage_cost(
+    config: Mapping[str, Any], group: Group | None, setting: Setting, *, part: Part = "both"
+) -> float:
+    """Seconds of one stage: a group, or a single layer where group is None.
+
+    Stages add up to a forward pass (plus what lies outside the layers) where program or device is
+    the slower one throughout. Raises HardwareError and FamilyError.
+    """
+    return _stage(shape_of(config), group, setting, part).seconds
+
+
+def stage_seconds(config: Mapping[str, Any], plan: Plan, setting: Setting) -> tuple[float, ...]:
     """Seconds of every stage of a plan, in order, and last of what lies outside the layers.
 
-    Options as for `forward_cost`. Their sum is the time of a forward pass where program or device
-    is the slower one throughout, and more than it elsewhere.
+    Their sum is the time of a forward pass where program or device is the slower one throughout,
+    and more than it elsewhere.
     """
-    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
-    found = []
-    for stage in plan.stages:
-        group = plan.group_of(stage)
-        wiring, bypass = (group.wiring, group.bypass) if group else (None, 0)
-        found.append(stage_cost(config, len(stage), wiring, hardware, bypass=bypass, **options))
-    count = 1 if options.get("replicated") else _ranks(hardware, options.get("ranks"))
-    outside = _outside(
-        shape_of(config),
-        hardware,
-        options.get("batch", 1),
-        options.get("phase", "decode"),
-        options.get("runtime", "graphs"),
-        options.get("dtype", "bfloat16"),
-        count,
-    )
-    return (*found, outside.seconds)
-
-
-def speedup(
-    config: Mapping[str, Any],
-    plan: Plan,
-    hardware: Hardware | str,
-    *,
-    baseline_ranks: int | None = None,
-    replicated: bool = False,
-    **options: Any,
-) -> float:
-    """Seconds of the original / seconds under the plan. Options as for `forward_cost`.
-
-    baseline_ranks: devices of the original, by default as many as the plan has; replicated: the
-    original on one device and single layers whole on every device, which is what CQIL measures.
-    """
-    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
-    first = 1 if replicated else baseline_ranks or options.get("ranks")
-    original = forward_cost(config, None, hardware, **{**options, "ranks": first, "fused": True})
-    under = forward_cost(config, plan, hardware, replicated=replicated, **options)
-    return original.seconds / under.seconds
-
-
-def estimate(
-    config: Mapping[str, Any],
-    plan: Plan,
-    hardware: Hardware | str,
-    *,
-    batch: int = 1,
-    context: int = 1024,
-    phase: Phase = "decode",
-    runtime: Runtime = "graphs",
-    dtype: str = "bfloat16",
-    ranks: int | None = None,
-    baseline_ranks: int | None = None,
-    fused: bool = True,
-    replicated: bool = False,
-) -> Estimate:
-    """Original against plan, with what decides and what has to be held. See `forward_cost`."""
-    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
-    count = _ranks(hardware, ranks)
-    first = 1 if replicated else _ranks(hardware, baseline_ranks or count)
-    shared: dict[str, Any] = {
-        "batch": batch,
-        "context": context,
-        "phase": phase,
-        "runtime": runtime,
-        "dtype": dtype,
-    }
-    original = forward_cost(config, None, hardware, ranks=first, **shared)
-    under = forward_cost(
-        config, plan, hardware, ranks=count, fused=fused, replicated=replicated, **shared
-    )
     shape = shape_of(config)
-    layers = (shape.attention + shape.ffn) * BYTES[dtype]
+    costs = [_stage(shape, plan.group_of(stage), setting) for stage in plan.stages]
+    return tuple(cost.seconds for cost in (*costs, _outside(shape, setting)))
+
+
+def speedup(config: Mapping[str, Any], plan: Plan, setting: Setting) -> float:
+    """Seconds of the original / seconds under the plan."""
+    original = forward_cost(config, None, setting.baseline)
+    return original.seconds / forward_cost(config, plan, setting).seconds
+
+
+def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimate:
+    """Original against plan, with what limits the speed and the memory per device.
+
+    Raises as `forward_cost` does.
+    """
+    shape, baseline = shape_of(config), setting.baseline
+    original = forward_cost(config, None, baseline)
+    under = forward_cost(config, plan, setting)
     singles = sum(len(stage) == 1 for stage in plan.stages)
-    parts = (shape.num_layers - singles) / count + singles / (1 if replicated else count)
-    head_ranks = 1 if replicated else count
-    weights = layers * parts + (shape.head + shape.embedding) * BYTES[dtype] / head_ranks
-    kv_cache = context_bytes(config, batch, context, dtype) * parts / shape.num_layers
+    parts = (shape.num_layers - singles) / setting.devices + singles / setting.split(None)
+    per_element = BYTES[setting.dtype]
+    layers = (shape.attention + shape.ffn) * per_element
+    outside = (shape.head + shape.embedding) * per_element / setting.split(None)
+    weights = layers * parts + outside
+    kv_cache = _context_bytes(config, setting) * parts / shape.num_layers
     return Estimate(
-        hardware=hardware.name,
-        ranks=count,
-        baseline_ranks=first,
+        hardware=setting.hardware.name,
+        phase=setting.phase,
+        runtime=setting.runtime,
+        batch=setting.batch,
+        context=setting.context,
+        dtype=setting.dtype,
+        ranks=setting.devices,
+        baseline_ranks=baseline.devices,
         original=original.seconds,
         converted=under.seconds,
         speedup=original.seconds / under.seconds,
         bound="program" if under.host > under.device else "device",
         all_reduces=(
-            0 if first == 1 else 2 * shape.num_layers + 2,
-            _count_collectives(shape, plan, count, replicated),
+            _count_all_reduces(shape, Plan(num_layers=shape.num_layers), baseline),
+            _count_all_reduces(shape, plan, setting),
         ),
         weights=int(weights),
         kv_cache=int(kv_cache),
-        fits=weights + kv_cache < hardware.memory,
-        **shared,
+        fits=weights + kv_cache < setting.hardware.memory,
     )
 
 
-def _count_collectives(shape: Shape, plan: Plan, ranks: int, replicated: bool) -> int:
-    if ranks == 1:
-        return 0
-    found = 0 if replicated else 2
-    for stage in plan.stages:
-        group = plan.group_of(stage)
-        wiring, bypass = (group.wiring, group.bypass) if group else (None, 0)
-        split = 1 if replicated and group is None else ranks
-        found += len(_collectives(shape, len(stage), wiring, ranks, split, 1, bypass, "both"))
-    return found
+def _context_bytes(config: Mapping[str, Any], setting: Setting) -> int:
+    """Bytes of keys and values of all layers; grouping does not change them."""
+    kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    per_token = 2 * kv_heads * head_dim_of(config) * num_layers_of(config)
+    return int(per_token * setting.batch * setting.context * setting.cache_bytes)
 
 
-def _ranks(hardware: Hardware, ranks: int | None) -> int:
-    count = hardware.count if ranks is None else ranks
-    if not 1 <= count <= hardware.count:
-        devices = f"{hardware.count} device{'s' * (hardware.count > 1)}"
-        raise HardwareError(f"'{hardware.name}' is {devices}; {count} cannot share the work")
-    return count
+def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "both") -> Cost:
+    kernels_of = table()["runtimes"][setting.runtime]["kernels"]
+    width = len(group.layers) if group is not None else 1
+    split = setting.split(group)
+    device, kernels = 0.0, 0
+    for half, elements in (("attention", shape.attention), ("ffn", shape.ffn)):
+        if part in ("both", half):
+            device += _matrix_seconds(elements * width / split, setting.tokens, setting)
+            kernels += kernels_of[half] * (1 if setting.fused else width)
+    if part != "ffn":
+        device += _attention_seconds(shape, width / split, setting)
+    all_reduces = _all_reduces(shape, group, setting, part)
+    for nbytes, ranks in all_reduces:
+        device += setting.hardware.all_reduce(nbytes, ranks)
+    return _launched(kernels, len(all_reduces), device, setting)
 
 
-def _check(batch: int, context: int, dtype: str, phase: str, runtime: str) -> None:
-    if min(batch, context) < 1:
-        raise AbreastError("batch size and context must both be at least 1")
-    for value, known in ((dtype, BYTES), (phase, get_args(Phase)), (runtime, get_args(Runtime))):
-        if value not in known:
-            raise AbreastError(f"'{value}' is not one of {', '.join(known)}")
+def _outside(shape: Shape, setting: Setting) -> Cost:
+    """Embedding, last norm, output head (of one position per row), choice of the token."""
+    ranks = setting.split(None)
+    device = _matrix_seconds(shape.head / ranks, setting.batch, setting)
+    device += 2 * setting.hardware.all_reduce(setting.batch * shape.hidden * 2.0, ranks)
+    kernels = table()["runtimes"][setting.runtime]["kernels"]["outside"]
+    return _launched(kernels, 2 if ranks > 1 else 0, device, setting)
+
+
+def _matrix_seconds(elements: float, tokens: int, setting: Setting) -> float:
+    hardware, fractions = setting.hardware, table()["fractions"]
+    read = elements * BYTES[setting.dtype] / (hardware.bandwidth * fractions["bandwidth"])
+    return max(read, 2 * elements * tokens / (hardware.peak(setting.dtype) * fractions["flops"]))
+
+
+def _attention_seconds(shape: Shape, layers: float, setting: Setting) -> float:
+    """Reading the KV cache and multiplying by it; layers: how many layers' heads, or what share."""
+    hardware, fractions, context = setting.hardware, table()["fractions"], setting.context
+    cache = 2 * shape.keys * setting.batch * context * setting.cache_bytes * layers
+    pairs = context * context / 2 if setting.phase == "prefill" else context
+    products = 4 * shape.queries * setting.batch * pairs * layers
+    return max(
+        cache / (hardware.bandwidth * fractions["attention"]),
+        products / (hardware.peak(setting.dtype) * fractions["attention_flops"]),
+    )
+
+
+def _launched(kernels: int, all_reduces: int, device: float, setting: Setting) -> Cost:
+    """The cost with the time to launch kernels and all-reduces, and the gaps between kernels."""
+    runtime = table()["runtimes"][setting.runtime]
+    host = all_reduces * runtime["host_collective"]
+    if setting.hardware.synchronous:
+        return Cost(host + kernels * table()["synchronous_kernel"], device, True)
+    return Cost(host + kernels * runtime["host_kernel"], device + kernels * table()["gap"])
+
+
+def _all_reduces(
+    shape: Shape, group: Group | None, setting: Setting, part: Part = "both"
+) -> list[tuple[float, int]]:
+    """(bytes, ranks) of every all-reduce of a stage; an exchange with neighbours counts as one."""
+    ranks = setting.devices
+    nbytes = setting.tokens * shape.hidden * 2.0
+    if ranks == 1 or (group is None and setting.replicated):
+        return []
+    if part != "both":
+        return [(nbytes, ranks)]
+    if group is None or group.wiring == "lp":
+        return [(nbytes, ranks)] * 2
+    width = len(group.layers)
+    if ranks % width:
+        raise HardwareError(
+            f"a cqil group of {width} layers runs on {width} devices or a multiple of that, "
+            f"not on {ranks}"
+        )
+    within_member = [(nbytes, ranks // width)] if ranks > width else []
+    neighbours = [(nbytes, 2)] if group.bypass else []
+    return [(nbytes, ranks), *within_member, *neighbours]
+
+
+def _count_all_reduces(shape: Shape, plan: Plan, setting: Setting) -> int:
+    stages = sum(len(_all_reduces(shape, plan.group_of(stage), setting)) for stage in plan.stages)
+    return stages + (2 if setting.split(None) > 1 else 0)
