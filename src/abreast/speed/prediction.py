@@ -451,16 +451,16 @@ def _all_reduces(
         return []
     if part != "both":
         return [(nbytes, ranks)]
-    if group is None or group.wiring == "lp":
+    if group is None or group.shares_ffn_input:
         return [(nbytes, ranks)] * 2
     width = len(group.layers)
     if ranks % width:
         raise HardwareError(
-            f"a cqil group of {width} layers runs on {width} devices or a multiple of that, "
-            f"not on {ranks}"
+            f"a {group.wiring} group of {width} layers runs on {width} devices or a multiple of "
+            f"that, not on {ranks}"
         )
     within_member = [(nbytes, ranks // width)] if ranks > width else []
-    neighbours = [(nbytes, 2)] if group.bypass else []
+    neighbours = [(nbytes, 2)] if group.ffn_band else []
     return [(nbytes, ranks), *within_member, *neighbours]
 
 
