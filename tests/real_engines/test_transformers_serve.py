@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import openai
 import pytest
@@ -49,3 +50,16 @@ def test_completion(tmp_path, plan):
     with torch.inference_mode():
         want = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
     assert answer.choices[0].text == tokenizer.decode(want, skip_special_tokens=True)
+
+
+def test_example_serves():
+    """What examples/serve.py prints is what the model writes."""
+    script = Path(__file__).resolve().parents[2] / "examples" / "serve.py"
+    done = subprocess.run(
+        [sys.executable, script, "--prompt", "import os\n"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.startswith("import os\n") and len(done.stdout) > len("import os\n\n")
