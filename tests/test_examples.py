@@ -32,6 +32,7 @@ def run_example(name: str, *arguments: object) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
+@pytest.mark.slow
 def test_plan_and_convert(small_model: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "converted"
     run_example("plan_and_convert.py", small_model, "--depth", 5, "--windows", 8, "--out", out)
