@@ -27,7 +27,14 @@ ONLY = {
 ONLY_LAZILY = {"data": {"datasets"}}
 # Read without torch: what a run folder holds, estimates, and the search.
 NO_TORCH = {
-    *("checkpoint.atomic", "evaluate.paired", "planner.front", "planner.search", "planner.stats"),
+    *(
+        "checkpoint.atomic",
+        "evaluate.paired",
+        "heal.recipe",
+        "planner.front",
+        "planner.search",
+        "planner.stats",
+    ),
     *("report.card", "report.charts", "report.diagram", "report.page", "report.records"),
     *("speed.prediction", "speed.timing", "study.findings"),
 }

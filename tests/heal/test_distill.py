@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from abreast.errors import AbreastError
-from abreast.heal.recipe import Recipe, optimizers_of, windows_of
+from abreast.heal.recipe import Recipe
+from abreast.heal.student import optimizers_of, windows_of
 from abreast.heal.train import distill
 from abreast.model.grouping import decoder_layers, grouped
 from abreast.model.loading import load
@@ -305,12 +306,12 @@ def test_a_run_of_other_settings_is_refused(pair, tmp_path):
         (PLAN, words(), {"train": "some"}, "train 'some' is not one of lora, groups, all"),
         (PLAN, words(), {"objective": "mse"}, "objective 'mse' is not one of kl, lm"),
         (PLAN, words(), {"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, muon"),
-        (PLAN, words(), {"steps": 0}, "the steps is 0; give at least 1"),
-        (PLAN, words(), {"hidden_weight": -1.0}, "hidden weight is -1.0; give 0 or more"),
-        (PLAN, words(), {"lm_weight": math.inf}, "language-model weight is inf"),
-        (PLAN, words(), {"learning_rate": math.nan}, "learning rate is nan"),
+        (PLAN, words(), {"steps": 0}, "steps is 0; give at least 1"),
+        (PLAN, words(), {"hidden_weight": -1.0}, "hidden_weight is -1.0; give 0 or more"),
+        (PLAN, words(), {"lm_weight": math.inf}, "lm_weight is inf"),
+        (PLAN, words(), {"learning_rate": math.nan}, "learning_rate is nan"),
         (PLAN, words(), {"temperature": 0.0}, "temperature is 0.0"),
-        (PLAN, words(), {"warmup": 2.0}, "warm-up is 2.0"),
+        (PLAN, words(), {"warmup": 2.0}, "warmup is 2.0"),
         (PLAN, words(), {"train": "lora", "lora_targets": ("wq",)}, "target 'wq' is no matrix"),
     ],
 )
@@ -347,10 +348,10 @@ WORKER = """
 import json, os, sys
 import numpy as np
 import torch
-from abreast.distill import distill
-from abreast.load import load
+from abreast.heal.recipe import Recipe
+from abreast.heal.train import distill
+from abreast.model import load
 from abreast.plan import Plan
-from abreast.recipe import Recipe
 
 job = json.loads(sys.argv[1])
 torch.set_num_threads(1)

@@ -35,11 +35,11 @@ WORKER = """
 import gc, json, os, sys
 import numpy as np
 import torch
-from abreast.distill import distill
-from abreast.load import load
+from abreast.heal.recipe import Recipe
+from abreast.heal.train import distill
+from abreast.model import load
 from abreast.plan import Plan
-from abreast.recipe import Recipe
-from abreast.sharding import full
+from abreast.heal.shard import full
 
 RANK = int(os.environ["RANK"])
 torch.set_num_threads(1)
@@ -249,5 +249,5 @@ def test_processes_share_batches_evenly(monkeypatch):
     Recipe(batch_size=6, shard=True).check()
     with pytest.raises(AbreastError, match="cannot be sharded; use the optimizer 'adamw'"):
         Recipe(batch_size=6, shard=True, optimizer="muon").check()
-    with pytest.raises(AbreastError, match="8 windows cannot be shared evenly by 3 processes"):
+    with pytest.raises(AbreastError, match="8 windows cannot be split evenly over 3 processes"):
         Recipe(batch_size=8).check()

@@ -28,18 +28,17 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.heal.recipe import (
-    Recipe,
+from abreast.heal.recipe import Recipe, processes
+from abreast.heal.resume import keep_only, last_checkpoint, save_checkpoint
+from abreast.heal.shard import align, full, local, shard
+from abreast.heal.student import (
     need,
     optimizers_of,
-    processes,
     schedule_of,
     set_checkpointing,
     student_of,
     windows_of,
 )
-from abreast.heal.resume import keep_only, last_checkpoint, save_checkpoint
-from abreast.heal.shard import align, full, local, shard
 from abreast.model import (
     apply,
     batches_of,
