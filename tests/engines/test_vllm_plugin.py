@@ -13,27 +13,7 @@ from transformers import AutoConfig
 
 import abreast.modeling  # noqa: F401  registers the config classes
 from abreast.convert.rewrite import convert
-from abreast.engines.vllm.plugin import ServingError, Width, check, is_too_old, obstacle
-
-SINGLE = Width(4, 2, 96)
-
-
-@pytest.mark.parametrize(
-    ("layers", "native", "fits"),
-    [
-        ([SINGLE], True, {1, 2, 4}),  # four ranks share two key-value heads
-        ([SINGLE, Width(8, 4, 192, 2)], True, {1, 2, 4}),  # the narrow layer decides
-        ([Width(6, 2, 96), Width(12, 4, 192)], True, {1, 2}),  # 6 ranks cannot share 4 heads
-        ([Width(6, 6, 96), Width(12, 12, 192, 2, 0)], True, {1, 2, 6}),
-        ([Width(6, 6, 96), Width(18, 18, 288, 3, 1)], True, {1, 3, 6}),
-        ([SINGLE, Width(16, 8, 384, 4, 0)], True, {1, 2, 4}),
-        ([Width(4, 4, 90), Width(8, 8, 180)], True, {1, 2}),
-        ([SINGLE, Width(8, 4, 192, 2)], False, {1}),
-        ([SINGLE, Width(8, 4, 192)], False, {1, 2, 4}),
-    ],
-)
-def test_degrees_that_fit(layers, native, fits):
-    assert {n for n in range(1, 13) if obstacle(layers, n, native) is None} == fits
+from abreast.engines.vllm.plugin import ServingError, check, is_too_old
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from abreast.checkpoint import open_checkpoint
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES
 from abreast.modeling import CqilForward, MemberLinear
+from abreast.targets import TORCH_TP, layers_of, refusals
 
 WIDE_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
 
@@ -91,42 +92,15 @@ def load_parallel(
 
 
 def check_degree(config: Mapping[str, Any], world: int) -> None:
-    """Raises ParallelError where `world` processes cannot share the layers of a config.json."""
-    if world == 1:
-        return
-    if config.get("abreast_prefill") == "sequential":
-        raise ParallelError("sequential prefill runs on 1 process only; unset it to use several")
-    widths = _widths(config)
-    apart = max((own.get("abreast_members", 1) for own in widths), default=1) > 1
+    """Raise ParallelError where `world` processes cannot share the layers of a config.json."""
     family = FAMILIES.get(str(config.get("model_type")).removeprefix("abreast_"))
-    if apart and (family is None or family.member_norms or family.flat_norms):
-        raise ParallelError(
-            "groups with norms after a branch cannot be spread over processes; use 1 process"
-        )
-    for members in sorted(cqil_groups(config)):
-        if world % members:
-            raise ParallelError(
-                f"a cqil group of {members} layers runs on {members} processes or a multiple of "
-                f"that, not on {world}"
-            )
-    for own in ({}, *widths):
-        for key in ("num_key_value_heads", "num_attention_heads", "intermediate_size"):
-            size = own.get(key, config.get(key))
-            if isinstance(size, int) and size % world:
-                raise ParallelError(
-                    f"{world} processes cannot share {size} ({key}) evenly; use a divisor of it"
-                )
+    for reason in refusals(TORCH_TP, config, family, degree=world):
+        raise ParallelError(reason)
 
 
 def cqil_groups(config: Mapping[str, Any]) -> set[int]:
-    """Numbers of members of the cqil groups in a converted checkpoint's config.json."""
-    widths = _widths(config)
-    return {own["abreast_members"] for own in widths if own.get("abreast_bypass") is not None}
-
-
-def _widths(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    layers = config.get("per_layer_config") or {}
-    return list(layers.values() if isinstance(layers, dict) else layers)
+    """Numbers of members of the groups whose FFNs do not share their input."""
+    return {layer.members for layer in layers_of(config) if layer.band is not None}
 
 
 def _distributed(plan: Any, world: int) -> dict[str, Any]:

@@ -57,7 +57,9 @@ class Family:
     take up those of its norms.
     wide: config keys that grow p-fold in a group of p layers. stock: architecture of the
     unconverted checkpoint. defaults: config keys whose absence means something else than off.
-    ignore: suffixes of tensors that old checkpoints carry and no engine reads.
+    ignore: suffixes of tensors that old checkpoints carry and no engine reads. vllm_layers: vLLM
+    runs it in native layers of ours, other families in its transformers backend. deci_lacks: what
+    llama.cpp's architecture deci lacks to run its layers, None if nothing.
     """
 
     model_type: str
@@ -76,6 +78,8 @@ class Family:
     wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     defaults: tuple[tuple[str, Any], ...] = ()
     ignore: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    vllm_layers: bool = False
+    deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
     layer_prefix: str = "model.layers."
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -138,6 +142,13 @@ _TIED = ("tie_word_embeddings", True)
 _GEMMA_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 _SANDWICHED = _BIASED + _gated_ffn("pre_feedforward_layernorm")
 
+# What deci lacks.
+_LAYER_NORM = "its norms subtract the mean and add a bias"
+_PARALLEL = "its attention and FFN read the same norm"
+_SANDWICH = "it norms the output of its attention and FFN"
+_QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
+_ROTATION = "it rotates q and k in another order"
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
@@ -145,16 +156,32 @@ FAMILIES: dict[str, Family] = {
             "llama",
             "LlamaForCausalLM",
             _LLAMA,
+            vllm_layers=True,
+            deci_lacks=None,
         ),
-        Family("mistral", "MistralForCausalLM", _attention() + _gated_ffn()),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            _attention() + _gated_ffn(),
+            vllm_layers=True,
+            deci_lacks=None,
+        ),
         Family("ministral", "MinistralForCausalLM", _attention() + _gated_ffn()),
-        Family("qwen2", "Qwen2ForCausalLM", _attention(bias="always") + _gated_ffn()),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            _attention(bias="always") + _gated_ffn(),
+            vllm_layers=True,
+            deci_lacks=None,
+        ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
             _BIASED + _gated_ffn(),
             head_norms=_QK_HEADS,
             defaults=(("head_dim", 128),),
+            vllm_layers=True,
+            deci_lacks=_QK_BY_HEAD,
         ),
         Family(
             "seed_oss",
@@ -162,28 +189,33 @@ FAMILIES: dict[str, Family] = {
             _attention(bias="attention_bias", output_bias="attention_out_bias")
             + _gated_ffn(bias="mlp_bias"),
             defaults=(("attention_bias", True), ("head_dim", 128)),
+            deci_lacks=None,
         ),
         Family(
             "smollm3",
             "SmolLM3ForCausalLM",
             _LLAMA,
             defaults=(_TIED,),
+            deci_lacks="some of its layers do not rotate q and k",
         ),
         Family(
             "granite",
             "GraniteForCausalLM",
             _LLAMA,
+            deci_lacks=None,
         ),
         Family(
             "ernie4_5",
             "Ernie4_5ForCausalLM",
             _attention(bias="use_bias", output_bias="use_bias") + _gated_ffn(bias="use_bias"),
             defaults=(_TIED, ("head_dim", 128)),
+            deci_lacks=_ROTATION,
         ),
         Family(
             "arcee",
             "ArceeForCausalLM",
             _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+            deci_lacks="its FFN has no gate",
         ),
         Family(
             "nemotron",
@@ -192,6 +224,7 @@ FAMILIES: dict[str, Family] = {
             gain_offset=1.0,
             norm_bias=True,
             grown_biases=("attention_bias", "mlp_bias"),
+            deci_lacks=_LAYER_NORM,
         ),
         Family(
             "starcoder2",
@@ -200,6 +233,7 @@ FAMILIES: dict[str, Family] = {
             + _plain_ffn("c_fc", "c_proj", "use_bias"),
             norm_bias=True,
             defaults=(_TIED, ("use_bias", True)),
+            deci_lacks=_LAYER_NORM,
         ),
         Family(
             "phi3",
@@ -210,6 +244,7 @@ FAMILIES: dict[str, Family] = {
                 Matrix("mlp.gate_up_proj", "FF", "D", "rows", _AFTER),
                 Matrix("mlp.down_proj", "D", "F", "columns"),
             ),
+            deci_lacks=None,
         ),
         Family(
             "gemma",
@@ -217,6 +252,7 @@ FAMILIES: dict[str, Family] = {
             _BIASED + _gated_ffn(),
             gain_offset=1.0,
             defaults=(_TIED, ("head_dim", 256)),
+            deci_lacks="its FFN is gated by GELU",
         ),
         Family(
             "gemma2",
@@ -226,6 +262,7 @@ FAMILIES: dict[str, Family] = {
             gain_offset=1.0,
             member_norms=_GEMMA_NORMS,
             defaults=(_TIED, ("head_dim", 256)),
+            deci_lacks=_SANDWICH,
         ),
         Family(
             "gemma3_text",
@@ -236,6 +273,7 @@ FAMILIES: dict[str, Family] = {
             head_norms=_QK_HEADS,
             member_norms=_GEMMA_NORMS,
             defaults=(_TIED, ("head_dim", 256)),
+            deci_lacks=_SANDWICH,
         ),
         *(
             Family(
@@ -245,6 +283,7 @@ FAMILIES: dict[str, Family] = {
                 norms=(),
                 member_norms=_GEMMA_NORMS,
                 flat_norms=_QK_HEADS,
+                deci_lacks=_SANDWICH,
             )
             for model_type in ("olmo2", "olmo3")
         ),
@@ -255,6 +294,7 @@ FAMILIES: dict[str, Family] = {
             norms=("input_layernorm",),
             parallel=True,
             defaults=(_TIED,),
+            deci_lacks=_PARALLEL,
         ),
         Family(
             "cohere",
@@ -264,12 +304,14 @@ FAMILIES: dict[str, Family] = {
             wide_norms=_QK_HEADS,
             parallel=True,
             defaults=(_TIED,),
+            deci_lacks=_PARALLEL,
         ),
         Family(
             "glm",
             "GlmForCausalLM",
             _GLM,
             defaults=(("attention_bias", True), ("head_dim", 128)),
+            deci_lacks=_ROTATION,
         ),
         Family(
             "glm4",
@@ -277,6 +319,7 @@ FAMILIES: dict[str, Family] = {
             _GLM,
             member_norms=("post_self_attn_layernorm", "post_mlp_layernorm"),
             defaults=(("attention_bias", True), ("head_dim", 128)),
+            deci_lacks=_SANDWICH,
         ),
         Family(
             "phi",
@@ -292,6 +335,7 @@ FAMILIES: dict[str, Family] = {
             parallel=True,
             head_bias=True,
             final_norm="model.final_layernorm",
+            deci_lacks=_PARALLEL,
         ),
         Family(
             "olmo",
@@ -299,6 +343,7 @@ FAMILIES: dict[str, Family] = {
             _attention(None, "attention_bias", "attention_bias") + _gated_ffn(None),
             norms=(),
             final_norm="",
+            deci_lacks=_LAYER_NORM,
         ),
         Family(
             "exaone4",
@@ -307,12 +352,14 @@ FAMILIES: dict[str, Family] = {
             norms=(),
             head_norms=_QK_HEADS,
             member_norms=_GEMMA_NORMS,
+            deci_lacks=_SANDWICH,
         ),
         Family(
             "hunyuan_v1_dense",
             "HunYuanDenseV1ForCausalLM",
             _BIASED + _gated_ffn(),
             head_norms=(("self_attn.query_layernorm", "Q"), ("self_attn.key_layernorm", "K")),
+            deci_lacks=_QK_BY_HEAD,
         ),
     )
 }

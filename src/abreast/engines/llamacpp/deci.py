@@ -30,27 +30,11 @@ from abreast.families import (
     positive,
     sizes,
 )
+from abreast.targets import LLAMACPP, refusals
 
 ARCHITECTURE = "deci"
 
-# Families whose layers are deci's, and why others are not.
-EXPRESSIBLE = ("llama", "mistral", "qwen2", "seed_oss", "phi3", "granite")
 _SLIDES = ("mistral", "phi3")  # in every layer, as soon as the config has a sliding_window
-_LAYER_NORM = "its norms subtract the mean and add a bias"
-_PARALLEL = "its attention and FFN read the same norm"
-_SANDWICH = "it norms the output of its attention and FFN"
-_QK = "it norms q and k by head, in a group with other gains for every member"
-_OBSTACLES = {
-    "qwen3": _QK,
-    "hunyuan_v1_dense": _QK,
-    **dict.fromkeys(("gemma2", "gemma3_text", "glm4", "exaone4", "olmo2", "olmo3"), _SANDWICH),
-    **dict.fromkeys(("cohere", "cohere2", "phi"), _PARALLEL),
-    **dict.fromkeys(("nemotron", "starcoder2", "olmo"), _LAYER_NORM),
-    "smollm3": "some of its layers do not rotate q and k",
-    "gemma": "its FFN is gated by GELU",
-    "arcee": "its FFN has no gate",
-    **dict.fromkeys(("glm", "ernie4_5"), "it rotates q and k in another order"),
-}
 _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _MATRICES = {  # name in the checkpoint -> names in the file, one for each part
     "self_attn.q_proj": ("attn_q",),
@@ -118,10 +102,12 @@ class Layout:
 
 def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
     """Say what would be written. Raises ExportError for what llama.cpp cannot express."""
-    family = _family(checkpoint)
-    config = {**dict(family.defaults), **checkpoint.config}
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")).removeprefix("abreast_"))
+    config = {**dict(family.defaults if family else ()), **checkpoint.config}
     with _named("per_layer_config"):
-        _check_config(config)
+        for reason in refusals(LLAMACPP, config, family):
+            raise ExportError(reason)
+        assert family is not None  # else refused
         layers = _layer_configs(config)
     head_dim = head_dim_of(config)
     cast = _dtype(dtype)
@@ -160,40 +146,6 @@ def _named(key: str) -> Iterator[None]:
             f"config.json: {key} makes no sense ({type(error).__name__}: {error}); "
             "download it again"
         ) from None
-
-
-def _family(checkpoint: Checkpoint) -> Family:
-    name = str(checkpoint.config.get("model_type")).removeprefix("abreast_")
-    if name in EXPRESSIBLE:
-        return FAMILIES[name]
-    why = _OBSTACLES.get(name, f"only {', '.join(EXPRESSIBLE)} can")
-    raise ExportError(
-        f"a {name} cannot be written for llama.cpp with layers of different width: {why}; "
-        "serve it with vLLM or transformers"
-    )
-
-
-def _check_config(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config"):
-        raise ExportError(
-            "the checkpoint is quantised already; export the unquantised one with --quantize"
-        )
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ExportError(
-            f"its FFN is gated by {config['hidden_act']}, llama.cpp's {ARCHITECTURE} only by silu; "
-            "serve it with vLLM or transformers"
-        )
-    if config.get("abreast_prefill") == "sequential":
-        raise ExportError(
-            "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
-            "convert again without --prefill sequential"
-        )
-    entries = (config.get("per_layer_config") or {}).values()
-    if any(entry.get("abreast_members", 1) > 1 for entry in entries):
-        raise ExportError(
-            "the checkpoint has groups with cqil wiring, which is no stock layer of llama.cpp; "
-            "convert with an lp plan (5+6 instead of 5|6), or serve it with vLLM or transformers"
-        )
 
 
 def _layer_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,272 @@
+"""What each engine loads, what it refuses and why, and the commands that serve a checkpoint.
+
+One row per engine; no engine is imported here, nor torch. Whoever has to know whether an engine
+takes a checkpoint asks `refusals`: the engines themselves, and everything that suggests them.
+Adding an engine means a row here, its module in engines/, a test and a page.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+from abreast.errors import AbreastError
+from abreast.plan import Plan
+
+
+class FamilyFacts(Protocol):
+    """What engines need to know of a family; `families.Family` has it."""
+
+    @property
+    def parallel(self) -> bool: ...
+    @property
+    def keeps_members(self) -> bool: ...
+    @property
+    def member_norms(self) -> tuple[str, ...]: ...
+    @property
+    def flat_norms(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def vllm_layers(self) -> bool: ...
+    @property
+    def deci_lacks(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Sizes of one decoder layer of a checkpoint.
+
+    members: of a group with parts that stay with their member, 1 for a stock layer of any width.
+    band: the distance d for which FFN j sees attentions j-d .. j, None if FFNs share an input.
+    """
+
+    heads: int
+    kv_heads: int
+    intermediate: int
+    members: int = 1
+    band: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as engines see it: its config.json, and its family's row, None if it has none.
+
+    plan: config is an original's, and the question is about its conversion under this plan.
+    """
+
+    config: Mapping[str, Any]
+    family: FamilyFacts | None
+    plan: Plan | None = None
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        if self.plan is None or self.family is None:
+            return layers_of(self.config)
+        return planned_layers(self.config, self.family, self.plan)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine.
+
+    refuse(model, degree): the reasons against loading a model at a tensor parallel degree, each one
+    line that says what to do. install, export, serve: shell commands with {out}, the checkpoint,
+    {file}, what export writes, and {degree}; serve is empty for an engine without a server.
+    """
+
+    name: str
+    refuse: Callable[[Model, int], Iterator[str]]
+    install: str = ""
+    export: str = ""
+    serve: str = ""
+    split: str = ""
+    file: str = ""
+
+    def commands(self, out: str, degree: int = 1) -> str:
+        """Shell commands, one a line, that install the engine and serve the checkpoint `out`."""
+        words = {"out": shlex.quote(out), "file": self.file, "degree": degree}
+        serve = self.serve + (self.split if degree > 1 else "")
+        return "\n".join(
+            line.format(**words) for line in (self.install, self.export, serve) if line
+        )
+
+
+def layers_of(config: Mapping[str, Any]) -> tuple[Layer, ...]:
+    """The layers that a config.json describes, of an original or a converted checkpoint."""
+    own = config.get("per_layer_config") or {}
+    entries = dict(enumerate(own)) if isinstance(own, list) else {int(k): v for k, v in own.items()}
+    count = _size(config, "num_hidden_layers")
+    return tuple(_layer({**config, **entries.get(index, {})}) for index in range(count))
+
+
+def _layer(config: Mapping[str, Any]) -> Layer:
+    heads = _size(config, "num_attention_heads")
+    return Layer(
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        intermediate=_size(config, "intermediate_size"),
+        members=config.get("abreast_members") or 1,
+        band=config.get("abreast_bypass"),
+    )
+
+
+def _size(config: Mapping[str, Any], key: str) -> int:
+    if not isinstance(config.get(key), int):
+        raise AbreastError(f"config.json has no number for {key}; the checkpoint is incomplete")
+    return int(config[key])
+
+
+def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -> tuple[Layer, ...]:
+    """The layers that a conversion of this original under a plan has."""
+    single = _layer(config)
+    found = []
+    for stage in plan.stages:
+        group, size = plan.group_of(stage), len(stage)
+        alike = group is None or family.parallel or group.is_wide_layer
+        found.append(
+            Layer(
+                heads=size * single.heads,
+                kv_heads=size * single.kv_heads,
+                intermediate=size * single.intermediate,
+                members=1 if alike and not (group and family.keeps_members) else size,
+                band=None if group is None or alike else group.ffn_band,
+            )
+        )
+    return tuple(found)
+
+
+def refusals(
+    target: Target,
+    config: Mapping[str, Any],
+    family: FamilyFacts | None,
+    plan: Plan | None = None,
+    degree: int = 1,
+) -> Iterator[str]:
+    """Why an engine will not load a checkpoint at a tensor parallel degree; nothing if it will.
+
+    Arguments as for `Model`.
+    """
+    return target.refuse(Model(config, family, plan), degree)
+
+
+def _one_process(model: Model, degree: int) -> Iterator[str]:
+    if degree > 1:
+        yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
+
+
+def _vllm(model: Model, degree: int) -> Iterator[str]:
+    if model.config.get("abreast_prefill") == "sequential":
+        yield (
+            "this checkpoint asks for sequential prefill, which vLLM cannot run; serve it grouped "
+            "with --hf-overrides '{\"abreast_prefill\": null}', or convert it again without"
+        )
+    reason = undivided(model, degree)
+    if reason:
+        most = max(layer.heads for layer in model.layers)
+        possible = [str(n) for n in range(1, most + 1) if not undivided(model, n)]
+        yield (
+            f"tensor parallel size {degree} does not fit this model: {reason}; "
+            f"possible: {', '.join(possible)}"
+        )
+
+
+def undivided(model: Model, degree: int) -> str | None:
+    """What vLLM cannot split over `degree` ranks, or None if it can split every layer.
+
+    A cqil group of p members splits over p or a multiple of p ranks, and over a divisor of p.
+    """
+    native = model.family is not None and model.family.vllm_layers
+    for index, layer in enumerate(model.layers):
+        if layer.heads % degree:
+            return f"layer {index} has {layer.heads} attention heads"
+        if layer.kv_heads % degree and degree % layer.kv_heads:
+            return f"layer {index} has {layer.kv_heads} key-value heads"
+        if layer.intermediate % degree:
+            return f"layer {index} has intermediate size {layer.intermediate}"
+        if layer.members == 1 or degree == 1:
+            continue
+        if not native:
+            return f"layer {index} keeps members of its group apart, which this family cannot split"
+        if layer.band is not None and degree % layer.members and layer.members % degree:
+            return f"layer {index} is a cqil group of {layer.members} members"
+    return None
+
+
+def _torch_tp(model: Model, degree: int) -> Iterator[str]:
+    if degree == 1:
+        return
+    if model.config.get("abreast_prefill") == "sequential":
+        yield "sequential prefill runs on 1 process only; unset it to use several"
+    apart = any(layer.members > 1 for layer in model.layers)
+    if apart and (model.family is None or model.family.member_norms or model.family.flat_norms):
+        yield "groups with norms after a branch cannot be spread over processes; use 1 process"
+    for members in sorted({layer.members for layer in model.layers if layer.band is not None}):
+        if degree % members:
+            yield (
+                f"a cqil group of {members} layers runs on {members} processes or a multiple of "
+                f"that, not on {degree}"
+            )
+    for layer in (_layer(model.config), *model.layers):
+        for key, size in (
+            ("num_key_value_heads", layer.kv_heads),
+            ("num_attention_heads", layer.heads),
+            ("intermediate_size", layer.intermediate),
+        ):
+            if size % degree:
+                yield f"{degree} processes cannot share {size} ({key}) evenly; use a divisor of it"
+
+
+def _llamacpp(model: Model, degree: int) -> Iterator[str]:
+    """Against llama.cpp's architecture `deci`; the export itself also refuses kinds of RoPE."""
+    config, family = model.config, model.family
+    lacks = "abreast does not know its layers" if family is None else family.deci_lacks
+    if lacks is not None:
+        name = str(config.get("model_type")).removeprefix("abreast_")
+        yield (
+            f"a {name} cannot be written for llama.cpp with layers of different width: {lacks}; "
+            "serve it with vLLM or transformers"
+        )
+    if config.get("quantization_config"):
+        yield "the checkpoint is quantised already; export the unquantised one with --quantize"
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        yield (
+            f"its FFN is gated by {config['hidden_act']}, llama.cpp's deci only by silu; "
+            "serve it with vLLM or transformers"
+        )
+    if config.get("abreast_prefill") == "sequential":
+        yield (
+            "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
+            "convert again without --prefill sequential"
+        )
+    if any(layer.band is not None for layer in model.layers):
+        yield (
+            "the checkpoint has groups with cqil wiring, which is no stock layer of llama.cpp; "
+            "convert with an lp plan (5+6 instead of 5|6), or serve it with vLLM or transformers"
+        )
+
+
+TRANSFORMERS = Target(
+    name="transformers",
+    refuse=_one_process,
+    install='pip install abreast "transformers[serving]" accelerate',
+    serve="python -m abreast.engines.transformers serve {out} --port 8000",
+)
+TORCH_TP = Target(name="transformers under torchrun", refuse=_torch_tp)
+VLLM = Target(
+    name="vLLM",
+    refuse=_vllm,
+    install='pip install "abreast[vllm]"',
+    serve="vllm serve {out}",
+    split=" --tensor-parallel-size {degree}",
+)
+LLAMACPP = Target(
+    name="llama.cpp",
+    refuse=_llamacpp,
+    install='pip install "abreast[gguf]"',
+    export="abreast export {out} --gguf {file}",
+    serve="llama-server -m {file} --flash-attn on",
+    file="model.gguf",
+)
+SERVERS = (VLLM, TRANSFORMERS, LLAMACPP)

@@ -1,0 +1,120 @@
+"""What engines refuse, from configs and plans alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from abreast.convert.fold import converted_config
+from abreast.errors import AbreastError
+from abreast.families import FAMILIES, complete
+from abreast.plan import Plan
+from abreast.targets import (
+    LLAMACPP,
+    SERVERS,
+    TORCH_TP,
+    TRANSFORMERS,
+    VLLM,
+    Layer,
+    layers_of,
+    planned_layers,
+    refusals,
+)
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 6,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 128,
+    "hidden_act": "silu",
+}
+SINGLE = Layer(4, 2, 96)
+
+
+def config_of(layers: list[Layer]) -> dict[str, object]:
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    return {
+        **CONFIG,
+        "num_hidden_layers": len(layers),
+        "per_layer_config": [
+            {
+                **dict(zip(keys, (layer.heads, layer.kv_heads, layer.intermediate), strict=True)),
+                "abreast_members": layer.members,
+                "abreast_bypass": layer.band,
+            }
+            for layer in layers
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("layers", "family", "degrees"),
+    [
+        ([SINGLE], "llama", {1, 2, 4}),  # four ranks share two key-value heads
+        ([SINGLE, Layer(8, 4, 192, 2)], "llama", {1, 2, 4}),  # the narrow layer decides
+        ([Layer(6, 2, 96), Layer(12, 4, 192)], "llama", {1, 2}),  # 6 ranks cannot share 4 heads
+        ([Layer(6, 6, 96), Layer(12, 12, 192, 2, 0)], "llama", {1, 2, 6}),
+        ([Layer(6, 6, 96), Layer(18, 18, 288, 3, 1)], "llama", {1, 3, 6}),
+        ([SINGLE, Layer(16, 8, 384, 4, 0)], "llama", {1, 2, 4}),
+        ([Layer(4, 4, 90), Layer(8, 8, 180)], "llama", {1, 2}),
+        ([SINGLE, Layer(8, 4, 192, 2)], "granite", {1}),
+        ([SINGLE, Layer(8, 4, 192)], "granite", {1, 2, 4}),
+    ],
+)
+def test_degrees_of_vllm(layers, family, degrees):
+    config = config_of(layers)
+    assert layers_of(config) == tuple(layers)
+    row = FAMILIES[family]
+    assert {n for n in range(1, 13) if not any(refusals(VLLM, config, row, degree=n))} == degrees
+
+
+@pytest.mark.parametrize("plan", ["1+2", "1|2|3:1", "1+2 3|4", "0+1 2+3 4+5", ""])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
+    config, row = complete({**CONFIG, "model_type": family}), FAMILIES[family]
+    parsed = Plan.parse(plan, 6)
+    converted = converted_config(config, row, parsed, dtype="float32")
+    assert planned_layers(config, row, parsed) == layers_of(converted)
+
+
+@pytest.mark.parametrize(
+    ("target", "family", "plan", "degree", "reason"),
+    [
+        (VLLM, "llama", "1|2", 2, None),
+        (VLLM, "llama", "1|2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
+        (VLLM, "gemma2", "1+2", 2, "which this family cannot split"),
+        (TORCH_TP, "llama", "1+2", 2, None),
+        (TORCH_TP, "gemma2", "1+2", 2, "norms after a branch"),
+        (TORCH_TP, "llama", "1|2|3", 2, "on 3 processes or a multiple of that, not on 2"),
+        (TRANSFORMERS, "gemma2", "1|2", 1, None),
+        (TRANSFORMERS, "llama", "1+2", 2, "one process"),
+        (LLAMACPP, "llama", "1+2", 1, None),
+        (LLAMACPP, "llama", "1|2", 1, "convert with an lp plan"),
+        (LLAMACPP, "arcee", "1+2", 1, "its FFN has no gate"),
+        (LLAMACPP, "ministral", "1+2", 1, "have not been compared"),
+        (LLAMACPP, "unknown", None, 1, "does not know its layers"),
+    ],
+)
+def test_reasons(target, family, plan, degree, reason):
+    config, row = {**CONFIG, "model_type": family}, FAMILIES.get(family)
+    found = list(
+        refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
+    )
+    assert reason in found[0] if reason else not found
+
+
+def test_an_incomplete_config_is_one_line():
+    with pytest.raises(AbreastError, match="no number for intermediate_size"):
+        layers_of({**CONFIG, "intermediate_size": None})
+
+
+def test_commands_quote_the_checkpoint_and_name_the_degree():
+    assert [target.name for target in SERVERS] == ["vLLM", "transformers", "llama.cpp"]
+    assert VLLM.commands("a b", 2).endswith("\nvllm serve 'a b' --tensor-parallel-size 2")
+    assert VLLM.commands("OUT").endswith("\nvllm serve OUT")
+    assert LLAMACPP.commands("OUT").splitlines()[1:] == [
+        "abreast export OUT --gguf model.gguf",
+        "llama-server -m model.gguf --flash-attn on",
+    ]
