@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from abreast.checkpoint.files import NewTensor, lay_out, write_shards
+from abreast.checkpoint.tensors import NewTensor, lay_out, write_shards
 from abreast.families.table import FAMILIES, all_tensors
 
 SHAPES = {1: (1024, 3072), 2: (1536, 4096), 4: (2048, 6144)}  # GB: hidden size, FFN size

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint.atomic import write
+from abreast.checkpoint.files import write
 from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder

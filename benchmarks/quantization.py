@@ -30,7 +30,7 @@ import gguf
 import numpy as np
 import torch
 
-from abreast.checkpoint.files import open_checkpoint
+from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.demo import model_folder

@@ -29,7 +29,7 @@ ONLY_LAZILY = {"data": {"datasets"}}
 # Read without torch: what a run folder holds, estimates, and the search.
 NO_TORCH = {
     *(
-        "checkpoint.atomic",
+        "checkpoint.files",
         "evaluate.paired",
         "heal.recipe",
         "planner.front",

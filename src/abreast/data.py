@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 
 HELD_OUT = "stdlib"
 CALIBRATION = "stdlib-train"
@@ -204,5 +204,4 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
     except DataError:
         raise
     except Exception as error:  # the Hub client raises many kinds; all mean "not available"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"data set '{name}' cannot be read: {reason}") from None
+        raise DataError(f"data set '{name}' cannot be read: {first_line(error)}") from None

@@ -1,10 +1,10 @@
-"""The one family of errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 
 class AbreastError(ValueError):
-    """A fault in what the user gave: the message is one line, what is wrong and what to do.
+    """Something wrong with the user's input: one line that says what is wrong and what to do.
 
-    The command line prints it and leaves with status 2; every other exception is ours.
+    The command line prints it and exits with status 2; every other exception is a bug of ours.
     """
 
     def __init__(self, message: str) -> None:
@@ -13,4 +13,9 @@ class AbreastError(ValueError):
 
 
 class CheckpointError(AbreastError):
-    """A checkpoint that is missing, broken or unsafe, or a place that cannot be written."""
+    """A checkpoint that is missing, broken or unsafe, or an output that cannot be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its class where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""Reading and writing safetensors against the safetensors library, and atomic atomic."""
+"""Reading and writing safetensors against the safetensors library, and atomic writes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from abreast.checkpoint import atomic
-from abreast.checkpoint.atomic import publish
-from abreast.checkpoint.files import (
+from abreast.checkpoint import files
+from abreast.checkpoint.files import publish, resolve, sha256_of
+from abreast.checkpoint.tensors import (
     DTYPES,
     INDEX,
     SINGLE,
@@ -27,8 +27,6 @@ from abreast.checkpoint.files import (
     open_checkpoint,
     read_header,
     read_rows,
-    resolve,
-    sha256_of,
     write_shards,
 )
 from abreast.errors import CheckpointError
@@ -253,8 +251,8 @@ def test_publish_turns_a_full_disk_into_our_error(tmp_path: Path) -> None:
 
 
 def test_publish_checks_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = atomic.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: usage)
+    usage = files.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with publish(tmp_path / "small", needed_bytes=1000):
         pass
     with (

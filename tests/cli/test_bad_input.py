@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abreast.checkpoint import atomic
-from abreast.checkpoint.files import INDEX, open_checkpoint
+from abreast.checkpoint import files
+from abreast.checkpoint.tensors import INDEX, open_checkpoint
 from abreast.convert import rewrite
 from abreast.convert.rewrite import convert, preview
 from abreast.errors import AbreastError
@@ -553,14 +553,14 @@ def test_output_folder_without_permission(
     def mkdtemp(**_: Any) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(atomic.tempfile, "mkdtemp", mkdtemp)
+    monkeypatch.setattr(files.tempfile, "mkdtemp", mkdtemp)
     refused(source, tmp_path / "out", f"cannot write in '{tmp_path}'", "Permission denied")
 
 
 def test_too_little_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     needed = preview(source, PLAN).bytes_written
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=needed))
     refused(source, tmp_path / "out", f"'{tmp_path}' has", "are needed")
 
 
@@ -576,10 +576,7 @@ def test_disk_that_fills_up_meanwhile(
         def __init__(self, file: Any) -> None:
             self.file, self.room = file, after
 
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
+        def close(self) -> None:
             self.file.close()
 
         def write(self, data: Any) -> int:

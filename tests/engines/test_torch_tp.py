@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from abreast.checkpoint.files import open_checkpoint
+from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.engines.torch_tp import ParallelError, check_degree, load_parallel
 from abreast.model.loading import load

@@ -1,27 +1,37 @@
-"""Checkpoints on disk: shards in and out, the manifest of a conversion, atomic publishing."""
+"""Checkpoints on disk: tensors in and out, the manifest of a conversion, atomic writes."""
 
 from typing import TYPE_CHECKING
 
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.checkpoint.atomic import check_free, finite, publish, write
     from abreast.checkpoint.files import (
-        DTYPES,
         MANIFEST,
+        Manifest,
+        check_free,
+        companions,
+        damaged,
+        finite,
+        hash_entry,
+        publish,
+        read_json,
+        read_manifest,
+        replacing,
+        resolve,
+        sha256_of,
+        write,
+        write_manifest,
+    )
+    from abreast.checkpoint.tensors import (
+        DTYPES,
         MAX_SHARD_BYTES,
         Checkpoint,
         NewTensor,
         TensorInfo,
-        companions,
         lay_out,
         open_checkpoint,
-        read_json,
         read_rows,
-        resolve,
-        sha256_of,
         write_shards,
     )
-    from abreast.checkpoint.manifest import damaged, read_manifest
 
 attach(__name__)

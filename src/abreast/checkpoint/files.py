@@ -1,9 +1,4 @@
-"""Checkpoints on disk: find them, read their tensors piece by piece, write new ones atomically.
-
-Tensors are read with plain file reads, never mapped: mapped pages count as resident memory, and a
-reader that promises bounded memory must not depend on the kernel giving them back. Pickled weights
-are never opened.
-"""
+"""The folder of a checkpoint: find it, hash it, publish it; its manifest. Knows no torch."""
 
 from __future__ import annotations
 
@@ -11,80 +6,29 @@ import hashlib
 import json
 import math
 import os
-import queue
+import shutil
+import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
+from pydantic import ValidationError
 
-from abreast.errors import CheckpointError
+from abreast.errors import CheckpointError, first_line
+from abreast.plan import Plan
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MANIFEST = "abreast.json"
-MAX_SHARD_BYTES = 5_000_000_000
 HASH_CHUNK = 2 << 20
-_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-}
-_ITEM_BYTES = {
-    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
-    **{"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
-    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
-}
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _NOT_COPIED = {"config.json", MANIFEST, "README.md", "plan.yaml"}
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where one tensor lies. offset and nbytes are bytes in `file`; dtype is safetensors' name."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one step along the first dimension."""
-        return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint: headers and config are read, weights are not.
-
-    tensors: name -> TensorInfo, in the order of the shards. shards: file names. source and
-    revision: as asked for, for the record.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    shards: tuple[str, ...]
-    source: str
-    revision: str | None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
 def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, str | None]:
-    """The local folder of a model, downloading from the Hugging Face Hub if it is a hub id.
+    """Local folder of a model, downloaded from the Hugging Face Hub if `model` is a hub id.
 
     model: a folder, or ``ORG/NAME``. Returns (folder, revision); the revision of a local folder is
     None. Only safetensors, JSON, tokenizer and text files are fetched; remote code is not.
@@ -104,41 +48,12 @@ def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, st
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
     try:
         path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the client raises many kinds; all mean that it is not to be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the client raises many kinds; all mean that it is not available
         raise CheckpointError(
-            f"no folder '{model}', and the Hugging Face Hub does not give it ({reason}); "
-            "check the name, the connection, or HF_TOKEN"
+            f"no folder '{model}', and the Hugging Face Hub does not give it "
+            f"({first_line(error)}); check the name, the connection, or HF_TOKEN"
         ) from None
     return path, path.name
-
-
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
-    """Open a checkpoint and check every header: names, shapes, sizes, shard list.
-
-    Raises CheckpointError for a missing or broken config, pickle-only weights, a missing, truncated
-    or overlapping shard, shard names that leave the folder, and an index that does not agree with
-    the shards.
-    """
-    folder, found = resolve(model, revision=revision)
-    config = read_json(folder / "config.json")
-    shards, index = _shard_names(folder)
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for tensor in read_header(folder / shard):
-            if tensor.name in tensors:
-                first = tensors[tensor.name].file.name
-                raise CheckpointError(f"tensor '{tensor.name}' is in both {first} and {shard}")
-            if index is not None and index.get(tensor.name) != shard:
-                raise CheckpointError(
-                    f"{shard} holds tensor '{tensor.name}', which {INDEX} does not place there; "
-                    "download the checkpoint again"
-                )
-            tensors[tensor.name] = tensor
-    for name in index or ():
-        if name not in tensors:
-            raise CheckpointError(f"tensor '{name}' is in {INDEX} but in no shard; download again")
-    return Checkpoint(folder, config, tensors, shards, str(model), found or revision)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -155,104 +70,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _shard_names(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    if (folder / SINGLE).is_file():
-        return (SINGLE,), None
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"'{folder / INDEX}' has no weight_map; download it again")
-        for name in weight_map.values():
-            safe = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
-            if not safe or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{INDEX} names shard {name!r}, which is not a plain .safetensors file name; "
-                    "do not trust this checkpoint"
-                )
-        shards = tuple(sorted(set(weight_map.values())))
-        for shard in shards:
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"shard '{shard}' is missing from '{folder}'; download it")
-        return shards, weight_map
-    if any(path.suffix in _PICKLES for path in folder.iterdir()):
-        raise CheckpointError(
-            f"'{folder}' holds pickled weights only, which can run code when opened; "
-            "save it as safetensors first (model.save_pretrained does)"
-        )
-    raise CheckpointError(f"'{folder}' holds no {SINGLE} and no {INDEX}; give a model folder")
-
-
-def read_header(path: Path) -> list[TensorInfo]:
-    """The tensors of one safetensors file, checked against the file's size, in file order."""
-    broken = f"'{path}' is not a whole safetensors file"
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(f"{broken}: it is truncated; download it again")
-            header = json.loads(file.read(length))
-    except OSError as error:
-        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{broken}: its header is not JSON; download it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{broken}: its header is not a JSON object; download it again")
-    start = 8 + length
-    tensors = [_tensor(path, n, e, start) for n, e in header.items() if n != "__metadata__"]
-    tensors.sort(key=lambda tensor: tensor.offset)
-    end = start
-    for tensor in tensors:
-        if tensor.offset != end:
-            raise CheckpointError(f"{broken}: tensor '{tensor.name}' overlaps or leaves a gap")
-        end += tensor.nbytes
-    if end > size:
-        raise CheckpointError(
-            f"{broken}: {size} bytes of {end}, it is truncated; download it again"
-        )
-    if end < size:
-        raise CheckpointError(f"{broken}: {size - end} bytes follow the last tensor")
-    return tensors
-
-
-def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
-    try:
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        numbers = (*shape, begin, end)
-        sound = all(isinstance(n, int) and n >= 0 for n in numbers) and isinstance(dtype, str)
-    except (TypeError, KeyError, ValueError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"'{path}': the header entry of tensor '{name}' makes no sense")
-    if dtype not in _ITEM_BYTES:
-        raise CheckpointError(f"'{path}': tensor '{name}' has unknown dtype {dtype}")
-    if math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
-        raise CheckpointError(f"'{path}': tensor '{name}' of shape {list(shape)} has a wrong size")
-    return TensorInfo(name, path, dtype, shape, start + begin, end - begin)
-
-
-def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows start..stop (exclusive) of a tensor along its first dimension, as a fresh CPU tensor."""
-    stop = tensor.shape[0] if stop is None else stop
-    buffer = torch.empty((stop - start) * tensor.row_bytes, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-    try:
-        with tensor.file.open("rb", buffering=0) as file:
-            file.seek(tensor.offset + start * tensor.row_bytes)
-            filled = 0
-            while filled < len(view):
-                count = file.readinto(view[filled:])
-                if not count:
-                    raise CheckpointError(
-                        f"'{tensor.file}' ended while it was read; download it again"
-                    )
-                filled += count
-    except OSError as error:
-        raise CheckpointError(f"'{tensor.file}' cannot be read: {error.strerror}") from None
-    return buffer.view(DTYPES[tensor.dtype]).view(stop - start, *tensor.shape[1:])
+def finite(value: Any) -> Any:
+    """JSON-ready values with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256_of(path: Path, *, stop: threading.Event | None = None) -> str:
@@ -266,165 +90,9 @@ def sha256_of(path: Path, *, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class NewTensor:
-    """A tensor to be written: its name, safetensors dtype and shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-
-def lay_out(
-    tensors: Iterable[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES
-) -> dict[str, list[NewTensor]]:
-    """Distribute tensors over shards of at most max_shard_bytes, in order: file name -> tensors.
-
-    A tensor that is larger than a shard gets one to itself.
-    """
-    shards: list[list[NewTensor]] = [[]]
-    room = max_shard_bytes - _header_room([])
-    for tensor in tensors:
-        need = tensor.nbytes + _header_room([tensor])
-        if shards[-1] and need > room:
-            shards.append([])
-            room = max_shard_bytes - _header_room([])
-        shards[-1].append(tensor)
-        room -= need
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    total = len(shards)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": s for i, s in enumerate(shards, 1)}
-
-
-def _header_room(tensors: list[NewTensor]) -> int:
-    # Upper bound: offsets take at most 20 digits each.
-    return 128 + sum(len(t.name) + 12 * len(t.shape) + 120 for t in tensors)
-
-
-def _header(tensors: list[NewTensor]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        entries[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + tensor.nbytes],
-        }
-        offset += tensor.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_shards(
-    folder: Path,
-    shards: dict[str, list[NewTensor]],
-    chunks: Iterator[tuple[str, torch.Tensor]],
-) -> dict[str, dict[str, Any]]:
-    """Write the shards from a stream of (tensor name, chunk) in exactly the order laid out.
-
-    Hashing and writing run in a thread of their own, a few chunks behind the producer. Returns
-    file name -> {"sha256", "bytes"} and writes the index if there are several shards. Raises
-    CheckpointError when the disk is full or a stream does not fit the layout.
-    """
-    written: dict[str, dict[str, Any]] = {}
-    for name, tensors in shards.items():
-        path = folder / name
-        header = _header(tensors)
-        with path.open("wb", buffering=0) as file, _background(path, file) as put:
-            put(memoryview(header))
-            for tensor in tensors:
-                left = tensor.nbytes
-                while left:
-                    got, chunk = next(chunks, ("nothing", torch.empty(0)))
-                    flat = chunk.contiguous().view(-1).view(torch.uint8)
-                    data = memoryview(flat.numpy())  # type: ignore[arg-type]
-                    left -= len(data)
-                    if got != tensor.name or left < 0:
-                        raise CheckpointError(f"writing '{tensor.name}': got a piece of '{got}'")
-                    put(data)
-            digest = put.digest()
-        size = len(header) + sum(t.nbytes for t in tensors)
-        written[name] = {"sha256": digest, "bytes": size}
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(t.nbytes for ts in shards.values() for t in ts)},
-            "weight_map": {t.name: name for name, ts in shards.items() for t in ts},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return written
-
-
-class _Put:
-    """Hands buffers to a thread that writes and one that hashes; at most 4 wait for either."""
-
-    def __init__(self, path: Path, file: Any) -> None:
-        self._path, self._file = path, file
-        self._sha = hashlib.sha256()
-        self._faults: list[BaseException] = []
-        self._lines = [_Line(take, self._faults) for take in (self._write, self._sha.update)]
-
-    def __call__(self, data: memoryview) -> None:
-        self._check()
-        for line in self._lines:
-            line.queue.put(data)
-
-    def _write(self, data: memoryview) -> None:
-        while data:
-            data = data[self._file.write(data) :]
-
-    def digest(self) -> str:
-        self.close()
-        self._check()
-        return self._sha.hexdigest()
-
-    def close(self) -> None:
-        for line in self._lines:
-            line.close()
-
-    def _check(self) -> None:
-        for fault in self._faults:
-            if isinstance(fault, OSError):
-                raise CheckpointError(f"'{self._path}' cannot be written: {fault.strerror}")
-            raise fault
-
-
-class _Line:
-    """A thread that takes buffers from a short queue, which bounds the memory."""
-
-    def __init__(self, take: Callable[[memoryview], object], faults: list[BaseException]) -> None:
-        self.queue: queue.Queue[memoryview | None] = queue.Queue(maxsize=4)
-        self._take, self._faults = take, faults
-        self._thread = threading.Thread(target=self._drain, daemon=True)
-        self._thread.start()
-
-    def _drain(self) -> None:
-        while (data := self.queue.get()) is not None:
-            if self._faults:  # go on emptying, or the producer would wait for ever
-                continue
-            try:
-                self._take(data)
-            except BaseException as error:
-                self._faults.append(error)
-
-    def close(self) -> None:
-        if self._thread.is_alive():
-            self.queue.put(None)
-            self._thread.join()
-
-
-@contextmanager
-def _background(path: Path, file: Any) -> Iterator[_Put]:
-    put = _Put(path, file)
-    try:
-        yield put
-    finally:
-        put.close()
+def hash_entry(path: Path, *, stop: threading.Event | None = None) -> dict[str, Any]:
+    """What a manifest says about one file: its sha256 and its size in bytes."""
+    return {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
 
 
 def companions(folder: Path) -> list[Path]:
@@ -443,3 +111,163 @@ def companions(folder: Path) -> list[Path]:
     ]
     templates = folder / "additional_chat_templates"
     return files + ([templates] if templates.is_dir() else [])
+
+
+@contextmanager
+def publish(
+    out: Path, *, needed_bytes: int = 0, kind: Literal["folder", "file"] = "folder"
+) -> Iterator[Path]:
+    """A staging folder or file that becomes `out` if the block succeeds, else vanishes.
+
+    It lies beside `out`, so that the final step is one rename. A staging file is alone in a folder
+    of its own, where the block may put other files. Raises CheckpointError when `out` exists
+    already, its parent is missing or not writable, or the disk has less than needed_bytes.
+    """
+    check_free(out, kind)
+    parent = out.absolute().parent
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise CheckpointError(
+            f"'{parent}' has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed; "
+            "make room or choose another disk"
+        )
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write in '{parent}': {reason}") from None
+    staging = folder if kind == "folder" else folder / "content"
+    try:
+        yield staging
+        if kind == "folder":
+            for path in folder.iterdir():
+                path.chmod(0o644) if path.is_file() else None
+            folder.chmod(0o755)
+        check_free(out, kind)
+        staging.rename(out)
+    except OSError as error:
+        # The file that failed may be one of the source's, which is read inside the block.
+        raise CheckpointError(
+            f"'{error.filename or out}': {error.strerror or error}; nothing was written"
+        ) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_free(out: Path, kind: Literal["folder", "file"] = "folder") -> None:
+    """Raise CheckpointError unless `out` can be made: it is absent and its parent is a folder."""
+    if os.path.lexists(out):
+        raise CheckpointError(f"output '{out}' exists; name a new {kind} or remove it first")
+    if not os.path.isdir(out.absolute().parent):
+        raise CheckpointError(f"folder '{out.absolute().parent}' does not exist; create it first")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; the file there replaces `path` if the block succeeds, else vanishes."""
+    staging = path.with_name(f".{path.name}.new")
+    try:
+        yield staging
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file as a whole or not at all; text as UTF-8."""
+    with replacing(path) as staging:
+        staging.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of a conversion, abreast.json.
+
+    source, revision: the original model as it was named. files, source_files, healed_files: sha256
+    by file name, of the conversion, its original, and the healed weights that were converted, which
+    are empty where nothing was healed. healed: how it was healed (method, kl_before, kl_after, ...;
+    see abreast.heal), else None. record: everything that the file holds, with None for numbers that
+    are not finite.
+    """
+
+    plan: Plan
+    source: str | None
+    revision: str | None
+    files: Mapping[str, str]
+    source_files: Mapping[str, str]
+    healed_files: Mapping[str, str]
+    healed: Mapping[str, Any] | None
+    record: Mapping[str, Any]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Manifest of a converted checkpoint. Raises CheckpointError where there is no valid one."""
+    record, name = finite(read_json(folder / MANIFEST)), f"'{folder / MANIFEST}'"
+    try:
+        plan = Plan.model_validate(record["plan"])
+        source, healed = record["source"], record.get("healed")
+        files, source_files, healed_files = (
+            {file: str(entry["sha256"]) for file, entry in entries.items()}
+            for entries in (
+                record["files"],
+                source["files"],
+                {} if healed is None else healed["weights"],
+            )
+        )
+        origin, revision = source.get("name"), source.get("revision")
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise CheckpointError(f"{name} holds no valid plan: {reason}; convert again") from None
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"{name} is not the record of a conversion; convert again") from None
+    complete = [files, source_files] if healed is None else [files, source_files, healed_files]
+    if not all("config.json" in names for names in complete):
+        raise CheckpointError(f"{name} does not record all files; convert again")
+    return Manifest(plan, origin, revision, files, source_files, healed_files, healed, record)
+
+
+def write_manifest(
+    folder: Path,
+    plan: Plan,
+    *,
+    source: Mapping[str, Any],
+    files: Mapping[str, Any],
+    architecture: str,
+    warnings: tuple[str, ...],
+    versions: Mapping[str, str],
+    healed: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write the record of a conversion to `folder` and return it.
+
+    source: name, revision, files and dropped_tensors of the checkpoint that was read. files:
+    name -> `hash_entry` of every file in `folder`. healed: where the checkpoint that was read holds
+    healed weights: how they were made, and under "source" the entry of the true original.
+    """
+    record: dict[str, Any] = {
+        "format": 1,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "plan": plan.model_dump(mode="json", exclude_none=True),
+        "shorthand": plan.shorthand,
+        "num_layers": plan.num_layers,
+        "depth": plan.depth,
+        "architecture": architecture,
+        "warnings": list(warnings),
+        "source": dict(source),
+        "files": dict(files),
+        "versions": dict(versions),
+    }
+    if healed is not None:
+        record["healed"] = {**healed, "weights": source["files"]}
+        record["source"] = record["healed"].pop("source")
+    (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record
+
+
+def damaged(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the files of a folder, one sentence each; files: name -> sha256."""
+    for name, sha256 in files.items():
+        path = folder / name
+        if not path.is_file():
+            yield f"file {name} is missing"
+        elif sha256_of(path) != sha256:
+            yield f"file {name} is not the one recorded in {MANIFEST}"

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json
+from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_manifest
 from abreast.convert.fold import attention_kinds, obstacle
 from abreast.families import BRANCHES, FAMILIES, family_of, head_dim_of, is_tied, num_layers_of
-from abreast.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     checkpoint = open_checkpoint(model, revision=revision)
     config = checkpoint.config
     model_type = str(config.get("model_type"))
-    manifest = checkpoint.folder / MANIFEST
-    plan = Plan.model_validate(read_json(manifest)["plan"]) if manifest.is_file() else None
+    converted = (checkpoint.folder / MANIFEST).is_file()
+    plan = read_manifest(checkpoint.folder).plan if converted else None
     if plan is None and model_type not in BRANCHES:
         family_of(config)
     count = num_layers_of(config)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,18 @@ import torch
 
 from abreast.checkpoint import (
     DTYPES,
-    MANIFEST,
     MAX_SHARD_BYTES,
     Checkpoint,
     NewTensor,
     TensorInfo,
     check_free,
     companions,
+    hash_entry,
     lay_out,
     open_checkpoint,
     publish,
     read_rows,
-    sha256_of,
+    write_manifest,
     write_shards,
 )
 from abreast.convert.fold import (
@@ -183,13 +182,26 @@ def convert(
         for path in sorted(p for p in staging.rglob("*") if p.is_file()):
             name = path.relative_to(staging).as_posix()
             if name not in outputs:
-                outputs[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-        manifest = _manifest(job, source_files, outputs)
-        if healed is not None:
-            manifest["healed"] = {**healed, "weights": manifest["source"]["files"]}
-            manifest["source"] = manifest["healed"].pop("source")
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return manifest
+                outputs[name] = hash_entry(path)
+        return write_manifest(
+            staging,
+            job.plan,
+            source={
+                "name": job.checkpoint.source,
+                "revision": job.checkpoint.revision,
+                "files": source_files,
+                "dropped_tensors": list(job.dropped),
+            },
+            files=outputs,
+            architecture=job.config["architectures"][0],
+            warnings=job.warnings,
+            versions={
+                "python": platform.python_version(),
+                "abreast": __version__,
+                "torch": torch.__version__,
+            },
+            healed=healed,
+        )
 
 
 @contextmanager
@@ -417,11 +429,10 @@ def hash_inputs(
     paths += [checkpoint.folder / shard for shard in checkpoint.shards]
     for path in companions(checkpoint.folder):
         paths += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    found = {}
+    entries = {}
     for path in paths:
-        entry = {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
-        found[path.relative_to(checkpoint.folder).as_posix()] = entry
-    return found
+        entries[path.relative_to(checkpoint.folder).as_posix()] = hash_entry(path, stop=stop)
+    return entries
 
 
 def _write_companions(job: _Job, staging: Path) -> None:
@@ -434,33 +445,6 @@ def _write_companions(job: _Job, staging: Path) -> None:
     (staging / "config.json").write_text(text, encoding="utf-8")
     if "auto_map" in job.config:
         shutil.copyfile(str(files("abreast") / "modeling.py"), staging / REMOTE_CODE)
-
-
-def _manifest(
-    job: _Job, inputs: dict[str, dict[str, Any]], outputs: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "format": 1,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "plan": job.plan.model_dump(mode="json", exclude_none=True),
-        "shorthand": job.plan.shorthand,
-        "num_layers": job.plan.num_layers,
-        "depth": job.plan.depth,
-        "architecture": job.config["architectures"][0],
-        "warnings": list(job.warnings),
-        "source": {
-            "name": job.checkpoint.source,
-            "revision": job.checkpoint.revision,
-            "files": inputs,
-            "dropped_tensors": list(job.dropped),
-        },
-        "files": outputs,
-        "versions": {
-            "python": platform.python_version(),
-            "abreast": __version__,
-            "torch": torch.__version__,
-        },
-    }
 
 
 def _peak_memory(job: _Job) -> int:

@@ -83,10 +83,11 @@ def verify(
     """
     folder, _ = resolve(out)
     original, _ = resolve(against, revision=revision)
-    plan, files, source_files, weights = read_manifest(folder)
-    faults = list(damaged(folder, files))
+    manifest = read_manifest(folder)
+    plan, weights = manifest.plan, manifest.healed_files
+    faults = list(damaged(folder, manifest.files))
     healed = bool(weights) and next(damaged(original, weights), None) is not None
-    for name in damaged(original, source_files) if healed or not weights else ():
+    for name in damaged(original, manifest.source_files) if healed or not weights else ():
         raise CheckpointError(
             f"'{out}' was not made from '{against}': {name}; name the original it was made from"
         )

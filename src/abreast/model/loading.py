@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from abreast.checkpoint import open_checkpoint, resolve
-from abreast.errors import CheckpointError
+from abreast.errors import CheckpointError, first_line
 from abreast.model.grouping import apply, decoder_layers
 from abreast.plan import Plan
 
@@ -95,8 +95,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
             folder, trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from None
+        raise CheckpointError(
+            f"the tokenizer in '{folder}' cannot be loaded: {first_line(error)}"
+        ) from None
 
 
 @contextmanager

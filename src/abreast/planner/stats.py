@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
 
 STATS_FILE = "stats.safetensors"
@@ -110,9 +110,8 @@ class Stats:
         except FileNotFoundError:
             raise AbreastError(f"no statistics at '{path}'; run `abreast measure` first") from None
         except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise AbreastError(
-                f"'{path}' is damaged ({reason}); delete it and measure again"
+                f"'{path}' is damaged ({first_line(error)}); delete it and measure again"
             ) from None
         stats = cls(
             identity=header["identity"],

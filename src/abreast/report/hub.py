@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abreast.checkpoint import MANIFEST, damaged, open_checkpoint, read_manifest
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 from abreast.report.card import card, may_write, write_card
 from abreast.report.records import read_conversion
 
@@ -44,7 +44,7 @@ def prepare(out: str | Path, repo: str, *, private: bool = False) -> Upload:
     if not folder.is_dir():
         raise AbreastError(f"no folder '{out}'; give one that abreast converted")
     conversion = read_conversion(folder)
-    _, files, _, _ = read_manifest(folder)
+    files = read_manifest(folder).files
     for fault in damaged(folder, files):
         raise AbreastError(f"'{out}' is not a whole conversion: {fault}; convert again")
     open_checkpoint(folder)
@@ -83,16 +83,14 @@ def push(out: str | Path, repo: str, *, private: bool = False) -> str:
     except OfflineModeIsEnabled:
         raise AbreastError("HF_HUB_OFFLINE is set; unset it to push") from None
     except HfHubHTTPError as error:
-        raise AbreastError(f"the Hugging Face Hub refuses '{repo}': {_reason(error)}") from None
+        raise AbreastError(f"the Hugging Face Hub refuses '{repo}': {first_line(error)}") from None
     except (OSError, ValueError, RuntimeError) as error:
-        raise AbreastError(f"'{repo}' was not uploaded: {_reason(error)}; try again") from None
+        raise AbreastError(f"'{repo}' was not uploaded: {first_line(error)}; try again") from None
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
         endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
-        raise AbreastError(f"no connection to {endpoint} ({_reason(error)}); try again") from None
+        raise AbreastError(
+            f"no connection to {endpoint} ({first_line(error)}); try again"
+        ) from None
     return str(address)
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

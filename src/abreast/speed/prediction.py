@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 from abreast.families import family_of, head_dim_of, is_tied, num_layers_of, sizes
 from abreast.plan import Group, Plan
 
@@ -294,7 +294,7 @@ def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, 
     try:
         file = hf_hub_download(str(model), "config.json", revision=revision)
     except Exception as error:  # of many kinds; all mean that the file is out of reach
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise AbreastError(f"no config.json of '{model}' here or on the Hub ({reason})") from None
     return read_json(Path(file))
 

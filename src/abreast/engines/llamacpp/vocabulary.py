@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
@@ -164,7 +164,7 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         state = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # every tokenizer class raises kinds of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise VocabularyError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from None
     return tokenizer, state
 

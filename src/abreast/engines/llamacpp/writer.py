@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_json, read_rows
+from abreast.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    Manifest,
+    check_free,
+    open_checkpoint,
+    publish,
+    read_manifest,
+    read_rows,
+)
 from abreast.engines.llamacpp.deci import ARCHITECTURE, ExportError, Layout, Piece, lay_out
 from abreast.engines.llamacpp.quantizer import check_quantizer, quantize
 from abreast.engines.llamacpp.vocabulary import Vocabulary, read_vocabulary
@@ -45,7 +51,7 @@ def export(
     `out` is then absent.
     """
     target = Path(out)
-    _check_target(target)
+    check_free(target, "file")
     gguf = _gguf()
     if quantization is not None:
         check_quantizer(quantization)
@@ -53,7 +59,7 @@ def export(
     layout = lay_out(checkpoint, dtype)
     vocabulary = read_vocabulary(checkpoint.folder, positive(layout.config, "vocab_size"))
     needed = layout.nbytes * (2 if quantization else 1) + (64 << 20)
-    with _published(target, needed) as staged:
+    with publish(target, needed_bytes=needed, kind="file") as staged:
         plain = staged.with_name("plain.gguf") if quantization else staged
         _write(gguf, plain, checkpoint, layout, vocabulary, progress)
         if quantization:
@@ -150,9 +156,9 @@ def _write(
         file.close()
 
 
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    path = checkpoint.folder / MANIFEST
-    return read_json(path) if path.is_file() else {}
+def _manifest(checkpoint: Checkpoint) -> Manifest | None:
+    converted = (checkpoint.folder / MANIFEST).is_file()
+    return read_manifest(checkpoint.folder) if converted else None
 
 
 def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
@@ -161,7 +167,8 @@ def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
     In models whose name holds phi-3, llama.cpp lets special tokens take the space after them, and
     fails to load if some of Phi 3's own are missing (src/llama-vocab.cpp).
     """
-    source = str(_manifest(checkpoint).get("source", {}).get("name") or checkpoint.source)
+    manifest = _manifest(checkpoint)
+    source = (manifest.source if manifest else None) or checkpoint.source
     # of a folder its own name, also of "." and "..", of a Hugging Face id what follows the owner
     name = (
         Path(source).resolve().name if os.path.isdir(source) else source.rstrip("/").split("/")[-1]
@@ -176,11 +183,11 @@ def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
 
 def _write_metadata(gguf: Any, writer: Any, checkpoint: Checkpoint, layout: Layout) -> None:
     config, head_dim = layout.config, head_dim_of(layout.config)
-    made = _manifest(checkpoint)
     writer.add_string("abreast.version", __version__)
-    if made.get("shorthand"):
-        writer.add_string("abreast.plan", made["shorthand"])
-        writer.add_uint32("abreast.original_layers", made["num_layers"])
+    manifest = _manifest(checkpoint)
+    if manifest is not None:
+        writer.add_string("abreast.plan", manifest.plan.shorthand)
+        writer.add_uint32("abreast.original_layers", manifest.plan.num_layers)
     writer.add_vocab_size(positive(config, "vocab_size"))
     writer.add_context_length(layout.context)
     writer.add_embedding_length(positive(config, "hidden_size"))
@@ -222,33 +229,3 @@ def _write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
-
-
-def _check_target(out: Path) -> None:
-    if os.path.lexists(out):
-        raise CheckpointError(f"output '{out}' exists; name a new file or remove it first")
-    if not os.path.isdir(out.absolute().parent):
-        raise CheckpointError(f"folder '{out.absolute().parent}' does not exist; create it first")
-
-
-@contextmanager
-def _published(out: Path, needed: int) -> Iterator[Path]:
-    """The path of a file that becomes `out` if the block succeeds and vanishes if it does not."""
-    parent = out.absolute().parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise CheckpointError(
-            f"'{parent}' has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; "
-            "make room or choose another disk"
-        )
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.partial-", dir=parent) as folder:
-            staged = Path(folder) / "model.gguf"
-            yield staged
-            _check_target(out)
-            os.replace(staged, out)
-    except OSError as error:
-        place = error.filename or out
-        raise CheckpointError(
-            f"'{place}': {error.strerror or error}; nothing was written"
-        ) from None

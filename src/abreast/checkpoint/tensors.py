@@ -1,0 +1,341 @@
+"""Safetensors in and out: open a checkpoint, read its tensors piece by piece, write new shards.
+
+Tensors are read with plain file reads, not with safetensors' memory maps: mapped pages count as
+resident memory, and a reader that promises bounded memory must not depend on the kernel giving them
+back. Headers are read here because safetensors and huggingface_hub do not tell where the data lies
+in the file, and shards are laid out here because huggingface_hub moves large tensors ahead of the
+others, while these are written in the order in which they are made. Pickled weights are never
+opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from abreast.checkpoint.files import read_json, resolve
+from abreast.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+_MAX_HEADER = 100_000_000  # the limit of the safetensors format itself
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_ITEM_BYTES = {
+    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
+    **{"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8},
+}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies. offset and nbytes are bytes in `file`; dtype is safetensors' name."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one step along the first dimension."""
+        return math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: headers and config are read, weights are not.
+
+    tensors: name -> TensorInfo, in the order of the shards. shards: file names. source and
+    revision: as the caller named them, for the record.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[str, ...]
+    source: str
+    revision: str | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint and check every header: names, shapes, sizes, shard list.
+
+    Raises CheckpointError for a missing or broken config, pickle-only weights, a missing, truncated
+    or overlapping shard, shard names that leave the folder, and an index that does not agree with
+    the shards.
+    """
+    folder, resolved = resolve(model, revision=revision)
+    config = read_json(folder / "config.json")
+    shards, index = _shard_names(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for tensor in read_header(folder / shard):
+            if tensor.name in tensors:
+                first = tensors[tensor.name].file.name
+                raise CheckpointError(f"tensor '{tensor.name}' is in both {first} and {shard}")
+            if index is not None and index.get(tensor.name) != shard:
+                raise CheckpointError(
+                    f"{shard} holds tensor '{tensor.name}', which {INDEX} does not place there; "
+                    "download the checkpoint again"
+                )
+            tensors[tensor.name] = tensor
+    for name in index or ():
+        if name not in tensors:
+            raise CheckpointError(f"tensor '{name}' is in {INDEX} but in no shard; download again")
+    return Checkpoint(folder, config, tensors, shards, str(model), resolved or revision)
+
+
+def _shard_names(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    if (folder / SINGLE).is_file():
+        return (SINGLE,), None
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"'{folder / INDEX}' has no weight_map; download it again")
+        for name in weight_map.values():
+            safe = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
+            if not safe or not name.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{INDEX} names shard {name!r}, which is not a plain .safetensors file name; "
+                    "do not trust this checkpoint"
+                )
+        shards = tuple(sorted(set(weight_map.values())))
+        for shard in shards:
+            if not (folder / shard).is_file():
+                raise CheckpointError(f"shard '{shard}' is missing from '{folder}'; download it")
+        return shards, weight_map
+    if any(path.suffix in _PICKLES for path in folder.iterdir()):
+        raise CheckpointError(
+            f"'{folder}' holds pickled weights only, which can run code when opened; "
+            "save it as safetensors first (model.save_pretrained does)"
+        )
+    raise CheckpointError(f"'{folder}' holds no {SINGLE} and no {INDEX}; give a model folder")
+
+
+def read_header(path: Path) -> list[TensorInfo]:
+    """The tensors of one safetensors file, checked against the file's size, in file order."""
+    broken = f"'{path}' is not a whole safetensors file"
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER):
+                raise CheckpointError(f"{broken}: it is truncated; download it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"'{path}' cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{broken}: its header is not JSON; download it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{broken}: its header is not a JSON object; download it again")
+    start = 8 + length
+    tensors = [_tensor(path, n, e, start) for n, e in header.items() if n != "__metadata__"]
+    tensors.sort(key=lambda tensor: tensor.offset)
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise CheckpointError(f"{broken}: tensor '{tensor.name}' overlaps or leaves a gap")
+        end += tensor.nbytes
+    if end > size:
+        raise CheckpointError(
+            f"{broken}: {size} bytes of {end}, it is truncated; download it again"
+        )
+    if end < size:
+        raise CheckpointError(f"{broken}: {size - end} bytes follow the last tensor")
+    return tensors
+
+
+def _tensor(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        numbers = (*shape, begin, end)
+        sound = all(isinstance(n, int) and n >= 0 for n in numbers) and isinstance(dtype, str)
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"'{path}': the header entry of tensor '{name}' makes no sense")
+    if dtype not in _ITEM_BYTES:
+        raise CheckpointError(f"'{path}': tensor '{name}' has unknown dtype {dtype}")
+    if math.prod(shape) * _ITEM_BYTES[dtype] != end - begin:
+        raise CheckpointError(f"'{path}': tensor '{name}' of shape {list(shape)} has a wrong size")
+    return TensorInfo(name, path, dtype, shape, start + begin, end - begin)
+
+
+def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Rows start..stop (exclusive) of a tensor along its first dimension, as a fresh CPU tensor."""
+    stop = tensor.shape[0] if stop is None else stop
+    buffer = torch.empty((stop - start) * tensor.row_bytes, dtype=torch.uint8)
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset + start * tensor.row_bytes)
+            count = file.readinto(memoryview(buffer.numpy()))  # type: ignore[arg-type]
+    except OSError as error:
+        raise CheckpointError(f"'{tensor.file}' cannot be read: {error.strerror}") from None
+    if count < len(buffer):
+        raise CheckpointError(f"'{tensor.file}' ended while it was read; download it again")
+    return buffer.view(DTYPES[tensor.dtype]).view(stop - start, *tensor.shape[1:])
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def lay_out(
+    tensors: Iterable[NewTensor], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, list[NewTensor]]:
+    """Distribute tensors over shards of at most max_shard_bytes, in order: file name -> tensors.
+
+    A tensor that is larger than a shard gets one to itself.
+    """
+    shards: list[list[NewTensor]] = [[]]
+    room = max_shard_bytes - _header_room([])
+    for tensor in tensors:
+        need = tensor.nbytes + _header_room([tensor])
+        if shards[-1] and need > room:
+            shards.append([])
+            room = max_shard_bytes - _header_room([])
+        shards[-1].append(tensor)
+        room -= need
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    total = len(shards)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": s for i, s in enumerate(shards, 1)}
+
+
+def _header_room(tensors: list[NewTensor]) -> int:
+    # Upper bound: offsets take at most 20 digits each.
+    return 128 + sum(len(t.name) + 12 * len(t.shape) + 120 for t in tensors)
+
+
+def _header(tensors: list[NewTensor]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        entries[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_shards(
+    folder: Path,
+    shards: dict[str, list[NewTensor]],
+    chunks: Iterator[tuple[str, torch.Tensor]],
+) -> dict[str, dict[str, Any]]:
+    """Write the shards from a stream of (tensor name, chunk) in exactly the order laid out.
+
+    Hashing and writing run in a thread of their own, a few chunks behind the producer. Returns
+    file name -> {"sha256", "bytes"} and writes the index if there are several shards. Raises
+    CheckpointError when the disk is full or a stream does not fit the layout.
+    """
+    written: dict[str, dict[str, Any]] = {}
+    for name, tensors in shards.items():
+        header = _header(tensors)
+        with _HashingWriter(folder / name) as file:
+            file.write(memoryview(header))
+            for tensor in tensors:
+                left = tensor.nbytes
+                while left:
+                    owner, chunk = next(chunks, ("nothing", torch.empty(0)))
+                    flat = chunk.contiguous().view(-1).view(torch.uint8)
+                    data = memoryview(flat.numpy())  # type: ignore[arg-type]
+                    left -= len(data)
+                    if owner != tensor.name or left < 0:
+                        raise CheckpointError(f"writing '{tensor.name}': got a piece of '{owner}'")
+                    file.write(data)
+            digest = file.digest()
+        size = len(header) + sum(t.nbytes for t in tensors)
+        written[name] = {"sha256": digest, "bytes": size}
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(t.nbytes for ts in shards.values() for t in ts)},
+            "weight_map": {t.name: name for name, ts in shards.items() for t in ts},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return written
+
+
+class _HashingWriter:
+    """Writes buffers to a file and hashes them, each in a thread of its own.
+
+    At most 4 buffers wait for either thread, which bounds the memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, path.open("wb", buffering=0)
+        self._sha = hashlib.sha256()
+        self._threads = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _HashingWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, trace: TracebackType | None
+    ) -> None:
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def write(self, data: memoryview) -> None:
+        self._wait(until=6)
+        tasks = (self._write, self._sha.update)
+        self._waiting += [t.submit(f, data) for t, f in zip(self._threads, tasks, strict=True)]
+
+    def digest(self) -> str:
+        self._wait(until=0)
+        return self._sha.hexdigest()
+
+    def _write(self, data: memoryview) -> None:
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _wait(self, until: int) -> None:
+        try:
+            while len(self._waiting) > until:
+                self._waiting.popleft().result()
+        except OSError as error:
+            raise CheckpointError(f"'{self._path}' cannot be written: {error.strerror}") from None
