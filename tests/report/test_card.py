@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_a_card(out):
         "| `first_task` | `acc` | 0.600 ± 0.020 | 0.570 ± 0.020 | 95.0% |",
         "vllm serve OUT",
         "python -m abreast.engines.transformers serve OUT",
-        "no layers for groups wired `cqil`",
+        "Not llama.cpp: the checkpoint has groups with cqil wiring",
         json.loads((out / "abreast.json").read_text())["files"]["model.safetensors"]["sha256"],
     ):
         assert seen in text, seen
@@ -120,12 +121,17 @@ def test_a_card_of_somebody_else_is_kept(out):
     assert write_card(read_conversion(out)) is not None
 
 
-def test_llama_cpp_is_named_for_lp_plans_only(made):
+def test_llama_cpp_is_named_for_lp_plans_only(made, tmp_path):
     found = read_run(made).last
-    assert [engine for engine, _ in serving("OUT", found)] == ["vLLM", "transformers"]
-    plan = found.plan.model_copy(update={"groups": found.plan.groups[:1]})
-    lp = type(found)(**{**found.__dict__, "plan": plan})
-    assert "abreast export 'my out'" in dict(serving("my out", lp))["llama.cpp"]
+    commands, (note,) = serving("OUT", found)
+    assert [engine for engine, _ in commands] == ["vLLM", "transformers"]
+    assert note.startswith("Not llama.cpp:") and "convert with an lp plan" in note
+    config = json.loads((found.target / "config.json").read_text())
+    for entry in config["per_layer_config"].values():
+        entry.pop("abreast_bypass", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    commands, notes = serving("my out", replace(found, target=tmp_path))
+    assert "abreast export 'my out'" in dict(commands)["llama.cpp"] and not notes
 
 
 def test_the_card_does_not_spoil_the_conversion(out, tiny_checkpoint):

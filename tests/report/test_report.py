@@ -95,7 +95,7 @@ def test_a_whole_run(made, tmp_path):
         "abreast optimize 'org/<script>alert(1)</script>' -o 'my run' --depth 6",
         "The first difference, marked, is at token 3.",
         "Both wrote the same 2 tokens.",
-        "llama.cpp has no layers for groups wired cqil",
+        "Not llama.cpp: the checkpoint has groups with cqil wiring",
     ):
         assert seen in page.text, seen
     assert len(page.ids) == len(set(page.ids))
@@ -334,7 +334,7 @@ def test_first_difference(ours, theirs, place):
 def test_samples_of_two_models():
     from abreast.data import load_tokens
     from abreast.demo import model_folder
-    from abreast.model.loading import load
+    from abreast.model.grouping import load
 
     model, tokenizer = load(model_folder(), dtype="float32")
     other, _ = load(model_folder(), plan="2+3 5+6 8+9 11+12", dtype="float32")

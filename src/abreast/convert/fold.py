@@ -205,7 +205,7 @@ def splits_members(family: Family, group: Group | None) -> bool:
     """Whether a stage keeps something apart for each member instead of being one stock layer."""
     if group is None:
         return False
-    return family.keeps_members or (group.wiring == "cqil" and not family.parallel)
+    return family.keeps_members or not (group.is_wide_layer or family.parallel)
 
 
 def check_plan(
@@ -345,7 +345,7 @@ def _stays_apart(family: Family, matrix: Matrix, group: Group) -> bool:
     also where FFNs see different ones; FFN inputs must where they differ.
     """
     ffn = matrix.name.startswith("mlp.")
-    differ = group.wiring == "cqil" and not family.parallel
+    differ = not (group.shares_ffn_input or family.parallel)
     if matrix.join == "columns":
         return bool(family.member_norms) or (differ and not ffn)
     return differ and ffn
@@ -394,8 +394,8 @@ def converted_config(
             entry.update(dict.fromkeys(family.grown_biases, True))
             if splits_members(family, group):
                 entry["abreast_members"] = len(group.layers)
-                if group.wiring == "cqil" and not family.parallel:
-                    entry["abreast_bypass"] = group.bypass
+                if not (group.shares_ffn_input or family.parallel):
+                    entry["abreast_bypass"] = group.ffn_band
             layers[str(index).zfill(digits)] = entry
     new["per_layer_config"] = layers
     if apart:

@@ -24,14 +24,19 @@ from torch import nn
 from abreast.errors import AbreastError
 from abreast.model.grouping import decoder_layers, grouped
 from abreast.model.scores import token_scores
-from abreast.plan import Group, Plan
+from abreast.plan import WIRING_NAMES, Group, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INTERVENTIONS = (
-    *("shuffle", "prune", "merge", "parallel", "2-parallel", "3-parallel"),
-    *("cqil", "cqil-full"),
+    "shuffle",
+    "prune",
+    "merge",
+    "parallel",
+    "2-parallel",
+    "3-parallel",
+    *WIRING_NAMES[1:],  # lp is parallel
 )
 LOGITS = 2**25  # logits at once: 128 MiB in float32
 
@@ -90,9 +95,8 @@ def programs(
         middles = [()]
     elif intervention == "merge":
         middles = [(Merged(inside),)]
-    elif intervention in ("cqil", "cqil-full"):
-        bypass = len(inside) - 1 if intervention == "cqil-full" else 0
-        middles = [(Group(layers=inside, wiring="cqil", bypass=bypass),)]
+    elif intervention in WIRING_NAMES:
+        middles = [(Group.wired(inside, intervention),)]
     else:
         width = {"parallel": len(inside), "2-parallel": 2, "3-parallel": 3}[intervention]
         parts = [inside[at : at + width] for at in range(0, len(inside), width)]

@@ -38,7 +38,7 @@ from abreast.model import (
     ratio_of_means,
     run_programs,
 )
-from abreast.plan import Group, Plan, Wiring
+from abreast.plan import WIRING_NAMES, Group, Plan
 from abreast.planner.stats import STATS_FILE, Cost, Stats
 from abreast.runs import (
     JOURNAL,
@@ -58,7 +58,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 KIND = "measure"
 GEOMETRY = "geometry.safetensors"
-WIRINGS = ("lp", "cqil", "cqil-full")
 MIN_WINDOWS = 8
 SCREEN, KEEP = 0.125, 0.6
 DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
@@ -115,10 +114,10 @@ def candidates(
     (see `obstacle`), and, in families whose FFN reads the layer's input, wirings other than lp,
     which are the same there. Raises AbreastError for unknown wirings and when nothing is left.
     """
-    unknown = [wiring for wiring in wirings if wiring not in WIRINGS]
+    unknown = [wiring for wiring in wirings if wiring not in WIRING_NAMES]
     if unknown or not wirings:
         wrong = f"wiring '{unknown[0]}' is unknown" if unknown else "no wiring is named"
-        raise AbreastError(f"{wrong}; choose from {', '.join(WIRINGS)}")
+        raise AbreastError(f"{wrong}; choose from {', '.join(WIRING_NAMES)}")
     num_layers = num_layers_of(config)
     if not 2 <= max_group <= num_layers:
         raise AbreastError(f"groups of up to {max_group} layers: choose from 2 to {num_layers}")
@@ -133,10 +132,7 @@ def candidates(
             layers = tuple(range(first, first + size))
             if obstacle(config, layers) is not None:
                 continue
-            for wiring in ("lp",) if alike else wirings:
-                bypass = size - 1 if wiring == "cqil-full" else 0
-                kind: Wiring = "lp" if wiring == "lp" else "cqil"
-                found.append(Group(layers=layers, wiring=kind, bypass=bypass))
+            found += [Group.wired(layers, name) for name in (("lp",) if alike else wirings)]
     if not found:
         raise AbreastError("no group of this model can be formed; see `abreast inspect`")
     return tuple(found)

@@ -168,8 +168,7 @@ def unreachable(depth: int, num_layers: int, reachable: Iterable[int]) -> str:
 
 def kind_of(group: Group) -> str:
     """A group's kind in a profile, such as "lp 2" or "cqil:1 2"."""
-    bypass = f":{group.bypass}" if group.wiring == "cqil" else ""
-    return f"{group.wiring}{bypass} {len(group.layers)}"
+    return f"{group.kind} {len(group.layers)}"
 
 
 def reasons(plan: Plan, front: Front) -> list[dict[str, Any]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from abreast.checkpoint import read_json
 from abreast.errors import AbreastError
+from abreast.families import FAMILIES
 from abreast.report.diagram import describe
 from abreast.report.records import Conversion
+from abreast.targets import SERVERS, refusals
 
 MARK = "<!-- written by abreast, and written anew by it as long as this line stands here -->"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -104,21 +106,18 @@ def dtype_of(quality: Mapping[str, Any]) -> str:
     return "the dtype of the checkpoint" if named == "auto" else named
 
 
-def serving(out: str, conversion: Conversion) -> list[tuple[str, str]]:
-    """(engine, commands) that serve a converted checkpoint."""
-    quoted = shlex.quote(out)
-    found = [
-        ("vLLM", f'pip install "abreast[vllm]"\nvllm serve {quoted}'),
-        (
-            "transformers",
-            'pip install abreast "transformers[serving]" accelerate\n'
-            f"python -m abreast.engines.transformers serve {quoted} --port 8000",
-        ),
-    ]
-    if all(group.wiring == "lp" for group in conversion.plan.groups):
-        exported = f'pip install "abreast[gguf]"\nabreast export {quoted} --gguf model.gguf\n'
-        found.append(("llama.cpp", f"{exported}llama-server -m model.gguf --flash-attn on"))
-    return found
+def serving(out: str, conversion: Conversion) -> tuple[list[tuple[str, str]], list[str]]:
+    """(engine, commands) that serve a converted checkpoint, and why other engines cannot."""
+    config = read_json(conversion.target / "config.json")
+    family = FAMILIES.get(str(config.get("model_type")).removeprefix("abreast_"))
+    commands, notes = [], []
+    for server in SERVERS:
+        reason = next(refusals(server, config, family), None)
+        if reason is None:
+            commands.append((server.name, server.commands(out)))
+        else:
+            notes.append(f"Not {server.name}: {reason}.")
+    return commands, notes
 
 
 def code(text: object) -> str:
@@ -157,10 +156,10 @@ def _sections(conversion: Conversion, name: str, source: str) -> list[str]:
         'tokenizer = AutoTokenizer.from_pretrained("OUT")\n```',
         "## Serve",
     ]
-    for engine, commands in serving("OUT", conversion):
+    servers, notes = serving("OUT", conversion)
+    for engine, commands in servers:
         found += [f"{engine}:", f"```sh\n{commands}\n```"]
-    if any(group.wiring == "cqil" for group in plan.groups):
-        found.append("llama.cpp has no layers for groups wired `cqil`.")
+    found += notes
     rows = [
         ("converted", code(file), code(entry.get("sha256", "")))
         for file, entry in manifest.get("files", {}).items()

@@ -18,14 +18,7 @@ def describe(stage: tuple[int, ...], group: Group | None) -> str:
     if group is None:
         return f"layer {stage[0]} alone"
     names = ", ".join(map(str, stage[:-1])) + f" and {stage[-1]}"
-    if group.wiring == "lp":
-        return f"layers {names} abreast, lp: every FFN sees the sum of all attentions"
-    if not group.bypass:
-        return f"layers {names} abreast, cqil: every FFN sees its own attention"
-    return (
-        f"layers {names} abreast, cqil with bypass {group.bypass}: every FFN sees its own "
-        f"attention and those of up to {group.bypass} layers before it"
-    )
+    return f"layers {names} abreast, {group.description}"
 
 
 def stage_size(stage: tuple[int, ...]) -> tuple[int, int]:
@@ -45,7 +38,7 @@ def draw_stage(stage: tuple[int, ...], group: Group | None) -> str:
         found += [_wire(0, middle, LEAD, row), _wire(width - LEAD, row, width, middle)]
     if group is None:
         found.append(_wire(attn_end, middle, ffn, middle))
-    elif group.wiring == "lp":
+    elif group.shares_ffn_input:
         joint = (attn_end + ffn) / 2
         for row in rows:
             found += [_wire(attn_end, row, joint, middle), _wire(joint, middle, ffn, row)]

@@ -118,7 +118,7 @@ def render(run: Run, charts: list[Chart]) -> str:
         samples=_samples(last) if last is not None else [],
         others=[_summary(each) for each in run.others],
         out=str(last.target) if last is not None else None,
-        serving=serving(str(last.target), last) if last is not None and last.manifest else [],
+        serving=serving(str(last.target), last) if last is not None and last.manifest else None,
         hashed=_hashes(last) if last is not None else [],
         number=number,
     )
