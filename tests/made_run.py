@@ -13,8 +13,8 @@ import numpy as np
 from abreast.convert.rewrite import convert
 from abreast.evaluate.text import Comparison, Perplexity
 from abreast.plan import Group, Plan
-from abreast.planner.front import Front, explain, reasons
-from abreast.planner.stats import Cost, Stats
+from abreast.planner.front import Front, Stats, explain, reasons
+from abreast.planner.objective import Cost
 from abreast.speed.benchmark import BenchResult, verdict
 from abreast.speed.timing import Measurement, timings
 

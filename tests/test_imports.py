@@ -30,11 +30,11 @@ ONLY_LAZILY = {"data": {"datasets"}}
 NO_TORCH = {
     *(
         "checkpoint.files",
-        "evaluate.paired",
+        "evaluate.statistics",
         "heal.recipe",
         "planner.front",
         "planner.search",
-        "planner.stats",
+        "planner.objective",
     ),
     *("report.card", "report.charts", "report.diagram", "report.page", "report.records"),
     *("speed.prediction", "speed.timing", "study.findings"),

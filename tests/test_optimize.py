@@ -17,8 +17,8 @@ from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate, spent
 from abreast.planner.find import baselines, estimated_profile, find_plan, measured_profile
-from abreast.planner.front import Budget, Front, Profile, explain, kind_of, reasons
-from abreast.planner.stats import Cost, Stats
+from abreast.planner.front import Budget, Front, Profile, Stats, explain, kind_of, reasons
+from abreast.planner.objective import Cost
 from abreast.report.records import read_run
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8

@@ -21,10 +21,10 @@ from abreast.cli.main import main
 from abreast.data import TokenStream
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
-from abreast.evaluate.paired import bootstrap, mcnemar, sign_flips
+from abreast.evaluate.statistics import bootstrap, mcnemar, ratio_of_means, sign_flips
 from abreast.evaluate.text import check_tokenizers, compare, perplexity, sliding_windows
 from abreast.model import scores as scoring
-from abreast.model.scores import ratio_of_means, token_scores
+from abreast.model.scores import token_scores
 
 VOCABULARY = 128
 

@@ -20,8 +20,8 @@ from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate import tasks as harness
-from abreast.evaluate.accuracy import Answers, compare, kept_mean, row_of, stderr_of, together
-from abreast.evaluate.paired import mcnemar
+from abreast.evaluate.accuracy import Answers, mean_kept, paired_scores, pool, score_task
+from abreast.evaluate.statistics import mcnemar, metric_stderr
 from abreast.evaluate.tasks import FOLDER, OFFLINE, evaluate_tasks, find_tasks
 from abreast.model.loading import load_tokenizer
 from abreast.plan import Plan
@@ -358,7 +358,7 @@ def answers(*, higher: bool = True, **items: list[Any]) -> Answers:
         value = float(np.mean(values))
         metrics[name] = {
             "value": value,
-            "stderr": stderr_of(value, values),
+            "stderr": metric_stderr(value, values),
             "higher_is_better": higher,
         }
     return Answers("1", 0, 0, metrics, dict(items))
@@ -367,7 +367,7 @@ def answers(*, higher: bool = True, **items: list[Any]) -> Answers:
 def test_what_is_kept_and_its_error() -> None:
     old = answers(acc=[1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
     new = answers(acc=[1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    found = compare(new, old, "acc")
+    found = paired_scores(new, old, "acc")
     assert (found["only_original"], found["only_converted"]) == (3, 1)
     assert found["p_value"] == pytest.approx(2 * (1 + 4) / 16)
     assert found["kept"] == pytest.approx(4 / 6)
@@ -377,23 +377,23 @@ def test_what_is_kept_and_its_error() -> None:
     drawn = rng.integers(400, size=(4000, 400))
     spread = (a[drawn].sum(1) / b[drawn].sum(1)).std()
     one, two = answers(acc=a.astype(float).tolist()), answers(acc=b.astype(float).tolist())
-    assert compare(one, two, "acc")["kept_stderr"] == pytest.approx(spread, rel=0.05)
+    assert paired_scores(one, two, "acc")["kept_stderr"] == pytest.approx(spread, rel=0.05)
 
 
 def test_kept_where_lower_is_better_and_where_nothing_was_right() -> None:
     worse, better = answers(higher=False, loss=[2.0, 4.0]), answers(higher=False, loss=[1.0, 2.0])
-    found = compare(worse, better, "loss")
+    found = paired_scores(worse, better, "loss")
     assert found["kept"] == pytest.approx(0.5) and found["test"] == "sign flips"
     none, some = answers(acc=[0.0, 0.0]), answers(acc=[1.0, 0.0])
-    assert compare(some, none, "acc")["kept"] is None
-    row = row_of("t", some, none, 0)
-    assert row.original == 0 and row.kept is None and kept_mean({"t": row}) == (None, None)
+    assert paired_scores(some, none, "acc")["kept"] is None
+    row = score_task("t", some, none, 0)
+    assert row.original == 0 and row.kept is None and mean_kept({"t": row}) == (None, None)
 
 
 def test_the_mean_that_is_kept() -> None:
     old, new = answers(acc=[1.0, 1.0, 1.0, 0.0]), answers(acc=[1.0, 0.0, 1.0, 0.0])
-    rows = {"a": row_of("a", new, old, 0), "b": row_of("b", old, old, 0)}
-    mean, stderr = kept_mean(rows)
+    rows = {"a": score_task("a", new, old, 0), "b": score_task("b", old, old, 0)}
+    mean, stderr = mean_kept(rows)
     assert mean == pytest.approx((2 / 3 + 1) / 2)
     assert stderr == pytest.approx((rows["a"].kept_stderr or 0) / 2)
 
@@ -401,22 +401,22 @@ def test_the_mean_that_is_kept() -> None:
 def test_standard_errors_of_what_the_harness_aggregates() -> None:
     logs = np.random.default_rng(0).normal(-2, 1, size=50)
     error = logs.std(ddof=1) / math.sqrt(50)
-    assert stderr_of(float(logs.mean()), logs.tolist()) == pytest.approx(error)
+    assert metric_stderr(float(logs.mean()), logs.tolist()) == pytest.approx(error)
     ppl = float(np.exp(-logs.mean()))
-    assert stderr_of(ppl, logs.tolist()) == pytest.approx(ppl * error)
+    assert metric_stderr(ppl, logs.tolist()) == pytest.approx(ppl * error)
     pairs = [[float(x), 3.0] for x in logs]
     bits = float(-logs.mean() / 3 / math.log(2))
-    assert stderr_of(bits, pairs) == pytest.approx(error / 3 / math.log(2))
-    assert stderr_of(123.0, logs.tolist()) is None  # some other aggregate
-    assert stderr_of(0.5, ["a", "b"]) is None
+    assert metric_stderr(bits, pairs) == pytest.approx(error / 3 / math.log(2))
+    assert metric_stderr(123.0, logs.tolist()) is None  # some other aggregate
+    assert metric_stderr(0.5, ["a", "b"]) is None
 
 
 def test_groups_pool_items_of_the_metrics_that_all_have() -> None:
-    pooled = together([answers(acc=[1.0, 0.0], f1=[0.5, 0.7]), answers(acc=[1.0, 1.0])])
+    pooled = pool([answers(acc=[1.0, 0.0], f1=[0.5, 0.7]), answers(acc=[1.0, 1.0])])
     assert list(pooled.metrics) == ["acc"]
     assert pooled.metrics["acc"]["value"] == 0.75 and pooled.items["acc"] == [1.0, 0.0, 1.0, 1.0]
     with pytest.raises(AbreastError, match="share no metric"):
-        row_of("g", together([answers(f1=[0.5, 0.7]), answers(acc=[1.0, 1.0])]), None, 0)
+        score_task("g", pool([answers(f1=[0.5, 0.7]), answers(acc=[1.0, 1.0])]), None, 0)
 
 
 # The suite.

@@ -16,7 +16,7 @@ from abreast.model.loading import load
 from abreast.plan import Group, Plan
 from abreast.planner import calibration
 from abreast.planner.calibration import calibrate, candidates, expect, measure, score, spent
-from abreast.planner.stats import Stats
+from abreast.planner.front import Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 6
 

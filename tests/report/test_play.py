@@ -20,7 +20,7 @@ from abreast.errors import AbreastError
 from abreast.model.grouping import grouped
 from abreast.model.loading import load
 from abreast.plan import Plan
-from abreast.planner.stats import Cost
+from abreast.planner.objective import Cost
 from abreast.report.choices import Choice, Choices, read_choices
 from abreast.report.playground.models import (
     Answer,

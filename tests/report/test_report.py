@@ -15,7 +15,7 @@ import pytest
 from made_run import LAYERS, NAME, PLAN, SAMPLES, add_plan, make_run, save, speed
 
 from abreast.errors import AbreastError
-from abreast.evaluate.samples import first_difference, sample
+from abreast.evaluate.text import first_difference, sample
 from abreast.plan import Group, Plan
 from abreast.report import page as reporting
 from abreast.report.charts import depth_chart, number, painted

@@ -6,8 +6,17 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.evaluate.accuracy import Evaluation
-    from abreast.evaluate.samples import sample, shared
+    from abreast.evaluate.statistics import ratio_of_means
     from abreast.evaluate.tasks import Tasks, evaluate_tasks, find_tasks, local_data
-    from abreast.evaluate.text import Comparison, Perplexity, check_tokenizers, compare, perplexity
+    from abreast.evaluate.text import (
+        Comparison,
+        Perplexity,
+        check_tokenizers,
+        compare,
+        first_difference,
+        perplexity,
+        sample,
+        shared,
+    )
 
 attach(__name__)

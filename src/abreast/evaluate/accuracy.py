@@ -1,4 +1,4 @@
-"""Scores on tasks, item by item, and what a conversion keeps of them."""
+"""Scores on tasks, item by item, and the share of them that a conversion keeps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint import finite
 from abreast.errors import AbreastError
-from abreast.evaluate.paired import mcnemar, sign_flips
-from abreast.model import ratio_of_means
+from abreast.evaluate.statistics import (
+    all_binary,
+    item_values,
+    mcnemar,
+    metric_stderr,
+    ratio_of_means,
+    sign_flips,
+)
 
-_COMPARED = ("kept", "kept_stderr", "p_value", "test", "only_original", "only_converted")
+_PAIRED = ("kept", "kept_stderr", "p_value", "test", "only_original", "only_converted")
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model scored on one task, or on the tasks of one group.
+    """One model's scores on a task, or on the tasks of a group.
 
     metrics: name -> {value, stderr, higher_is_better}; a name is the harness's, with the filter's
     after a comma if there is one. items: name -> one value per item, as the harness aggregates it.
@@ -33,15 +38,15 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskScore:
     """One task: the converted (or grouped) model, and the original on the same items.
 
     metric: the first of the task's that is right or wrong item by item, else its first. kept:
     converted / original, the share of the accuracy that is kept (original / converted where lower
-    is better), and its standard error over items by linearisation. p_value: that the two differ
-    this much by chance; test: "mcnemar", exact, for right or wrong, from the items that only one
-    model gets right, else "sign flips", a permutation test. What does not apply is None: with one
-    model alone all but the converted values. metrics: the same of every metric of the task.
+    is better), and its standard error over items by linearisation. p_value: of a difference this
+    large by chance; test: "mcnemar", exact, for right or wrong, from the items that only one model
+    gets right, else "sign flips", a permutation test. What does not apply is None: for a single
+    model, all but the converted values. metrics: the same for every metric of the task.
     """
 
     metric: str
@@ -63,9 +68,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Rows by task. kept_mean: mean of `kept` over the tasks where higher is better."""
+    """Scores by task. kept_mean: mean of `kept` over the tasks where higher is better."""
 
-    tasks: dict[str, Row]
+    tasks: dict[str, TaskScore]
     kept_mean: float | None
     kept_mean_stderr: float | None
     settings: dict[str, Any]
@@ -74,43 +79,43 @@ class Evaluation:
         return asdict(self)
 
 
-def compare(ours: Answers, theirs: Answers, metric: str, seed: int = 0) -> dict[str, Any]:
-    """What `Row` has about two models' answers, for one metric; seed: of the permutation test."""
-    found: dict[str, Any] = dict.fromkeys(_COMPARED)
-    new, old = ours.metrics[metric], theirs.metrics[metric]
+def paired_scores(
+    converted: Answers, original: Answers, metric: str, seed: int = 0
+) -> dict[str, Any]:
+    """The fields of `TaskScore` that compare two models on one metric.
+
+    seed: of the permutation test.
+    """
+    paired: dict[str, Any] = dict.fromkeys(_PAIRED)
+    new, old = converted.metrics[metric], original.metrics[metric]
     higher = old["higher_is_better"]
     top, bottom = (new["value"], old["value"]) if higher else (old["value"], new["value"])
-    found["kept"] = top / bottom if bottom else None
-    a, b = _numbers(ours.items[metric]), _numbers(theirs.items[metric])
+    paired["kept"] = top / bottom if bottom else None
+    a, b = item_values(converted.items[metric]), item_values(original.items[metric])
     if a is None or b is None:
-        return found
-    if higher and found["kept"] is not None and math.isclose(old["value"], b.mean(), rel_tol=1e-6):
-        found["kept_stderr"] = finite(ratio_of_means(a, b)[1])
-    if _binary(a) and _binary(b):
+        return paired
+    if higher and paired["kept"] is not None and math.isclose(old["value"], b.mean(), rel_tol=1e-6):
+        stderr = ratio_of_means(a, b)[1]
+        paired["kept_stderr"] = stderr if math.isfinite(stderr) else None
+    if all_binary(a) and all_binary(b):
         lost, won = int(((b == 1) & (a == 0)).sum()), int(((a == 1) & (b == 0)).sum())
-        found |= {"only_original": lost, "only_converted": won}
-        found |= {"p_value": mcnemar(lost, won), "test": "mcnemar"}
+        paired |= {"only_original": lost, "only_converted": won}
+        paired |= {"p_value": mcnemar(lost, won), "test": "mcnemar"}
     else:
-        found |= {"p_value": sign_flips(a - b, seed=seed), "test": "sign flips"}
-    return found
+        paired |= {"p_value": sign_flips(a - b, seed=seed), "test": "sign flips"}
+    return paired
 
 
-def together(parts: list[Answers]) -> Answers:
-    """The items of several tasks as if they were one, for the metrics that are means over items."""
+def pool(parts: list[Answers]) -> Answers:
+    """The items of several tasks as if of one, for the metrics that are means over items."""
     if len(parts) == 1:
         return parts[0]
     metrics, items = {}, {}
-    for name, about in parts[0].metrics.items():
-        of_parts = [part.items.get(name) for part in parts]
-        numbers = [None if each is None else _numbers(each) for each in of_parts]
-        means = [
-            n is not None and math.isclose(part.metrics[name]["value"], n.mean(), rel_tol=1e-6)
-            for n, part in zip(numbers, parts, strict=True)
-        ]
-        if all(means):
-            items[name] = [value for each in of_parts if each is not None for value in each]
+    for name, metric in parts[0].metrics.items():
+        if all(_is_mean_of_items(part, name) for part in parts):
+            items[name] = [value for part in parts for value in part.items[name]]
             value = float(np.mean(items[name]))
-            metrics[name] = {**about, "value": value, "stderr": stderr_of(value, items[name])}
+            metrics[name] = {**metric, "value": value, "stderr": metric_stderr(value, items[name])}
     return Answers(
         version=", ".join(sorted({part.version for part in parts})),
         num_fewshot=max(part.num_fewshot for part in parts),
@@ -120,68 +125,52 @@ def together(parts: list[Answers]) -> Answers:
     )
 
 
-def row_of(name: str, ours: Answers, theirs: Answers | None, seed: int) -> Row:
-    def right_or_wrong(metric: str) -> bool:
-        numbers = _numbers(ours.items[metric])
-        return numbers is not None and _binary(numbers)
-
-    if not ours.metrics:
+def score_task(name: str, converted: Answers, original: Answers | None, seed: int) -> TaskScore:
+    """The score of one task. Raises AbreastError for a group whose tasks share no metric."""
+    if not converted.metrics:
         raise AbreastError(f"the tasks of group '{name}' share no metric; name them one by one")
     metrics: dict[str, dict[str, Any]] = {}
-    for metric, score in ours.metrics.items():
-        old = None if theirs is None else theirs.metrics[metric]
+    for metric, score in converted.metrics.items():
+        old = {"value": None, "stderr": None} if original is None else original.metrics[metric]
         metrics[metric] = {
-            "original": None if old is None else old["value"],
-            "original_stderr": None if old is None else old["stderr"],
+            "original": old["value"],
+            "original_stderr": old["stderr"],
             "converted": score["value"],
             "converted_stderr": score["stderr"],
-            **(dict.fromkeys(_COMPARED) if theirs is None else compare(ours, theirs, metric, seed)),
+            **(
+                dict.fromkeys(_PAIRED)
+                if original is None
+                else paired_scores(converted, original, metric, seed)
+            ),
         }
-    chosen = next(filter(right_or_wrong, metrics), next(iter(metrics)))
-    return Row(
+    values = {metric: item_values(converted.items[metric]) for metric in metrics}
+    binary = (metric for metric, of in values.items() if of is not None and all_binary(of))
+    chosen = next(binary, next(iter(metrics)))
+    return TaskScore(
         metric=chosen,
         **metrics[chosen],
-        num_items=len(ours.items[chosen]),
-        num_fewshot=ours.num_fewshot,
-        truncated=ours.truncated,
+        num_items=len(converted.items[chosen]),
+        num_fewshot=converted.num_fewshot,
+        truncated=converted.truncated,
         metrics=metrics,
     )
 
 
-def kept_mean(rows: dict[str, Row]) -> tuple[float | None, float | None]:
-    counted = [row for row in rows.values() if row.kept is not None and row.kept_stderr is not None]
-    if not counted:
+def mean_kept(scores: dict[str, TaskScore]) -> tuple[float | None, float | None]:
+    """Mean of `kept` over the tasks that have it with an error, and its standard error."""
+    pairs = [
+        (score.kept, score.kept_stderr)
+        for score in scores.values()
+        if score.kept is not None and score.kept_stderr is not None
+    ]
+    if not pairs:
         return None, None
-    mean = sum(row.kept or 0.0 for row in counted) / len(counted)
-    return mean, math.sqrt(sum((row.kept_stderr or 0.0) ** 2 for row in counted)) / len(counted)
+    mean = sum(kept for kept, _ in pairs) / len(pairs)
+    return mean, math.sqrt(sum(stderr**2 for _, stderr in pairs)) / len(pairs)
 
 
-def _numbers(items: list[Any]) -> np.ndarray | None:
-    """One number per item: the value itself, or the log-likelihood of [log-likelihood, weight]."""
-    if items and all(isinstance(each, list) and len(each) == 2 for each in items):
-        items = [each[0] for each in items]
-    if not items or not all(isinstance(each, float) and math.isfinite(each) for each in items):
-        return None
-    return np.array(items)
-
-
-def _binary(values: np.ndarray) -> bool:
-    return bool(np.isin(values, (0.0, 1.0)).all())
-
-
-def stderr_of(value: float, items: list[Any]) -> float | None:
-    """Standard error over items of what the harness aggregates by a mean or as perplexity."""
-    numbers = _numbers(items)
-    if numbers is None or len(numbers) < 2:
-        return None
-    paired = isinstance(items[0], list)
-    weights = np.array([each[1] for each in items]) if paired else np.ones(len(items))
-    mean, stderr = ratio_of_means(numbers, weights)
-    for expected, slope in (
-        (mean, 1.0),
-        (math.exp(min(-mean, 700.0)), value),  # perplexity of log-likelihoods
-        (-mean / math.log(2), 1 / math.log(2)),  # bits per byte
-    ):
-        if math.isclose(value, expected, rel_tol=1e-6):
-            return finite(abs(slope) * stderr)
-    return None
+def _is_mean_of_items(answers: Answers, metric: str) -> bool:
+    numbers = item_values(answers.items.get(metric, []))
+    return numbers is not None and math.isclose(
+        answers.metrics[metric]["value"], numbers.mean(), rel_tol=1e-6
+    )

@@ -27,7 +27,8 @@ import torch
 
 from abreast.checkpoint import open_checkpoint, resolve, sha256_of, write
 from abreast.errors import AbreastError
-from abreast.evaluate.accuracy import Answers, Evaluation, kept_mean, row_of, stderr_of, together
+from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
+from abreast.evaluate.statistics import metric_stderr
 from abreast.families import num_layers_of
 from abreast.model import inference, load
 from abreast.plan import Plan
@@ -192,7 +193,7 @@ def evaluate_tasks(
             done += 1
             if progress is not None:
                 progress(done, num_models * len(tasks.loaded))
-        return {row: together([found[part] for part in parts]) for row, parts in tasks.rows.items()}
+        return {row: pool([found[part] for part in parts]) for row, parts in tasks.rows.items()}
 
     folder, _ = resolve(model, revision=revision)
     grouping = _plan(folder, plan)
@@ -201,10 +202,10 @@ def evaluate_tasks(
         theirs = answers(resolve(against, revision=against_revision)[0], None)
     ours = answers(folder, grouping)
     rows = {
-        name: row_of(name, ours[name], None if theirs is None else theirs[name], tasks.seed)
+        name: score_task(name, ours[name], None if theirs is None else theirs[name], tasks.seed)
         for name in tasks.rows
     }
-    mean, stderr = kept_mean(rows)
+    mean, stderr = mean_kept(rows)
     about: dict[str, Any] = {
         "model": str(model),
         "plan": None if grouping is None else grouping.shorthand,
@@ -419,7 +420,7 @@ def _run(
         items[label] = [_plain(each) for each in of_items]
         metrics[label] = {
             "value": float(value),
-            "stderr": stderr_of(float(value), items[label]),
+            "stderr": metric_stderr(float(value), items[label]),
             "higher_is_better": bool(found["higher_is_better"][name].get(metric, True)),
         }
     if not metrics:

@@ -1,4 +1,4 @@
-"""What a model predicts, and how far it strayed from another: perplexity, KL divergence, agreement.
+"""Quality on text: perplexity, KL divergence and agreement with another model, continuations.
 
 Every number comes with a standard error. Tokens of one window share their context, so their errors
 correlate, and taking them for independent would make the error bars too small. The windows are
@@ -8,8 +8,9 @@ therefore the clusters of a cluster-robust error (see `ratio_of_means`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +19,8 @@ import torch
 from abreast.checkpoint import finite
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.evaluate.paired import bootstrap
-from abreast.model import inference, keeps_last, ratio_of_means, token_scores
+from abreast.evaluate.statistics import bootstrap, ratio_of_means
+from abreast.model import inference, keeps_last, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,8 +82,8 @@ class Comparison:
     first. Every *_stderr is cluster-robust over windows, NaN where there is only one.
 
     bootstrap: 95 % intervals (low, high) of nll_difference, kl, top1_agreement and perplexity_ratio
-    (model / reference), from windows drawn anew (see `paired.bootstrap`); NaN where there is only
-    one. kl_by_position: in at most BUCKETS buckets of equal width, those that hold scored tokens.
+    (model / reference), over windows (see `statistics.bootstrap`); NaN where there is only one.
+    kl_by_position: in at most BUCKETS buckets of equal width, those that hold scored tokens.
     windows_worse: share of the windows that the model predicts worse than the reference.
     windows: sums per window, arrays of shape [num_windows]: 'tokens', 'nll', 'reference_nll', 'kl',
     'top1_agreement'.
@@ -152,9 +153,9 @@ def compare(
     """Compare a model with a reference on the same windows, in one pass over the stream.
 
     Arguments as for `perplexity`; the window is clipped to what both models can hold. seed: of the
-    bootstrap. The two may
-    differ in device and dtype, but must share the tokenizer: `check_tokenizers` tells.
-    Both logits of a batch are held at once, their float32 log-softmax only a chunk at a time.
+    bootstrap. The two may differ in device and dtype, but must share the tokenizer, see
+    `check_tokenizers`. Both logits of a batch are held at once, their float32 log-softmax only a
+    chunk at a time.
 
     Raises AbreastError as `perplexity` does, naming the model, and for unequal vocabularies.
     """
@@ -205,6 +206,67 @@ def compare(
     )
 
 
+def sample(
+    original: PreTrainedModel,
+    converted: PreTrainedModel,
+    tokenizer: Any,
+    stream: TokenStream,
+    *,
+    count: int = 5,
+    prompt_tokens: int = 48,
+    new_tokens: int = 64,
+) -> list[dict[str, Any]]:
+    """Let both models continue `count` prompts, taken from evenly spaced places in the stream.
+
+    Prompts begin at the beginning of a line where there is one near. Both models decode greedily
+    and stop at the end of text. Per prompt: prompt, original, converted (text), new_tokens (how
+    many each wrote), first_difference: the position, from 0, of the first token that differs, None
+    where all agree; shared: how many characters of text both begin with up to there. Shorter where
+    a model cannot hold so many tokens.
+    """
+    room = _clip_to_context(prompt_tokens + new_tokens, original, converted)
+    prompt_tokens = min(prompt_tokens, room // 2)
+    new_tokens = min(new_tokens, room - prompt_tokens)
+    count = min(count, len(stream) // max(1, prompt_tokens))
+    if count < 1 or prompt_tokens < 1:
+        raise AbreastError("the text is too short to cut prompts from; name a longer one")
+    samples = []
+    step = len(stream) // count
+    with inference(original, converted):
+        for start in range(0, count * step, step):
+            ids = _prompt(tokenizer, stream.tokens[start:], prompt_tokens)
+            ours, theirs = (_continue(m, ids, new_tokens) for m in (original, converted))
+            texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (ours, theirs)]
+            first = first_difference(ours, theirs)
+            agreed = tokenizer.decode(ours[:first], skip_special_tokens=True)
+            samples.append(
+                {
+                    "prompt": tokenizer.decode(ids, skip_special_tokens=True),
+                    "original": texts[0],
+                    "converted": texts[1],
+                    "new_tokens": [len(ours), len(theirs)],
+                    "first_difference": first,
+                    # a token may end within a character, so the agreed text need not be a prefix
+                    "shared": shared(agreed, *texts),
+                }
+            )
+    return samples
+
+
+def first_difference(ours: Sequence[Any], theirs: Sequence[Any]) -> int | None:
+    """Index at which two sequences first differ; None where they are equal.
+
+    Where one begins with the other, that is the length of the shorter one.
+    """
+    return None if ours == theirs else shared(ours, theirs)
+
+
+def shared(*sequences: Sequence[Any]) -> int:
+    """How many items, or characters of text, all sequences begin with."""
+    columns = zip(*sequences, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
 def check_tokenizers(tokenizer: Any, reference: Any) -> None:
     """Raise AbreastError unless two tokenizers share one vocabulary (token -> id)."""
     ours, theirs = tokenizer.get_vocab(), reference.get_vocab()
@@ -224,33 +286,33 @@ def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int
     The very first token is never scored, and neither is any window's first where stride == window:
     nothing in the window precedes it. All windows but the last have `window` tokens.
     """
-    found = []
+    spans = []
     covered = 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + window, num_tokens)
         scored = end - max(covered, begin + 1)
         if scored > 0:
-            found.append((begin, end, scored))
+            spans.append((begin, end, scored))
         covered = end
         if end == num_tokens:
             break
-    return found
+    return spans
 
 
 def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     for entry in fields(result):
         value = getattr(result, entry.name)
         if isinstance(value, Perplexity):
-            found[entry.name] = value.to_dict(windows=windows)
+            record[entry.name] = value.to_dict(windows=windows)
         elif entry.name == "windows":
             if windows:
-                found["windows"] = {name: array.tolist() for name, array in value.items()}
+                record["windows"] = {name: array.tolist() for name, array in value.items()}
         elif entry.name == "kl_by_position":
-            found["kl_by_position"] = [finite(asdict(bucket)) for bucket in value]
+            record["kl_by_position"] = [finite(asdict(bucket)) for bucket in value]
         else:
-            found[entry.name] = finite(value)
-    return found
+            record[entry.name] = finite(value)
+    return record
 
 
 def _clip(window: int, stride: int, *models: PreTrainedModel) -> tuple[int, int]:
@@ -259,13 +321,15 @@ def _clip(window: int, stride: int, *models: PreTrainedModel) -> tuple[int, int]
         raise AbreastError(f"window is {window}; it needs at least 2 tokens")
     if not 1 <= stride <= window:
         raise AbreastError(f"stride is {stride}; choose one from 1 to the window, {window}")
-    longest = [
-        limit
-        for model in models
-        if (limit := getattr(model.config.get_text_config(), "max_position_embeddings", None))
-    ]
-    clipped = min([window, *longest])
+    clipped = _clip_to_context(window, *models)
     return clipped, max(1, stride * clipped // window)
+
+
+def _clip_to_context(num_tokens: int, *models: PreTrainedModel) -> int:
+    """num_tokens, or what the models can hold where that is less."""
+    configs = [model.config.get_text_config() for model in models]
+    limits = [getattr(config, "max_position_embeddings", None) for config in configs]
+    return min([num_tokens, *filter(None, limits)])
 
 
 def _window_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -281,15 +345,15 @@ def _by_position(
     positions = np.concatenate([np.arange(e - b - n, e - b) for b, e, n in spans])
     clusters = np.repeat(np.arange(len(counts)), counts)
     width = -(-window // BUCKETS)
-    found = []
+    buckets = []
     for start in range(0, window, width):
         inside = (positions >= start) & (positions < start + width)
         sums = np.bincount(clusters[inside], kl[inside], minlength=len(counts))
         sizes = np.bincount(clusters[inside], minlength=len(counts))
         if sizes.any():
             mean, stderr = ratio_of_means(sums[sizes > 0], sizes[sizes > 0])
-            found.append(PositionKL(start, min(start + width, window) - 1, mean, stderr))
-    return tuple(found)
+            buckets.append(PositionKL(start, min(start + width, window) - 1, mean, stderr))
+    return tuple(buckets)
 
 
 def _summarise(
@@ -344,20 +408,21 @@ def _score(
             ids = torch.from_numpy(np.stack([stream.tokens[begin:end] for begin, end, _ in batch]))
             longest = max(scored for _, _, scored in batch)
             logits = [_logits(model, ids, longest) for model in models]
-            if len({each.shape[-1] for each in logits}) > 1:
-                sizes = " and ".join(str(each.shape[-1]) for each in logits)
+            sizes = [str(model_logits.shape[-1]) for model_logits in logits]
+            if len(set(sizes)) > 1:
                 raise AbreastError(
-                    f"the models have vocabularies of different size ({sizes}), so their token "
-                    "probabilities cannot be compared; compare models with one tokenizer"
+                    f"the models have vocabularies of different size ({' and '.join(sizes)}), so "
+                    "their token probabilities cannot be compared; compare models with one "
+                    "tokenizer"
                 )
-            found = token_scores(logits[0], ids[:, -longest:], *logits[1:])
+            batch_scores = token_scores(logits[0], ids[:, -longest:], *logits[1:])
             for column, name in enumerate(names):
-                if not np.isfinite(found[..., column]).all():
+                if not np.isfinite(batch_scores[..., column]).all():
                     raise AbreastError(
                         f"{name} gives logits that are not finite (NaN or infinite); load it in "
                         "bfloat16 or float32, or check how its weights were made"
                     )
-            for row, (_, _, scored) in zip(found, batch, strict=True):
+            for row, (_, _, scored) in zip(batch_scores, batch, strict=True):
                 scores.append(row[len(row) - scored :])
             if progress is not None:
                 progress(len(scores), len(spans))
@@ -386,3 +451,27 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Ten
     options: dict[str, Any] = {"use_cache": False, **keeps_last(model, scored + 1)}
     logits: torch.Tensor = model(input_ids=ids.to(model.device), **options).logits
     return logits[:, -scored - 1 : -1]
+
+
+def _prompt(tokenizer: Any, tokens: Any, prompt_tokens: int) -> list[int]:
+    """The first tokens of a text, from its second line on if that is long enough."""
+    text = tokenizer.decode(tokens[: 3 * prompt_tokens], skip_special_tokens=True)
+    _, _, rest = text.partition("\n")
+    ids = list(tokenizer(rest.lstrip("\n"), add_special_tokens=False)["input_ids"])
+    if len(ids) < prompt_tokens:
+        return [int(token) for token in tokens[:prompt_tokens]]
+    return ids[:prompt_tokens]
+
+
+def _continue(model: PreTrainedModel, ids: list[int], new_tokens: int) -> list[int]:
+    prompt = torch.tensor([ids], device=model.device)
+    generate: Any = model.generate
+    text = generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,  # one row needs no padding; without it transformers warns
+    )
+    written: list[int] = text[0, len(ids) :].tolist()
+    return written

@@ -28,6 +28,6 @@ if TYPE_CHECKING:
         shared_steps,
         split,
     )
-    from abreast.model.scores import ratio_of_means, token_scores
+    from abreast.model.scores import token_scores
 
 attach(__name__)

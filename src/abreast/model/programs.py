@@ -321,7 +321,7 @@ def geometry(
     """How alike the layers' inputs are, and how much layers depend on each other.
 
     tokens: ids, int64 [windows, window]; the first `few` windows serve for the dependencies, which
-    take most of the work. Returns similarity, angular, influence and dependency as `stats.Stats`
+    take most of the work. Returns similarity, angular, influence and dependency as `planner.Stats`
     has them, and layers, shape [1]: how many were run, windows times layers.
     """
     layers = decoder_layers(model)

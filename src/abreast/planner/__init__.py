@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from abreast.planner.calibration import Calibration, calibrate, expect, measure
     from abreast.planner.find import (
         Planned,
+        Series,
         baselines,
         check_depth,
         draw_front,
@@ -15,7 +16,15 @@ if TYPE_CHECKING:
         find_plan,
         profile_here,
     )
-    from abreast.planner.front import FRONT_FILE, Budget, Front, Profile, explain
-    from abreast.planner.stats import STATS_FILE, Cost, Stats
+    from abreast.planner.front import (
+        FRONT_FILE,
+        STATS_FILE,
+        Budget,
+        Front,
+        Profile,
+        Stats,
+        explain,
+    )
+    from abreast.planner.objective import KL, Cost, Objective
 
 attach(__name__)

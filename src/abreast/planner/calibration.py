@@ -27,6 +27,7 @@ from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from abreast.convert import obstacle
 from abreast.data import CALIBRATION, TokenStream
 from abreast.errors import AbreastError
+from abreast.evaluate import ratio_of_means
 from abreast.families import BRANCHES, FAMILIES, num_layers_of, positive
 from abreast.model import (
     Program,
@@ -35,11 +36,11 @@ from abreast.model import (
     load_tokenizer,
     name_of,
     named_dtype,
-    ratio_of_means,
     run_programs,
 )
 from abreast.plan import WIRING_NAMES, Group, Plan
-from abreast.planner.stats import STATS_FILE, Cost, Stats
+from abreast.planner.front import STATS_FILE, Stats
+from abreast.planner.objective import KL, Cost, Objective
 from abreast.runs import (
     JOURNAL,
     cut,
@@ -317,6 +318,7 @@ def measure(
     *,
     screen: float = SCREEN,
     keep: float = KEEP,
+    objective: Objective = KL,
     progress: Progress | None = None,
 ) -> Stats:
     """Measure every candidate alone and how layers depend on each other; write stats.safetensors.
@@ -335,7 +337,7 @@ def measure(
     screened = calibration.batches[: _screening(len(calibration.batches), screen)]
     part = score(calibration, alone, batches=screened, progress=progress)
     costs = dict(zip(calibration.candidates, part, strict=True))
-    chosen = _kept(costs, keep)
+    chosen = _kept(costs, keep, objective)
     whole = score(calibration, [_alone(group, calibration) for group in chosen], progress=progress)
     costs |= zip(chosen, whole, strict=True)
     done = gather(calibration.folder)
@@ -399,14 +401,16 @@ def _screening(batches: int, screen: float) -> int:
     return max(1, math.ceil(batches * screen))
 
 
-def _kept(costs: dict[Group, Cost], keep: float) -> list[Group]:
+def _kept(costs: dict[Group, Cost], keep: float, objective: Objective) -> list[Group]:
     """The best wiring of each stretch of layers, for the share of stretches that cost least."""
     best: dict[tuple[int, ...], Group] = {}
     for group, cost in costs.items():
         held = best.setdefault(group.layers, group)
-        if cost.kl < costs[held].kl:
+        if objective.value(cost) < objective.value(costs[held]):
             best[group.layers] = group
-    ranked = sorted(best.values(), key=lambda group: (costs[group].kl, group.shorthand))
+    ranked = sorted(
+        best.values(), key=lambda group: (objective.value(costs[group]), group.shorthand)
+    )
     chosen = set(ranked[: math.ceil(keep * len(ranked))])
     return [group for group in costs if group in chosen]
 

@@ -18,14 +18,17 @@ from abreast.plan import Group, Plan
 from abreast.planner.calibration import KEEP, SCREEN, Calibration, measure, score, spent
 from abreast.planner.front import (
     FRONT_FILE,
+    STATS_FILE,
     Budget,
     Front,
     Profile,
+    Stats,
     draw,
     kind_of,
     reasons,
     unreachable,
 )
+from abreast.planner.objective import KL, Cost, Objective
 from abreast.planner.search import (
     BEAM,
     PER_GROUP,
@@ -36,7 +39,6 @@ from abreast.planner.search import (
     contiguous,
     refine,
 )
-from abreast.planner.stats import STATS_FILE, Cost, Stats
 from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
 
 Step = Callable[[str], None]
@@ -101,6 +103,7 @@ def find_plan(
     beam: int = BEAM,
     screen: float = SCREEN,
     keep: float = KEEP,
+    objective: Objective = KL,
     step: Step = lambda message: None,
     progress: Progress | None = None,
 ) -> Planned:
@@ -115,14 +118,14 @@ def find_plan(
     """
     deepest = check_depth(calibration, budget.depth)
     num_layers = calibration.num_layers
-    stats = _stats(calibration, screen, keep, step, progress)
-    costs = {group: stats.groups[group].kl for group in calibration.candidates}
+    stats = _stats(calibration, screen, keep, objective, step, progress)
+    costs = {group: objective.value(stats.groups[group]) for group in calibration.candidates}
     plans: dict[Plan, Cost] = {}
 
     def measured(wanted: Sequence[Plan]) -> list[float]:
         found = score(calibration, wanted, progress=progress)
         plans.update(zip(wanted, found, strict=True))
-        return [cost.kl for cost in found]
+        return [objective.value(cost) for cost in found]
 
     for depth, found in refine(
         num_layers,
@@ -132,10 +135,13 @@ def find_plan(
         per_group=per_group,
         beam=beam,
     ):
-        step(f"depth {depth}: KL {min(found.values()):.5f}, the best of {len(found)} plans")
+        step(
+            f"depth {depth}: {objective.name} {min(found.values()):.5f}, "
+            f"the best of {len(found)} plans"
+        )
         if budget.exhausted({plan: plans[plan] for plan in found}, profile):
             break
-    front = Front(stats, plans, spent(calibration))
+    front = Front(stats, plans, spent(calibration), objective)
     write(Path(out) / FRONT_FILE, json.dumps(front.to_dict(), indent=1) + "\n")
     chosen, *others = front.choose(budget, profile, best=best)
     return Planned(chosen, tuple(others), front.plans[chosen], front, profile)
@@ -157,7 +163,8 @@ def baselines(
     judged on this very text; "similarity" CQIL's (arXiv 2404.06709), "angular" arXiv 2403.17887's.
     """
     front, stats = planned.front, planned.front.stats
-    costs = {group: stats.groups[group].kl for group in held_out.candidates}
+    value = front.objective.value
+    costs = {group: value(stats.groups[group]) for group in held_out.candidates}
     wanted: dict[str, dict[int, list[Plan]]] = {}
     for depth, best in front.best().items():
         found: dict[str, list[Plan | None]] = {
@@ -175,7 +182,9 @@ def baselines(
     scored = dict(zip(every, score(held_out, every, progress=progress), strict=True))
     series = {
         name: {
-            (best := min(plans, key=lambda plan: (scored[plan].kl, plan.shorthand))): scored[best]
+            (best := min(plans, key=lambda plan: (value(scored[plan]), plan.shorthand))): scored[
+                best
+            ]
             for plans in of.values()
         }
         for name, of in wanted.items()
@@ -342,6 +351,7 @@ def _stats(
     calibration: Calibration,
     screen: float,
     keep: float,
+    objective: Objective,
     step: Step,
     progress: Progress | None,
 ) -> Stats:
@@ -352,4 +362,4 @@ def _stats(
         if set(calibration.candidates) <= set(stats.groups):
             return stats
     step(f"measure {len(calibration.candidates)} groups alone")
-    return measure(calibration, screen=screen, keep=keep, progress=progress)
+    return measure(calibration, screen=screen, keep=keep, objective=objective, progress=progress)

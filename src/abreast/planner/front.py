@@ -1,24 +1,130 @@
-"""Measured plans: what was found, which one a budget buys, why it was chosen; knows no torch."""
+"""What was measured of a model: statistics of its groups, costs of whole plans, and the choice.
+
+Knows no torch.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abreast.errors import AbreastError
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from abreast.errors import AbreastError, first_line
 from abreast.figures import figure_class
 from abreast.plan import Group, Plan
-from abreast.planner.stats import Cost, Stats
+from abreast.planner.objective import KL, Cost, Objective
 
+STATS_FILE = "stats.safetensors"
 FRONT_FILE = "front.json"
+GEOMETRY_ARRAYS = ("similarity", "angular", "influence", "dependency")
+_METADATA_KEY = "abreast"
+_COST_ARRAYS = ("kl", "kl_stderr", "loss_increase", "loss_stderr", "tokens")
+_NOT_FINITE = "is not finite; measure again with --dtype float32, or check the model's weights"
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of one model on one calibration text; a file that is read without torch.
+
+    identity: what they depend on (hashes of model and tokens, sizes, seed, dtype). source: the
+    model as named by the user. loss: the original's, nats per token. groups: cost of every
+    candidate group formed alone.
+
+    similarity, angular: [L + 1, L + 1], over tokens the mean cosine similarity (CQIL, arXiv
+    2404.06709, section 3.1) and mean angular distance, arccos / pi (arXiv 2403.17887, section 4.1),
+    of the inputs of layers i and j; place L is the last layer's output. influence: [L], 1 - mean
+    cosine of a layer's input and output (ShortGPT, arXiv 2403.03853, section 3.1). dependency:
+    [L, L], entry (i, j) for i < j the mean cosine distance of layer j's contribution with and
+    without layer i (FFN Fusion, arXiv 2503.18908, section 3); 0 elsewhere.
+    full_forwards: cost of measuring, in forward passes of the whole model over the whole
+    calibration text, counted in layers actually run.
+    """
+
+    identity: Mapping[str, Any]
+    source: str
+    num_layers: int
+    loss: float
+    groups: Mapping[Group, Cost]
+    similarity: np.ndarray
+    angular: np.ndarray
+    influence: np.ndarray
+    dependency: np.ndarray
+    full_forwards: float
+
+    def save(self, path: str | Path) -> None:
+        """Write the file that `load` reads, as a whole or not at all."""
+        names = [group.shorthand for group in self.groups]
+        header = {
+            "identity": dict(self.identity),
+            "source": self.source,
+            "num_layers": self.num_layers,
+            "loss": self.loss,
+            "groups": names,
+            "full_forwards": self.full_forwards,
+        }
+        arrays = {
+            name: np.array([getattr(cost, name) for cost in self.groups.values()], dtype=np.float64)
+            for name in _COST_ARRAYS
+        }
+        arrays |= {name: np.ascontiguousarray(getattr(self, name)) for name in GEOMETRY_ARRAYS}
+        path = Path(path)
+        staging = path.with_name(f".{path.name}.new")
+        save_file(arrays, staging, metadata={_METADATA_KEY: json.dumps(header)})
+        os.replace(staging, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Stats:
+        """Read a stats file. Raises AbreastError for one that is missing, damaged or not finite."""
+        try:
+            with safe_open(path, framework="np") as file:
+                header = json.loads((file.metadata() or {})[_METADATA_KEY])
+                arrays = {name: file.get_tensor(name) for name in (*_COST_ARRAYS, *GEOMETRY_ARRAYS)}
+            num_layers = int(header["num_layers"])
+            groups = [Plan.parse(name, num_layers).groups[0] for name in header["groups"]]
+            rows = zip(*(arrays[name].tolist() for name in _COST_ARRAYS), strict=True)
+            costs = {
+                group: Cost(*nats, tokens=int(tokens))
+                for group, (*nats, tokens) in zip(groups, rows, strict=True)
+            }
+        except FileNotFoundError:
+            raise AbreastError(f"no statistics at '{path}'; run `abreast measure` first") from None
+        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+            raise AbreastError(
+                f"'{path}' is damaged ({first_line(error)}); delete it and measure again"
+            ) from None
+        stats = cls(
+            identity=header["identity"],
+            source=header["source"],
+            num_layers=num_layers,
+            loss=header["loss"],
+            groups=costs,
+            full_forwards=header["full_forwards"],
+            **{name: arrays[name] for name in GEOMETRY_ARRAYS},
+        )
+        stats.check()
+        return stats
+
+    def check(self) -> None:
+        """Raise AbreastError unless every number is finite."""
+        for name in GEOMETRY_ARRAYS:
+            if not np.isfinite(getattr(self, name)).all():
+                raise AbreastError(f"the statistics' {name} {_NOT_FINITE}")
+        for group, cost in self.groups.items():
+            if not np.isfinite([cost.kl, cost.loss_increase]).all():
+                raise AbreastError(f"the cost of group {group.shorthand} {_NOT_FINITE}")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds that a forward pass spends per stage, by kind, and beside the stages.
+    """Seconds of a forward pass: per stage, by kind, and for the rest.
 
     single: one layer. groups: by kind, see `kind_of`. rest: embedding, head and whatever else does
     not depend on the plan. about: where the numbers come from.
@@ -31,16 +137,18 @@ class Profile:
 
     def latency(self, plan: Plan) -> float:
         """Predicted seconds of one forward pass. Raises AbreastError for a kind not in it."""
-        found = self.rest
+        seconds = self.rest
         for stage in plan.stages:
             group = plan.group_of(stage)
-            kind = kind_of(group) if group is not None else None
-            if kind is not None and kind not in self.groups:
+            if group is None:
+                seconds += self.single
+            elif (kind := kind_of(group)) in self.groups:
+                seconds += self.groups[kind]
+            else:
                 raise AbreastError(
                     f"the latency profile has no group of kind '{kind}'; profile again"
                 )
-            found += self.single if kind is None else self.groups[kind]
-        return found
+        return seconds
 
     def speedup(self, plan: Plan) -> float:
         """Predicted latency of the original over that of the plan."""
@@ -49,38 +157,46 @@ class Profile:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan may cost or must win; exactly one is given.
+    """Limit on what a plan costs, or the least that it must gain; exactly one is set.
 
     depth: effective depth. max_kl: nats per token. max_ppl_increase: relative, 0.02 is 2 %.
     speedup: predicted, needs a profile.
     """
 
-    depth: int | None = None
-    max_kl: float | None = None
-    max_ppl_increase: float | None = None
-    speedup: float | None = None
+    depth: int | None = field(default=None, metadata={"help": "Budget: number of stages."})
+    max_kl: float | None = field(
+        default=None, metadata={"help": "Budget: largest KL divergence, nats per token."}
+    )
+    max_ppl_increase: float | None = field(
+        default=None, metadata={"help": "Budget: 0.02 allows 2 % more perplexity."}
+    )
+    speedup: float | None = field(
+        default=None, metadata={"help": "Budget: predicted speed-up of decoding."}
+    )
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        if len(given) != 1:
+        limits = [(name, value) for name, value in asdict(self).items() if value is not None]
+        if len(limits) != 1:
             raise AbreastError(
                 "give exactly one budget: --depth, --max-kl, --max-ppl-increase or --speedup"
             )
-        (name, value), least = *given.items(), 1 if self.speedup is not None else 0
+        name, value = limits[0]
+        least = 1 if name == "speedup" else 0
         if not math.isfinite(value) or value <= least:
             raise AbreastError(f"--{name.replace('_', '-')} {value:g} must be more than {least}")
 
     def met(self, plan: Plan, cost: Cost, profile: Profile | None) -> bool:
+        """Whether a plan of this cost is within the budget."""
         if self.depth is not None:
             return plan.depth == self.depth
         if self.max_kl is not None:
             return cost.kl <= self.max_kl
         if self.max_ppl_increase is not None:
             return cost.ppl_increase <= self.max_ppl_increase
-        return _profile(profile).speedup(plan) >= float(self.speedup or 0)
+        return _required(profile).speedup(plan) >= float(self.speedup or 0)
 
     def exhausted(self, plans: Mapping[Plan, Cost], profile: Profile | None) -> bool:
-        """Whether no plan deeper down is needed, given those of one depth."""
+        """Whether the search can stop, given the plans of the depth just reached."""
         if self.depth is not None:
             return min(plan.depth for plan in plans) <= self.depth
         meets = [self.met(plan, cost, profile) for plan, cost in plans.items()]
@@ -91,28 +207,34 @@ class Budget:
 class Front:
     """Every plan that was measured as a whole, with its cost on the calibration text.
 
-    full_forwards: what measuring took at each depth, in full forward passes over that text.
+    full_forwards: cost of measuring each depth, in full forward passes over that text. objective:
+    what the plans are ranked by.
     """
 
     stats: Stats
     plans: Mapping[Plan, Cost]
     full_forwards: Mapping[int, float]
+    objective: Objective = KL
+
+    def rank(self, plan: Plan) -> tuple[float, str]:
+        """Sort key of a measured plan, the best first."""
+        return self.objective.value(self.plans[plan]), plan.shorthand
 
     def best(self) -> dict[int, Plan]:
-        """At each depth, the plan of lowest KL; the original has no entry."""
-        found: dict[int, Plan] = {}
-        for plan in sorted(self.plans, key=lambda p: (self.plans[p].kl, p.shorthand)):
-            found.setdefault(plan.depth, plan)
-        return dict(sorted(found.items(), reverse=True))
+        """The best plan of each depth, deepest first; the original has no entry."""
+        best: dict[int, Plan] = {}
+        for plan in sorted(self.plans, key=self.rank):
+            best.setdefault(plan.depth, plan)
+        return dict(sorted(best.items(), reverse=True))
 
     def choose(
         self, budget: Budget, profile: Profile | None = None, *, best: int = 1
     ) -> list[Plan]:
-        """The plans that the budget buys, best first, at most `best`, all of one depth.
+        """Plans within the budget, best first, at most `best`, all of one depth.
 
-        With a depth or a speed-up, those of lowest KL; with a limit of quality, the fastest (those
-        of least depth without a profile). Raises AbreastError for a budget that no measured plan
-        meets, naming the nearest that one does.
+        With a depth or a speed-up, those best by the objective; with a limit on quality, the
+        fastest (without a profile, those of least depth). Raises AbreastError for a budget that no
+        measured plan meets, naming the nearest one that can be met.
         """
         meeting = [plan for plan, cost in self.plans.items() if budget.met(plan, cost, profile)]
         if not meeting:
@@ -121,15 +243,12 @@ class Front:
         def latency(plan: Plan) -> float:
             return profile.latency(plan) if profile is not None else float(plan.depth)
 
-        def quality(plan: Plan) -> tuple[float, str]:
-            return self.plans[plan].kl, plan.shorthand
-
         if budget.depth is None and budget.speedup is None:
-            first = min(meeting, key=lambda plan: (latency(plan), *quality(plan)))
+            first = min(meeting, key=lambda plan: (latency(plan), self.rank(plan)))
         else:
-            first = min(meeting, key=quality)
-        alike = sorted((plan for plan in meeting if plan.depth == first.depth), key=quality)
-        return [first, *(plan for plan in alike if plan != first)][:best]
+            first = min(meeting, key=self.rank)
+        others = {plan for plan in meeting if plan.depth == first.depth} - {first}
+        return [first, *sorted(others, key=self.rank)][:best]
 
     def _nearest(self, budget: Budget, profile: Profile | None) -> str:
         if not self.plans:
@@ -137,19 +256,19 @@ class Front:
         if budget.depth is not None:
             return unreachable(budget.depth, self.stats.num_layers, self.best())
         if budget.max_kl is not None:
-            least = min(each.kl for each in self.plans.values())
+            least = min(cost.kl for cost in self.plans.values())
             return f"no plan has a KL of at most {budget.max_kl:g}; the least is {least:.2g}"
         if budget.max_ppl_increase is not None:
-            least = min(each.ppl_increase for each in self.plans.values())
+            least = min(cost.ppl_increase for cost in self.plans.values())
             return (
                 f"no plan raises the perplexity by at most {budget.max_ppl_increase:.2%}; "
                 f"the least is {least:.2%}"
             )
-        most = max(_profile(profile).speedup(plan) for plan in self.plans)
+        most = max(_required(profile).speedup(plan) for plan in self.plans)
         return f"no plan is predicted to be {budget.speedup:g}x faster; the most is {most:.2f}x"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the statistics as JSON-ready values."""
+        """Everything but the statistics as JSON-ready values."""
         return {
             "identity": dict(self.stats.identity),
             "full_forwards": dict(self.full_forwards),
@@ -158,11 +277,11 @@ class Front:
 
 
 def unreachable(depth: int, num_layers: int, reachable: Iterable[int]) -> str:
-    """What to say of a depth that no plan has; reachable: those that some plan has."""
-    near = min(reachable, key=lambda each: (abs(each - depth), each))
+    """Message for a depth that no plan has, naming the nearest of those that some plan has."""
+    nearest = min(reachable, key=lambda other: (abs(other - depth), other))
     return (
         f"depth {depth} cannot be reached from {num_layers} layers with these groups; "
-        f"the nearest is {near} (larger groups: --max-group)"
+        f"the nearest is {nearest} (larger groups: --max-group)"
     )
 
 
@@ -172,78 +291,85 @@ def kind_of(group: Group) -> str:
 
 
 def reasons(plan: Plan, front: Front) -> list[dict[str, Any]]:
-    """Why each group of a plan: its own cost, how alike its inputs are, what else was tried.
+    """Why each group of a plan was chosen: its own cost, its inputs, and the best alternative.
 
-    rank: its place among all candidates by KL alone. dependency: the largest within the group.
-    without: of the measured plans of this depth that do without this group, the cheapest; extra_kl:
-    how much more that one costs.
+    rank: among all candidates, by the objective alone. similarity: the least of its members'
+    inputs. dependency: the largest within the group. without: the best measured plan of this depth
+    that does without the group; extra_kl (or another objective's key): how much worse it is.
     """
-    stats = front.stats
-    ranked = sorted(stats.groups, key=lambda group: (stats.groups[group].kl, group.shorthand))
-    found = []
+    stats, objective = front.stats, front.objective
+    alone = {group: objective.value(cost) for group, cost in stats.groups.items()}
+    ranked = sorted(alone, key=lambda group: (alone[group], group.shorthand))
+    rows = []
     for group in plan.groups:
+        cost = stats.groups[group]
         first, *others = group.layers
         pairs = [(a, b) for a in group.layers for b in group.layers if a < b]
-        instead = _instead(plan, group, front)
-        found.append(
+        rivals = [p for p in front.plans if p.depth == plan.depth and group not in p.groups]
+        rival = min(rivals, key=front.rank, default=None)
+        rows.append(
             {
                 "group": group.shorthand,
-                "kl": stats.groups[group].kl,
-                "kl_stderr": stats.groups[group].kl_stderr,
-                "loss_increase": stats.groups[group].loss_increase,
+                "kl": cost.kl,
+                "kl_stderr": cost.kl_stderr,
+                "loss_increase": cost.loss_increase,
+                objective.key: alone[group],
+                f"{objective.key}_stderr": objective.stderr(cost),
                 "rank": ranked.index(group) + 1,
                 "candidates": len(ranked),
                 "similarity": min(float(stats.similarity[first, other]) for other in others),
                 "dependency": max(float(stats.dependency[pair]) for pair in pairs),
-                "without": instead.shorthand if instead is not None else None,
-                "extra_kl": front.plans[instead].kl - front.plans[plan].kl if instead else None,
+                "without": rival.shorthand if rival else None,
+                f"extra_{objective.key}": (
+                    front.rank(rival)[0] - front.rank(plan)[0] if rival else None
+                ),
             }
         )
-    return found
+    return rows
 
 
 def explain(plan: Plan, front: Front) -> str:
-    """One page of Markdown: what the plan costs, and `reasons` as a table."""
-    cost, stats = front.plans[plan], front.stats
-    tokens = f"{cost.tokens:,} tokens"
+    """One page of Markdown: cost of the plan, and `reasons` as a table."""
+    cost, stats, objective = front.plans[plan], front.stats, front.objective
+    name, key = objective.name, objective.key
+    total = sum(objective.value(stats.groups[group]) for group in plan.groups)
     lines = [
         f"# Why {plan.shorthand}",
         "",
-        f"{stats.num_layers} layers in {plan.depth} stages. On {tokens} of calibration text this "
-        f"plan costs KL {cost.kl:.5f} ± {cost.kl_stderr:.5f} nats per token, loss "
+        f"{stats.num_layers} layers in {plan.depth} stages. On {cost.tokens:,} tokens of "
+        f"calibration text this plan costs {name} {objective.value(cost):.5f} ± "
+        f"{objective.stderr(cost):.5f} {objective.unit}, loss "
         f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f}, perplexity {cost.ppl_increase:+.2%}. "
-        f"Its groups alone cost {sum(stats.groups[g].kl for g in plan.groups):.5f} in sum. "
+        f"Its groups alone cost {total:.5f} in sum. "
         f"It is the best of {sum(p.depth == plan.depth for p in front.plans)} plans of this depth "
         "that were measured as a whole.",
         "",
-        "| group | KL alone | rank | inputs alike | depends | best plan without it | KL of that |",
+        f"| group | {name} alone | rank | inputs alike | depends | best plan without it "
+        f"| {name} of that |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in reasons(plan, front):
         without = row["without"] or "none measured"
-        extra = "" if row["extra_kl"] is None else f"{row['extra_kl']:+.5f}"
+        extra = "" if row["without"] is None else f"{row[f'extra_{key}']:+.5f}"
+        alone = f"{row[key]:.5f} ± {row[f'{key}_stderr']:.5f}"
         lines.append(
-            f"| {row['group'].replace('|', '&#124;')} | {row['kl']:.5f} ± {row['kl_stderr']:.5f} "
+            f"| {row['group'].replace('|', '&#124;')} | {alone} "
             f"| {row['rank']} of {row['candidates']} | {row['similarity']:.3f} "
             f"| {row['dependency']:.3f} | {without.replace('|', '&#124;')} | {extra} |"
         )
     lines += [
         "",
-        "*KL alone*: of the model with only this group formed. *rank*: among all candidate groups "
-        "by that. *inputs alike*: least cosine similarity of its members' inputs. *depends*: how "
-        "much a member's contribution turns when an earlier member is left out (cosine distance). "
-        "*best plan without it*: of the measured plans of the same depth, and what its KL is more.",
+        f"*{name} alone*: of the model with only this group formed. *rank*: among all candidate "
+        "groups by that. *inputs alike*: least cosine similarity of its members' inputs. "
+        "*depends*: how much a member's contribution turns when an earlier member is left out "
+        f"(cosine distance). *best plan without it*: of the measured plans of the same depth, and "
+        f"what its {name} is more.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _instead(plan: Plan, group: Group, front: Front) -> Plan | None:
-    others = [p for p in front.plans if p.depth == plan.depth and group not in p.groups]
-    return min(others, key=lambda p: (front.plans[p].kl, p.shorthand), default=None)
-
-
-def _profile(profile: Profile | None) -> Profile:
+def _required(profile: Profile | None) -> Profile:
     if profile is None:
         raise AbreastError("a speed-up needs a latency profile; give --hardware")
     return profile

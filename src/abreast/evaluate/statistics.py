@@ -1,4 +1,4 @@
-"""Statistics of two models on the same items: intervals of differences, and tests of them.
+"""Statistics: standard errors, bootstrap intervals, and tests of two models on the same items.
 
 What both models find hard cancels in a paired difference, which is why it is known far better than
 either model's own score (E. Miller, Adding Error Bars to Evals, arXiv 2411.00640, section 4).
@@ -8,13 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
 RESAMPLES = 2000
-_VALUES = 2**22  # random numbers held at once, 32 MiB
+_MAX_DRAWS = 2**22  # random numbers held at once, 32 MiB
 Sums = Mapping[str, np.ndarray]
 Interval = tuple[float, float]
+
+
+def ratio_of_means(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """Mean per token and its cluster-robust standard error, from sums and counts per cluster.
+
+    With S_c the sum and n_c the tokens of cluster c of C, the mean is R = sum S_c / sum n_c and
+
+        se(R)^2 = C / (C - 1) * sum (S_c - R n_c)^2 / (sum n_c)^2,
+
+    the linearised variance of the ratio estimator (W. G. Cochran, Sampling Techniques, 3rd ed.,
+    1977, chapter 6), which for clusters of one token is the ordinary standard error; for language
+    model evaluations see E. Miller, Adding Error Bars to Evals, arXiv 2411.00640. It assumes
+    clusters independent of each other, so where long documents span many windows it is still
+    somewhat too small. sums, counts: shape [num_clusters]. The error of one cluster is NaN.
+    """
+    total = float(counts.sum())
+    mean = float(sums.sum()) / total
+    clusters = len(counts)
+    if clusters < 2:
+        return mean, math.nan
+    squares = float(np.square(sums - mean * counts).sum())
+    return mean, math.sqrt(clusters / (clusters - 1) * squares) / total
 
 
 def bootstrap(
@@ -37,7 +60,7 @@ def bootstrap(
     if clusters < 2:
         return dict.fromkeys(statistics, (math.nan, math.nan))
     rng = np.random.default_rng(seed)
-    chunk = max(1, _VALUES // (clusters * columns.shape[1]))
+    chunk = max(1, _MAX_DRAWS // (clusters * columns.shape[1]))
     drawn = np.concatenate(
         [
             columns[rng.integers(clusters, size=(min(chunk, resamples - start), clusters))].sum(1)
@@ -45,14 +68,14 @@ def bootstrap(
         ]
     )
     totals = dict(zip(sums, drawn.T, strict=True))
-    found = {}
+    intervals = {}
     for name, statistic in statistics.items():
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             values = statistic(totals)
         values = values[np.isfinite(values)]
         low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
-        found[name] = (float(low), float(high))
-    return found
+        intervals[name] = (float(low), float(high))
+    return intervals
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -81,10 +104,46 @@ def sign_flips(differences: np.ndarray, *, resamples: int = 10_000, seed: int = 
     """
     observed = abs(float(differences.sum())) * (1 - 1e-12)
     rng = np.random.default_rng(seed)
-    chunk = max(1, _VALUES // max(1, len(differences)))
+    chunk = max(1, _MAX_DRAWS // max(1, len(differences)))
     reached = 0
     for start in range(0, resamples, chunk):
         shape = (min(chunk, resamples - start), len(differences))
         signs = 2.0 * rng.integers(2, size=shape) - 1
         reached += int((np.abs(signs @ differences) >= observed).sum())
     return (reached + 1) / (resamples + 1)
+
+
+def item_values(items: list[Any]) -> np.ndarray | None:
+    """One number per item: the value itself, or the log-likelihood of [log-likelihood, weight].
+
+    None where there are no items, or some are not finite numbers.
+    """
+    if items and all(isinstance(item, list) and len(item) == 2 for item in items):
+        items = [item[0] for item in items]
+    if not items or not all(isinstance(item, float) and math.isfinite(item) for item in items):
+        return None
+    return np.array(items)
+
+
+def all_binary(values: np.ndarray) -> bool:
+    """Whether every value is 0 or 1: right or wrong."""
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def metric_stderr(value: float, items: list[Any]) -> float | None:
+    """Standard error over items of what the harness aggregates by a mean or as perplexity."""
+    numbers = item_values(items)
+    if numbers is None or len(numbers) < 2:
+        return None
+    weighted = isinstance(items[0], list)
+    weights = np.array([item[1] for item in items]) if weighted else np.ones(len(items))
+    mean, stderr = ratio_of_means(numbers, weights)
+    for expected, slope in (
+        (mean, 1.0),
+        (math.exp(min(-mean, 700.0)), value),  # perplexity of log-likelihoods
+        (-mean / math.log(2), 1 / math.log(2)),  # bits per byte
+    ):
+        if math.isclose(value, expected, rel_tol=1e-6):
+            error = abs(slope) * stderr
+            return error if math.isfinite(error) else None
+    return None
