@@ -337,7 +337,7 @@ def measure(
     screened = calibration.batches[: _screening(len(calibration.batches), screen)]
     part = score(calibration, alone, batches=screened, progress=progress)
     costs = dict(zip(calibration.candidates, part, strict=True))
-    chosen = _kept(costs, keep, objective)
+    chosen = _promising(costs, keep, objective)
     whole = score(calibration, [_alone(group, calibration) for group in chosen], progress=progress)
     costs |= zip(chosen, whole, strict=True)
     done = gather(calibration.folder)
@@ -401,16 +401,18 @@ def _screening(batches: int, screen: float) -> int:
     return max(1, math.ceil(batches * screen))
 
 
-def _kept(costs: dict[Group, Cost], keep: float, objective: Objective) -> list[Group]:
-    """The best wiring of each stretch of layers, for the share of stretches that cost least."""
+def _promising(costs: dict[Group, Cost], keep: float, objective: Objective) -> list[Group]:
+    """The best wiring of each stretch of layers, for the `keep` best share of the stretches."""
+
+    def rank(group: Group) -> tuple[float, str]:
+        return objective.value(costs[group]), group.shorthand
+
     best: dict[tuple[int, ...], Group] = {}
     for group, cost in costs.items():
-        held = best.setdefault(group.layers, group)
-        if objective.value(cost) < objective.value(costs[held]):
+        rival = best.setdefault(group.layers, group)
+        if objective.value(cost) < objective.value(costs[rival]):
             best[group.layers] = group
-    ranked = sorted(
-        best.values(), key=lambda group: (objective.value(costs[group]), group.shorthand)
-    )
+    ranked = sorted(best.values(), key=rank)
     chosen = set(ranked[: math.ceil(keep * len(ranked))])
     return [group for group in costs if group in chosen]
 

@@ -165,30 +165,29 @@ def baselines(
     front, stats = planned.front, planned.front.stats
     value = front.objective.value
     costs = {group: value(stats.groups[group]) for group in held_out.candidates}
-    wanted: dict[str, dict[int, list[Plan]]] = {}
+    proposed: dict[str, list[list[Plan]]] = {}  # of each method, per depth
     for depth, best in front.best().items():
-        found: dict[str, list[Plan | None]] = {
+        methods: dict[str, list[Plan | None]] = {
             "planner": [best],
             "contiguous": [*contiguous(stats.num_layers, depth, costs)],
             "similarity": [by_similarity(stats.similarity, depth, costs)],
             "angular": [by_angle(stats.angular, depth, costs)],
             "random": [at_random(stats.num_layers, depth, costs, seed)],
         }
-        for name, plans in found.items():
-            known = [plan for plan in plans if plan is not None]
-            if known:
-                wanted.setdefault(name, {})[depth] = known
-    every = sorted({p for of in wanted.values() for plans in of.values() for p in plans}, key=str)
-    scored = dict(zip(every, score(held_out, every, progress=progress), strict=True))
-    series = {
-        name: {
-            (best := min(plans, key=lambda plan: (value(scored[plan]), plan.shorthand))): scored[
-                best
-            ]
-            for plans in of.values()
-        }
-        for name, of in wanted.items()
-    }
+        for name, plans in methods.items():
+            if reached := [plan for plan in plans if plan is not None]:
+                proposed.setdefault(name, []).append(reached)
+    every = {plan for depths in proposed.values() for plans in depths for plan in plans}
+    ordered = sorted(every, key=str)
+    measured = dict(zip(ordered, score(held_out, ordered, progress=progress), strict=True))
+
+    def rank(plan: Plan) -> tuple[float, str]:
+        return value(measured[plan]), plan.shorthand
+
+    series = {}
+    for name, depths in proposed.items():
+        winners = [min(plans, key=rank) for plans in depths]
+        series[name] = {plan: measured[plan] for plan in winners}
     rows = [
         {"method": name, "depth": plan.depth, "plan": plan.shorthand, **asdict(cost)}
         for name, line in series.items()
