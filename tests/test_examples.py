@@ -41,6 +41,13 @@ def test_plan_and_convert(small_model: Path, tmp_path: Path, capsys) -> None:
     assert "expected KL" in printed and "held-out KL" in printed
 
 
+@pytest.mark.slow
+def test_custom_objective(small_model: Path, capsys) -> None:
+    run_example("custom_objective.py", small_model, "--depth", 5, "--windows", 8)
+    by_kl, cautious = capsys.readouterr().out.splitlines()
+    assert by_kl.startswith("by KL: ") and cautious.startswith("by KL+2se: ")
+
+
 def test_every_example_has_a_test() -> None:
     served = EXAMPLES.parent / "tests/real_engines/test_transformers_serve.py"
     tests = Path(__file__).read_text() + served.read_text()
