@@ -1,6 +1,6 @@
 """The report's charts as Vega-Lite specifications, each with a description and a table of its data.
 
-Colours are CSS variables, so that a page can theme them; `painted` puts in real ones for a picture.
+Colours are CSS variables, so that a page can theme them; `png` puts in real ones.
 Knows no torch; needs altair, which comes with the ``report`` extra.
 """
 
@@ -63,12 +63,17 @@ class Chart:
     rows: tuple[tuple[str, ...], ...]
 
 
-def painted(spec: Mapping[str, Any], width: int = 640) -> str:
-    """The specification as JSON text with light colours and a width of its own."""
-    text = json.dumps({**spec, "width": width})
+def png(spec: Mapping[str, Any]) -> bytes:
+    """The specification drawn in light colours."""
+    import vl_convert
+
+    text = json.dumps(spec)
     for name, colour in LIGHT.items():
         text = text.replace(f"var(--{name})", colour)
-    return text.replace("system-ui, sans-serif", "sans-serif")
+    picture: bytes = vl_convert.vegalite_to_png(
+        text.replace("system-ui, sans-serif", "sans-serif"), scale=2
+    )
+    return picture
 
 
 def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
@@ -86,7 +91,7 @@ def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
             "method": METHODS.get(row["method"], row["method"]),
             "depth": row["depth"],
             "plan": row["plan"],
-            **_bar(row[measure], row[error], logarithmic=measure == "kl"),
+            **error_bar(row[measure], row[error], logarithmic=measure == "kl"),
             "exact": number(row[measure], row[error]),
             "chosen": row["plan"] == chosen and row["method"] == "planner",
         }
@@ -115,7 +120,7 @@ def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
     drawn = alt.layer(
         # Vega-Lite makes a legend clickable for the first layer's parameters only
         base.mark_rule(strokeWidth=1.2)
-        .encode(y=_at(axis, "low:Q"), y2="high:Q")
+        .encode(y=on_field(axis, "low:Q"), y2="high:Q")
         .add_params(picked),
         base.mark_line(strokeWidth=1.8).encode(y=axis),
         base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
@@ -157,7 +162,7 @@ def groups_chart(rows: Sequence[Row]) -> Chart:
         {
             "group": row["group"],
             "first": row["first"] + shift,
-            **_bar(row["kl"], row["kl_stderr"], logarithmic=True),
+            **error_bar(row["kl"], row["kl_stderr"], logarithmic=True),
             "exact": number(row["kl"], row["kl_stderr"]),
             "use": "in the plan" if row["chosen"] else "not in the plan",
         }
@@ -181,7 +186,7 @@ def groups_chart(rows: Sequence[Row]) -> Chart:
         domain=["in the plan", "not in the plan"], range=["diamond", "circle"]
     )
     drawn = alt.layer(
-        base.mark_rule(strokeWidth=1.2).encode(y=_at(axis, "low:Q"), y2="high:Q"),
+        base.mark_rule(strokeWidth=1.2).encode(y=on_field(axis, "low:Q"), y2="high:Q"),
         base.mark_point(filled=True, size=80, opacity=1).encode(y=axis, shape=shape),
     )
     least = min(rows, key=lambda row: row["kl"])
@@ -209,7 +214,7 @@ def position_chart(rows: Sequence[Row]) -> Chart:
         {
             "middle": (row["start"] + row["end"]) / 2,
             "span": f"{row['start']} to {row['end'] - 1}",
-            **_bar(row["kl"], row["stderr"]),
+            **error_bar(row["kl"], row["stderr"]),
             "exact": number(row["kl"], row["stderr"]),
         }
         for row in rows
@@ -224,7 +229,7 @@ def position_chart(rows: Sequence[Row]) -> Chart:
         ],
     )
     drawn = alt.layer(
-        base.mark_rule(color="var(--c1)").encode(y=_at(axis, "low:Q"), y2="high:Q"),
+        base.mark_rule(color="var(--c1)").encode(y=on_field(axis, "low:Q"), y2="high:Q"),
         base.mark_line(color="var(--c1)").encode(y=axis),
         base.mark_point(color="var(--c1)", filled=True, size=52, opacity=1).encode(y=axis),
     )
@@ -260,7 +265,7 @@ def speed_chart(rows: Sequence[Row]) -> Chart:
     )
     drawn = alt.layer(
         one.encode(x=alt.X("one:Q")),
-        base.mark_rule(color="var(--c1)", strokeWidth=2).encode(x=_at(axis, "low:Q"), x2="high:Q"),
+        base.mark_rule(color="var(--c1)", strokeWidth=2).encode(x=on_field(axis, "low:Q"), x2="high:Q"),
         base.mark_point(color="var(--c1)", filled=True, size=90, opacity=1).encode(
             x=axis.scale(zero=False, padding=16)
         ),
@@ -295,7 +300,7 @@ def tasks_chart(rows: Sequence[Row]) -> Chart:
         {
             "task": row["task"],
             "model": model,
-            **_bar(row[model], row[f"{model}_stderr"]),
+            **error_bar(row[model], row[f"{model}_stderr"]),
             "exact": number(row[model], row[f"{model}_stderr"]),
         }
         for row in rows
@@ -314,7 +319,7 @@ def tasks_chart(rows: Sequence[Row]) -> Chart:
         ],
     )
     drawn = alt.layer(
-        base.mark_rule(strokeWidth=2).encode(x=_at(axis, "low:Q"), x2="high:Q"),
+        base.mark_rule(strokeWidth=2).encode(x=on_field(axis, "low:Q"), x2="high:Q"),
         base.mark_point(filled=True, size=70, opacity=1).encode(x=axis),
     )
     listed = "; ".join(
@@ -343,7 +348,7 @@ def number(value: float | None, stderr: float | None = None) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def _bar(value: float, stderr: float | None, *, logarithmic: bool = False) -> dict[str, float]:
+def error_bar(value: float, stderr: float | None, *, logarithmic: bool = False) -> dict[str, float]:
     """A value and its error bar, two standard errors each way.
 
     On a logarithmic axis a bar that would reach zero ends at a tenth of the value.
@@ -353,7 +358,7 @@ def _bar(value: float, stderr: float | None, *, logarithmic: bool = False) -> di
     return {"value": value, "low": max(low, value / 10) if logarithmic else low, "high": high}
 
 
-def _at(channel: Any, field: str) -> Any:
+def on_field(channel: Any, field: str) -> Any:
     """The same channel, reading another field."""
     copied = channel.copy()
     copied.shorthand = field

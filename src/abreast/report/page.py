@@ -28,7 +28,7 @@ from abreast.report.charts import (
     depth_chart,
     groups_chart,
     number,
-    painted,
+    png,
     position_chart,
     speed_chart,
     tasks_chart,
@@ -67,7 +67,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     if target.is_dir() and any(target.iterdir()) and not (target / PAGE).is_file():
         raise AbreastError(f"'{target}' holds something else than a report; name a new folder")
     charts = _charts(found)
-    pictures = {f"{chart.name}.png": _png(chart) for chart in charts}
+    pictures = {f"{chart.name}.png": png({**chart.spec, "width": 640}) for chart in charts}
     if found.last is not None:
         pictures["plan.png"] = _svg_png(draw_plan(found.last.plan, LIGHT))
     page = render(found, charts)
@@ -321,13 +321,6 @@ def _bundle() -> str:
 def _csp_hash(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"'sha256-{digest}'"
-
-
-def _png(chart: Chart) -> bytes:
-    import vl_convert
-
-    found: bytes = vl_convert.vegalite_to_png(painted(chart.spec), scale=2)
-    return found
 
 
 def _svg_png(svg: str) -> bytes:

@@ -15,7 +15,7 @@ import numpy as np
 from abreast.figures import figure_class
 
 CURVE = "depth_curve.png"
-SCALE = (1e-3, 10.0)  # nats: the ends of every colour scale, so that any two maps can be compared
+LOSS_RANGE = (1e-3, 10.0)  # nats: the ends of every colour scale, so that any two maps can be compared
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,15 @@ def _heat_map(grid: np.ndarray, title: str, path: str | Path) -> None:
     """Draw loss increases over stretches of layers: first layer downwards, last one to the right.
 
     grid: shape [num_layers, num_layers], nats per token, NaN where there is nothing to show. What
-    lies outside SCALE has the colour of its end. Up to 16 layers the numbers stand in the cells.
+    lies outside LOSS_RANGE has the colour of its end. Up to 16 layers the numbers stand in the cells.
     """
     from matplotlib.colors import LogNorm
 
     figure = figure_class()(figsize=(6.4, 5.4), dpi=110, layout="constrained")
     count = len(grid)
     axes = figure.add_subplot()
-    norm = LogNorm(*SCALE, clip=True)
-    shown = np.ma.masked_invalid(np.maximum(grid, SCALE[0]))
+    norm = LogNorm(*LOSS_RANGE, clip=True)
+    shown = np.ma.masked_invalid(np.maximum(grid, LOSS_RANGE[0]))
     image = axes.imshow(shown, norm=norm, cmap="viridis", origin="upper")
     ticks = range(0, count, -(-count // 16))
     axes.set(xlabel="last layer of the stretch", ylabel="first layer of the stretch")
@@ -127,7 +127,7 @@ def _heat_map(grid: np.ndarray, title: str, path: str | Path) -> None:
             if np.isfinite(value):
                 short = f"{value:.2f}".replace("0.", ".") if abs(value) >= 0.005 else "0"
                 text = f"{value:.1f}" if value >= 1 else short
-                colour = "black" if norm(max(value, SCALE[0])) > 0.6 else "white"
+                colour = "black" if norm(max(value, LOSS_RANGE[0])) > 0.6 else "white"
                 axes.text(last, first, text, ha="center", va="center", fontsize=6, color=colour)
     bar = figure.colorbar(image, ax=axes, extend="both", shrink=0.9)
     bar.set_label("loss increase (nats per token)")
@@ -135,15 +135,15 @@ def _heat_map(grid: np.ndarray, title: str, path: str | Path) -> None:
 
 
 def _depth_curve(series: Mapping[str, Mapping[int, float]], title: str, path: str | Path) -> None:
-    """Draw one line per name: effective depth -> loss increase in nats, at SCALE's end if less."""
+    """Draw one line per name: effective depth -> loss increase in nats, at LOSS_RANGE's end if less."""
     figure = figure_class()(figsize=(6.4, 4.4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for name, line in series.items():
         depths = sorted(line)
-        heights = [max(line[depth], SCALE[0]) for depth in depths]
+        heights = [max(line[depth], LOSS_RANGE[0]) for depth in depths]
         axes.plot(depths, heights, marker="o", markersize=3, label=name)
     axes.set(yscale="log", xlabel="effective depth", title=title)
-    axes.set_ylabel(f"lowest loss increase (nats per token, at least {SCALE[0]})")
+    axes.set_ylabel(f"lowest loss increase (nats per token, at least {LOSS_RANGE[0]})")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
