@@ -18,8 +18,9 @@ from abreast.data import HELD_OUT
 from abreast.demo import model_folder
 from abreast.planner.calibration import calibrate, candidates, difference, score
 from abreast.planner.find import find_plan
-from abreast.planner.front import Budget, draw
+from abreast.planner.front import Budget
 from abreast.planner.search import by_similarity, contiguous
+from abreast.report import draw_costs
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("build/planner"))
@@ -104,4 +105,4 @@ series = {
     },
     "similarity": {float(d): cost[p] for d, p in similar.items()},
 }
-draw(series, "effective depth", "bundled model, held-out text", arguments.out / "planner.png")
+draw_costs(series, "effective depth", "bundled model, held-out text", arguments.out / "planner.png")

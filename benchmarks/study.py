@@ -19,6 +19,7 @@ import numpy as np
 
 from abreast.demo import model_folder
 from abreast.model.programs import INTERVENTIONS, name_of, programs
+from abreast.report import draw_study
 from abreast.runs.folder import JOURNAL
 from abreast.study.findings import wins
 from abreast.study.sweep import Study, study
@@ -69,6 +70,7 @@ def main() -> None:
             progress=show,
         )
         seconds = time.perf_counter() - start
+        draw_study(result.rows, result.num_layers, out)
         clear = {
             other: clear_wins(result, out, "2-parallel", other)
             for other in ("prune", "merge", "parallel", "3-parallel")

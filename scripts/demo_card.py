@@ -55,21 +55,15 @@ def read_log(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def loss_plot(entries: list[dict[str, Any]], file: Path) -> None:
-    import matplotlib
+    from abreast.report import draw_losses
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5))
-    for key, label, style in (("loss", "training", "-"), ("heldout", "held-out", "o-")):
-        points = [(e["step"], e[key]) for e in entries if e.get(key) and e["step"]]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="training step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=90, metadata={"Software": None})
+    points = [
+        {"name": label, "x": e["step"], "value": e[key]}
+        for key, label in (("loss", "training"), ("heldout", "held-out"))
+        for e in entries
+        if e.get(key) and e["step"]
+    ]
+    draw_losses(points, file)
 
 
 # ----------------------------------------------------------------------- measurements

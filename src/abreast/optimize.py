@@ -273,7 +273,6 @@ def _converted(
             recipe=healing.recipe,
             seed=seed,
             force=True,
-            plots=False,
             step=step,
             progress=progress,
             **source,

@@ -20,6 +20,7 @@ from abreast.heal.healing import heal
 from abreast.heal.recipe import Recipe
 from abreast.model.loading import load
 from abreast.plan import Plan
+from abreast.report.drawings import draw_healing
 
 pytest.importorskip("peft")
 
@@ -33,8 +34,8 @@ def text(tokens: int = 1600, seed: int = 0, vocabulary: int = 128) -> TokenStrea
 
 
 def quick(model, out, **options):
-    """`heal` with settings that suit tiny models; no plot unless asked for."""
-    given = {"data": text(), "window": 32, "recipe": SHORT, "plots": False}
+    """`heal` with settings that suit tiny models."""
+    given = {"data": text(), "window": 32, "recipe": SHORT}
     return heal(model, options.pop("plan", PLAN), out, **{**given, **options})
 
 
@@ -56,7 +57,7 @@ def test_a_healed_model_is_an_ordinary_converted_one(
 ):
     source = tiny_checkpoint(family, dtype=dtype)
     out, kept = tmp_path / "out", tmp_path / "kept"
-    found = quick(source, out, method=method, keep=kept, plots=True)
+    found = quick(source, out, method=method, keep=kept, draw=draw_healing)
     assert found.kl_after < found.kl_before
     assert (found.refit is not None) == (method != "distill")
     assert (found.distilled is not None) == (method != "refit")

@@ -151,7 +151,7 @@ def test_names_are_shown_as_text(run, tmp_path):
 def test_half_finished_runs_say_what_is_missing(run, tmp_path, gone, missing, monkeypatch):
     path = run / gone
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    monkeypatch.setattr(reporting, "_png", lambda chart: b"")  # drawn in another test
+    monkeypatch.setattr(reporting, "png", lambda spec: b"")  # drawn in another test
     page = Page(write_report(run, tmp_path / "out").read_text(encoding="utf-8"))
     for what in missing:
         assert what in page.text

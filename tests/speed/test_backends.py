@@ -19,7 +19,7 @@ from abreast.errors import AbreastError
 from abreast.plan import Plan
 from abreast.speed import jobs as backends
 from abreast.speed.benchmark import BenchResult
-from abreast.speed.jobs import Case, Contender, Failure, Job, conclusion, device_or_cpu, plot, run
+from abreast.speed.jobs import Case, Contender, Failure, Job, conclusion, device_or_cpu, run
 from abreast.speed.timing import Measurement, timings
 
 
@@ -280,14 +280,6 @@ def test_conclusion_says_where_it_helps_and_where_not():
         assert last == f"abreast: {word} in whatever was measured: do not use this here"
     assert conclusion([result("decode", 1.2, rounds=3)]).endswith("too few rounds for a verdict")
     assert conclusion([]) == "nothing to compare with"
-
-
-def test_plot_is_a_png(tmp_path):
-    job = Job((Contender("original", "a"), Contender("abreast", "b")), ())
-    results = (result("decode", 1.2), result("prefill", 1.1))
-    plot(backends.Report(job, results, ()), tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.png"]
 
 
 def test_device_falls_back_only_when_asked(monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +93,7 @@ def stream(windows: int = 3, seed: int = 0) -> TokenStream:
 
 
 def run(model: Path, out: Path, **changes):
-    settings = {"data": stream(), "window": WINDOW, "plots": False, "permutations": 2}
+    settings = {"data": stream(), "window": WINDOW, "permutations": 2}
     return study(model, out, **(settings | changes))
 
 
@@ -482,20 +481,3 @@ def test_wins_and_best():
     assert wins(rows, "prune", "shuffle") == (0, 0, 0)
     assert best_by_depth(rows)["prune"][5].start == 1
     assert to_csv(rows[:1], Row).splitlines()[1] == "prune,0,1,5,3,2,0.1,2"
-
-
-def test_pictures(folder, tmp_path):
-    pytest.importorskip("matplotlib")
-    run(folder(), tmp_path / "out", interventions=["shuffle", "prune"], plots=True, max_length=3)
-    made = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-    assert made == ["depth_curve.png", "prune.png", "shuffle.png"]
-    for name in made:
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_missing_matplotlib_is_told_before_the_work(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(AbreastError, match=r"pip install 'abreast\[report\]', or use --no-plots"):
-        run(folder(), tmp_path / "out", plots=True)
-    assert not (tmp_path / "out").exists()
-    assert run(folder(), tmp_path / "out", max_length=2, interventions=["prune"]).rows

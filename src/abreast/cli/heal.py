@@ -88,7 +88,7 @@ from abreast.cli.tables import print_table
 )
 @click.option("--work", help="Folder of state to go on with. Default: OUT.work, removed after.")
 @click.option("--keep-weights", help="New folder for the healed weights, unconverted.")
-@click.option("--no-plots", is_flag=True, help="Write no PNG; needs no matplotlib.")
+@click.option("--no-plots", is_flag=True, help="Write no PNG; needs no altair.")
 @force_option
 @revision_option
 @remote_option
@@ -135,6 +135,10 @@ def heal(
     """Convert MODEL, the original, under a plan and win back quality that this costs."""
     from abreast.heal import Recipe
     from abreast.heal import heal as run
+    from abreast.report import check_drawing, draw_healing
+
+    if not no_plots:
+        check_drawing()
 
     recipe = Recipe(
         train=train,  # type: ignore[arg-type]
@@ -171,7 +175,7 @@ def heal(
             out_dtype=out_dtype,
             prefill=prefill,
             force=force,
-            plots=not no_plots,
+            draw=None if no_plots else draw_healing,
             revision=revision,
             trust_remote_code=trust_remote_code,
             step=say,

@@ -66,7 +66,7 @@ _BUDGET = (
     click.option(
         "--baseline-data", default="stdlib", show_default=True, help="Text to compare plans on."
     ),
-    click.option("--no-plots", is_flag=True, help="Draw nothing; needs no matplotlib."),
+    click.option("--no-plots", is_flag=True, help="Draw nothing; needs no altair."),
 )
 Command = Callable[..., Any]
 
@@ -269,22 +269,21 @@ def _find(
     command: Sequence[str] | None = None,
     **options: Any,
 ) -> Planned:
-    from abreast.figures import figure_class
     from abreast.planner import (
         Budget,
         baselines,
         check_depth,
-        draw_front,
         estimated_profile,
         find_plan,
         profile_here,
     )
+    from abreast.report import check_drawing, draw_front
     from abreast.runs import record_environment
 
     budget = Budget(**{name: options[name] for name in ("depth", *_QUALITY, "speedup")})
     plots = not options["no_plots"]
     if plots:
-        figure_class()
+        check_drawing()
     calibration = _calibration(model, "calibration", **options)
     out = Path(options["out"])
     check_depth(calibration, budget.depth)

@@ -176,7 +176,7 @@ def _on_tasks(
 @click.option("--max-cache", default="1GB", show_default=True, help="States kept for reuse.")
 @click.option("--devices", default="cpu", show_default=True, help="A worker each: cuda:0,cuda:1")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
-@click.option("--no-plots", is_flag=True, help="Write no PNGs; needs no matplotlib.")
+@click.option("--no-plots", is_flag=True, help="Write no PNGs; needs no altair.")
 @revision_option
 @remote_option
 @seed_option
@@ -202,7 +202,11 @@ def study(
 ) -> None:
     """What MODEL loses when stretches of its layers are shuffled, pruned, merged or run abreast."""
     from abreast.model import INTERVENTIONS
+    from abreast.report import check_drawing, draw_study
     from abreast.study import study as run
+
+    if not no_plots:
+        check_drawing()
 
     with progress_bar("study", as_json) as progress:
         result = run(
@@ -219,11 +223,12 @@ def study(
             seed=seed,
             dtype=dtype,
             devices=devices.split(","),
-            plots=not no_plots,
             revision=revision,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
+    if not no_plots:
+        draw_study(result.rows, result.num_layers, out)
     if as_json:
         return print_json(result.to_dict())
     print_table(

@@ -71,11 +71,14 @@ def bench(
 ) -> None:
     """Time ORIGINAL and CONVERTED models in turns, and say what the conversion brings here."""
     from abreast.cli.tables import print_bench
-    from abreast.speed import ORIGINAL, Case, Contender, Job, device_or_cpu, plot, run
+    from abreast.report import check_drawing, draw_bench
+    from abreast.speed import ORIGINAL, Case, Contender, Job, device_or_cpu, run
 
     tasks = _tasks(task)
     if out is not None and not Path(out).resolve().parent.is_dir():
         raise AbreastError(f"the folder of '{out}' does not exist; create it first")
+    if out is not None:
+        check_drawing("leave -o out")
     names = _names(converted)
     contenders = [
         Contender(ORIGINAL, original),
@@ -106,7 +109,7 @@ def bench(
     if not leads:
         return
     if out is not None:
-        plot(report, out)
+        draw_bench(report, out)
     if as_json:
         return click.echo(json.dumps(report.to_dict()))
     print_bench(report)

@@ -39,7 +39,6 @@ from abreast.convert import convert, hash_inputs, preview
 from abreast.data import CALIBRATION, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, complete, family_of
-from abreast.figures import figure_class
 from abreast.heal.least_squares import STEPS, Fit, Refit, memory_needed, refit
 from abreast.heal.recipe import Recipe, processes
 from abreast.heal.shard import full
@@ -58,6 +57,7 @@ _HELD_LOGITS = 2**28  # values kept of the original's predictions: 1 GiB in floa
 _HELD_TOKENS = 8192
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Step = Callable[[str], None]
+Draw = Callable[[Refit | None, Distilled | None, Path], None]  # such as report.draw_healing
 Progress = Callable[[int, int], None]
 
 
@@ -117,7 +117,7 @@ def heal(
     prefill: str = "grouped",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
-    plots: bool = True,
+    draw: Draw | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     step: Step = lambda message: None,
@@ -135,7 +135,7 @@ def heal(
     on with what is there, and a folder that was not given is removed at the end. keep: also leave
     the healed weights in this new folder, in float32 and the original's shape, against which
     `verify` can prove `out`. out_dtype, prefill, max_shard_bytes, force: as for `convert`.
-    plots: draw heal.png, which needs matplotlib. step(message) announces each step.
+    draw: called to leave heal.png beside the weights. step(message) announces each step.
 
     `out` also holds heal.csv, the curve. Its manifest names the true original as source and says
     under "healed" how it was healed. Where nothing was won on text that was held out, the weights
@@ -146,8 +146,6 @@ def heal(
         raise AbreastError(f"method '{method}' is not one of {', '.join(get_args(Method))}")
     recipe = recipe or Recipe()
     recipe.check()
-    if plots:
-        figure_class()
     target = Path(out)
     check_free(target)
     if keep is not None:
@@ -241,7 +239,7 @@ def heal(
     step("write the converted checkpoint")
     weights = folder / "weights"
     shutil.rmtree(weights, ignore_errors=True)
-    cast = _write_weights(student, source, weights, solved, trained, plots)
+    cast = _write_weights(student, source, weights, solved, trained, draw)
     true_source: dict[str, Any] = {
         "name": source.source,
         "revision": source.revision,
@@ -384,7 +382,7 @@ def _write_weights(
     folder: Path,
     solved: Refit | None,
     trained: Distilled | None,
-    plots: bool,
+    draw: Draw | None,
 ) -> str | None:
     """The healed weights as a checkpoint like `source`; returns the dtype to convert it with.
 
@@ -415,8 +413,8 @@ def _write_weights(
                 shutil.copyfile(path, staging / path.name)
         if trained is not None:
             (staging / CURVE).write_text(to_csv(trained.points, Point), encoding="utf-8")
-        if plots:
-            _draw(solved, trained, staging / FIGURE)
+        if draw is not None:
+            draw(solved, trained, staging / FIGURE)
     return str(DTYPES[kinds.pop()]).removeprefix("torch.") if alike else None
 
 
@@ -434,32 +432,6 @@ def _doubts(text: _Text, trained: Distilled | None) -> tuple[str, ...]:
     elif trained is not None and trained.best_step == 0:
         found.append("training won nothing on held-out text; the weights are those before it")
     return tuple(found)
-
-
-def _draw(solved: Refit | None, trained: Distilled | None, path: Path) -> None:
-    """The training curves where there are any, and what each regression left of its error."""
-    parts = [part for part in (solved, trained) if part is not None]
-    figure = figure_class()(figsize=(6.4, 3.6 * len(parts)), dpi=110, layout="constrained")
-    axes = figure.subplots(len(parts), 1, squeeze=False)[:, 0]
-    if solved is not None:
-        names = [f"{'+'.join(map(str, fit.layers))} {fit.step}" for fit in solved.fits]
-        places = np.arange(len(names))
-        axes[0].bar(places, [fit.before for fit in solved.fits], color="lightgrey", label="before")
-        axes[0].bar(places, [fit.after for fit in solved.fits], width=0.5, label="after")
-        axes[0].set(title="refit: held-out squared error, as a fraction", yscale="log")
-        axes[0].set_xticks(places, names, rotation=90, fontsize=6)
-        axes[0].legend()
-    if trained is not None:
-        steps = [point.step for point in trained.points]
-        axes[-1].plot(steps, [point.loss for point in trained.points], label="training")
-        axes[-1].plot(
-            *(steps, [point.held_out for point in trained.points]), marker="o", label="held out"
-        )
-        axes[-1].axvline(trained.best_step, color="grey", linewidth=0.8, label="kept")
-        axes[-1].set(title="distil: loss (nats per token)", xlabel="step", yscale="log")
-        axes[-1].grid(alpha=0.3)
-        axes[-1].legend()
-    figure.savefig(path)
 
 
 def _reporter(folder: Path) -> Callable[[tuple[Point, ...]], None]:

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
         Series,
         baselines,
         check_depth,
-        draw_front,
         estimated_profile,
         find_plan,
         profile_here,

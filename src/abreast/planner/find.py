@@ -23,7 +23,6 @@ from abreast.planner.front import (
     Front,
     Profile,
     Stats,
-    draw,
     kind_of,
     reasons,
     unreachable,
@@ -196,30 +195,6 @@ def baselines(
     record = {"rests_on": held_out.identity, "plans": rows}
     write(Path(out) / "baselines.json", json.dumps(record, indent=1) + "\n")
     return series
-
-
-def draw_front(planned: Planned, series: Series | None, out: str | Path) -> None:
-    """Draw pareto.png, quality against depth, and with a profile pareto-speed.png.
-
-    series: as `baselines` gave it, or None to draw the front on the calibration text alone.
-    """
-    best = planned.front.best().values()
-    lines = series or {"planner": {plan: planned.front.plans[plan] for plan in best}}
-    text = "held-out" if series else "calibration"
-    title = f"{planned.plan.num_layers} layers, on {text} text"
-    by_depth = {
-        name: {float(plan.depth): cost for plan, cost in line.items()}
-        for name, line in lines.items()
-    }
-    draw(by_depth, "effective depth", title, Path(out) / "pareto.png")
-    if planned.profile is not None:
-        profile = planned.profile
-        by_speed = {
-            name: {profile.speedup(plan): cost for plan, cost in line.items()}
-            for name, line in lines.items()
-        }
-        label = "predicted speed-up of decoding"
-        draw(by_speed, label, title, Path(out) / "pareto-speed.png")
 
 
 def profile_here(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from abreast.errors import AbreastError, first_line
-from abreast.figures import figure_class
 from abreast.plan import Group, Plan
 from abreast.planner.objective import KL, Cost, Objective
 
@@ -373,34 +372,3 @@ def _required(profile: Profile | None) -> Profile:
     if profile is None:
         raise AbreastError("a speed-up needs a latency profile; give --hardware")
     return profile
-
-
-def draw(
-    series: Mapping[str, Mapping[float, Cost]], xlabel: str, title: str, path: str | Path
-) -> None:
-    """Draw KL against depth or speed-up: a line with error bars per name, the first one thick.
-
-    series: name -> x -> cost. Raises AbreastError without matplotlib.
-    """
-    figure = figure_class()(figsize=(6.8, 4.6), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for place, (name, line) in enumerate(series.items()):
-        places: Sequence[float] = sorted(line)
-        costs = [line[at] for at in places]
-        axes.errorbar(
-            places,
-            [max(cost.kl, 1e-6) for cost in costs],
-            yerr=[2 * cost.kl_stderr if math.isfinite(cost.kl_stderr) else 0 for cost in costs],
-            marker="o",
-            markersize=3 if place else 5,
-            linewidth=1 if place else 2,
-            linestyle="--" if place else "-",
-            zorder=2 if place else 3,
-            capsize=2,
-            label=name,
-        )
-    axes.set(yscale="log", xlabel=xlabel, title=title)
-    axes.set_ylabel("KL divergence from the original (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)

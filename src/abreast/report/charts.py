@@ -63,16 +63,19 @@ class Chart:
     rows: tuple[tuple[str, ...], ...]
 
 
-def png(spec: Mapping[str, Any]) -> bytes:
-    """The specification drawn in light colours."""
-    import vl_convert
-
+def painted(spec: Mapping[str, Any]) -> str:
+    """The specification as JSON text, with light colours for variables."""
     text = json.dumps(spec)
     for name, colour in LIGHT.items():
         text = text.replace(f"var(--{name})", colour)
-    picture: bytes = vl_convert.vegalite_to_png(
-        text.replace("system-ui, sans-serif", "sans-serif"), scale=2
-    )
+    return text.replace("system-ui, sans-serif", "sans-serif")
+
+
+def png(spec: Mapping[str, Any]) -> bytes:
+    """The specification as a picture in light colours."""
+    import vl_convert
+
+    picture: bytes = vl_convert.vegalite_to_png(painted(spec), scale=2)
     return picture
 
 
@@ -265,7 +268,9 @@ def speed_chart(rows: Sequence[Row]) -> Chart:
     )
     drawn = alt.layer(
         one.encode(x=alt.X("one:Q")),
-        base.mark_rule(color="var(--c1)", strokeWidth=2).encode(x=on_field(axis, "low:Q"), x2="high:Q"),
+        base.mark_rule(color="var(--c1)", strokeWidth=2).encode(
+            x=on_field(axis, "low:Q"), x2="high:Q"
+        ),
         base.mark_point(color="var(--c1)", filled=True, size=90, opacity=1).encode(
             x=axis.scale(zero=False, padding=16)
         ),

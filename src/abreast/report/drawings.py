@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import write
 from abreast.errors import AbreastError
-from abreast.planner import Cost, Planned, Series
 from abreast.report.charts import CONFIG, error_bar, on_field, png
-from abreast.study import LOSS_RANGE, Row, best_by_depth
+from abreast.study import best_by_depth
 
 if TYPE_CHECKING:
     from abreast.heal import Distilled, Refit
+    from abreast.planner import Cost, Planned, Series
     from abreast.speed import Report
+    from abreast.study import Row
 
+# nats: the ends of every colour scale, so that any two maps can be compared
+LOSS_RANGE = (1e-3, 10.0)
 COLOURS = [f"var(--c{i})" for i in range(1, 6)]
 
 
-def check_drawing() -> None:
-    """Raise AbreastError where altair or vl-convert is not installed."""
+def check_drawing(otherwise: str = "use --no-plots") -> None:
+    """Raise AbreastError, naming the way without, where altair or vl-convert is missing."""
     if find_spec("altair") is None or find_spec("vl_convert") is None:
-        raise AbreastError(
-            "drawing needs altair: pip install 'abreast[report]', or use --no-plots"
-        )
+        raise AbreastError(f"drawing needs altair: pip install 'abreast[report]', or {otherwise}")
 
 
 def draw_front(planned: Planned, series: Series | None, out: str | Path) -> None:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
         Report,
         conclusion,
         device_or_cpu,
-        plot,
         run,
     )
     from abreast.speed.prediction import (

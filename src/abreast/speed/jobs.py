@@ -291,44 +291,6 @@ def _conclusion(name: str, results: Sequence[BenchResult]) -> list[str]:
     return [*lines, f"{name}: faster here in {', '.join(gains)}{end if slower else ''}"]
 
 
-def plot(report: Report, path: str | Path) -> None:
-    """One PNG: speed relative to the original with 95 % intervals, a panel per task.
-
-    Raises AbreastError where matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise AbreastError("plots need matplotlib; pip install 'abreast[report]'") from None
-    tasks = list(dict.fromkeys(result.task for result in report.results))
-    names = [contender.name for contender in report.job.contenders[1:]]
-    figure = Figure(figsize=(2 + 4 * len(tasks), 4), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    for panel, task in zip(panels, tasks, strict=True):
-        results = [result for result in report.results if result.task == task]
-        width = 0.8 / max(len(names), 1)
-        for place, name in enumerate(names):
-            shown = [result.timings[name] for result in results]
-            middle = np.array([timing.ratio for timing in shown])
-            reach = [
-                [timing.ratio - timing.ratio_low for timing in shown],
-                [timing.ratio_high - timing.ratio for timing in shown],
-            ]
-            x = np.arange(len(results)) + (place - (len(names) - 1) / 2) * width
-            panel.bar(x, middle, width, yerr=reach, capsize=2, label=name)
-        panel.axhline(1, color="black", linewidth=1)
-        labels = [f"{result.batch_size} x {result.context}" for result in results]
-        panel.set_xticks(np.arange(len(results)), labels, rotation=45, ha="right")
-        panel.set_title(task)
-        panel.set_xlabel("batch x context")
-    panels[0].set_ylabel("speed, original = 1")
-    if names:
-        panels[0].legend()
-    partial = Path(path).with_name(f".{Path(path).name}.partial")
-    figure.savefig(partial, dpi=120, format="png")
-    os.replace(partial, path)
-
-
 def _models(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {}
     loaded: dict[str, Any] = {}

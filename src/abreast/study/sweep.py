@@ -32,7 +32,6 @@ import torch
 from abreast.checkpoint import resolve, write
 from abreast.data import HELD_OUT, TokenStream
 from abreast.errors import AbreastError
-from abreast.figures import figure_class
 from abreast.model import (
     INTERVENTIONS,
     Program,
@@ -57,7 +56,7 @@ from abreast.runs import (
     window_bytes,
     windows_at_once,
 )
-from abreast.study.findings import Row, draw, row_of
+from abreast.study.findings import Row, row_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +132,6 @@ def study(
     devices: Sequence[str] = ("cpu",),
     batch_size: int = 8,
     max_cache_bytes: int = 2**30,
-    plots: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -146,19 +144,17 @@ def study(
     permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
     each; name "cpu" twice for two. batch_size: windows at once, fewer where the hidden states kept
     for reuse, (layers + 1) x batch x window x hidden values, would exceed max_cache_bytes per
-    worker. plots: also draw the maps and the curve. progress: called with (evaluations done, in
+    worker. progress: called with (evaluations done, in
     all), one being a program on a batch.
 
     Each evaluation is on disk before the next begins. A later call with the same model, tokens,
     seed, window, dtype and batch goes on from there, also for more interventions or lengths, and
     gives the very file that an uninterrupted one would have given; study.csv holds what the last
     call asked for. Raises AbreastError for a folder with another study, or something else, in it,
-    sizes that make no sense, missing matplotlib, and as `load`, `load_tokens` and `apply` do.
+    sizes that make no sense, and as `load`, `load_tokens` and `apply` do.
     """
     _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
     _check_devices(devices)
-    if plots:
-        figure_class()
     folder, _ = resolve(model, revision=revision)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load(folder, device=devices[0], **options)  # type: ignore[arg-type]
@@ -246,8 +242,6 @@ def study(
     write(out / CSV, to_csv(result.rows, Row))
     summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
     write(out / RECORD, json.dumps(summary, indent=2) + "\n")
-    if plots:
-        draw(result.rows, num_layers, out)
     return result
 
 
