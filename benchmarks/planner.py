@@ -19,6 +19,7 @@ from abreast.demo import model_folder
 from abreast.planner.calibration import calibrate, candidates, difference, score
 from abreast.planner.find import find_plan
 from abreast.planner.front import Budget
+from abreast.planner.objective import KL
 from abreast.planner.search import by_similarity, contiguous
 from abreast.report import draw_costs
 
@@ -105,4 +106,6 @@ series = {
     },
     "similarity": {float(d): cost[p] for d, p in similar.items()},
 }
-draw_costs(series, "effective depth", "bundled model, held-out text", arguments.out / "planner.png")
+draw_costs(
+    series, KL, "effective depth", "bundled model, held-out text", arguments.out / "planner.png"
+)

@@ -7,6 +7,7 @@ Knows no torch; needs altair, which comes with the ``report`` extra.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -359,7 +360,8 @@ def error_bar(value: float, stderr: float | None, *, logarithmic: bool = False) 
     On a logarithmic axis a bar that would reach zero ends at a tenth of the value.
     """
     value = max(value, LEAST_KL) if logarithmic else value
-    low, high = value - 2 * (stderr or 0), value + 2 * (stderr or 0)
+    reach = 2 * stderr if stderr is not None and math.isfinite(stderr) else 0.0
+    low, high = value - reach, value + reach
     return {"value": value, "low": max(low, value / 10) if logarithmic else low, "high": high}
 
 

@@ -15,7 +15,7 @@ from abreast.study import best_by_depth
 
 if TYPE_CHECKING:
     from abreast.heal import Distilled, Refit
-    from abreast.planner import Cost, Planned, Series
+    from abreast.planner import Cost, Objective, Planned, Series
     from abreast.speed import Report
     from abreast.study import Row
 
@@ -35,7 +35,7 @@ def draw_front(planned: Planned, series: Series | None, out: str | Path) -> None
 
     series: as `baselines` returns it, or None to draw the front on the calibration text alone.
     """
-    best = planned.front.best().values()
+    best, objective = planned.front.best().values(), planned.front.objective
     lines = series or {"planner": {plan: planned.front.plans[plan] for plan in best}}
     text = "held-out" if series else "calibration"
     title = f"{planned.plan.num_layers} layers, on {text} text"
@@ -43,27 +43,33 @@ def draw_front(planned: Planned, series: Series | None, out: str | Path) -> None
         name: {float(plan.depth): cost for plan, cost in line.items()}
         for name, line in lines.items()
     }
-    draw_costs(depths, "effective depth", title, Path(out) / "pareto.png")
+    draw_costs(depths, objective, "effective depth", title, Path(out) / "pareto.png")
     if (profile := planned.profile) is not None:
         speedups = {
             name: {profile.speedup(plan): cost for plan, cost in line.items()}
             for name, line in lines.items()
         }
         label = "predicted speed-up of decoding"
-        draw_costs(speedups, label, title, Path(out) / "pareto-speed.png")
+        draw_costs(speedups, objective, label, title, Path(out) / "pareto-speed.png")
 
 
 def draw_costs(
-    series: Mapping[str, Mapping[float, Cost]], xlabel: str, title: str, path: Path
+    series: Mapping[str, Mapping[float, Cost]],
+    objective: Objective,
+    xlabel: str,
+    title: str,
+    path: Path,
 ) -> None:
-    """Draw KL, with two standard errors each way, against depth or speed-up: a line per name."""
+    """Draw the objective over depth or speed-up: a line per name, two standard errors each way."""
     points = [
-        {"name": name, "x": x, **error_bar(cost.kl, cost.kl_stderr, logarithmic=True)}
+        {
+            **{"name": name, "x": x},
+            **error_bar(objective.value(cost), objective.stderr(cost), logarithmic=True),
+        }
         for name, line in series.items()
         for x, cost in sorted(line.items())
     ]
-    ylabel = "KL divergence from the original (nats per token)"
-    _write(_lines(points, xlabel, ylabel), title, path)
+    _write(_lines(points, xlabel, f"{objective.label} ({objective.unit})"), title, path)
 
 
 def draw_study(rows: Sequence[Row], num_layers: int, out: str | Path) -> None:
