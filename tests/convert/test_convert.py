@@ -350,9 +350,18 @@ def test_sliding_layers_keep_their_kind(
     ]
 
 
-@pytest.mark.parametrize("plan", ["1+2+3", "1|2|3:1"])
-@pytest.mark.parametrize("family", ["llama", "phi3", "starcoder2", "qwen3", "olmo2"])
-@pytest.mark.parametrize("chunk", [1, 1000])
+@pytest.mark.parametrize(
+    ("family", "plan", "chunk"),
+    [
+        ("llama", "1|2|3:1", 1),
+        ("phi3", "1+2+3", 1),
+        ("phi3", "1|2|3:1", 1000),
+        ("starcoder2", "1+2+3", 1000),
+        ("starcoder2", "1|2|3:1", 1000),
+        ("qwen3", "1+2+3", 1000),
+        ("olmo2", "1|2|3:1", 1000),
+    ],
+)
 def test_small_chunks_change_nothing_and_bound_every_read(
     tiny_checkpoint: TinyCheckpoint,
     tmp_path: Path,

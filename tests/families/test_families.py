@@ -40,7 +40,7 @@ CONFIG = {
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("options", [{}, {"head_dim": 24}, {"biases": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"head_dim": 24, "biases": True}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tensors_are_those_that_transformers_saves(
     tiny_checkpoint: Callable[..., Path], family: str, options: dict[str, Any], tied: bool
@@ -97,7 +97,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     assert head_dim_of({**ours, **shape}) == (getattr(theirs, "head_dim", None) or derived)
 
 
-@pytest.mark.parametrize("count", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("count", [1, 6, 13])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_kinds_are_those_of_transformers(family: str, count: int) -> None:
     from transformers import AutoConfig
