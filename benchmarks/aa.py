@@ -12,7 +12,7 @@ import json
 import sys
 
 from abreast.demo import model_folder
-from abreast.model.loading import load
+from abreast.model.grouping import load
 from abreast.speed.benchmark import bench
 
 

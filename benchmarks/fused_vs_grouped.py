@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.convert.rewrite import convert
-from abreast.model.loading import load
+from abreast.model.grouping import load
 from abreast.speed.benchmark import bench
 
 # hidden size, FFN size, layers, heads, KV heads

@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 
 from abreast.demo import model_folder
-from abreast.model.grouping import apply
-from abreast.model.loading import load
+from abreast.model.grouping import apply, load
 from abreast.plan import Plan
 from abreast.speed.benchmark import bench
 

@@ -28,7 +28,7 @@ from abreast.demo import model_folder
 from abreast.evaluate.text import Comparison, compare
 from abreast.heal.healing import heal
 from abreast.heal.recipe import Recipe
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 PAIRS = {12: "2+3 4+5 6+7 10+11", 10: "1+2 3+4 5+6 7+8 9+10 11+12"}
 PLANS = {

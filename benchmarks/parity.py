@@ -22,8 +22,7 @@ from abreast.convert.rewrite import convert
 from abreast.convert.verification import verify
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
-from abreast.model.grouping import grouped
-from abreast.model.loading import load
+from abreast.model.grouping import grouped, load
 from abreast.plan import Plan
 
 PLAN = "1+2 3+4+5"

@@ -17,8 +17,7 @@ import torch
 
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
-from abreast.model.grouping import grouped
-from abreast.model.loading import load
+from abreast.model.grouping import grouped, load
 
 PROMPT, SCORED = 192, 64
 PLANS = {  # depth: groups, by what single pairs cost on calibration text

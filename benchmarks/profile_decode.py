@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.convert.rewrite import convert
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 LAYERS, CONTEXT, STEPS = 16, 64, 8
 STARTS = range(2, 14, 2)

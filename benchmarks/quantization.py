@@ -40,7 +40,7 @@ from abreast.engines.llamacpp.writer import export
 from abreast.errors import AbreastError
 from abreast.evaluate import ratio_of_means
 from abreast.evaluate.text import Comparison, compare
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 PLANS = {16: "", 14: "4+5 10+11", 12: "2+3 4+5 6+7 10+11", 10: "1+2 3+4 5+6 7+8 9+10 11+12"}
 Quantise = Callable[[Any, Path], None]

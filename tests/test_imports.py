@@ -131,7 +131,7 @@ def test_the_top_of_the_package_stays_small():
         ("convert.fold", "from abreast import Plan", "import it from the module it lives in"),
         ("convert.fold", "import abreast", "import it from the module it lives in"),
         ("convert.fold", "from ..plan import Plan", "write the whole path"),
-        ("convert.fold", "from abreast.model.loading import load", "import it from abreast.model"),
+        ("convert.fold", "from abreast.model.grouping import load", "import it from abreast.model"),
         ("errors", "import click", "errors may not import it"),
         ("plan", "def f():\n    import torch", "plan may not import it"),
         ("data", "import datasets", "data may not import it"),

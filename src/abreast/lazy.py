@@ -60,7 +60,7 @@ _MOVED = {
     "abreast.estimate": "abreast.speed.prediction",
     "abreast.grouped": "abreast.model.grouping",
     "abreast.harness": "abreast.evaluate.tasks",
-    "abreast.load": "abreast.model.loading",
+    "abreast.load": "abreast.model.grouping",
     "abreast.measure": "abreast.planner.calibration",
     "abreast.planning": "abreast.planner.find",
     "abreast.verify": "abreast.convert.verification",

@@ -24,8 +24,7 @@ from abreast.convert.fold import FoldError
 from abreast.convert.rewrite import convert
 from abreast.errors import AbreastError
 from abreast.families.table import FAMILIES as FAMILY_ROWS
-from abreast.model.grouping import decoder_layers, grouped
-from abreast.model.loading import load
+from abreast.model.grouping import decoder_layers, grouped, load
 
 PLANS = ("1+2", "1+2 3+4", "1+2+3", "1+2+3+4")
 PLAN = "1+2 3+4"  # where one plan is enough

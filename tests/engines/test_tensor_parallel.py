@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from abreast.convert.rewrite import convert
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 PLAN = "1+2 3+4"
 MEMBERS = 2

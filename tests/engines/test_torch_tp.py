@@ -19,7 +19,7 @@ import torch
 from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.engines.torch_tp import ParallelError, check_degree, load_parallel
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 WORKER = """
 import json, sys

@@ -23,7 +23,7 @@ from abreast.evaluate import tasks as harness
 from abreast.evaluate.accuracy import Answers, mean_kept, paired_scores, pool, score_task
 from abreast.evaluate.statistics import mcnemar, metric_stderr
 from abreast.evaluate.tasks import FOLDER, OFFLINE, evaluate_tasks, find_tasks
-from abreast.model.loading import load_tokenizer
+from abreast.model.grouping import load_tokenizer
 from abreast.plan import Plan
 
 SUITE = (

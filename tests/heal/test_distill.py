@@ -16,8 +16,7 @@ from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe
 from abreast.heal.student import optimizers_of, windows_of
 from abreast.heal.train import distill
-from abreast.model.grouping import decoder_layers, grouped
-from abreast.model.loading import load
+from abreast.model.grouping import decoder_layers, grouped, load
 from abreast.model.losses import divergence, next_token_loss
 from abreast.plan import Plan
 

@@ -18,7 +18,7 @@ from abreast.demo import model_folder
 from abreast.errors import AbreastError, CheckpointError
 from abreast.heal.healing import heal
 from abreast.heal.recipe import Recipe
-from abreast.model.loading import load
+from abreast.model.grouping import load
 from abreast.plan import Plan
 from abreast.report.drawings import draw_healing
 

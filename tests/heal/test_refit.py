@@ -13,8 +13,7 @@ from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
 from abreast.heal.least_squares import FOLDS, RIDGES, _Moments, _ridge, _solve, memory_needed, refit
-from abreast.model.grouping import decoder_layers, grouped
-from abreast.model.loading import load
+from abreast.model.grouping import decoder_layers, grouped, load
 from abreast.plan import Plan
 
 PLAN = Plan.parse("1+2 3|4", 6)

@@ -23,8 +23,7 @@ from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe
 from abreast.heal.shard import full, local, shard
-from abreast.model.grouping import grouped
-from abreast.model.loading import load
+from abreast.model.grouping import grouped, load
 
 pytest.importorskip("peft")
 

@@ -12,7 +12,7 @@ import torch
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
-from abreast.model.loading import load
+from abreast.model.grouping import load
 from abreast.plan import Group, Plan
 from abreast.planner import calibration
 from abreast.planner.calibration import calibrate, candidates, expect, measure, score, spent

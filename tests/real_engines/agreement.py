@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 TOLERANCE = 1e-3
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "serving.md"

@@ -39,7 +39,7 @@ from abreast.data import HELD_OUT, documents
 from abreast.demo import model_folder
 from abreast.engines.llamacpp.vocabulary import BY_STEPS
 from abreast.engines.llamacpp.writer import export
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 PLANS = ("2+3 4+5 6+7 10+11", "2+3+4 6+7 9+10+11")
 WORDS = 600  # tokens of the tokenizers made here

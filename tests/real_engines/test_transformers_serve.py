@@ -14,7 +14,7 @@ from agreement import command_in_docs, free_port
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 
 @pytest.mark.parametrize("plan", ["2+3 8|9:1"])

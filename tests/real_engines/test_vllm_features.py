@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 PLAN = "2+3 8|9 10|11:1"
 CHUNK = 48

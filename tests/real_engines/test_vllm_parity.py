@@ -14,7 +14,7 @@ from agreement import compare
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.loading import load
+from abreast.model.grouping import load
 from abreast.plan import Plan
 
 NEW_TOKENS = 64

@@ -17,7 +17,7 @@ from agreement import DOCS, command_in_docs, free_port
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.loading import load
+from abreast.model.grouping import load
 
 PROMPT = "import os\nimport sys\n\ndef main("
 SECONDS = 300

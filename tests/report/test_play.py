@@ -17,8 +17,7 @@ import torch
 
 from abreast.cli.main import main
 from abreast.errors import AbreastError
-from abreast.model.grouping import grouped
-from abreast.model.loading import load
+from abreast.model.grouping import grouped, load
 from abreast.plan import Plan
 from abreast.planner.objective import Cost
 from abreast.report.choices import Choice, Choices, read_choices

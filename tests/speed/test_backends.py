@@ -97,7 +97,7 @@ def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(
 
 @pytest.mark.slow
 def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path):
-    from abreast.model.loading import load
+    from abreast.model.grouping import load
     from abreast.speed.benchmark import compiled, eager
 
     convert(tiny_checkpoint(num_layers=4), "1+2", tmp_path / "out")

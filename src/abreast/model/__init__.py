@@ -5,8 +5,18 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.model.grouping import apply, branches_of, decoder_layers, grouped, remove
-    from abreast.model.loading import inference, keeps_last, load, load_tokenizer, named_dtype
+    from abreast.model.grouping import (
+        apply,
+        branches_of,
+        decoder_layers,
+        grouped,
+        inference,
+        keeps_last,
+        load,
+        load_tokenizer,
+        named_dtype,
+        remove,
+    )
     from abreast.model.losses import (
         batches_of,
         divergence,

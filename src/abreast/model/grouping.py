@@ -1,8 +1,8 @@
-"""Run a plan on a loaded transformers model: in memory, reversible, nothing copied.
+"""A transformers model in memory: load it, run a plan on it, and undo that; nothing is copied.
 
 The members of a group keep their own weights, norms and places in the KV cache; only the order of
-execution changes. Each member's `forward` is replaced on the instance: all but the last hand their
-input through and leave behind what the model passed them (mask, positions, cache), and the last
+execution changes. Each member's `forward` is replaced on the instance: all but the last pass their
+input through and leave behind what the model handed them (mask, positions, cache), and the last
 one runs the whole group. So every member attends under its own mask, and the model's own loop,
 hooks and caches stay untouched.
 """
@@ -13,14 +13,19 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
 
-from abreast.errors import AbreastError
+from abreast.checkpoint import open_checkpoint, resolve
+from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import BRANCHES, Branches
 from abreast.plan import Group, Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Prefill = Literal["grouped", "sequential"]
 _MARK = "_abreast_replaced"
@@ -30,6 +35,88 @@ class GroupingError(AbreastError):
     """A model on which a plan cannot run."""
 
 
+def load(
+    model: str | Path,
+    *,
+    plan: Plan | str | None = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model and its tokenizer; return (model, tokenizer), the tokenizer None if it has none.
+
+    model: folder or Hugging Face id of an original or a converted checkpoint. plan: run it grouped
+    under this plan, which may also be the path of a plan file. dtype: "auto" keeps that of the
+    checkpoint. Code inside the checkpoint never runs unless trust_remote_code is set; converted
+    checkpoints need none of it here.
+    Raises AbreastError for whatever the user can fix.
+    """
+    import transformers
+
+    import abreast.modeling  # noqa: F401  registers the converted architectures
+
+    folder, _ = resolve(model, revision=revision)
+    open_checkpoint(folder)
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise CheckpointError(f"device '{device}' is unknown; use cpu, cuda or cuda:1") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise CheckpointError("no CUDA device here; use --device cpu")
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = named_dtype(dtype)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    # Left alone, transformers fills what is missing or does not fit with random numbers.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    _check_loaded(folder, report)
+    loaded = loaded.to(target).eval()
+    if plan is not None:
+        if isinstance(plan, str):
+            plan = Plan.read(plan, len(decoder_layers(loaded)))
+        apply(loaded, plan)
+    return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def named_dtype(name: str) -> torch.dtype:
+    """The floating-point dtype of this name. Raises AbreastError for any other name."""
+    named = getattr(torch, name, None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise CheckpointError(f"dtype '{name}' is not one of float32, bfloat16, float16")
+    return named
+
+
+def _check_loaded(folder: Path, report: dict[str, Any]) -> None:
+    for name in sorted(report["missing_keys"]):
+        raise CheckpointError(f"tensor '{name}' is missing from '{folder}'; download it again")
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"tensor '{name}' in '{folder}' has shape {list(stored)}, config.json says "
+            f"{list(expected)}; weights and config do not belong together"
+        )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, or None. Raises AbreastError for one that cannot be loaded."""
+    import transformers
+
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / name).is_file() for name in names):
+        return None
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(
+            f"the tokenizer in '{folder}' cannot be loaded: {first_line(error)}"
+        ) from None
+
+
 @contextmanager
 def grouped(
     model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped"
@@ -37,8 +124,7 @@ def grouped(
     """Run `model` under `plan` inside the block, and as it was after it.
 
     model: any loaded transformers causal language model of a known family; its weights are neither
-    copied nor changed. plan: a Plan or its shorthand. Both wirings, groups of any size.
-    prefill: as for `apply`. Raises as `apply`.
+    copied nor changed. plan: a Plan or its shorthand. prefill: as for `apply`. Raises as `apply`.
     """
     apply(model, plan, prefill=prefill)
     try:
@@ -51,17 +137,17 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     """Make `model` run under `plan` until `remove`.
 
     A group computes, for its common input x of shape [batch, length, hidden], the attention
-    branches a_k(x), the FFN inputs y_j = x + sum of the a_k that wiring lets member j see (all for
-    lp: arXiv 2502.02790, section 3; members j-d..j for cqil: arXiv 2404.06709, section 3.2, with
-    the bypass in the FFN's input only), and returns x + sum_k a_k(x) + sum_j f_j(y_j).
-    In families whose FFN reads the layer's input, wirings make no difference.
+    branches a_j(x + sum of the a_k that attention j sees) and the FFN branches f_j(y_j) with
+    y_j = x + sum of the a_k that FFN j sees, and returns x + sum_j a_j + sum_j f_j. The plan's
+    wiring says who sees what: lp (arXiv 2502.02790, section 3), cqil (arXiv 2404.06709,
+    section 3.2). In families whose FFN reads the layer's input, it reads what attention j reads.
 
     prefill: "sequential" runs every forward over more than one token in the original order, exactly
     as the unchanged model, and only single tokens, that is decoding, under the plan.
 
-    Raises GroupingError for an unknown family, a submodule that is not found, a model without
-    weights or already grouped, and PlanError for a plan of another number of layers; the model is
-    then left as it was.
+    Raises GroupingError for an unknown family, a missing submodule, a model without weights or
+    already grouped, and PlanError for a plan of another number of layers; the model is then left as
+    it was.
     """
     layers = decoder_layers(model)
     if isinstance(plan, str):
@@ -77,7 +163,7 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     for group in plan.groups:
         for layer in group.layers:
             _check_submodules(layers[layer], layer, branches)
-    # Whatever stood on the instances before, as accelerate's dispatching does, comes back later.
+    # What stood on the instances before, such as accelerate's dispatch, comes back later.
     replaced = [
         (layers[layer], layers[layer].__dict__.get("forward"))
         for group in plan.groups
@@ -126,11 +212,10 @@ def branches_of(model: nn.Module) -> Branches:
 
 
 def _check_submodules(layer: nn.Module, index: int, branches: Branches) -> None:
-    names = (
-        *(branches.attention, branches.mlp),
-        *(branches.before_attention + branches.after_attention + branches.after_mlp),
-        *(() if _is_parallel(layer, branches) else branches.before_mlp),
-    )
+    names = [branches.attention, branches.mlp]
+    names += branches.before_attention + branches.after_attention + branches.after_mlp
+    if not _is_parallel(layer, branches):
+        names += branches.before_mlp
     for name in names:
         if not isinstance(getattr(layer, name, None), nn.Module):
             raise GroupingError(
@@ -150,31 +235,36 @@ def _install(
 ) -> None:
     left_behind: list[dict[str, Any]] = [{} for _ in members]
 
-    def forward_of(place: int) -> Callable[..., torch.Tensor]:
-        stock: Callable[..., torch.Tensor] = members[place].forward
-        names = list(inspect.signature(type(members[place]).forward).parameters)[2:]
+    def forward_of(index: int) -> Callable[..., torch.Tensor]:
+        stock: Callable[..., torch.Tensor] = members[index].forward
 
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if prefill == "sequential" and hidden_states.shape[1] > 1:
                 return stock(hidden_states, *args, **kwargs)
-            left_behind[place] = {**dict(zip(names, args, strict=False)), **kwargs}
-            if place < len(members) - 1:
+            left_behind[index] = by_name(members[index], args, kwargs)
+            if index < len(members) - 1:
                 return hidden_states
-            last = members[place]
-            run = partial(_run, members, group.ffn_sees, branches)
+            last = members[index]
+            run = partial(_run, members, group, branches)
             # Recent versions of transformers checkpoint in the class's `forward`, which this one
-            # stands before; earlier ones in `__call__`, around this one.
+            # shadows; earlier ones in `__call__`, around this one.
             checkpointing = last.training and getattr(last, "gradient_checkpointing", False)
             if checkpointing and type(last).__call__ is nn.Module.__call__:
-                given = [_without_cache(k) for k in left_behind]
+                arguments = [_without_cache(kwargs) for kwargs in left_behind]
                 checkpoint: Any = last._gradient_checkpointing_func
-                return checkpoint(partial(run, given), hidden_states)
+                return checkpoint(partial(run, arguments), hidden_states)
             return run(left_behind, hidden_states)
 
         return forward
 
-    for member, forward in [(m, forward_of(place)) for place, m in enumerate(members)]:
-        member.forward = forward  # type: ignore[assignment,unused-ignore]
+    for index, member in enumerate(members):
+        member.forward = forward_of(index)  # type: ignore[assignment,unused-ignore]
+
+
+def by_name(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer's forward after the hidden states, all by name."""
+    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -185,27 +275,32 @@ def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _run(
     members: Sequence[nn.Module],
-    visibility: Sequence[Sequence[bool]],
+    group: Group,
     branches: Branches,
-    kwargs: Sequence[dict[str, Any]],
+    arguments: Sequence[dict[str, Any]],
     x: torch.Tensor,
 ) -> torch.Tensor:
-    attended = [
-        _attend(member, branches, x, given) for member, given in zip(members, kwargs, strict=True)
-    ]
-    out = x + sum(attended[1:], attended[0])
-    seen_by: dict[tuple[bool, ...], torch.Tensor] = {(True,) * len(members): out}
-    for member, visible in zip(members, visibility, strict=True):
+    read: list[torch.Tensor] = []
+    attended: list[torch.Tensor] = []
+    for member, sees, kwargs in zip(members, group.attention_sees, arguments, strict=True):
+        read.append(_plus(x, attended, sees))
+        attended.append(_attend(member, branches, read[-1], kwargs))
+    everything = (True,) * len(members)
+    sums = {everything: _plus(x, attended, everything)}
+    out = sums[everything]
+    for index, (member, sees) in enumerate(zip(members, group.ffn_sees, strict=True)):
         if _is_parallel(member, branches):
-            y = x
+            y = read[index]
         else:
-            key = tuple(visible)
-            if key not in seen_by:
-                seen = [a for a, shown in zip(attended, visible, strict=True) if shown]
-                seen_by[key] = x + sum(seen[1:], seen[0])
-            y = seen_by[key]
+            y = sums[sees] if sees in sums else sums.setdefault(sees, _plus(x, attended, sees))
         out = out + _feed(member, branches, y)
     return out
+
+
+def _plus(x: torch.Tensor, outputs: Sequence[torch.Tensor], sees: Sequence[bool]) -> torch.Tensor:
+    """x and the sum of the outputs that are seen."""
+    seen = [output for output, shown in zip(outputs, sees, strict=False) if shown]
+    return x + sum(seen[1:], seen[0]) if seen else x
 
 
 def _attend(
@@ -213,7 +308,7 @@ def _attend(
 ) -> torch.Tensor:
     for name in branches.before_attention:
         x = getattr(layer, name)(x)
-    # By position, because families disagree on the name; keyword arguments as the model gave them.
+    # By position, because families disagree on the name.
     out = getattr(layer, branches.attention)(x, **kwargs)[0]
     for name in branches.after_attention:
         out = getattr(layer, name)(out)
@@ -229,3 +324,26 @@ def _feed(layer: nn.Module, branches: Branches, y: torch.Tensor) -> torch.Tensor
     for name in branches.after_mlp:
         out = getattr(layer, name)(out)
     return out * getattr(layer, branches.scale) if branches.scale else out
+
+
+@contextmanager
+def inference(*models: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every submodule is as it was."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def keeps_last(model: PreTrainedModel, count: int) -> dict[str, int]:
+    """Arguments of a forward pass that make it compute logits of the last `count` positions only.
+
+    Empty for a model class that knows no `logits_to_keep`.
+    """
+    known = inspect.signature(model.forward).parameters
+    return {"logits_to_keep": count} if "logits_to_keep" in known else {}

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.model.grouping import decoder_layers, grouped
+from abreast.model.grouping import by_name, decoder_layers, grouped
 from abreast.model.scores import token_scores
 from abreast.plan import WIRING_NAMES, Group, Plan
 
@@ -211,10 +210,8 @@ def capture(
     entering: list[torch.Tensor] = []
 
     def forward_of(place: int) -> Callable[..., torch.Tensor]:
-        names = list(signature(type(layers[place]).forward).parameters)[2:]
-
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            given[place] = {**dict(zip(names, args, strict=False)), **kwargs}
+            given[place] = by_name(layers[place], args, kwargs)
             entering.append(hidden_states)
             return hidden_states
 
