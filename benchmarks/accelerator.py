@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 import abreast.modeling as modeling
-from abreast.convert.fold import converted_config
+from abreast.convert.config import converted_config
 from abreast.errors import AbreastError
 from abreast.families.table import family_of
 from abreast.model.grouping import apply

@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from abreast.checkpoint.tensors import NewTensor, lay_out, write_shards
-from abreast.families.table import FAMILIES, all_tensors
+from abreast.families.row import all_tensors
+from abreast.families.table import CONVERTIBLE
 
 SHAPES = {1: (1024, 3072), 2: (1536, 4096), 4: (2048, 6144)}  # GB: hidden size, FFN size
 LAYERS = 32
@@ -61,7 +62,9 @@ def make_source(folder: Path, gigabytes: int) -> int:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = [NewTensor(n, "BF16", s) for n, s in all_tensors(FAMILIES["llama"], config).items()]
+    tensors = [
+        NewTensor(n, "BF16", s) for n, s in all_tensors(CONVERTIBLE["llama"], config).items()
+    ]
     generator = torch.Generator().manual_seed(0)
 
     def chunks():  # type: ignore[no-untyped-def]

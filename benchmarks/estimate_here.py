@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.convert.rewrite import convert
-from abreast.families.table import num_layers_of
+from abreast.families.row import num_layers_of
 from abreast.plan import Plan
 from abreast.speed.jobs import Case, Contender, Job, run
 from abreast.speed.prediction import Setting, forward_cost, hardware_of

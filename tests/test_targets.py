@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from abreast.convert.fold import converted_config
+from abreast.convert.config import converted_config
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES, complete
+from abreast.families import CONVERTIBLE, complete
 from abreast.plan import Plan
 from abreast.targets import (
     LLAMACPP,
@@ -66,14 +66,14 @@ def config_of(layers: list[Layer]) -> dict[str, object]:
 def test_degrees_of_vllm(layers, family, degrees):
     config = config_of(layers)
     assert layers_of(config) == tuple(layers)
-    row = FAMILIES[family]
+    row = CONVERTIBLE[family]
     assert {n for n in range(1, 13) if not any(refusals(VLLM, config, row, degree=n))} == degrees
 
 
 @pytest.mark.parametrize("plan", ["1+2", "1|2|3:1", "1+2 3|4", "0+1 2+3 4+5", ""])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE)
 def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
-    config, row = complete({**CONFIG, "model_type": family}), FAMILIES[family]
+    config, row = complete({**CONFIG, "model_type": family}), CONVERTIBLE[family]
     parsed = Plan.parse(plan, 6)
     converted = converted_config(config, row, parsed, dtype="float32")
     assert planned_layers(config, row, parsed) == layers_of(converted)
@@ -98,7 +98,7 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
     ],
 )
 def test_reasons(target, family, plan, degree, reason):
-    config, row = {**CONFIG, "model_type": family}, FAMILIES.get(family)
+    config, row = {**CONFIG, "model_type": family}, CONVERTIBLE.get(family)
     found = list(
         refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
     )

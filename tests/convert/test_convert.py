@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from abreast.convert import rewrite
-from abreast.convert.fold import FoldError
 from abreast.convert.rewrite import convert, preview
+from abreast.convert.rules import FoldError
 from abreast.plan import Plan
 
 TinyCheckpoint = Callable[..., Path]

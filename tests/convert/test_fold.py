@@ -1,4 +1,4 @@
-"""The rewrite's arithmetic: a wide layer made by the recipes equals the group run member by member.
+"""The rewrite's arithmetic: a wide layer made by the rules equals the group run member by member.
 
 The reference below is written out in plain torch in float64, without positions: RMSNorm, grouped
 query attention, SwiGLU. It shares nothing with the package but the names of the tensors.
@@ -15,19 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abreast.convert.fold import (
-    FoldError,
-    Recipe,
-    attention_kinds,
-    check_plan,
+    TensorRule,
     fold_gain,
     fold_shift,
     join_columns,
     join_rows,
-    obstacle,
-    recipes,
     sum_biases,
+    tensor_rules,
 )
-from abreast.families.table import FAMILIES, all_tensors, layer_tensors, outer_tensors
+from abreast.convert.rules import FoldError, attention_kinds, check_plan, obstacle
+from abreast.families.row import all_tensors, layer_tensors, outer_tensors
+from abreast.families.table import CONVERTIBLE
 from abreast.plan import Group, Plan
 
 Tensors = dict[str, torch.Tensor]
@@ -71,19 +69,19 @@ def run(members: list[Tensors], x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return y + sum(ffn(layer, y) for layer in members)
 
 
-def cook(recipe: Recipe, source: Tensors) -> torch.Tensor:
-    members = [source[name] for name in recipe.members]
-    if recipe.how == "rows":
-        gains = [source[name] for name in recipe.gains]
+def cook(rule: TensorRule, source: Tensors) -> torch.Tensor:
+    members = [source[name] for name in rule.members]
+    if rule.operation == "rows":
+        gains = [source[name] for name in rule.gains]
         if gains:
             members = [fold_gain(w, g) for w, g in zip(members, gains, strict=True)]
         return join_rows(members)
-    if recipe.how == "columns":
+    if rule.operation == "columns":
         return join_columns(members)
-    if recipe.how == "sum":
+    if rule.operation == "sum":
         return sum_biases(members)
-    if recipe.how == "fill":
-        return torch.full_like(members[0], recipe.fill)
+    if rule.operation == "fill":
+        return torch.full_like(members[0], rule.fill)
     (only,) = members
     return only
 
@@ -136,13 +134,13 @@ def test_wide_layers_equal_the_group_run_member_by_member(
     model: tuple[dict[str, Any], Plan], seed: int, length: int
 ) -> None:
     config, plan = model
-    family = FAMILIES[config["model_type"]]
+    family = CONVERTIBLE[config["model_type"]]
     generator = torch.Generator().manual_seed(seed)
     source = {
         name: torch.randn(shape, generator=generator, dtype=torch.float64) / math.sqrt(shape[-1])
         for name, shape in all_tensors(family, config).items()
     }
-    made = {recipe.name: cook(recipe, source) for recipe in recipes(family, config, plan)}
+    made = {rule.name: cook(rule, source) for rule in tensor_rules(family, config, plan)}
     assert {tensor.dtype for tensor in made.values()} == {torch.float64}
 
     x = torch.randn(length, config["hidden_size"], generator=generator, dtype=torch.float64)
@@ -165,32 +163,32 @@ def test_wide_layers_equal_the_group_run_member_by_member(
         assert shapes == layer_tensors(family, grown)
 
 
-@given(models(sorted(FAMILIES), ["lp", "cqil"]))
-def test_recipes_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> None:
+@given(models(sorted(CONVERTIBLE), ["lp", "cqil"]))
+def test_rules_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> None:
     config, plan = model
-    family = FAMILIES[config["model_type"]]
-    made = recipes(family, config, plan)
-    used = [name for recipe in made for name in recipe.members]
+    family = CONVERTIBLE[config["model_type"]]
+    made = tensor_rules(family, config, plan)
+    used = [name for rule in made for name in rule.members]
     assert sorted(used) == sorted(all_tensors(family, config))
-    assert len({recipe.name for recipe in made}) == len(made)
+    assert len({rule.name for rule in made}) == len(made)
     expected = set(outer_tensors(family, config))
     for index, stage in enumerate(plan.stages):
         grown = dict.fromkeys(family.grown_biases, True) if plan.group_of(stage) else {}
         names = layer_tensors(family, {**config, **grown})
         expected |= {f"{family.layer_prefix}{index}.{name}" for name in names}
-    assert {recipe.name for recipe in made} == expected
-    folded = {name for recipe in made for name in recipe.gains}
-    folded |= {name for recipe in made for name in recipe.shifts}
-    filled = {name for recipe in made if recipe.how == "fill" for name in recipe.members}
+    assert {rule.name for rule in made} == expected
+    folded = {name for rule in made for name in rule.gains}
+    folded |= {name for rule in made for name in rule.shifts}
+    filled = {name for rule in made if rule.operation == "fill" for name in rule.members}
     assert folded - filled == set()
     # a LayerNorm's bias has nowhere to go without the bias of a matrix: `obstacle` refuses
     if all(obstacle(config, (layer,)) is None for layer in range(plan.num_layers)):
         assert filled == folded
-    for recipe in made:
-        for read in (recipe.gains, recipe.shifts, recipe.weights):
-            assert len(read) in (0, len(recipe.members) or len(recipe.weights))
-        assert (recipe.how == "copy") == (len(recipe.members) == 1)
-        assert bool(recipe.members) != bool(recipe.like)
+    for rule in made:
+        for read in (rule.gains, rule.shifts, rule.weights):
+            assert len(read) in (0, len(rule.members) or len(rule.weights))
+        assert (rule.operation == "copy") == (len(rule.members) == 1)
+        assert bool(rule.members) != bool(rule.like)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 99))

@@ -24,7 +24,7 @@ from abreast.engines.llamacpp.quantizer import KINDS, check_quantizer, quantize
 from abreast.engines.llamacpp.vocabulary import BY_HASH, fingerprint, read_vocabulary
 from abreast.engines.llamacpp.writer import export
 from abreast.errors import AbreastError
-from abreast.families.table import FAMILIES
+from abreast.families.table import CONVERTIBLE
 from abreast.plan import Plan
 
 
@@ -207,7 +207,7 @@ def test_every_kind_of_quantisation_has_llama_cpps_number():
 
 
 @pytest.mark.parametrize(
-    "family", ["mixtral", "bert", *(name for name, row in FAMILIES.items() if row.deci_lacks)]
+    "family", ["mixtral", "bert", *(name for name, row in CONVERTIBLE.items() if row.deci_lacks)]
 )
 def test_families_that_do_not_fit_are_refused(tiny, tmp_path, family):
     source = tiny()

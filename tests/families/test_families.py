@@ -13,20 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from abreast.convert.fold import attention_kinds
-from abreast.families.branches import BRANCHES
-from abreast.families.table import (
-    FAMILIES,
+from abreast.convert.rules import attention_kinds
+from abreast.families.row import (
     FamilyError,
     all_tensors,
-    complete,
-    family_of,
     head_dim_of,
     is_tied,
     layer_tensors,
     num_layers_of,
     sizes,
 )
+from abreast.families.table import CONVERTIBLE, FAMILIES, complete, family_of
 
 CONFIG = {
     "model_type": "llama",
@@ -41,7 +38,7 @@ CONFIG = {
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("options", [{}, {"head_dim": 24, "biases": True}], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE)
 def test_tensors_are_those_that_transformers_saves(
     tiny_checkpoint: Callable[..., Path], family: str, options: dict[str, Any], tied: bool
 ) -> None:
@@ -55,41 +52,42 @@ def test_tensors_are_those_that_transformers_saves(
     assert config["architectures"] == [row.stock]
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE.values(), ids=CONVERTIBLE)
 def test_rows_are_sound(family: Any) -> None:
     for matrix in family.matrices:
         # what reads the residual stream may have a norm before it; what writes it has none
         reads = matrix.join == "rows"
         assert reads == (matrix.columns == "D") == (matrix.rows != "D")
-        assert matrix.norm in (family.norms if reads and family.norms else (None,))
-    assert family.model_type in BRANCHES
+        assert family.norm_of(matrix) in (family.norms if reads and family.norms else (None,))
     with pytest.raises(dataclasses.FrozenInstanceError):
         family.model_type = "other"
 
 
-def test_converted_names_have_their_classes() -> None:
+def test_modeling_lists_the_same_families() -> None:
+    """modeling.py travels alone, so it has a list of its own."""
     from abreast import modeling
 
-    for family in FAMILIES.values():
+    assert set(modeling.FAMILIES) == {row.class_name for row in CONVERTIBLE.values()}
+    for family in CONVERTIBLE.values():
         model = getattr(modeling, family.converted)
         assert model.config_class.model_type == family.converted_type
         assert getattr(modeling, family.converted.replace("ForCausalLM", "Model"))
 
 
-def test_branches_name_known_models() -> None:
+def test_rows_name_known_models() -> None:
     from transformers import CONFIG_MAPPING
 
-    assert [name for name in BRANCHES if name not in CONFIG_MAPPING] == []
+    assert [name for name in FAMILIES if name not in CONFIG_MAPPING] == []
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     from transformers import AutoConfig
 
     theirs = AutoConfig.for_model(family)
     ours = complete({"model_type": family})
     assert is_tied(ours) == bool(theirs.tie_word_embeddings)
-    for matrix in FAMILIES[family].matrices:
+    for matrix in CONVERTIBLE[family].matrices:
         if matrix.bias not in ("", "always"):
             assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias))
     shape = {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads")}
@@ -98,7 +96,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 6, 13])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CONVERTIBLE)
 def test_attention_kinds_are_those_of_transformers(family: str, count: int) -> None:
     from transformers import AutoConfig
 
@@ -154,9 +152,9 @@ def test_defaults() -> None:
     assert head_dim_of({**CONFIG, "head_dim": None}) == 16
     assert sizes({**CONFIG, "head_dim": 10}) == {"D": 64, "Q": 40, "K": 20, "F": 96, "V": 128}
     assert num_layers_of(CONFIG) == 6
-    assert "self_attn.q_proj.bias" not in layer_tensors(FAMILIES["llama"], CONFIG)
-    assert "self_attn.q_proj.bias" in layer_tensors(FAMILIES["qwen2"], CONFIG)
-    assert "self_attn.o_proj.bias" not in layer_tensors(FAMILIES["qwen2"], CONFIG)
+    assert "self_attn.q_proj.bias" not in layer_tensors(CONVERTIBLE["llama"], CONFIG)
+    assert "self_attn.q_proj.bias" in layer_tensors(CONVERTIBLE["qwen2"], CONFIG)
+    assert "self_attn.o_proj.bias" not in layer_tensors(CONVERTIBLE["qwen2"], CONFIG)
 
 
 @pytest.mark.parametrize(

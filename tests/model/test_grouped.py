@@ -1,6 +1,6 @@
 """Running a plan on a loaded model, against definitions made of the stock decoder layers alone.
 
-The reference never looks at families.BRANCHES: a member's attention branch is what its stock layer
+The reference never looks at a family's row: a member's attention branch is what its stock layer
 adds to x with the FFN silenced, its FFN branch what the layer adds to y with attention silenced.
 """
 
@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abreast.errors import AbreastError
-from abreast.families.branches import BRANCHES
+from abreast.families.table import FAMILIES
 from abreast.model.grouping import GroupingError, apply, decoder_layers, grouped, remove
 from abreast.plan import Plan, PlanError
 
@@ -34,7 +34,7 @@ QWEN_MOE = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
 
 # case -> (model_type, config keys that differ from SIZES)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in BRANCHES},
+    **{name: (name, {}) for name in FAMILIES},
     "mistral": ("mistral", {"sliding_window": 5}),
     "ministral": ("ministral", {"sliding_window": 5}),
     "mixtral": ("mixtral", {**MOE, "sliding_window": 5}),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from abreast.cli.main import cli
 from abreast.errors import AbreastError
-from abreast.families.table import FamilyError
+from abreast.families.row import FamilyError
 from abreast.plan import Group, Plan
 from abreast.speed.prediction import (
     BYTES,

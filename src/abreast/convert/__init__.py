@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.convert.fold import attention_kinds, obstacle
     from abreast.convert.inspect import inspect_model
     from abreast.convert.rewrite import convert, hash_inputs, preview
+    from abreast.convert.rules import attention_kinds, obstacle
     from abreast.convert.verification import Verification, verify
 
 attach(__name__)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_manifest
-from abreast.convert.fold import attention_kinds, obstacle
-from abreast.families import BRANCHES, FAMILIES, family_of, head_dim_of, is_tied, num_layers_of
+from abreast.convert.rules import attention_kinds, obstacle
+from abreast.families import CONVERTIBLE, FAMILIES, family_of, head_dim_of, is_tied, num_layers_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     model_type = str(config.get("model_type"))
     converted = (checkpoint.folder / MANIFEST).is_file()
     plan = read_manifest(checkpoint.folder).plan if converted else None
-    if plan is None and model_type not in BRANCHES:
+    if plan is None and model_type not in FAMILIES:
         family_of(config)
     count = num_layers_of(config)
     refused = []
@@ -82,8 +82,8 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         parameters=_parameters(checkpoint),
         nbytes=checkpoint.nbytes,
         shards=checkpoint.shards,
-        fusable=plan is None and model_type in FAMILIES,
-        runs_grouped=plan is None and model_type in BRANCHES,
+        fusable=plan is None and model_type in CONVERTIBLE,
+        runs_grouped=plan is None and model_type in FAMILIES,
         stretches=_stretches(attention_kinds(config)) if plan is None else (),
         refused=tuple(refused),
         edges=(0, count - 1),

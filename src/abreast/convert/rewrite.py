@@ -1,6 +1,6 @@
 """Checkpoint x plan -> checkpoint: streaming, in bounded memory, published whole or not at all.
 
-Nothing is instantiated. Every output tensor follows a recipe (see fold.py) and is made row chunk by
+Nothing is instantiated. Every output tensor follows a rule (see fold.py) and is made row chunk by
 row chunk, so that memory depends neither on the checkpoint's size nor on that of its largest
 tensor. The result is an ordinary Hugging Face checkpoint whose layers differ in width.
 """
@@ -38,18 +38,17 @@ from abreast.checkpoint import (
     write_manifest,
     write_shards,
 )
+from abreast.convert.config import REMOTE_CODE, converted_config
 from abreast.convert.fold import (
-    REMOTE_CODE,
-    Recipe,
-    check_plan,
-    converted_config,
+    TensorRule,
     fold_gain,
     fold_shift,
     join_columns,
     join_rows,
-    recipes,
     sum_biases,
+    tensor_rules,
 )
+from abreast.convert.rules import check_plan
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import Family, all_tensors, complete, family_of, is_tied, num_layers_of
 from abreast.plan import Plan
@@ -96,7 +95,7 @@ class _Job:
     family: Family
     plan: Plan
     config: dict[str, Any]
-    work: tuple[tuple[Recipe, NewTensor], ...]
+    work: tuple[tuple[TensorRule, NewTensor], ...]
     shards: dict[str, list[NewTensor]]
     dropped: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -237,8 +236,8 @@ def _prepare(
     cast = _cast_name(dtype)
     expected = all_tensors(family, config)
     work = tuple(
-        (recipe, _new_tensor(recipe, checkpoint, expected, cast))
-        for recipe in recipes(family, config, plan)
+        (rule, _new_tensor(rule, checkpoint, expected, cast))
+        for rule in tensor_rules(family, config, plan)
     )
     dtypes = {tensor.dtype for _, tensor in work}
     main = str(DTYPES[work[0][1].dtype]).removeprefix("torch.")
@@ -322,71 +321,71 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
 
 
 def _new_tensor(
-    recipe: Recipe,
+    rule: TensorRule,
     checkpoint: Checkpoint,
     expected: Mapping[str, tuple[int, ...]],
     cast: str | None,
 ) -> NewTensor:
-    sources = recipe.members or (recipe.like,)
+    sources = rule.members or (rule.like,)
     dtype = DTYPES[checkpoint.tensors[sources[0]].dtype]
     for name in sources[1:]:
         dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
-    shape = recipe.shape(expected[sources[0]])
-    return NewTensor(recipe.name, cast or _SAFETENSORS_NAME[dtype], shape)
+    shape = rule.shape(expected[sources[0]])
+    return NewTensor(rule.name, cast or _SAFETENSORS_NAME[dtype], shape)
 
 
 def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
     total, done = job.bytes_written, 0
-    for recipe, new in job.work:
+    for rule, new in job.work:
         dtype = DTYPES[new.dtype]
-        gains = [_gain(job.checkpoint.tensors[name], recipe) for name in recipe.gains]
-        for chunk in _chunks(recipe, job.checkpoint, gains, new):
+        gains = [_gain(job.checkpoint.tensors[name], rule) for name in rule.gains]
+        for chunk in _chunks(rule, job.checkpoint, gains, new):
             cast = chunk.to(dtype)
             if not _is_finite(cast):
-                _blame(recipe, job.checkpoint, cast.dtype)
+                _blame(rule, job.checkpoint, cast.dtype)
             done += cast.nbytes
             if progress is not None:  # before the yield: nobody comes back after the last one
                 progress(done, total)
             yield new.name, cast
 
 
-def _gain(tensor: TensorInfo, recipe: Recipe) -> torch.Tensor:
+def _gain(tensor: TensorInfo, rule: TensorRule) -> torch.Tensor:
     gain = read_rows(tensor)
-    if not recipe.gain_offset:
+    if not rule.gain_offset:
         return gain
-    return gain.to(torch.promote_types(gain.dtype, torch.float32)) + recipe.gain_offset
+    return gain.to(torch.promote_types(gain.dtype, torch.float32)) + rule.gain_offset
 
 
 def _chunks(
-    recipe: Recipe, checkpoint: Checkpoint, gains: list[torch.Tensor], new: NewTensor
+    rule: TensorRule, checkpoint: Checkpoint, gains: list[torch.Tensor], new: NewTensor
 ) -> Iterator[torch.Tensor]:
     dtype = DTYPES[new.dtype]
-    sources = [checkpoint.tensors[name] for name in recipe.members]
-    if recipe.how in ("copy", "rows"):
-        for index, start, stop in _row_spans(recipe, sources):
+    sources = [checkpoint.tensors[name] for name in rule.members]
+    if rule.operation in ("copy", "rows"):
+        for index, start, stop in _row_spans(rule, sources):
             rows = read_rows(sources[index], start, stop)
             yield fold_gain(rows, gains[index], dtype) if gains else rows
-    elif recipe.how == "columns":
+    elif rule.operation == "columns":
         for start, stop in _spans(sources[0].shape[0], sum(s.row_bytes for s in sources)):
             yield join_columns([read_rows(source, start, stop) for source in sources])
-    elif recipe.how == "sum":
+    elif rule.operation == "sum":
         yield sum_biases([read_rows(source) for source in sources])
-    elif recipe.how == "shift":
-        for index, (shift, weight) in enumerate(zip(recipe.shifts, recipe.weights, strict=True)):
+    elif rule.operation == "shift":
+        for index, (shift, weight) in enumerate(zip(rule.shifts, rule.weights, strict=True)):
             matrix, beta = checkpoint.tensors[weight], read_rows(checkpoint.tensors[shift])
             bias = read_rows(sources[index]) if sources else torch.zeros(matrix.shape[0])
             for start, stop in _spans(matrix.shape[0], matrix.row_bytes):
                 yield fold_shift(read_rows(matrix, start, stop), beta, bias[start:stop])
-    elif recipe.how == "heads":
-        yield join_rows([read_rows(source).expand(recipe.heads, -1) for source in sources])
+    elif rule.operation == "heads":
+        yield join_rows([read_rows(source).expand(rule.heads, -1) for source in sources])
     else:
-        yield torch.full(new.shape, recipe.fill)
+        yield torch.full(new.shape, rule.fill)
 
 
-def _row_spans(recipe: Recipe, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:
+def _row_spans(rule: TensorRule, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:
     """(member, start, stop) of every chunk of stacked rows, part by part if there are parts."""
     first = 0
-    for part in recipe.parts or (sources[0].shape[0] if sources[0].shape else 1,):
+    for part in rule.parts or (sources[0].shape[0] if sources[0].shape else 1,):
         for index, source in enumerate(sources):
             for start, stop in _spans(part, source.row_bytes):
                 yield index, first + start, first + stop
@@ -407,8 +406,8 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bits.size == 0 or int((bits & magnitude).max()) < infinite
 
 
-def _blame(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    for name in recipe.gains + recipe.shifts + recipe.weights + recipe.members:
+def _blame(rule: TensorRule, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    for name in rule.gains + rule.shifts + rule.weights + rule.members:
         source = checkpoint.tensors[name]
         for start, stop in _spans(source.shape[0], source.row_bytes):
             if not read_rows(source, start, stop).isfinite().all():
@@ -417,7 +416,7 @@ def _blame(recipe: Recipe, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
                 )
     name = str(dtype).removeprefix("torch.")
     raise CheckpointError(
-        f"tensor '{recipe.name}' exceeds the range of {name}; convert with --dtype bfloat16"
+        f"tensor '{rule.name}' exceeds the range of {name}; convert with --dtype bfloat16"
     )
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from abreast.checkpoint import open_checkpoint
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES
+from abreast.families import CONVERTIBLE
 from abreast.modeling import CqilForward, MemberLinear
 from abreast.targets import TORCH_TP, layers_of, refusals
 
@@ -93,7 +93,7 @@ def load_parallel(
 
 def check_degree(config: Mapping[str, Any], world: int) -> None:
     """Raise ParallelError where `world` processes cannot share the layers of a config.json."""
-    family = FAMILIES.get(str(config.get("model_type")).removeprefix("abreast_"))
+    family = CONVERTIBLE.get(str(config.get("model_type")).removeprefix("abreast_"))
     for reason in refusals(TORCH_TP, config, family, degree=world):
         raise ParallelError(reason)
 

@@ -7,7 +7,7 @@ those that a checkpoint brings along; here they are put where it looks.
 
 from __future__ import annotations
 
-from abreast.families import FAMILIES
+from abreast.families import CONVERTIBLE
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
 
     from abreast import modeling
 
-    for family in FAMILIES.values():
+    for family in CONVERTIBLE.values():
         setattr(transformers, family.converted, getattr(modeling, family.converted))
     command_line()
 

@@ -1,19 +1,16 @@
-"""Model families: one row per model_type, and where a layer's branches are."""
+"""Model families: one row per model_type."""
 
 from typing import TYPE_CHECKING
 
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.families.branches import BRANCHES, Branches
-    from abreast.families.table import (
-        FAMILIES,
+    from abreast.families.row import (
+        Branches,
         Family,
         FamilyError,
         Matrix,
         all_tensors,
-        complete,
-        family_of,
         has_bias,
         head_dim_of,
         is_tied,
@@ -23,5 +20,6 @@ if TYPE_CHECKING:
         positive,
         sizes,
     )
+    from abreast.families.table import CONVERTIBLE, FAMILIES, complete, family_of
 
 attach(__name__)

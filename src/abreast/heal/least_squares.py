@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.families import BRANCHES, Family, complete, family_of, num_layers_of, sizes
+from abreast.families import FAMILIES, Family, complete, family_of, num_layers_of, sizes
 from abreast.model import advance, capture, decoder_layers, kl_under, logits_of
 from abreast.plan import Group, Plan
 from abreast.runs import check_tokens
@@ -419,8 +419,8 @@ def _at(layer: nn.Module, name: str) -> Any:
 def _scale(layer: nn.Module) -> float:
     """What a family multiplies its branches by before they join the residual stream."""
     model_type = getattr(getattr(layer, "self_attn", layer), "config", None)
-    row = BRANCHES.get(getattr(model_type, "model_type", ""))
-    return float(getattr(layer, row.scale)) if row and row.scale else 1.0
+    row = FAMILIES.get(getattr(model_type, "model_type", ""))
+    return float(getattr(layer, row.branches.scale)) if row and row.branches.scale else 1.0
 
 
 def _restore(changed: Mapping[Place, nn.Parameter], old: Mapping[Place, torch.Tensor]) -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from abreast.checkpoint import open_checkpoint, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
-from abreast.families import BRANCHES, Branches
+from abreast.families import FAMILIES, Branches
 from abreast.plan import Group, Plan
 
 if TYPE_CHECKING:
@@ -204,11 +204,11 @@ def branches_of(model: nn.Module) -> Branches:
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
     model_type = getattr(text, "model_type", None)
-    if model_type not in BRANCHES:
+    if model_type not in FAMILIES:
         raise GroupingError(
-            f"model_type '{model_type}' cannot run grouped; known are {', '.join(sorted(BRANCHES))}"
+            f"model_type '{model_type}' cannot run grouped; known are {', '.join(sorted(FAMILIES))}"
         )
-    return BRANCHES[model_type]
+    return FAMILIES[model_type].branches
 
 
 def _check_submodules(layer: nn.Module, index: int, branches: Branches) -> None:

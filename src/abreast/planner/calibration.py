@@ -28,7 +28,7 @@ from abreast.convert import obstacle
 from abreast.data import CALIBRATION, TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate import ratio_of_means
-from abreast.families import BRANCHES, FAMILIES, num_layers_of, positive
+from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.model import (
     Program,
     geometry,
@@ -122,10 +122,8 @@ def candidates(
     num_layers = num_layers_of(config)
     if not 2 <= max_group <= num_layers:
         raise AbreastError(f"groups of up to {max_group} layers: choose from 2 to {num_layers}")
-    model_type = str(config.get("model_type"))
-    family = FAMILIES.get(model_type)
-    alike = BRANCHES[model_type].parallel is True if model_type in BRANCHES else False
-    alike = alike or (family is not None and family.parallel)
+    family = FAMILIES.get(str(config.get("model_type")))
+    alike = family is not None and family.parallel
     edge = 0 if force else 1
     found = []
     for size in range(2, max_group + 1):

@@ -12,7 +12,7 @@ from typing import Any
 from abreast.checkpoint import read_json, resolve, write
 from abreast.convert import convert
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES, num_layers_of
+from abreast.families import CONVERTIBLE, num_layers_of
 from abreast.model import decoder_layers, load
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import KEEP, SCREEN, Calibration, measure, score, spent
@@ -299,7 +299,7 @@ def measured_profile(
     with tempfile.TemporaryDirectory(dir=work) as staging:
         for place, (kind, plan) in enumerate(kinds.items()):
             target = Path(staging) / str(place)
-            if whole.config.model_type in FAMILIES:
+            if whole.config.model_type in CONVERTIBLE:
                 convert(folder, plan, target, force=True)
                 models[kind], _ = load(target, **options)
             else:

@@ -20,7 +20,7 @@ from abreast.checkpoint import DTYPES, Checkpoint
 from abreast.convert import attention_kinds
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import (
-    FAMILIES,
+    CONVERTIBLE,
     Family,
     head_dim_of,
     is_tied,
@@ -34,7 +34,6 @@ from abreast.targets import LLAMACPP, refusals
 
 ARCHITECTURE = "deci"
 
-_SLIDES = ("mistral", "phi3")  # in every layer, as soon as the config has a sliding_window
 _NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _MATRICES = {  # name in the checkpoint -> names in the file, one for each part
     "self_attn.q_proj": ("attn_q",),
@@ -102,7 +101,7 @@ class Layout:
 
 def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
     """Say what would be written. Raises ExportError for what llama.cpp cannot express."""
-    family = FAMILIES.get(str(checkpoint.config.get("model_type")).removeprefix("abreast_"))
+    family = CONVERTIBLE.get(str(checkpoint.config.get("model_type")).removeprefix("abreast_"))
     config = {**dict(family.defaults if family else ()), **checkpoint.config}
     with _named("per_layer_config"):
         for reason in refusals(LLAMACPP, config, family):
@@ -116,7 +115,7 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
         for name, shape in layer_tensors(family, own).items():
             shapes[f"{family.layer_prefix}{index}.{name}"] = shape
     _check_tensors(checkpoint, family, config, shapes)
-    context, warnings = _context(config)
+    context, warnings = _context(family, config)
     with _named("rope_parameters"):
         theta, rope, factors = _rope(config, head_dim, context)
     return Layout(
@@ -186,12 +185,11 @@ def _check_tensors(
             )
 
 
-def _context(config: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+def _context(family: Family, config: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
     """Longest context, cut to where a sliding window does not slide yet."""
     longest = positive(config, "max_position_embeddings")
     window = config.get("sliding_window")
-    family = str(config["model_type"]).removeprefix("abreast_")
-    slides = family in _SLIDES or "sliding_attention" in attention_kinds(config)
+    slides = family.slides or "sliding_attention" in attention_kinds(config)
     if not isinstance(window, int) or not slides or window >= longest:
         return longest, ()
     return window, (
@@ -265,7 +263,7 @@ def _pieces(
     layers: list[dict[str, Any]],
     cast: torch.dtype | None,
 ) -> Iterator[Piece]:
-    scales = _scales(config, head_dim_of(config))
+    scales = _scales(family, config, head_dim_of(config))
 
     def piece(name: str, source: str, start: int, stop: int, head_dim: int = 0) -> Piece:
         tensor = checkpoint.tensors[source]
@@ -300,11 +298,11 @@ def _pieces(
                 start = stop
 
 
-def _scales(config: Mapping[str, Any], head_dim: int) -> dict[str, float]:
+def _scales(family: Family, config: Mapping[str, Any], head_dim: int) -> dict[str, float]:
     """Granite's multipliers, folded into the matrices that they multiply."""
-    if str(config["model_type"]).removeprefix("abreast_") != "granite":
+    if family.branches.scale is None:
         return {}
-    residual = float(config.get("residual_multiplier", 1.0))
+    residual = float(config.get(family.branches.scale, 1.0))
     return {
         "token_embd": float(config.get("embedding_multiplier", 1.0)),
         "output": 1.0 / float(config.get("logits_scaling", 1.0)),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES
+from abreast.families import CONVERTIBLE
 from abreast.targets import VLLM, refusals
 
 OLDEST = (0, 32)  # the first that sizes its KV cache layer by layer, and the one that was tested
@@ -48,7 +48,7 @@ def register() -> None:
     except ImportError:  # not a public name; without it vLLM's own, terser checks must do
         MODELS_CONFIG_MAP = {}
 
-    for family in FAMILIES.values():
+    for family in CONVERTIBLE.values():
         if family.converted not in ModelRegistry.get_supported_archs():
             where = f"{_CLASSES}:{family.converted}" if family.vllm_layers else _BACKEND
             ModelRegistry.register_model(family.converted, where)
@@ -77,7 +77,7 @@ def check(config: Any, tensor_parallel: int) -> None:
         "per_layer_config": entries,
         "abreast_prefill": getattr(config, "abreast_prefill", None),
     }
-    family = FAMILIES.get(config.model_type.removeprefix("abreast_"))
+    family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
     for reason in refusals(VLLM, as_json, family, degree=tensor_parallel):
         raise ServingError(reason)
 
@@ -110,7 +110,7 @@ def _refuse_to_load(version: str) -> None:
             f"vLLM {version} is too old for converted checkpoints; install vLLM {oldest} or newer"
         )
 
-    for family in FAMILIES.values():
+    for family in CONVERTIBLE.values():
         body = {"model_type": family.converted_type, "from_dict": refuse}
         stub = type(f"{family.converted}TooOld", (PretrainedConfig,), body)
         AutoConfig.register(family.converted_type, stub, exist_ok=True)

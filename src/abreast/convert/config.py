@@ -1,0 +1,99 @@
+"""The config.json of a converted checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from abreast.convert.rules import attention_kinds, ffn_inputs_differ, keeps_members, rope_layers
+from abreast.families import Family, head_dim_of
+from abreast.plan import Group, Plan
+
+# save_pretrained writes the file back under the name of its module: keep the two the same.
+REMOTE_CODE = "modeling.py"
+
+
+def converted_config(
+    config: Mapping[str, Any], family: Family, plan: Plan, *, dtype: str, prefill: str = "grouped"
+) -> dict[str, Any]:
+    """config.json of the converted checkpoint.
+
+    Widths live in transformers' own `per_layer_config`. Where all stages come out equally wide the
+    result is a stock model and needs none. `abreast` records the plan for tools that want it.
+    """
+    new = copy.deepcopy(dict(config))
+    new.pop("torch_dtype", None)
+    base = {key: config.get(key) or config["num_attention_heads"] for key in family.wide}
+    new.update(
+        num_hidden_layers=plan.depth,
+        head_dim=head_dim_of(config),
+        dtype=dtype,
+        abreast={"num_layers": plan.num_layers, "plan": plan.shorthand},
+        **base,
+        **_per_stage_lists(config, plan),
+    )
+    sequential = prefill == "sequential"
+    if sequential:
+        new["abreast_prefill"] = prefill
+    apart = sequential or any(keeps_members(family, group) for group in plan.groups)
+    width = _common_width(plan)
+    if (
+        width
+        and not (apart or family.grown_biases)
+        and config["hidden_size"] % (width * config["num_attention_heads"]) == 0
+    ):
+        new.update({key: width * value for key, value in base.items()})
+        new.update(model_type=family.model_type, architectures=[family.stock])
+        return new
+    digits = len(str(plan.depth - 1))
+    new["per_layer_config"] = {
+        str(index).zfill(digits): _layer_entry(family, group, base)
+        for index, group in enumerate(map(plan.group_of, plan.stages))
+        if group is not None
+    }
+    if apart:
+        # The schema wants a global value for whatever a layer may override.
+        new.update(abreast_members=1, abreast_bypass=None)
+    module, name = REMOTE_CODE.removesuffix(".py"), family.converted
+    new.update(
+        model_type=family.converted_type,
+        architectures=[name],
+        auto_map={
+            "AutoConfig": f"{module}.{name.replace('ForCausalLM', 'Config')}",
+            "AutoModel": f"{module}.{name.replace('ForCausalLM', 'Model')}",
+            "AutoModelForCausalLM": f"{module}.{name}",
+        },
+    )
+    return new
+
+
+def _common_width(plan: Plan) -> int | None:
+    """The number of layers in every stage, None where stages differ."""
+    widths = {len(stage) for stage in plan.stages}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _layer_entry(family: Family, group: Group, base: Mapping[str, int]) -> dict[str, Any]:
+    """What a group's layer overrides in the config."""
+    members = len(group.layers)
+    entry: dict[str, Any] = {key: members * value for key, value in base.items()}
+    entry.update(dict.fromkeys(family.grown_biases, True))
+    if keeps_members(family, group):
+        entry["abreast_members"] = members
+        if ffn_inputs_differ(family, group):
+            entry["abreast_bypass"] = group.ffn_band
+    return entry
+
+
+def _per_stage_lists(config: Mapping[str, Any], plan: Plan) -> dict[str, list[Any]]:
+    """Config lists with an entry per layer, rewritten to one per stage."""
+    firsts = [stage[0] for stage in plan.stages]
+    lists: dict[str, list[Any]] = {}
+    kinds = [kind.removesuffix(" without RoPE") for kind in attention_kinds(config)]
+    if config.get("layer_types") is not None or len(set(kinds)) > 1:
+        lists["layer_types"] = [kinds[layer] for layer in firsts]
+    rotated = rope_layers(config)
+    if rotated is not None:
+        lists["no_rope_layers"] = [int(rotated[layer]) for layer in firsts]
+    return lists

@@ -1,0 +1,259 @@
+"""What a row of the table says about a family, and what follows from it for one config.json.
+
+A row is data, not a class tree. It says all that the package knows about a family: the submodules
+that a grouped run calls, the names of a layer's matrices, along which side the members of a group
+join, the norms, the config keys that give sizes and kinds of attention, and what engines lack to
+run it. Rows without matrices run grouped in memory only; a model_type without a row is refused.
+
+Sizes are written in the symbols of the config: D hidden_size, Q num_attention_heads * head_dim,
+K num_key_value_heads * head_dim, F intermediate_size, V vocab_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from abreast.errors import AbreastError
+
+Join = Literal["rows", "columns"]
+
+
+class FamilyError(AbreastError):
+    """A model that is of no known family, or whose config does not describe one."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One linear map of a decoder layer, stored as `name`.weight of shape [rows, columns].
+
+    rows: size symbols of the output's parts, "QKK" for a packed q, k, v. join: members of a group
+    are stacked along output rows (they read the shared input) or along input columns (their outputs
+    add up). bias: "" for none, "always", or the config key that switches it on. A "rows" bias is
+    stacked; a "columns" bias adds to the residual stream, so the members' biases are summed.
+    """
+
+    name: str
+    rows: str
+    columns: str
+    join: Join
+    bias: str = ""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Names of a decoder layer's submodules in transformers: what a grouped run calls.
+
+    The attention branch is after_attention(attention(before_attention(x))), the FFN branch
+    after_mlp(mlp(before_mlp(y))); each `before` and `after` is a chain of submodules, maybe empty.
+    parallel: the FFN reads the layer's input instead of the attention's result: True, False, or
+    the attribute of the layer that says which. scale: attribute of the layer, and key of the
+    config, that multiplies both branches.
+    """
+
+    attention: str = "self_attn"
+    before_attention: tuple[str, ...] = ("input_layernorm",)
+    after_attention: tuple[str, ...] = ()
+    mlp: str = "mlp"
+    before_mlp: tuple[str, ...] = ("post_attention_layernorm",)
+    after_mlp: tuple[str, ...] = ()
+    parallel: bool | str = False
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model_type runs and stores its decoder layers.
+
+    class_name: what the names of its classes in transformers begin with. matrices: all linear maps
+    of a layer, empty for families that only run grouped in memory.
+
+    gain_offset: what a norm adds to its stored gain (Gemma stores gain - 1). norm_gains: the norms
+    before a branch have gains, which fold into the matrices that read them. norm_bias: they are
+    LayerNorms with a bias. head_norms: per-head norms of q and k, with the size symbol of the heads
+    they act on; each layer has one gain of head_dim for all its heads, a group one for each head.
+    flat_norms: likewise, over all heads of q or k at once, which stay with their member.
+    wide_norms: with a gain for every head already, and only where the config says use_qk_norm.
+    head_bias: the output head has one. grown_biases: config keys that give a layer the biases it
+    lacks, for a group's to take up those of its norms.
+
+    wide: config keys that grow p-fold in a group of p layers. defaults: config keys whose absence
+    means something else than off. ignore: suffixes of tensors that old checkpoints carry and no
+    engine reads.
+
+    window_period: every so many layers the attention is full and slides in those between, unless
+    config.json lists the kinds. rope_period: every so many layers q and k are not rotated, unless
+    no_rope_layers says otherwise. slides: all layers slide as soon as config has a sliding_window.
+
+    vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
+    deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
+    """
+
+    model_type: str
+    class_name: str
+    matrices: tuple[Matrix, ...] = ()
+    branches: Branches = Branches()
+    gain_offset: float = 0.0
+    norm_gains: bool = True
+    norm_bias: bool = False
+    head_norms: tuple[tuple[str, str], ...] = ()
+    flat_norms: tuple[tuple[str, str], ...] = ()
+    wide_norms: tuple[tuple[str, str], ...] = ()
+    head_bias: bool = False
+    grown_biases: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    defaults: tuple[tuple[str, Any], ...] = ()
+    ignore: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    window_period: int | None = None
+    rope_period: int | None = None
+    slides: bool = False
+    vllm_layers: bool = False
+    deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
+    layer_prefix: str = "model.layers."
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm"
+
+    @property
+    def stock(self) -> str:
+        """Architecture of the unconverted checkpoint."""
+        return f"{self.class_name}ForCausalLM"
+
+    @property
+    def converted(self) -> str:
+        """Architecture of a converted checkpoint with layers of different width."""
+        return "Abreast" + self.stock
+
+    @property
+    def converted_type(self) -> str:
+        """model_type of a converted checkpoint."""
+        return f"abreast_{self.model_type}"
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the FFN always reads the layer's input, which makes all wirings one."""
+        return self.branches.parallel is True
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Norms whose gain folds into the matrices that read them."""
+        if not self.norm_gains:
+            return ()
+        return tuple(dict.fromkeys(self.branches.before_attention + self.branches.before_mlp))
+
+    def norm_of(self, matrix: Matrix) -> str | None:
+        """The one of `norms` that a matrix reads, None for what reads no such norm."""
+        own = matrix.name.startswith(f"{self.branches.attention}.")
+        before = self.branches.before_attention if own else self.branches.before_mlp
+        return before[0] if before and self.norm_gains and matrix.join == "rows" else None
+
+    @property
+    def member_norms(self) -> tuple[str, ...]:
+        """Norms after a branch, which stay with their member."""
+        after = self.branches.after_attention + self.branches.after_mlp
+        return tuple(name for name in after if name.endswith("norm"))
+
+    @property
+    def keeps_members(self) -> bool:
+        """Whether a group has parts that stay with their member in every wiring."""
+        return bool(self.head_norms or self.member_norms or self.flat_norms)
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    """The value of every size symbol for a config.json. Raises FamilyError when a key is off."""
+    hidden = positive(config, "hidden_size")
+    heads = positive(config, "num_attention_heads")
+    kv_heads = positive(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise FamilyError(
+            f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads"
+        )
+    if config.get("head_dim") is None and hidden % heads:
+        raise FamilyError(f"config.json: {heads} heads do not divide hidden_size {hidden}")
+    head_dim = head_dim_of(config)
+    return {
+        "D": hidden,
+        "Q": heads * head_dim,
+        "K": kv_heads * head_dim,
+        "F": positive(config, "intermediate_size"),
+        "V": positive(config, "vocab_size"),
+    }
+
+
+def head_dim_of(config: Mapping[str, Any]) -> int:
+    """Size of one attention head: explicit, or hidden_size over the number of heads."""
+    derived = positive(config, "hidden_size") // positive(config, "num_attention_heads")
+    return positive(config, "head_dim", derived)
+
+
+def num_layers_of(config: Mapping[str, Any]) -> int:
+    return positive(config, "num_hidden_layers")
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output head is the embedding."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def has_bias(matrix: Matrix, config: Mapping[str, Any]) -> bool:
+    return matrix.bias == "always" or bool(matrix.bias and config.get(matrix.bias, False))
+
+
+def layer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of one layer, named without the layer's prefix."""
+    size = sizes(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for norm in family.norms:
+        for kind in ("weight", "bias") if family.norm_bias else ("weight",):
+            shapes[f"{norm}.{kind}"] = (size["D"],)
+    for norm, _ in family.head_norms:
+        shapes[f"{norm}.weight"] = (head_dim_of(config),)
+    for norm in family.member_norms:
+        shapes[f"{norm}.weight"] = (size["D"],)
+    for norm, heads in family.flat_norms:
+        shapes[f"{norm}.weight"] = (size[heads],)
+    for norm, heads in family.wide_norms if config.get("use_qk_norm") else ():
+        head_dim = head_dim_of(config)
+        shapes[f"{norm}.weight"] = (size[heads] // head_dim, head_dim)
+    for matrix in family.matrices:
+        rows = sum(size[part] for part in matrix.rows)
+        shapes[f"{matrix.name}.weight"] = (rows, size[matrix.columns])
+        if has_bias(matrix, config):
+            shapes[f"{matrix.name}.bias"] = (rows,)
+    return shapes
+
+
+def outer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor outside the layers."""
+    size = sizes(config)
+    shapes: dict[str, tuple[int, ...]] = {family.embedding: (size["V"], size["D"])}
+    kinds = ("weight", "bias") if family.norm_bias else ("weight",)
+    for kind in kinds if family.final_norm else ():
+        shapes[f"{family.final_norm}.{kind}"] = (size["D"],)
+    if not is_tied(config):
+        shapes[family.head] = (size["V"], size["D"])
+    if family.head_bias:
+        shapes[family.head.replace("weight", "bias")] = (size["V"],)
+    return shapes
+
+
+def all_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint of this config must hold: no more, no fewer."""
+    shapes = outer_tensors(family, config)
+    layer = layer_tensors(family, config)
+    for index in range(num_layers_of(config)):
+        shapes.update({f"{family.layer_prefix}{index}.{n}": shape for n, shape in layer.items()})
+    return shapes
+
+
+def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A positive whole number from a config. Raises FamilyError when it is none."""
+    value = config.get(key)
+    if value is None:
+        value = default
+    if value is None:
+        raise FamilyError(f"config.json has no {key}; the checkpoint is incomplete")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise FamilyError(f"config.json: {key} must be a positive whole number, not {value!r}")
+    return value
