@@ -15,8 +15,14 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.optimize import Healing, optimize
 from abreast.plan import Group, Plan
-from abreast.planner.calibration import calibrate, spent
-from abreast.planner.find import baselines, estimated_profile, find_plan, measured_profile
+from abreast.planner.calibration import calibrate, full_forwards
+from abreast.planner.find import (
+    ProfileSettings,
+    baselines,
+    estimated_profile,
+    find_plan,
+    measured_profile,
+)
 from abreast.planner.front import Budget, Front, Profile, Stats, explain, kind_of, reasons
 from abreast.planner.objective import Cost
 from abreast.report.records import read_run
@@ -137,12 +143,12 @@ def test_a_depth_out_of_reach_is_refused_before_measuring(folder, tmp_path, dept
     found = calibration(folder, tmp_path)
     with pytest.raises(AbreastError, match=f"depth {depth} cannot .* nearest is {nearest} "):
         find_plan(found, tmp_path, Budget(depth=depth))
-    assert sum(spent(found).values()) == 0
+    assert sum(full_forwards(found).values()) == 0
 
 
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
     first = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    monkeypatch.setattr("abreast.planner.find.measure", None)
+    monkeypatch.setattr("abreast.planner.calibration.measure", None)
     monkeypatch.setattr(
         import_module("abreast.planner.calibration"), "load", None
     )  # not even loaded
@@ -188,8 +194,8 @@ def test_profile_of_other_hardware(folder):
 
 def test_profile_adds_up(folder, tmp_path):
     kinds = [Group(layers=(1, 2)), Group(layers=(3, 4)), Group(layers=(1, 2), wiring="cqil")]
-    options = {"dtype": "float32", "device": "cpu", "rounds": 6, "context": 8, "seed": 0}
-    found = measured_profile(folder, kinds, tmp_path, **options)
+    settings = ProfileSettings("float32", "cpu", rounds=6, context=8, seed=0)
+    found = measured_profile(folder, kinds, tmp_path, settings)
     assert set(found.groups) == {"lp 2", "cqil:0 2"}
     assert found.single > 0 and found.rest >= 0
     assert not list(tmp_path.iterdir())

@@ -15,7 +15,14 @@ from abreast.evaluate.text import compare
 from abreast.model.grouping import load
 from abreast.plan import Group, Plan
 from abreast.planner import calibration
-from abreast.planner.calibration import calibrate, candidates, expect, measure, score, spent
+from abreast.planner.calibration import (
+    calibrate,
+    candidates,
+    expect,
+    full_forwards,
+    measure,
+    score,
+)
 from abreast.planner.front import Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 6
@@ -145,7 +152,7 @@ def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
     calibration = run(folder, tmp_path / "run", batch_size=1)
     stats = measure(calibration)
     assert 0.6 * foretold.full_forwards < stats.full_forwards <= foretold.full_forwards
-    assert stats.full_forwards == pytest.approx(sum(spent(calibration).values()))
+    assert stats.full_forwards == pytest.approx(sum(full_forwards(calibration).values()))
     assert foretold.candidates == len(stats.groups) == 7
     calls = 0
 
@@ -154,7 +161,7 @@ def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
         calls += 1
 
     fresh = run(folder, tmp_path / "counted", batch_size=1)
-    for layer in fresh.load().model.layers:
+    for layer in fresh.model.model.layers:
         layer.mlp.register_forward_hook(count)
     assert measure(fresh).full_forwards == pytest.approx(calls / 10 / WINDOWS)
 

@@ -1,8 +1,8 @@
-"""Accuracy on tasks, by the lm-evaluation-harness: original and conversion on the same items.
+"""Accuracy on tasks of the lm-evaluation-harness: original and conversion on the same items.
 
 The harness (EleutherAI, https://github.com/EleutherAI/lm-evaluation-harness, pip name lm-eval)
-knows the tasks: their data, prompts, metrics. It runs here, in this process, on the models that
-`load` gives, one task after another, everything under the same settings. See docs/evaluation.md.
+has the tasks: their data, prompts, metrics. It runs in this process, on models from `load`, one
+task after another, all under the same settings. See docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks with their data and prompts, ready to be put to a model.
+    """Tasks with their data and prompts, ready to run.
 
-    loaded: the harness's task objects by name. rows: what to report, each one task or, for a group
-    such as mmlu, several taken together. fingerprints: hash of each task's settings and of every
-    prompt and answer in it. limit: items per task, None for all. seed: of the few-shot examples.
+    loaded: the harness's task objects by name. rows: what to report, a task or, for a group such
+    as mmlu, several pooled. fingerprints: hash of each task's settings, prompts and answers.
+    limit: items per task, None for all. seed: of the few-shot examples.
     """
 
     loaded: dict[str, Any]
@@ -79,14 +79,14 @@ def find_tasks(
     limit: int | None = None,
     seed: int = 0,
 ) -> Tasks:
-    """Find tasks, get their data, make their prompts. No model is needed for it.
+    """Find tasks, get their data, make their prompts; needs no model.
 
-    names: tasks, groups, tags or patterns (mmlu_*) that the harness or a folder in include_path
-    knows, "offline" for the suite of this package, or YAML files. num_fewshot: examples in each
-    prompt; None leaves each task its own, and a task that says 0 in its file keeps that.
+    names: tasks, groups, tags or patterns (mmlu_*) of the harness or of a folder in include_path,
+    "offline" for the suite of this package, or YAML files. num_fewshot: examples in each prompt;
+    None for each task's own; a task whose file says 0 keeps that.
 
     Raises AbreastError where lm-eval is not installed, for unknown names (with the nearest ones),
-    data that is neither in the cache nor to be had, and tasks that cannot be run.
+    data that is neither in the cache nor available, and tasks that cannot be run.
     """
     manager_class = _harness("tasks").TaskManager
     names = [name.strip() for name in names if name.strip()]
@@ -107,12 +107,12 @@ def find_tasks(
             manager = manager_class(include_path=paths)
         loaded: dict[str, Any] = {}
         rows: dict[str, tuple[str, ...]] = {}
-        for name in (each for asked in names for each in _spelled_out(asked, manager)):
-            found = _loaded(name, manager)
-            group = next(iter(found.get("groups") or {}), None)
-            parts = tuple(found["tasks"])
+        for name in (match for pattern in names for match in _matches(pattern, manager)):
+            entry = _loaded(name, manager)
+            group = next(iter(entry.get("groups") or {}), None)
+            parts = tuple(entry["tasks"])
             rows |= {group: parts} if group else {part: (part,) for part in parts}
-            loaded |= found["tasks"]
+            loaded |= entry["tasks"]
         fingerprints = {
             name: _prepare(name, task, num_fewshot, limit, FEWSHOT_SEED + seed)
             for name, task in loaded.items()
@@ -139,86 +139,139 @@ def evaluate_tasks(
     step: Step = lambda message: None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Put tasks to a model and, one after the other, to the one it is to be compared with.
+    """Run tasks on a model and, after it, on the one to compare it with.
 
     model: original or converted; plan: run it grouped under this plan. against: usually the
     original. batch_size: prompts at once. add_bos: whether prompts begin with the tokenizer's
     beginning-of-text token; None leaves that to the tokenizer. Only one model is in memory at a
     time.
 
-    out: folder that keeps every item's answer, OUT/NAME-KEY/TASK.jsonl, where KEY is a hash of
-    everything that the answers depend on. What is there is not done again: an interrupted run goes
-    on with the next task, and an original is evaluated once for all its conversions.
+    out: folder for every item's answer, OUT/NAME-KEY/TASK.jsonl, where KEY is a hash of everything
+    that the answers depend on. Answers there are not computed again: an interrupted run resumes
+    with the next task, and an original is evaluated once for all its conversions.
 
     Raises AbreastError as `load` does, and for models without a tokenizer and tasks whose answers
     are longer than the model can hold.
     """
     if batch_size < 1:
         raise AbreastError(f"batch size is {batch_size}; it needs at least 1")
-    given: dict[str, Any] = {
-        "batch_size": batch_size,
-        "add_bos": add_bos,
-        "dtype": dtype,
-        "device": device,
-    }
     settings: dict[str, Any] = {
         "limit": tasks.limit,
         "seed": tasks.seed,
         "fewshot_seed": FEWSHOT_SEED + tasks.seed,
-        **given,
+        "batch_size": batch_size,
+        "add_bos": add_bos,
+        "dtype": dtype,
+        "device": device,
         "versions": _versions(),
     }
     if out is not None:
         open_run(Path(out), "comparison", {"format": 1})
-    num_models = 1 if against is None else 2
-    done = 0
-
-    def answers(folder: Path, chosen: Plan | None) -> dict[str, Any]:
-        nonlocal done
-        found = {}
-        kept = None if out is None else _folder(Path(out), folder, chosen, settings)
-        ask = functools.cache(
-            lambda: _model(folder, chosen, trust_remote_code=trust_remote_code, **given)
-        )
-        for name, task in tasks.loaded.items():
-            text = tasks.fingerprints[name]
-            saved = None if kept is None else _saved(kept, name, text)
-            if saved is None:
-                under = f" under {chosen.shorthand}" if chosen else ""
-                step(f"{folder.resolve().name}{under}: {name}")
-                saved, samples = _run(ask(), name, task, tasks, step)
-                if kept is not None:
-                    _save(kept, name, text, saved, samples)
-            found[name] = saved
-            done += 1
-            if progress is not None:
-                progress(done, num_models * len(tasks.loaded))
-        return {row: pool([found[part] for part in parts]) for row, parts in tasks.rows.items()}
-
     folder, _ = resolve(model, revision=revision)
-    grouping = _plan(folder, plan)
-    theirs = None
+    subjects = [_Subject(folder, _plan(folder, plan), settings, trust_remote_code)]
     if against is not None:
-        theirs = answers(resolve(against, revision=against_revision)[0], None)
-    ours = answers(folder, grouping)
+        original, _ = resolve(against, revision=against_revision)
+        subjects.insert(0, _Subject(original, None, settings, trust_remote_code))
+    total, done = len(subjects) * len(tasks.loaded), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    *theirs, ours = [subject.answer(tasks, out, step, advance) for subject in subjects]
     rows = {
-        name: score_task(name, ours[name], None if theirs is None else theirs[name], tasks.seed)
+        name: score_task(name, ours[name], theirs[0][name] if theirs else None, tasks.seed)
         for name in tasks.rows
     }
     mean, stderr = mean_kept(rows)
+    grouping = subjects[-1].plan
     about: dict[str, Any] = {
         "model": str(model),
         "plan": None if grouping is None else grouping.shorthand,
         "against": None if against is None else str(against),
         **settings,
-        "tasks": {name: {"sha256": text} for name, text in tasks.fingerprints.items()},
+        "tasks": {
+            name: {
+                "sha256": tasks.fingerprints[name],
+                "version": str(task.VERSION),
+                "num_fewshot": _shots(task),
+            }
+            for name, task in tasks.loaded.items()
+        },
     }
-    for name, task in tasks.loaded.items():
-        about["tasks"][name] |= {"version": str(task.VERSION), "num_fewshot": _shots(task)}
     result = Evaluation(rows, mean, stderr, about)
     if out is not None:
         write(Path(out) / "tasks.json", json.dumps(result.to_dict(), indent=1) + "\n")
     return result
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model to run tasks on, loaded only where an answer is missing."""
+
+    folder: Path
+    plan: Plan | None
+    settings: dict[str, Any]
+    trust_remote_code: bool
+
+    def answer(
+        self, tasks: Tasks, out: str | Path | None, step: Step, advance: Callable[[], None]
+    ) -> dict[str, Answers]:
+        """Answers by row, from disk where they are there; advance is called after each task."""
+        saved_in = None if out is None else self._open_folder(Path(out))
+        answers, model = {}, None
+        for name, task in tasks.loaded.items():
+            sha256 = tasks.fingerprints[name]
+            saved = None if saved_in is None else _saved(saved_in, name, sha256)
+            if saved is None:
+                under = f" under {self.plan.shorthand}" if self.plan else ""
+                step(f"{self.folder.resolve().name}{under}: {name}")
+                model = model or self._load()
+                saved, samples = _run_task(model, name, task, tasks, step)
+                if saved_in is not None:
+                    _save(saved_in, name, sha256, saved, samples)
+            answers[name] = saved
+            advance()
+        return {row: pool([answers[part] for part in parts]) for row, parts in tasks.rows.items()}
+
+    def _load(self) -> Any:
+        """The harness's own model class around ours."""
+        model, tokenizer = load(
+            self.folder,
+            plan=self.plan,
+            dtype=self.settings["dtype"],
+            device=self.settings["device"],
+            trust_remote_code=self.trust_remote_code,
+        )
+        if tokenizer is None:
+            raise AbreastError(
+                f"'{self.folder}' has no tokenizer; copy the original's files into its folder"
+            )
+        with _quiet():
+            wrapped = _harness("models.huggingface").HFLM(
+                pretrained=model,
+                tokenizer=tokenizer,
+                batch_size=self.settings["batch_size"],
+                add_bos_token=self.settings["add_bos"],
+            )
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(wrapped, name, functools.partial(getattr(wrapped, name), disable_tqdm=True))
+        return wrapped
+
+    def _open_folder(self, out: Path) -> Path:
+        """The folder of the answers; its name is a hash of everything that they depend on."""
+        files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+        paths = {name: self.folder / name for name in files}
+        identity = {
+            "model": model_hash(self.folder),
+            "tokenizer": {n: sha256_of(path) for n, path in paths.items() if path.is_file()},
+            "plan": None if self.plan is None else self.plan.shorthand,
+            **self.settings,
+        }
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+        return open_run(out / f"{self.folder.resolve().name}-{key}", "answers", identity)
 
 
 def _harness(module: str) -> Any:
@@ -233,7 +286,7 @@ def _harness(module: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Neither the harness's warnings, nor what tasks print, in between our own output."""
+    """Keep the harness's warnings, and what tasks print, out of our own output."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -258,10 +311,7 @@ def _is_file_name(name: str) -> bool:
 
 
 def _is_local(name: str, manager: Any) -> bool:
-    """Whether a task of this suite or the user's, or a file, can do without the harness's own.
-
-    Groups may be made of those.
-    """
+    """Whether a task needs none of the harness's own, as groups may."""
     if _is_file_name(name):
         text = Path(name).read_text(encoding="utf-8", errors="replace")
         return re.search("^(group|include):", text, re.MULTILINE) is None
@@ -269,12 +319,12 @@ def _is_local(name: str, manager: Any) -> bool:
     return entry is not None and entry.kind.name != "GROUP"
 
 
-def _spelled_out(name: str, manager: Any) -> list[str]:
+def _matches(name: str, manager: Any) -> list[str]:
+    """Names of the tasks that a name or pattern stands for."""
     if name in manager.task_index or _is_file_name(name):
         return [name]
-    found = manager.match_tasks([name]) if set(name) & set("*?[") else []
-    if found:
-        return list(found)
+    if set(name) & set("*?[") and (matches := manager.match_tasks([name])):
+        return list(matches)
     if Path(name).is_dir():
         raise AbreastError(f"'{name}' is a folder; use --include-path and name its tasks")
     near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
@@ -295,7 +345,7 @@ def _loaded(name: str, manager: Any) -> Any:
 
 
 def _is_network(error: Exception) -> bool:
-    """Whether it means that the Hub, or a data set on it, is out of reach."""
+    """Whether the Hub, or a data set on it, is out of reach."""
     from datasets.exceptions import DatasetNotFoundError
 
     top = type(error).__module__.partition(".")[0]
@@ -311,10 +361,9 @@ def _reason(error: BaseException) -> str:
 def _prepare(name: str, task: Any, num_fewshot: int | None, limit: int | None, seed: int) -> str:
     """Make the task's prompts; return the hash of everything in it that a score depends on."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        kind = (
-            "runs code that models write" if getattr(task, "UNSAFE_CODE", False) else "has images"
-        )
-        raise AbreastError(f"task '{name}' {kind}; use lm_eval itself for it")
+        runs_code = getattr(task, "UNSAFE_CODE", False)
+        reason = "runs code that models write" if runs_code else "has images"
+        raise AbreastError(f"task '{name}' {reason}; use lm_eval itself for it")
     # As simple_evaluate does it.
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config("num_fewshot", num_fewshot)
@@ -324,7 +373,7 @@ def _prepare(name: str, task: Any, num_fewshot: int | None, limit: int | None, s
     try:
         task.build_all_requests(limit=limit, rank=0, world_size=1)
         targets = [task.doc_to_target(doc) for _, doc in task.doc_iterator(limit=limit)]
-        content = [task.dump_config(), [each.args for each in task.instances], targets]
+        content = [task.dump_config(), [i.args for i in task.instances], targets]
     except Exception as error:  # templates and Python of the task run here
         raise AbreastError(f"task '{name}' cannot be used: {_reason(error)}") from None
     (content[0].get("metadata") or {}).pop("config_source", None)  # where it lies changes nothing
@@ -353,41 +402,10 @@ def _plan(folder: Path, plan: Plan | str | None) -> Plan | None:
     return Plan.read(plan, num_layers_of(config.get("text_config", config)))
 
 
-def _folder(out: Path, model: Path, plan: Plan | None, settings: dict[str, Any]) -> Path:
-    """The folder of a model's answers, its name made of everything that they depend on."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    identity = {
-        "model": model_hash(model),
-        "tokenizer": {n: sha256_of(model / n) for n in names if (model / n).is_file()},
-        "plan": None if plan is None else plan.shorthand,
-        **settings,
-    }
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    return open_run(out / f"{model.resolve().name}-{key}", "answers", identity)
-
-
-def _model(
-    folder: Path, plan: Plan | None, *, batch_size: int, add_bos: bool | None, **options: Any
-) -> Any:
-    """The harness's own model class around ours."""
-    model, tokenizer = load(folder, plan=plan, **options)
-    if tokenizer is None:
-        raise AbreastError(
-            f"'{folder}' has no tokenizer; copy the original's files into its folder"
-        )
-    with _quiet():
-        wrapped = _harness("models.huggingface").HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos
-        )
-    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        setattr(wrapped, name, functools.partial(getattr(wrapped, name), disable_tqdm=True))
-    return wrapped
-
-
-def _run(
+def _run_task(
     model: Any, name: str, task: Any, tasks: Tasks, step: Step
 ) -> tuple[Answers, list[dict[str, Any]]]:
-    """A model's answers to one task, and what the harness has to say about each item."""
+    """A model's answers to one task, and the harness's record of each item."""
     longest = (task.get_config("generation_kwargs") or {}).get("max_gen_toks", model.max_gen_toks)
     if task.OUTPUT_TYPE == "generate_until" and longest >= model.max_length:
         raise AbreastError(
@@ -399,7 +417,7 @@ def _run(
         task.set_fewshot_seed(seed=FEWSHOT_SEED + tasks.seed)
         # What simple_evaluate calls after setting up the task, which `_prepare` did; it would also
         # run `pip list` each time.
-        found = _harness("evaluator").evaluate(
+        output = _harness("evaluator").evaluate(
             model,
             {"tasks": {name: task}, "groups": {}, "group_map": {}},
             limit=tasks.limit,
@@ -409,43 +427,45 @@ def _run(
     if truncated:
         step(f"{name}: {truncated} items are longer than {model.max_length} tokens and were cut")
     metrics, items = {}, {}
-    for key, value in found["results"][name].items():
+    for key, value in output["results"][name].items():
         metric, _, chosen = key.partition(",")
         if not chosen or metric.endswith("_stderr") or not isinstance(value, float | int):
             continue
-        of_items = [
-            s[metric] for s in found["samples"][name] if s["filter"] == chosen and metric in s
-        ]
         label = metric if chosen == "none" else key
-        items[label] = [_plain(each) for each in of_items]
+        items[label] = [
+            _plain(sample[metric])
+            for sample in output["samples"][name]
+            if sample["filter"] == chosen and metric in sample
+        ]
         metrics[label] = {
             "value": float(value),
             "stderr": metric_stderr(float(value), items[label]),
-            "higher_is_better": bool(found["higher_is_better"][name].get(metric, True)),
+            "higher_is_better": bool(output["higher_is_better"][name].get(metric, True)),
         }
     if not metrics:
         raise AbreastError(f"task '{name}' gives no number; leave it out")
     answers = Answers(str(task.VERSION), _shots(task), truncated, metrics, items)
-    return answers, found["samples"][name]
+    return answers, output["samples"][name]
 
 
 def _truncated(model: Any, task: Any, longest: int) -> int:
-    """How many items' prompts the model cannot hold; the harness cuts their beginning off."""
+    """Number of items whose prompts the model cannot hold; the harness cuts off their beginning."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":  # cut into windows instead
         return 0
-    room = model.max_length - longest if task.OUTPUT_TYPE == "generate_until" else None
-    cut = set()
-    for each in task.instances:
-        text = "".join(part for part in each.args if isinstance(part, str))
-        if len(model.tok_encode(text)) > (model.max_length + 1 if room is None else room):
-            cut.add(each.doc_id)
-    return len(cut)
+    generates = task.OUTPUT_TYPE == "generate_until"
+    room = model.max_length - longest if generates else model.max_length + 1
+    truncated = set()
+    for instance in task.instances:
+        text = "".join(part for part in instance.args if isinstance(part, str))
+        if len(model.tok_encode(text)) > room:
+            truncated.add(instance.doc_id)
+    return len(truncated)
 
 
 def _plain(value: Any) -> Any:
     """Numbers and pairs of numbers as Python's own; anything else as text."""
     if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
+        return [_plain(part) for part in value]
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -457,7 +477,7 @@ def _save(
 ) -> None:
     """One line per item, then the scores, which say that the lines are complete."""
     stem = _stem(name)
-    lines = (json.dumps(each, default=str, ensure_ascii=False) + "\n" for each in samples)
+    lines = (json.dumps(item, default=str, ensure_ascii=False) + "\n" for item in samples)
     write(folder / f"{stem}.jsonl", "".join(lines))
     record = {"task": name, "sha256": fingerprint, "answers": asdict(answers)}
     write(folder / f"{stem}.json", json.dumps(record) + "\n")

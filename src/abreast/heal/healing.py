@@ -45,7 +45,7 @@ from abreast.heal.shard import full
 from abreast.heal.train import Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
 from abreast.plan import Plan
-from abreast.runs import cut, model_hash, open_run, stream_of, to_csv
+from abreast.runs import model_hash, open_run, to_csv, token_stream, whole_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -285,10 +285,10 @@ def _text(
         if method != "refit":
             tokens = max(tokens, recipe.steps * recipe.batch_size * window)
         tokens += _HELD_TOKENS
-    data = stream_of(data, tokenizer, name, max_tokens=tokens, seed=seed)
+    data = token_stream(data, tokenizer, name, max_tokens=tokens, seed=seed)
     size = min(len(data), tokens)
     window = min(window, max(2, size // 8))
-    windows = cut(data, size // window, window, longest=longest, vocabulary=vocabulary)
+    windows = whole_windows(data, size // window, window, longest=longest, vocabulary=vocabulary)
     most = max(1, min(_HELD_TOKENS, _HELD_LOGITS // vocabulary) // window)
     held = max(1, min(most, len(windows) // 10))
     about = {

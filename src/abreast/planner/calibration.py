@@ -1,21 +1,20 @@
-"""One calibration run: what every candidate group costs alone, and what the layers depend on.
+"""One calibration run: the cost of every candidate group alone, and how the layers depend.
 
-A folder holds a run: measure.json says what it rests on, the journal has every plan measured on
-every batch of windows (also those that a search asks for later), geometry.safetensors the
-similarities, stats.safetensors the result. Whatever is on disk is not measured again.
+The run's folder has measure.json (model, text and settings), the journal (every plan measured on
+every batch of windows, those of later searches included), geometry.safetensors (similarities) and
+stats.safetensors (the result). Nothing on disk is measured again.
 
-Candidates are first measured on a part of the text (`screen`); of those that no good plan would use
-the rest is not worth its time, so only the better ones (`keep`) go on to all of it.
+All candidates are measured on a part of the text (`screen`), only the better ones (`keep`) on all
+of it: the others would be in no good plan.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
-from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint, replacing
 from abreast.convert import obstacle
 from abreast.data import CALIBRATION, TokenStream
 from abreast.errors import AbreastError
@@ -39,16 +38,17 @@ from abreast.model import (
     run_programs,
 )
 from abreast.plan import WIRING_NAMES, Group, Plan
-from abreast.planner.front import STATS_FILE, Stats
+from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
 from abreast.planner.objective import KL, Cost, Objective
 from abreast.runs import (
     JOURNAL,
-    cut,
-    gather,
-    model_hash,
+    Journal,
+    check_least,
+    identity_of,
     open_run,
-    stream_of,
-    tokens_hash,
+    read_journal,
+    token_stream,
+    whole_windows,
     window_bytes,
     windows_at_once,
 )
@@ -68,17 +68,35 @@ DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 class Calibration:
     """A model and the windows that its plans are measured on; made by `calibrate`.
 
-    load(): the model, loaded at the first call. tokens: int64 [num_windows, window]. size: windows
-    at once. candidates: the groups to measure.
+    folder: of the run; checkpoint: of the model, named `source` by the user. tokens: int64
+    [num_windows, window]. size: windows at once. candidates: the groups to measure.
     """
 
     folder: Path
-    load: Callable[[], PreTrainedModel]
+    checkpoint: Path
+    source: str
     tokens: np.ndarray
     size: int
     candidates: tuple[Group, ...]
     identity: dict[str, Any]
-    source: str
+    device: str
+    trust_remote_code: bool
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, loaded at first use."""
+        model, _ = load(
+            self.checkpoint,
+            dtype=self.identity["dtype"],
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return model
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens per window: all but the first."""
+        return int(self.tokens.shape[1]) - 1
 
     @property
     def num_layers(self) -> int:
@@ -91,9 +109,9 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Expected:
-    """What a calibration run would take: full forward passes, at most, and bytes held at once.
+    """Cost of a calibration run: full forward passes, at most, and bytes held at once.
 
-    activations: hidden states and logits that are kept; a layer's own working memory comes on top.
+    activations: hidden states and logits that are kept; a layer's working memory comes on top.
     """
 
     candidates: int
@@ -123,18 +141,18 @@ def candidates(
     if not 2 <= max_group <= num_layers:
         raise AbreastError(f"groups of up to {max_group} layers: choose from 2 to {num_layers}")
     family = FAMILIES.get(str(config.get("model_type")))
-    alike = family is not None and family.parallel
+    if family is not None and family.parallel:
+        wirings = ("lp",)
     edge = 0 if force else 1
-    found = []
+    groups = []
     for size in range(2, max_group + 1):
         for first in range(edge, num_layers - size + 1 - edge):
             layers = tuple(range(first, first + size))
-            if obstacle(config, layers) is not None:
-                continue
-            found += [Group.wired(layers, name) for name in (("lp",) if alike else wirings)]
-    if not found:
+            if obstacle(config, layers) is None:
+                groups += [Group.wired(layers, name) for name in wirings]
+    if not groups:
         raise AbreastError("no group of this model can be formed; see `abreast inspect`")
-    return tuple(found)
+    return tuple(groups)
 
 
 def calibrate(
@@ -158,28 +176,28 @@ def calibrate(
     """Read a model's headers and its calibration text, and open folder `out` for a run on them.
 
     model: folder or Hugging Face id of an original of any family that can run grouped. data: a
-    source as for `load_tokens`, or a stream. num_windows: windows of `window` tokens, of which all
-    but the first are scored. max_group, wirings, force: see `candidates`. batch_size: windows at
-    once, fewer where what is kept of them, hidden states and logits, would exceed max_cache_bytes.
+    source as for `load_tokens`, or a stream. num_windows: windows of `window` tokens, all but the
+    first of which are scored. max_group, wirings, force: see `candidates`. batch_size: windows at
+    once, fewer where their hidden states and logits would exceed max_cache_bytes.
 
-    Raises AbreastError for less than MIN_WINDOWS windows of text, a folder with a run on another
-    model, other text or other sizes, or something else, in it, and as `load` and `load_tokens` do.
+    Raises AbreastError for fewer than MIN_WINDOWS windows of text, a folder with a run on another
+    model, other text or sizes, or anything else in it, and as `load` and `load_tokens` do.
     """
-    for label, value, least in (
-        ("the number of windows", num_windows, MIN_WINDOWS),
-        ("the window", window, 2),
-        ("the batch size", batch_size, 1),
-    ):
-        if value < least:
-            raise AbreastError(f"{label} is {value}; give at least {least}")
+    check_least(
+        {
+            "the number of windows": (num_windows, MIN_WINDOWS),
+            "the window": (window, 2),
+            "the batch size": (batch_size, 1),
+        }
+    )
     checkpoint = open_checkpoint(model, revision=revision)
     config = checkpoint.config
     groups = candidates(config, max_group=max_group, wirings=wirings, force=force)
     tokenizer = None
     if not isinstance(data, TokenStream):
         tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    data = stream_of(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
-    tokens = cut(
+    data = token_stream(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
+    tokens = whole_windows(
         data,
         num_windows,
         window,
@@ -191,27 +209,26 @@ def calibrate(
             f"the data gives {len(tokens)} windows of {window} tokens, too few to tell plans "
             f"apart; name a text of at least {MIN_WINDOWS * window} tokens"
         )
-    each = _kept_bytes(checkpoint, window, dtype)
-    size = min(len(tokens), batch_size, windows_at_once(each, max_cache_bytes))
-    identity = {
-        "model": model_hash(checkpoint.folder),
-        "tokens": tokens_hash(tokens),
-        "num_layers": num_layers_of(config),
-        "num_windows": len(tokens),
-        "window": window,
-        "batch": size,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    options: dict[str, Any] = {"device": device, "trust_remote_code": trust_remote_code}
+    window_cache = _window_cache(checkpoint, window, dtype)
+    size = min(len(tokens), batch_size, windows_at_once(window_cache, max_cache_bytes))
+    identity = identity_of(
+        checkpoint.folder,
+        tokens,
+        num_layers=num_layers_of(config),
+        batch=size,
+        seed=seed,
+        dtype=dtype,
+    )
     return Calibration(
         folder=open_run(Path(out), KIND, identity),
-        load=cache(lambda: load(checkpoint.folder, dtype=dtype, **options)[0]),
+        checkpoint=checkpoint.folder,
+        source=str(model),
         tokens=tokens,
         size=size,
         candidates=groups,
         identity=identity,
-        source=str(model),
+        device=device,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -230,29 +247,31 @@ def expect(
     keep: float = KEEP,
     revision: str | None = None,
 ) -> Expected:
-    """What `measure` would take with these arguments, from config and headers, reading no weights.
+    """Cost of `measure` with these arguments, from config and headers, reading no weights.
 
-    full_forwards is an upper limit: as if those candidates were kept that take longest.
+    full_forwards is an upper limit: as if the candidates that take longest were kept.
     """
     checkpoint = open_checkpoint(model, revision=revision)
     config = checkpoint.config
     groups = candidates(config, max_group=max_group, wirings=wirings, force=force)
     num_layers = num_layers_of(config)
-    each = _kept_bytes(checkpoint, window, dtype)
-    size = min(num_windows, batch_size, windows_at_once(each, max_cache_bytes))
+    window_cache = _window_cache(checkpoint, window, dtype)
+    size = min(num_windows, batch_size, windows_at_once(window_cache, max_cache_bytes))
     batches = math.ceil(num_windows / size)
-    part = _screening(batches, screen) / batches
-    alone = [num_layers - group.layers[0] for group in groups]
-    places = sorted((num_layers - layers[0] for layers in {g.layers for g in groups}), reverse=True)
-    kept = places[: math.ceil(keep * len(places))]
+    share = _num_screened(batches, screen) / batches
+    # A candidate shares the layers before it with the original.
+    screened = sum(num_layers - group.layers[0] for group in groups)
+    stretches = {group.layers for group in groups}
+    longest_first = sorted((num_layers - layers[0] for layers in stretches), reverse=True)
+    measured = sum(longest_first[: math.ceil(keep * len(stretches))])
     dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
-    layers = 2 * num_layers + dependency + part * sum(alone) + (1 - part) * sum(kept)
+    layers_run = 2 * num_layers + dependency + share * screened + (1 - share) * measured
     return Expected(
         candidates=len(groups),
-        full_forwards=layers / num_layers,
+        full_forwards=layers_run / num_layers,
         weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        * _dtype_of(checkpoint, dtype).itemsize,
-        activations=size * each,
+        * _loaded_dtype(checkpoint, dtype).itemsize,
+        activations=size * window_cache,
     )
 
 
@@ -263,52 +282,53 @@ def score(
     batches: Iterable[int] | None = None,
     progress: Progress | None = None,
 ) -> list[Cost]:
-    """What each plan costs on the calibration text, or on some of its batches.
+    """The cost of each plan on the calibration text, or on some of its batches.
 
-    What the journal has is not run again; everything else is on disk before the next is run.
+    Nothing in the journal is run again; every evaluation is on disk before the next one runs.
     progress: called with (evaluations done, in all), one being a plan on a batch. Raises
     AbreastError where a model's logits are not finite.
     """
-    original = _program(Plan(num_layers=calibration.num_layers))
     programs = [_program(plan) for plan in plans]
     chosen = list(calibration.batches if batches is None else batches)
-    done = gather(calibration.folder)
+    lines = read_journal(calibration.folder)
     todo = {
-        batch: [p for p in dict.fromkeys(programs) if (name_of(p), batch) not in done]
+        batch: [p for p in dict.fromkeys(programs) if (name_of(p), batch) not in lines]
         for batch in chosen
     }
     total = len(chosen) * len(set(programs))
     finished = total - sum(map(len, todo.values()))
     with open(calibration.folder / JOURNAL.format(0), "a", encoding="utf-8") as journal:
-        for batch, wanted in todo.items():
-            if not wanted:
-                continue
-            ids = torch.from_numpy(calibration.tokens[batch * calibration.size :])
-            runs = run_programs(
-                calibration.load(), ids[: calibration.size], wanted, reference=original
-            )
-            spent = 0
-            for program, sums, evaluated in runs:
-                if not np.isfinite(sums).all():
-                    raise AbreastError(
-                        f"the model gives logits that are not finite (plan '{name_of(program)}'); "
-                        "use --dtype bfloat16 or float32, or check its weights"
-                    )
-                spent += evaluated
-                if program == original:
-                    continue  # what it took is put down to the program after it
-                line = {"program": name_of(program), "batch": batch, "evaluated": spent}
-                done[name_of(program), batch] = {**line, "sums": sums.tolist()}
-                journal.write(json.dumps(done[name_of(program), batch]) + "\n")
+        for batch, missing in todo.items():
+            for line in _evaluate(calibration, batch, missing) if missing else ():
+                lines[line["program"], batch] = line
+                journal.write(json.dumps(line) + "\n")
                 journal.flush()
-                spent = 0
                 finished += 1
                 if progress is not None:
                     progress(finished, total)
-    return [
-        _cost([done[name_of(program), batch]["sums"] for batch in chosen], calibration)
-        for program in programs
-    ]
+    return [_cost(_sums(lines, program, chosen), calibration.scored) for program in programs]
+
+
+def _evaluate(
+    calibration: Calibration, batch: int, programs: Sequence[Program]
+) -> Iterator[dict[str, Any]]:
+    """Run programs on a batch; yield the journal's line of each."""
+    original = _program(Plan(num_layers=calibration.num_layers))
+    ids = torch.from_numpy(calibration.tokens[batch * calibration.size :][: calibration.size])
+    layers_run = 0
+    for program, sums, evaluated in run_programs(
+        calibration.model, ids, programs, reference=original
+    ):
+        name = name_of(program)
+        if not np.isfinite(sums).all():
+            raise AbreastError(
+                f"the model gives logits that are not finite (plan '{name}'); "
+                "use --dtype bfloat16 or float32, or check its weights"
+            )
+        layers_run += evaluated
+        if program != original:  # whose layers count as run for the program after it
+            yield {"program": name, "batch": batch, "evaluated": layers_run, "sums": sums.tolist()}
+            layers_run = 0
 
 
 def measure(
@@ -322,80 +342,95 @@ def measure(
     """Measure every candidate alone and how layers depend on each other; write stats.safetensors.
 
     screen: share of the batches that every candidate is measured on. keep: share of the stretches
-    of layers that go on to the rest, those whose best wiring costs least; of the wirings of one
-    stretch only that one does. Both 1: everything is measured on everything. progress: as for
-    `score`, of the step at hand. Raises as `score`.
+    of layers whose best wiring is then measured on the other batches: those best by the objective.
+    Both 1: everything is measured on everything. progress: as for `score`, of the current step.
+    Raises as `score`.
     """
     if not (0 < screen <= 1 and 0 < keep <= 1):
         raise AbreastError(
             f"screen and keep are shares, not {screen} and {keep}; use {SCREEN} and {KEEP}"
         )
-    geometry = _geometry(calibration)
-    alone = [_alone(group, calibration) for group in calibration.candidates]
-    screened = calibration.batches[: _screening(len(calibration.batches), screen)]
-    part = score(calibration, alone, batches=screened, progress=progress)
-    costs = dict(zip(calibration.candidates, part, strict=True))
-    chosen = _promising(costs, keep, objective)
-    whole = score(calibration, [_alone(group, calibration) for group in chosen], progress=progress)
-    costs |= zip(chosen, whole, strict=True)
-    done = gather(calibration.folder)
-    name = name_of(_program(_alone(chosen[0], calibration)))
-    nll = np.concatenate([done[name, batch]["sums"] for batch in calibration.batches])[:, 1]
+    arrays = _geometry(calibration)
+    num_layers, batches = calibration.num_layers, calibration.batches
+    alone = {
+        group: Plan(num_layers=num_layers, groups=(group,)) for group in calibration.candidates
+    }
+    screened = batches[: _num_screened(len(batches), screen)]
+    part = score(calibration, [*alone.values()], batches=screened, progress=progress)
+    costs = dict(zip(alone, part, strict=True))
+    promising = _promising(costs, keep, objective)
+    plans = [alone[group] for group in promising]
+    costs |= zip(promising, score(calibration, plans, progress=progress), strict=True)
+    original_nll = _sums(read_journal(calibration.folder), _program(plans[0]), batches)[:, 1]
     stats = Stats(
         identity=calibration.identity,
         source=calibration.source,
-        num_layers=calibration.num_layers,
-        loss=float(nll.mean()) / (calibration.tokens.shape[1] - 1),
+        num_layers=num_layers,
+        loss=float(original_nll.mean()) / calibration.scored,
         groups=costs,
-        **{name: geometry[name] for name in ("similarity", "angular", "influence", "dependency")},
-        full_forwards=sum(spent(calibration).values()),
+        full_forwards=sum(full_forwards(calibration).values()),
+        **{name: arrays[name] for name in GEOMETRY_ARRAYS},
     )
     stats.check()
     stats.save(calibration.folder / STATS_FILE)
     return stats
 
 
+def saved_or_measured(
+    calibration: Calibration,
+    *,
+    screen: float = SCREEN,
+    keep: float = KEEP,
+    objective: Objective = KL,
+    step: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> Stats:
+    """The statistics on disk where they cover the candidates, else as `measure` with these."""
+    path = calibration.folder / STATS_FILE
+    if path.is_file():
+        stats = Stats.load(path)
+        if set(calibration.candidates) <= set(stats.groups):
+            return stats
+    step(f"measure {len(calibration.candidates)} groups alone")
+    return measure(calibration, screen=screen, keep=keep, objective=objective, progress=progress)
+
+
 def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
-    """What `first` costs more than `second`, both measured before; errors paired over windows."""
-    done = gather(calibration.folder)
-    sums = [
-        np.concatenate([done[name_of(_program(plan)), b]["sums"] for b in calibration.batches])
-        for plan in (first, second)
-    ]
-    counts = np.full(len(sums[0]), calibration.tokens.shape[1] - 1)
-    kl, kl_stderr = ratio_of_means(sums[0][:, 2] - sums[1][:, 2], counts)
-    loss, loss_stderr = ratio_of_means(sums[0][:, 0] - sums[1][:, 0], counts)
-    return Cost(kl, kl_stderr, loss, loss_stderr, int(counts.sum()))
+    """Cost of `first` over `second`, both measured before; errors paired over windows."""
+    lines = read_journal(calibration.folder)
+    one, two = (_sums(lines, _program(plan), calibration.batches) for plan in (first, second))
+    return _cost(np.stack([one[:, 0], two[:, 0], one[:, 2] - two[:, 2]], 1), calibration.scored)
 
 
-def spent(calibration: Calibration) -> dict[int, float]:
-    """What the run has taken so far, in full forward passes over the calibration text, by depth.
+def full_forwards(calibration: Calibration) -> dict[int, float]:
+    """Cost of the run so far, in full forward passes over the calibration text, by depth.
 
-    Candidates alone count at the depth they give; what `Stats` has beside them at the full depth.
+    Candidates alone count at their depth; what `Stats` has besides them at the full depth.
     """
     path = calibration.folder / GEOMETRY
     layers = {calibration.num_layers: load_file(path)["layers"].item() if path.is_file() else 0.0}
-    for (program, _), line in gather(calibration.folder).items():
+    for (program, _), line in read_journal(calibration.folder).items():
         depth = len(program.split())
         layers[depth] = layers.get(depth, 0.0) + line["evaluated"] * len(line["sums"])
-    each = calibration.num_layers * len(calibration.tokens)
-    return {depth: total / each for depth, total in sorted(layers.items(), reverse=True)}
+    full = calibration.num_layers * len(calibration.tokens)
+    return {depth: total / full for depth, total in sorted(layers.items(), reverse=True)}
 
 
-def _dtype_of(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+def _loaded_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype that a model is loaded in."""
     if dtype != "auto":
         return named_dtype(dtype)
     return max((DTYPES[t.dtype] for t in checkpoint.tensors.values()), key=lambda d: d.itemsize)
 
 
-def _kept_bytes(checkpoint: Checkpoint, window: int, dtype: str) -> int:
-    config, itemsize = checkpoint.config, _dtype_of(checkpoint, dtype).itemsize
+def _window_cache(checkpoint: Checkpoint, window: int, dtype: str) -> int:
+    """Bytes of the states and logits kept of one window."""
+    config, itemsize = checkpoint.config, _loaded_dtype(checkpoint, dtype).itemsize
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
     return window_bytes(window, num_layers_of(config), hidden, itemsize, vocabulary)
 
 
-def _screening(batches: int, screen: float) -> int:
+def _num_screened(batches: int, screen: float) -> int:
     return max(1, math.ceil(batches * screen))
 
 
@@ -415,31 +450,31 @@ def _promising(costs: dict[Group, Cost], keep: float, objective: Objective) -> l
     return [group for group in costs if group in chosen]
 
 
-def _alone(group: Group, calibration: Calibration) -> Plan:
-    return Plan(num_layers=calibration.num_layers, groups=(group,))
-
-
 def _program(plan: Plan) -> Program:
     return tuple(plan.group_of(stage) or stage[0] for stage in plan.stages)
 
 
-def _cost(batches: Sequence[list[list[float]]], calibration: Calibration) -> Cost:
-    """From the `token_scores` sums of each batch's windows."""
-    sums = np.concatenate([np.asarray(batch) for batch in batches])
-    counts = np.full(len(sums), calibration.tokens.shape[1] - 1)
+def _sums(lines: Journal, program: Program, batches: Iterable[int]) -> np.ndarray:
+    """`token_scores` summed per window, shape [num_windows, 4]."""
+    name = name_of(program)
+    return np.concatenate([np.asarray(lines[name, batch]["sums"]) for batch in batches])
+
+
+def _cost(sums: np.ndarray, scored: int) -> Cost:
+    """From sums per window: columns nll, the original's nll, KL."""
+    counts = np.full(len(sums), scored)
     kl, kl_stderr = ratio_of_means(sums[:, 2], counts)
     loss, loss_stderr = ratio_of_means(sums[:, 0] - sums[:, 1], counts)
     return Cost(kl, kl_stderr, loss, loss_stderr, int(counts.sum()))
 
 
 def _geometry(calibration: Calibration) -> dict[str, np.ndarray]:
-    """What `geometry` finds, kept in the folder once found."""
+    """Arrays of `geometry`, kept in the folder once computed."""
     path = calibration.folder / GEOMETRY
     if path.is_file():
         return dict(load_file(path))
     few = math.ceil(len(calibration.tokens) / DEPENDENCY_SHARE)
-    found = geometry(calibration.load(), calibration.tokens, calibration.size, few)
-    staging = path.with_name(f".{path.name}.new")
-    save_file(found, staging)
-    os.replace(staging, path)
-    return found
+    arrays = geometry(calibration.model, calibration.tokens, calibration.size, few)
+    with replacing(path) as staging:
+        save_file(arrays, staging)
+    return arrays

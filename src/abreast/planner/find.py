@@ -1,4 +1,4 @@
-"""From a budget to a plan: measure, search, choose; what other ways would have chosen."""
+"""From a budget to a plan: measure, search, choose, compare with published methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import read_json, resolve, write
 from abreast.convert import convert
@@ -15,14 +15,19 @@ from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, num_layers_of
 from abreast.model import decoder_layers, load
 from abreast.plan import Group, Plan
-from abreast.planner.calibration import KEEP, SCREEN, Calibration, measure, score, spent
+from abreast.planner.calibration import (
+    KEEP,
+    SCREEN,
+    Calibration,
+    full_forwards,
+    saved_or_measured,
+    score,
+)
 from abreast.planner.front import (
     FRONT_FILE,
-    STATS_FILE,
     Budget,
     Front,
     Profile,
-    Stats,
     kind_of,
     reasons,
     unreachable,
@@ -40,6 +45,10 @@ from abreast.planner.search import (
 )
 from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROFILED_TOKENS = 16  # decoded per round of a profile
 Step = Callable[[str], None]
 Progress = Callable[[int, int], None]
 Series = Mapping[str, Mapping[Plan, Cost]]
@@ -47,9 +56,9 @@ Series = Mapping[str, Mapping[Plan, Cost]]
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan that a budget bought. expected: its cost on the calibration text.
+    """The plan chosen within a budget. expected: its cost on the calibration text.
 
-    others: the next best plans of its depth, as many as were asked for.
+    others: the next best plans of its depth, as many as requested.
     """
 
     plan: Plan
@@ -81,11 +90,11 @@ class Planned:
 def check_depth(calibration: Calibration, depth: int | None) -> int:
     """The least depth that the candidate groups allow.
 
-    Raises AbreastError where `depth` is none that they give, naming the nearest. Measures nothing.
+    Raises AbreastError where they do not allow `depth`, naming the nearest. Measures nothing.
     """
     num_layers = calibration.num_layers
     free = dict.fromkeys(calibration.candidates, 0.0)
-    depths = [each for each in additive(num_layers, free) if each < num_layers]
+    depths = [reached for reached in additive(num_layers, free) if reached < num_layers]
     if depth is not None and depth not in depths:
         raise AbreastError(unreachable(depth, num_layers, depths))
     return min(depths)
@@ -109,38 +118,40 @@ def find_plan(
     """Measure what has not been measured, search as deep as the budget goes, choose.
 
     out: the run folder; front.json there gets every plan measured. best: how many plans to return,
-    the best and the next ones of its depth. per_group: plans measured per
-    group at each depth; 0 measures the additive optima only. screen, keep: as for `measure`. What
-    the calibration's journal has is not measured again, so another budget takes seconds where the
-    first search went deep enough. Raises AbreastError for a budget that no plan meets, naming the
-    nearest.
+    the best and the next ones of its depth. per_group: plans measured per group at each depth; 0
+    measures the additive optima only. screen, keep: as for `measure`. objective: what candidates
+    and plans are ranked by. Nothing in the calibration's journal is measured again, so another
+    budget takes seconds where the first search went deep enough. Raises AbreastError for a budget
+    that no plan meets, naming the nearest.
     """
     deepest = check_depth(calibration, budget.depth)
     num_layers = calibration.num_layers
-    stats = _stats(calibration, screen, keep, objective, step, progress)
+    stats = saved_or_measured(
+        calibration, screen=screen, keep=keep, objective=objective, step=step, progress=progress
+    )
     costs = {group: objective.value(stats.groups[group]) for group in calibration.candidates}
     plans: dict[Plan, Cost] = {}
 
-    def measured(wanted: Sequence[Plan]) -> list[float]:
-        found = score(calibration, wanted, progress=progress)
-        plans.update(zip(wanted, found, strict=True))
-        return [objective.value(cost) for cost in found]
+    def measured_values(batch: Sequence[Plan]) -> list[float]:
+        measured = score(calibration, batch, progress=progress)
+        plans.update(zip(batch, measured, strict=True))
+        return [objective.value(cost) for cost in measured]
 
-    for depth, found in refine(
+    for depth, values in refine(
         num_layers,
         costs,
-        measured,
+        measured_values,
         least_depth=budget.depth or deepest,
         per_group=per_group,
         beam=beam,
     ):
         step(
-            f"depth {depth}: {objective.name} {min(found.values()):.5f}, "
-            f"the best of {len(found)} plans"
+            f"depth {depth}: {objective.name} {min(values.values()):.5f}, "
+            f"the best of {len(values)} plans"
         )
-        if budget.exhausted({plan: plans[plan] for plan in found}, profile):
+        if budget.exhausted({plan: plans[plan] for plan in values}, profile):
             break
-    front = Front(stats, plans, spent(calibration), objective)
+    front = Front(stats, plans, full_forwards(calibration), objective)
     write(Path(out) / FRONT_FILE, json.dumps(front.to_dict(), indent=1) + "\n")
     chosen, *others = front.choose(budget, profile, best=best)
     return Planned(chosen, tuple(others), front.plans[chosen], front, profile)
@@ -154,12 +165,11 @@ def baselines(
     seed: int,
     progress: Progress | None = None,
 ) -> Series:
-    """What the best plan of each depth costs on other text, and what the published ways would.
+    """Cost on other text of the best plan of each depth, and of what published methods choose.
 
-    Written to out/baselines.json as well.
-
-    They choose among the same groups: "contiguous" is the best start of all (arXiv 2502.02790),
+    All choose among the same groups: "contiguous" is the best start of all (arXiv 2502.02790),
     judged on this very text; "similarity" CQIL's (arXiv 2404.06709), "angular" arXiv 2403.17887's.
+    Also written to out/baselines.json.
     """
     front, stats = planned.front, planned.front.stats
     value = front.objective.value
@@ -213,28 +223,18 @@ def profile_here(
 ) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
     path = Path(out) / "profile.json"
-    rests_on = {
-        "kinds": sorted({kind_of(group) for group in groups}),
-        **{"dtype": dtype, "device": device, "rounds": rounds, "context": context, "seed": seed},
-    }
-    found = read_json(path) if path.is_file() else {}
-    if found.get("rests_on") != rests_on:
+    settings = ProfileSettings(dtype, device, rounds, context, seed)
+    rests_on = {"kinds": sorted({kind_of(group) for group in groups}), **asdict(settings)}
+    record = read_json(path) if path.is_file() else {}
+    if record.get("rests_on") != rests_on:
         step("time each kind of stage")
+        folder, _ = resolve(model, revision=revision)
         profile = measured_profile(
-            model,
-            groups,
-            Path(out),
-            dtype=dtype,
-            device=device,
-            rounds=rounds,
-            context=context,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            seed=seed,
+            folder, groups, Path(out), settings, trust_remote_code=trust_remote_code
         )
-        found = {"rests_on": rests_on, "profile": asdict(profile)}
-        write(path, json.dumps(found, indent=1) + "\n")
-    return Profile(**found["profile"])
+        record = {"rests_on": rests_on, "profile": asdict(profile)}
+        write(path, json.dumps(record, indent=1) + "\n")
+    return Profile(**record["profile"])
 
 
 def estimated_profile(
@@ -246,7 +246,7 @@ def estimated_profile(
     context: int = 1024,
     revision: str | None = None,
 ) -> Profile:
-    """Seconds of decoding per kind of stage on hardware that is not here (see estimate.py).
+    """Predicted seconds of decoding per kind of stage on other hardware (see `estimate`).
 
     hardware: a name such as "2xA100-NVLink". Raises AbreastError for one that is not known.
     """
@@ -262,78 +262,86 @@ def estimated_profile(
     )
 
 
+@dataclass(frozen=True)
+class ProfileSettings:
+    """How decoding is timed for a profile; context in tokens."""
+
+    dtype: str
+    device: str
+    rounds: int
+    context: int
+    seed: int
+
+
 def measured_profile(
-    model: str | Path,
+    folder: Path,
     groups: Sequence[Group],
     work: Path,
+    settings: ProfileSettings,
     *,
-    dtype: str,
-    device: str,
-    rounds: int,
-    context: int,
-    seed: int,
-    revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Profile:
     """Time decoding here and solve for the seconds per kind of stage.
 
     Timed in turn: the model, the model with half of its layers, and for each kind among `groups` a
     conversion (grouped in memory for families that cannot be converted) with as many groups of that
-    kind as fit one after another. Raises AbreastError as `convert`, `load` and `bench` do.
+    kind as fit one after another. work: folder for the conversions. Raises AbreastError as
+    `convert`, `load` and `bench` do.
     """
-    folder, _ = resolve(model, revision=revision)
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
-    options["trust_remote_code"] = trust_remote_code
-    whole, _ = load(folder, **options)
-    half, _ = load(folder, **options)
-    layers = decoder_layers(half)
-    count = len(layers)
-    kept = count // 2
-    del layers[kept:]
-    models = {"whole": whole, "half": half}
-    kinds: dict[str, Plan] = {}
-    for group in groups:
-        taken = kinds.get(kind_of(group), Plan(num_layers=count))
-        if not taken.groups or taken.groups[-1].layers[-1] < group.layers[0]:
-            kinds[kind_of(group)] = Plan(num_layers=count, groups=(*taken.groups, group))
+
+    def loaded(checkpoint: Path, plan: Plan | None = None) -> PreTrainedModel:
+        model, _ = load(
+            checkpoint,
+            plan=plan,
+            dtype=settings.dtype,
+            device=settings.device,
+            trust_remote_code=trust_remote_code,
+        )
+        return model
+
+    models = {"whole": loaded(folder), "half": loaded(folder)}
+    layers = decoder_layers(models["half"])
+    count, half = len(layers), len(layers) // 2
+    del layers[half:]
+    plans = _plans_by_kind(groups, count)
     with tempfile.TemporaryDirectory(dir=work) as staging:
-        for place, (kind, plan) in enumerate(kinds.items()):
-            target = Path(staging) / str(place)
-            if whole.config.model_type in CONVERTIBLE:
+        for number, (kind, plan) in enumerate(plans.items()):
+            if models["whole"].config.model_type in CONVERTIBLE:
+                target = Path(staging) / str(number)
                 convert(folder, plan, target, force=True)
-                models[kind], _ = load(target, **options)
+                models[kind] = loaded(target)
             else:
-                models[kind], _ = load(folder, plan=plan, **options)
-        sizes: dict[str, Any] = {"context": context, "new_tokens": 16, "seed": seed}
-        timed = bench(models, task="decode", rounds=rounds, **sizes).timings
-    seconds = {name: timing.median / 16 for name, timing in timed.items()}
-    single = (seconds["whole"] - seconds["half"]) / (count - kept)
+                models[kind] = loaded(folder, plan)
+        timings = bench(
+            models,
+            task="decode",
+            rounds=settings.rounds,
+            context=settings.context,
+            new_tokens=PROFILED_TOKENS,
+            seed=settings.seed,
+        ).timings
+    seconds = {name: timing.median / PROFILED_TOKENS for name, timing in timings.items()}
+    single = (seconds["whole"] - seconds["half"]) / (count - half)
     rest = max(0.0, seconds["whole"] - count * single)
     return Profile(
-        about=f"decode at context {context}, {dtype}, {device}, median of {rounds} rounds",
+        about=f"decode at context {settings.context}, {settings.dtype}, {settings.device}, "
+        f"median of {settings.rounds} rounds",
         single=single,
         groups={
             kind: (seconds[kind] - rest - (plan.depth - len(plan.groups)) * single)
             / len(plan.groups)
-            for kind, plan in kinds.items()
+            for kind, plan in plans.items()
         },
         rest=rest,
     )
 
 
-def _stats(
-    calibration: Calibration,
-    screen: float,
-    keep: float,
-    objective: Objective,
-    step: Step,
-    progress: Progress | None,
-) -> Stats:
-    """The statistics on disk where they are of these candidates, else measured now."""
-    path = calibration.folder / STATS_FILE
-    if path.is_file():
-        stats = Stats.load(path)
-        if set(calibration.candidates) <= set(stats.groups):
-            return stats
-    step(f"measure {len(calibration.candidates)} groups alone")
-    return measure(calibration, screen=screen, keep=keep, objective=objective, progress=progress)
+def _plans_by_kind(groups: Sequence[Group], num_layers: int) -> dict[str, Plan]:
+    """For each kind of group, a plan with as many of them as fit one after another."""
+    plans: dict[str, Plan] = {}
+    for group in groups:
+        plan = plans.get(kind_of(group), Plan(num_layers=num_layers))
+        if not plan.groups or plan.groups[-1].layers[-1] < group.layers[0]:
+            longer = Plan(num_layers=num_layers, groups=(*plan.groups, group))
+            plans[kind_of(group)] = longer
+    return plans

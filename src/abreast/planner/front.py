@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from abreast.checkpoint import replacing
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
 from abreast.planner.objective import KL, Cost, Objective
@@ -74,10 +74,8 @@ class Stats:
             for name in _COST_ARRAYS
         }
         arrays |= {name: np.ascontiguousarray(getattr(self, name)) for name in GEOMETRY_ARRAYS}
-        path = Path(path)
-        staging = path.with_name(f".{path.name}.new")
-        save_file(arrays, staging, metadata={_METADATA_KEY: json.dumps(header)})
-        os.replace(staging, path)
+        with replacing(Path(path)) as staging:
+            save_file(arrays, staging, metadata={_METADATA_KEY: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Stats:

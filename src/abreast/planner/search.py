@@ -1,16 +1,17 @@
-"""From costs to plans: exact on costs that add up, then refined on costs that are measured.
+"""From costs to plans: exact for additive costs, then refined on measured costs.
 
-A *candidate* is a group and what forming it alone costs. Were costs additive, the best plan of
-every depth would follow from dynamic programming over disjoint groups. They are not: what several
-groups cost together is more, or less, than their sum. So the additive optimum is one starting point
-of a search that measures whole plans, the papers' contiguous stretches are others, and the best
-plan of a lesser depth with one more group is a third.
+A *candidate* is a group with the cost of forming it alone. Were costs additive, the best plan of
+every depth would follow from dynamic programming over disjoint groups. They are not: several groups
+together cost more, or less, than their sum. So the search measures whole plans, starting from the
+additive optimum, the papers' contiguous stretches, and the best plans found so far with one more
+group.
 
-Knows no torch: whoever calls gives the costs and a function that measures plans.
+Knows no torch: the caller passes the costs and a function that measures plans.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,18 +40,18 @@ def additive(num_layers: int, costs: Costs, *, best: int = 1) -> dict[int, list[
     for group in costs:
         ending.setdefault(group.layers[-1] + 1, []).append(group)
     reached: list[dict[int, list[tuple[float, Groups]]]] = [{0: [(0.0, ())]}]
-    for place in range(1, num_layers + 1):
-        ways: dict[int, list[tuple[float, Groups]]] = {}
-        for stages, found in reached[place - 1].items():
-            ways.setdefault(stages + 1, []).extend(found)
-        for group in ending.get(place, []):
-            for stages, found in reached[group.layers[0]].items():
-                longer = [(cost + costs[group], (*groups, group)) for cost, groups in found]
-                ways.setdefault(stages + 1, []).extend(longer)
-        reached.append({stages: sorted(w, key=_way)[:best] for stages, w in ways.items()})
+    for layer in range(1, num_layers + 1):
+        paths: dict[int, list[tuple[float, Groups]]] = {}
+        for stages, shorter in reached[layer - 1].items():
+            paths.setdefault(stages + 1, []).extend(shorter)
+        for group in ending.get(layer, []):
+            for stages, shorter in reached[group.layers[0]].items():
+                longer = [(cost + costs[group], (*groups, group)) for cost, groups in shorter]
+                paths.setdefault(stages + 1, []).extend(longer)
+        reached.append({stages: sorted(p, key=_path_rank)[:best] for stages, p in paths.items()})
     return {
-        depth: [_plan(num_layers, groups) for _, groups in found]
-        for depth, found in sorted(reached[-1].items(), reverse=True)
+        depth: [_plan(num_layers, groups) for _, groups in paths]
+        for depth, paths in sorted(reached[-1].items(), reverse=True)
     }
 
 
@@ -65,11 +66,11 @@ def refine(
 ) -> Iterator[tuple[int, dict[Plan, float]]]:
     """Measure plans of one depth after another, down to least_depth; yield (depth, their costs).
 
-    score(plans) measures the cost of each; for each depth it is asked for at most per_group plans
-    per group. First come starting points: the additive optima, contiguous stretches of equal
-    groups, and the `beam` best plans of the depth before with one more group; then `neighbours` of
-    the `beam` best. Those come first that `predict` expects to cost least, relative to the measured
-    cost of the plan they come from. Deterministic: ties are broken by shorthand.
+    score(plans) measures the cost of each, of at most per_group plans per group at each depth.
+    First come starting points: the additive optima, contiguous stretches of equal groups, and the
+    `beam` best plans of the previous depth with one more group; then `neighbours` of the `beam`
+    best. The order is by cost as `predict` expects it, corrected by the measured cost of the plan
+    that they come from. Deterministic: ties are broken by shorthand.
     """
     optima = additive(num_layers, costs, best=beam)
     measured: dict[Plan, float] = {}
@@ -77,29 +78,29 @@ def refine(
     for depth in sorted((d for d in optima if least_depth <= d < num_layers), reverse=True):
         budget = max(1, per_group * len(optima[depth][0].groups))
         at_depth: dict[Plan, float] = {}
-        alike = interactions(measured, costs)
-        wanted = _starts(costs, alike, depth, optima[depth], parents)[: -(-budget // 2)]
-        while wanted:
-            at_depth |= zip(wanted, score(wanted), strict=True)
+        coupling = interactions(measured, costs)
+        batch = _starts(costs, coupling, depth, optima[depth], parents)[: -(-budget // 2)]
+        while batch:
+            at_depth |= zip(batch, score(batch), strict=True)
             measured |= at_depth
-            alike = interactions(measured, costs)
+            coupling = interactions(measured, costs)
             parents = dict(sorted(at_depth.items(), key=_rank)[:beam])
             moves = [(plan, near) for plan in parents for near in neighbours(plan, costs)]
-            chances = _ranked(moves, parents, costs, alike)
+            ranked = _ranked(moves, parents, costs, coupling)
             room = min(max(CHUNK, budget // 4), budget - len(at_depth))
-            wanted = [plan for plan in chances if plan not in at_depth][: max(0, room)]
+            batch = [plan for plan in ranked if plan not in at_depth][: max(0, room)]
         yield depth, at_depth
 
 
-def predict(plan: Plan, costs: Costs, alike: np.ndarray) -> float:
-    """What a plan is expected to cost: c_i of its groups, and what any two do to each other.
+def predict(plan: Plan, costs: Costs, coupling: np.ndarray) -> float:
+    """Expected cost of a plan: the c_i of its groups, and the interaction of every two.
 
     To second order, the KL divergence of a small change d of the logits is a quadratic form in d.
     If groups i and j alone change them by d_i and d_j, both together cost
-    c_i + c_j + 2 rho sqrt(c_i c_j) with a correlation rho. It is taken to depend on nothing but the
-    number of layers between the two; alike: 2 rho for each of GAPS.
+    c_i + c_j + 2 rho sqrt(c_i c_j) with a correlation rho, which is taken to depend on the number
+    of layers between the two only. coupling: 2 rho for each of GAPS.
     """
-    return total(plan, costs) + float(_couplings(plan, costs) @ alike)
+    return total(plan, costs) + float(_couplings(plan, costs) @ coupling)
 
 
 def interactions(measured: Mapping[Plan, float], costs: Costs) -> np.ndarray:
@@ -113,38 +114,39 @@ def interactions(measured: Mapping[Plan, float], costs: Costs) -> np.ndarray:
     if not rows:
         return np.zeros(len(GAPS))
     x, y = np.array(rows), np.array(excess)
-    found = np.linalg.solve(x.T @ x + RIDGE * np.eye(len(GAPS)), x.T @ y)
-    return np.asarray(found)
+    return np.asarray(np.linalg.solve(x.T @ x + RIDGE * np.eye(len(GAPS)), x.T @ y))
 
 
 def neighbours(plan: Plan, costs: Costs) -> set[Plan]:
     """Plans of the same depth that differ from `plan` by one move, with known groups only.
 
-    The moves: put one stage, layer or group, in another place, the stages between shifting over;
-    take a layer from one group and give it to another stage; wire one group otherwise.
+    The moves: put one stage, layer or group, elsewhere, the stages between shifting over; move a
+    layer from one group to another stage; wire one group differently.
     """
     kinds = {_kind(group) for group in costs}
     stages = [(1, "", 0) if (g := plan.group_of(s)) is None else _kind(g) for s in plan.stages]
-    found: list[list[Kind]] = []
-    places = range(len(stages))
-    for here in places:
+    changed: list[list[Kind]] = []
+    indices = range(len(stages))
+    for here in indices:
         rest = stages[:here] + stages[here + 1 :]
-        found += [[*rest[:there], stages[here], *rest[there:]] for there in places if there != here]
+        changed += [
+            [*rest[:there], stages[here], *rest[there:]] for there in indices if there != here
+        ]
         same_size = [kind for kind in kinds if kind[0] == stages[here][0]]
-        found += [[*stages[:here], kind, *stages[here + 1 :]] for kind in same_size]
-        for there in places:
+        changed += [[*stages[:here], kind, *stages[here + 1 :]] for kind in same_size]
+        for there in indices:
             if here != there and stages[here][0] > 1:
-                found += _handed_over(stages, here, there, kinds)
-    plans = (_from_stages(plan.num_layers, each, costs) for each in found)
+                changed += _layer_moved(stages, here, there, kinds)
+    plans = {_from_stages(plan.num_layers, variant, costs) for variant in changed}
     return {near for near in plans if near is not None and near != plan}
 
 
 def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
-    """Every stretch of equal groups, one after another, that gives this depth with known groups.
+    """Every run of adjacent equal candidates that gives this depth.
 
     With pairs wired lp these are the plans of Layer Parallelism (arXiv 2502.02790), one per start.
     """
-    found = []
+    plans = []
     for size, wiring, bypass in sorted({_kind(group) for group in costs}):
         count, left = divmod(num_layers - depth, size - 1)
         if left or not count:
@@ -154,16 +156,15 @@ def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
             stages += [(1, "", 0)] * (num_layers - start - count * size)
             plan = _from_stages(num_layers, stages, costs)
             if plan is not None:
-                found.append(plan)
-    return found
+                plans.append(plan)
+    return plans
 
 
 def by_similarity(similarity: np.ndarray, depth: int, costs: Costs) -> Plan | None:
     """CQIL's grouping: the disjoint groups whose members' inputs are most alike.
 
-    arXiv 2404.06709, section 3.1. similarity: [L + 1, L + 1]. Of the candidates those are taken
-    whose adjacent members' inputs have the highest summed cosine similarity; None where the depth
-    cannot be reached.
+    arXiv 2404.06709, section 3.1. similarity: [L + 1, L + 1]. Maximises the summed cosine
+    similarity of adjacent members' inputs; None where the depth cannot be reached.
     """
     return _best(
         {
@@ -191,7 +192,11 @@ def by_angle(angular: np.ndarray, depth: int, costs: Costs) -> Plan | None:
 def at_random(num_layers: int, depth: int, costs: Costs, seed: int) -> Plan | None:
     """A plan of this depth drawn at random; None where it cannot be reached."""
     draw = random.Random(f"{seed} {depth}")
-    return _best({g: draw.random() for g in sorted(costs, key=_name)}, num_layers, depth)
+    return _best(
+        {g: draw.random() for g in sorted(costs, key=lambda group: group.shorthand)},
+        num_layers,
+        depth,
+    )
 
 
 def total(plan: Plan, costs: Costs) -> float:
@@ -204,24 +209,24 @@ Kind = tuple[int, str, int]  # size, wiring, bypass; of a single layer (1, "", 0
 
 def _starts(
     costs: Costs,
-    alike: np.ndarray,
+    coupling: np.ndarray,
     depth: int,
     optima: Sequence[Plan],
     parents: Mapping[Plan, float],
 ) -> list[Plan]:
     """Starting points at a depth: the first optimum, then the kinds in turn."""
     stretches = contiguous(optima[0].num_layers, depth, costs)
-    stretches.sort(key=lambda plan: (predict(plan, costs, alike), plan.shorthand))
+    stretches.sort(key=lambda plan: (predict(plan, costs, coupling), plan.shorthand))
     longer = _ranked(
         [
             (plan, more)
             for plan in parents
             for group in costs
-            if (more := _with(plan, group)) is not None and more.depth == depth
+            if (more := _with_group(plan, group)) is not None and more.depth == depth
         ],
         parents,
         costs,
-        alike,
+        coupling,
     )
     kinds = [list(optima), longer, stretches]
     turns = [kind[at] for at in range(max(map(len, kinds))) for kind in kinds if at < len(kind)]
@@ -232,29 +237,28 @@ def _ranked(
     moves: Iterable[tuple[Plan, Plan]],
     measured: Mapping[Plan, float],
     costs: Costs,
-    alike: np.ndarray,
+    coupling: np.ndarray,
 ) -> list[Plan]:
-    """The new plans of (plan, new plan), those first that are expected to cost least."""
-    excess = {plan: cost - predict(plan, costs, alike) for plan, cost in measured.items()}
-    found: dict[Plan, float] = {}
+    """The new plans of (plan, new plan), by expected cost."""
+    excess = {plan: cost - predict(plan, costs, coupling) for plan, cost in measured.items()}
+    expected: dict[Plan, float] = {}
     for plan, new in moves:
-        cost = excess[plan] + predict(new, costs, alike)
-        found[new] = min(cost, found.get(new, cost))
-    return [plan for plan, _ in sorted(found.items(), key=_rank)]
+        cost = excess[plan] + predict(new, costs, coupling)
+        expected[new] = min(cost, expected.get(new, cost))
+    return [plan for plan, _ in sorted(expected.items(), key=_rank)]
 
 
 def _couplings(plan: Plan, costs: Costs) -> np.ndarray:
     """Summed sqrt(c_i c_j) over the pairs of groups at each of GAPS."""
-    found = np.zeros(len(GAPS))
-    for place, first in enumerate(plan.groups):
-        for second in plan.groups[place + 1 :]:
-            gap = second.layers[0] - first.layers[-1] - 1
-            at = max(index for index, least in enumerate(GAPS) if gap >= least)
-            found[at] += math.sqrt(max(0.0, costs[first]) * max(0.0, costs[second]))
-    return found
+    sums = np.zeros(len(GAPS))
+    for first, second in itertools.combinations(plan.groups, 2):
+        gap = second.layers[0] - first.layers[-1] - 1
+        index = max(i for i, least in enumerate(GAPS) if gap >= least)
+        sums[index] += math.sqrt(max(0.0, costs[first]) * max(0.0, costs[second]))
+    return sums
 
 
-def _handed_over(
+def _layer_moved(
     stages: list[Kind], here: int, there: int, kinds: Iterable[Kind]
 ) -> Iterator[list[Kind]]:
     for less in kinds if stages[here][0] > 2 else [(1, "", 0)]:
@@ -279,11 +283,11 @@ def _from_stages(num_layers: int, stages: Sequence[Kind], costs: Costs) -> Plan 
     return _plan(num_layers, groups)
 
 
-def _with(plan: Plan, group: Group) -> Plan | None:
+def _with_group(plan: Plan, group: Group) -> Plan | None:
     taken = {layer for other in plan.groups for layer in other.layers}
     if taken & set(group.layers):
         return None
-    groups = sorted((*plan.groups, group), key=lambda each: each.layers)
+    groups = sorted((*plan.groups, group), key=lambda other: other.layers)
     return _plan(plan.num_layers, groups)
 
 
@@ -299,13 +303,9 @@ def _kind(group: Group) -> Kind:
     return len(group.layers), group.wiring, group.bypass
 
 
-def _name(group: Group) -> str:
-    return group.shorthand
-
-
 def _rank(item: tuple[Plan, float]) -> tuple[float, str]:
     return item[1], item[0].shorthand
 
 
-def _way(way: tuple[float, Groups]) -> tuple[float, tuple[str, ...]]:
-    return way[0], tuple(map(_name, way[1]))
+def _path_rank(path: tuple[float, Groups]) -> tuple[float, tuple[str, ...]]:
+    return path[0], tuple(group.shorthand for group in path[1])

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import finite
 from abreast.errors import AbreastError
 from abreast.plan import Plan
 from abreast.planner import STATS_FILE, Stats
+from abreast.runs import damaged_record, read_record
 
 MANIFEST = "abreast.json"
 _NEEDED = {  # without these a result is none
@@ -163,28 +162,8 @@ def read_conversion(folder: str | Path) -> Conversion:
     try:
         plan = Plan.model_validate(manifest["plan"])
     except (KeyError, ValueError):
-        raise _damaged(target / MANIFEST) from None
+        raise damaged_record(target / MANIFEST) from None
     return Conversion(target.parent, target, "", plan, manifest, *[None] * 5)
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object, with None for numbers that are not finite; None where there is no file.
-
-    Raises AbreastError for a file that cannot be read or holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
-        raise _damaged(path) from None
-    if not isinstance(found, dict):
-        raise _damaged(path)
-    return {key: finite(value) for key, value in found.items()}
-
-
-def _damaged(path: Path) -> AbreastError:
-    return AbreastError(f"'{path}' is damaged; delete it and run the command that made it again")
 
 
 def _conversions(plans: Path) -> Iterator[Conversion]:
@@ -206,9 +185,9 @@ def _conversion(folder: Path, suffix: str) -> Conversion:
             return None
         inner, settings = found.get("result", found), found.get("rests_on", {})
         if not isinstance(inner, dict) or not isinstance(settings, dict):
-            raise _damaged(path)
+            raise damaged_record(path)
         if not inner.keys() >= _NEEDED.get(name, set()):
-            raise _damaged(path)
+            raise damaged_record(path)
         settings = {key: settings[key] for key in settings if key not in ("model", "files")}
         return {"settings": settings, **inner}
 
@@ -249,7 +228,7 @@ def _rows(path: Path, num_layers: int | None) -> tuple[Mapping[str, Any], ...]:
             if "depth" not in row:
                 row["depth"] = Plan.parse(row["plan"], count).depth
     except (LookupError, TypeError, ValueError, AttributeError):
-        raise _damaged(path) from None
+        raise damaged_record(path) from None
     if any("method" in row for row in rows):
         return tuple(rows)
     best: dict[int, dict[str, Any]] = {}

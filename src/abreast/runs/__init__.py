@@ -5,17 +5,23 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.runs.environment import hardware, record_environment
     from abreast.runs.folder import (
         JOURNAL,
+        Journal,
+        check_least,
         check_tokens,
-        cut,
-        gather,
+        damaged_record,
+        hardware,
+        identity_of,
         model_hash,
         open_run,
-        stream_of,
+        read_journal,
+        read_record,
+        record_environment,
         to_csv,
+        token_stream,
         tokens_hash,
+        whole_windows,
         window_bytes,
         windows_at_once,
     )

@@ -1,4 +1,7 @@
-"""Folders of results that a later call goes on with, and the windows of text that they rest on."""
+"""Run folders, which a later call continues: identity, journal, records, environment.
+
+At import this module needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,39 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint import open_checkpoint, sha256_of, write
+from abreast.checkpoint import finite, sha256_of, write
 from abreast.data import TokenStream, load_tokens
 from abreast.errors import AbreastError
+from abreast.version import __version__
 
+ENVIRONMENT_FILE = "environment.json"
 JOURNAL = "journal-{}.jsonl"
 Journal = dict[tuple[str, int], dict[str, Any]]
 
 
 def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
-    """Make folder `out` with KIND.json, or check that the one there rests on the same identity.
+    """Make folder `out` with KIND.json, or check that the run there has the same identity.
 
-    Raises AbreastError where it rests on another, naming what differs, and for a folder with
-    something else in it.
+    Raises AbreastError where it has another, naming what differs, and for a folder with something
+    else in it.
     """
     record = out / f"{kind}.json"
     if record.is_file():
         try:
-            found = json.loads(record.read_text(encoding="utf-8"))["identity"]
-            differing = [key for key in identity if found.get(key) != identity[key]]
+            recorded = json.loads(record.read_text(encoding="utf-8"))["identity"]
+            differing = [key for key in identity if recorded.get(key) != identity[key]]
         except (ValueError, LookupError, AttributeError, TypeError):
             raise AbreastError(f"'{record}' is damaged; choose a new folder") from None
         if differing:
@@ -46,30 +56,68 @@ def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
     return out
 
 
-def gather(out: Path) -> Journal:
+def read_journal(out: Path) -> Journal:
     """Merge the workers' journals in `out` into one; return its lines by program and batch.
 
-    A line that an interruption cut short is dropped.
+    A line that an interruption left incomplete is dropped.
     """
     journals = sorted(out.glob(JOURNAL.format("*")))
-    found: Journal = {}
+    lines: Journal = {}
     for journal in journals:
         for text in journal.read_text(encoding="utf-8").splitlines():
-            try:
+            with suppress(ValueError):
                 line = json.loads(text)
-            except ValueError:
-                continue
-            found.setdefault((line["program"], line["batch"]), line)
+                lines.setdefault((line["program"], line["batch"]), line)
     if journals:
-        write(out / JOURNAL.format(0), "".join(json.dumps(x) + "\n" for x in found.values()))
+        text = "".join(json.dumps(line) + "\n" for line in lines.values())
+        write(out / JOURNAL.format(0), text)
     for journal in journals:
         if journal.name != JOURNAL.format(0):
             journal.unlink()
-    return found
+    return lines
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object, with None for numbers that are not finite; None where there is no file.
+
+    Raises AbreastError for a file that cannot be read or holds something else.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, RecursionError):
+        raise damaged_record(path) from None
+    if not isinstance(record, dict):
+        raise damaged_record(path)
+    return {key: finite(value) for key, value in record.items()}
+
+
+def damaged_record(path: Path) -> AbreastError:
+    """The error for a record that does not hold what it should."""
+    return AbreastError(f"'{path}' is damaged; delete it and run the command that made it again")
+
+
+def identity_of(
+    model: Path, tokens: np.ndarray, *, num_layers: int, batch: int, seed: int, dtype: str
+) -> dict[str, Any]:
+    """What the numbers measured on windows of tokens, [num_windows, window], depend on."""
+    return {
+        "model": model_hash(model),
+        "tokens": tokens_hash(tokens),
+        "num_layers": num_layers,
+        "num_windows": len(tokens),
+        "window": tokens.shape[1],
+        "batch": batch,
+        "seed": seed,
+        "dtype": dtype,
+    }
 
 
 def model_hash(folder: Path) -> str:
     """Hash of the whole content of the config and every shard."""
+    from abreast.checkpoint import open_checkpoint
+
     names = ["config.json", *open_checkpoint(folder).shards]
     listed = "".join(f"{name} {sha256_of(folder / name)}\n" for name in names)
     return hashlib.sha256(listed.encode()).hexdigest()
@@ -80,12 +128,19 @@ def tokens_hash(tokens: np.ndarray) -> str:
     return hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest()
 
 
-def stream_of(
+def check_least(sizes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise AbreastError for a size below its minimum. sizes: label -> (value, minimum)."""
+    for label, (value, least) in sizes.items():
+        if value < least:
+            raise AbreastError(f"{label} is {value}; give at least {least}")
+
+
+def token_stream(
     data: str | TokenStream, tokenizer: Any, model: str, *, max_tokens: int, seed: int
 ) -> TokenStream:
-    """`data` itself if it is a stream, else that source in the model's tokens (see `load_tokens`).
+    """`data` itself if it is a stream, else the source of this name in the model's tokens.
 
-    tokenizer: the model's, None if it has none, which is an AbreastError for a source.
+    tokenizer: the model's; None, where it has none, is an AbreastError for a source.
     """
     if isinstance(data, TokenStream):
         return data
@@ -94,14 +149,14 @@ def stream_of(
     return load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
 
 
-def cut(
+def whole_windows(
     stream: TokenStream, num_windows: int, window: int, *, longest: int | None, vocabulary: int
 ) -> np.ndarray:
     """The stream's first whole windows, int64 [at most num_windows, window].
 
-    longest: how many tokens the model holds, None for no limit. vocabulary: how many it knows.
+    longest: how many tokens the model holds, None for no limit. vocabulary: size of the model's.
     Raises AbreastError where there is no whole window, where it is too long for the model, and for
-    token ids that the model does not know.
+    token ids outside the vocabulary.
     """
     if window > (longest or window):
         raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
@@ -117,7 +172,7 @@ def cut(
 
 
 def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
-    """Raise AbreastError for token ids that a model of so many tokens does not know."""
+    """Raise AbreastError for token ids outside a vocabulary of this size."""
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise AbreastError(
             f"the data has token ids outside the model's vocabulary ({vocabulary} tokens); "
@@ -128,25 +183,25 @@ def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:
 def window_bytes(
     window: int, num_layers: int, hidden: int, itemsize: int, vocabulary: int = 0
 ) -> int:
-    """What `run_programs` keeps of a window: a state per layer and one more.
+    """Bytes that `run_programs` keeps of a window: a state per layer and one more.
 
     vocabulary: with a reference, whose logits are kept as well.
     """
     return window * ((num_layers + 1) * hidden + vocabulary) * itemsize
 
 
-def windows_at_once(each: int, max_cache_bytes: int) -> int:
-    """How many windows of `each` bytes fit the limit. Raises AbreastError where none does."""
-    if each > max_cache_bytes:
+def windows_at_once(bytes_per_window: int, max_cache_bytes: int) -> int:
+    """How many windows of this size fit the limit. Raises AbreastError where none does."""
+    if bytes_per_window > max_cache_bytes:
         raise AbreastError(
-            f"what is kept of one window needs {each} bytes, the limit is {max_cache_bytes}; "
-            "raise it or use a shorter window"
+            f"what is kept of one window needs {bytes_per_window} bytes, the limit is "
+            f"{max_cache_bytes}; raise it or use a shorter window"
         )
-    return max_cache_bytes // each
+    return max_cache_bytes // bytes_per_window
 
 
 def to_csv(rows: Iterable[Any], kind: type[Any]) -> str:
-    """The rows, data classes of this kind, as CSV with a line of names; numbers to eight digits."""
+    """Data classes of this kind as CSV, with a header line; numbers to eight digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(entry.name for entry in fields(kind))
@@ -154,3 +209,42 @@ def to_csv(rows: Iterable[Any], kind: type[Any]) -> str:
         values = asdict(row).values()
         writer.writerow(f"{v:.8g}" if isinstance(v, float) else v for v in values)
     return text.getvalue()
+
+
+def record_environment(out: str | Path, device: str, command: Sequence[str] | None = None) -> None:
+    """Write out/environment.json: versions, machine, date, command line, working folder.
+
+    command: the words of the command line, None for a call from Python. The folder must exist.
+    """
+    write(Path(out) / ENVIRONMENT_FILE, json.dumps(environment(device, command), indent=1) + "\n")
+
+
+def environment(device: str, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """The record of `record_environment`."""
+    versions = {"python": platform.python_version(), "abreast": __version__}
+    for package in ("torch", "transformers", "safetensors", "numpy"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": list(command) if command is not None else None,
+        "folder": os.getcwd(),
+        "device": device,
+        "hardware": {"cores": os.cpu_count(), **hardware(device)},
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "versions": versions,
+    }
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """CPU, GPU and threads behind a measurement."""
+    import torch
+
+    machine: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        machine["cpu"] = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    if device.startswith("cuda") and torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name(device)
+        machine["cuda"] = torch.version.cuda
+    return machine

@@ -46,13 +46,13 @@ from abreast.model import (
 )
 from abreast.runs import (
     JOURNAL,
-    cut,
-    gather,
-    model_hash,
+    check_least,
+    identity_of,
     open_run,
-    stream_of,
+    read_journal,
     to_csv,
-    tokens_hash,
+    token_stream,
+    whole_windows,
     window_bytes,
     windows_at_once,
 )
@@ -158,9 +158,9 @@ def study(
     folder, _ = resolve(model, revision=revision)
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     loaded, tokenizer = load(folder, device=devices[0], **options)  # type: ignore[arg-type]
-    data = stream_of(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
+    data = token_stream(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
     config = loaded.config.get_text_config()
-    tokens = cut(
+    tokens = whole_windows(
         data,
         num_windows,
         window,
@@ -170,21 +170,14 @@ def study(
     num_layers = len(decoder_layers(loaded))
     each = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
     size = min(len(tokens), batch_size, windows_at_once(each, max_cache_bytes))
-    identity = {
-        "model": model_hash(folder),
-        "tokens": tokens_hash(tokens),
-        "num_layers": num_layers,
-        "num_windows": len(tokens),
-        "window": window,
-        "batch": size,
-        "seed": seed,
-        "dtype": dtype,
-    }
+    identity = identity_of(
+        folder, tokens, num_layers=num_layers, batch=size, seed=seed, dtype=dtype
+    )
     asked = cases(
         num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
     )
     out = open_run(Path(out), "study", identity)
-    done = gather(out)
+    done = read_journal(out)
     original: Program = tuple(range(num_layers))
     wanted = {original, *(program for group in asked.values() for program in group)}
     batches = range(math.ceil(len(tokens) / size))
@@ -211,7 +204,7 @@ def study(
     ]
     total = len(wanted) * len(batches)
     _run_shares(shares, loaded, progress, total - len(todo), total)
-    done = gather(out)
+    done = read_journal(out)
     nll = {
         program: np.concatenate([done[name_of(program), b]["nll"] for b in batches])
         for program in wanted
@@ -259,15 +252,15 @@ def _check_arguments(
         raise AbreastError(f"{wrong}; choose from {', '.join(INTERVENTIONS)}")
     if len(set(interventions)) < len(interventions):
         raise AbreastError("an intervention is named twice; name each once")
-    for label, value, least in (
-        ("the longest stretch", 2 if max_length is None else max_length, 2),
-        ("the number of windows", num_windows, 1),
-        ("the window", window, 2),
-        ("the number of permutations", permutations, 1),
-        ("the batch size", batch_size, 1),
-    ):
-        if value < least:
-            raise AbreastError(f"{label} is {value}; give at least {least}")
+    check_least(
+        {
+            "the longest stretch": (2 if max_length is None else max_length, 2),
+            "the number of windows": (num_windows, 1),
+            "the window": (window, 2),
+            "the number of permutations": (permutations, 1),
+            "the batch size": (batch_size, 1),
+        }
+    )
 
 
 def _check_devices(devices: Sequence[str]) -> None:
