@@ -21,8 +21,7 @@ from abreast.demo import model_folder
 from abreast.model.programs import INTERVENTIONS, name_of, programs
 from abreast.report import draw_study
 from abreast.runs.folder import JOURNAL
-from abreast.study.findings import wins
-from abreast.study.sweep import Study, study
+from abreast.study.sweep import Study, study, wins
 
 
 def show(done: int, total: int) -> None:

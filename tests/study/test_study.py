@@ -32,8 +32,16 @@ from abreast.model.programs import (
 )
 from abreast.plan import Group
 from abreast.runs.folder import to_csv
-from abreast.study.findings import Row, best_by_depth, wins
-from abreast.study.sweep import CSV, RECORD, _run_shares, _Share, study
+from abreast.study.sweep import (
+    CSV,
+    RECORD,
+    StudyRow,
+    _run_shares,
+    _Share,
+    best_by_depth,
+    study,
+    wins,
+)
 
 LAYERS, VOCABULARY, WINDOW = 5, 64, 12
 # Both sides are float32; the same sums in another order differ by a few units in the last place of
@@ -459,7 +467,7 @@ def test_two_workers_find_what_one_finds(folder, tmp_path):
 @pytest.mark.slow
 def test_worker_that_dies_is_reported(folder, tmp_path, capfd):
     tokens = stream().tokens.reshape(-1, WINDOW)
-    idle = _Share(folder(), tokens, 3, (), {"device": "cpu"}, 1, tmp_path / "journal-0.jsonl")
+    idle = _Share(folder(), tokens, 3, (), tmp_path / "journal-0.jsonl", "auto", "cpu", False, 1)
     work = ((0, (tuple(range(LAYERS)),)),)
     doomed = replace(idle, folder=tmp_path, work=work, journal=tmp_path / "journal-1.jsonl")
     with pytest.raises(AbreastError, match=r"worker on cpu ended with status 1 .* run again"):
@@ -467,9 +475,9 @@ def test_worker_that_dies_is_reported(folder, tmp_path, capfd):
     assert "CheckpointError" in capfd.readouterr().err
 
 
-def rows_of(**losses: list[float]) -> list[Row]:
+def rows_of(**losses: list[float]) -> list[StudyRow]:
     return [
-        Row(name.replace("_", "-"), start, start + 1, 5, loss, loss - 1, 0.1, 2.0)
+        StudyRow(name.replace("_", "-"), start, start + 1, 5, loss, loss - 1, 0.1, 2.0)
         for name, values in losses.items()
         for start, loss in enumerate(values)
     ]
@@ -480,4 +488,4 @@ def test_wins_and_best():
     assert wins(rows, "prune", "merge") == (1, 1, 1)
     assert wins(rows, "prune", "shuffle") == (0, 0, 0)
     assert best_by_depth(rows)["prune"][5].start == 1
-    assert to_csv(rows[:1], Row).splitlines()[1] == "prune,0,1,5,3,2,0.1,2"
+    assert to_csv(rows[:1], StudyRow).splitlines()[1] == "prune,0,1,5,3,2,0.1,2"

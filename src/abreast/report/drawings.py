@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from abreast.heal import Distilled, Refit
     from abreast.planner import Cost, Objective, Planned, Series
     from abreast.speed import Report
-    from abreast.study import Row
+    from abreast.study import StudyRow
 
 # nats: the ends of every colour scale, so that any two maps can be compared
 LOSS_RANGE = (1e-3, 10.0)
@@ -72,7 +72,7 @@ def draw_costs(
     _write(_lines(points, xlabel, f"{objective.label} ({objective.unit})"), title, path)
 
 
-def draw_study(rows: Sequence[Row], num_layers: int, out: str | Path) -> None:
+def draw_study(rows: Sequence[StudyRow], num_layers: int, out: str | Path) -> None:
     """Draw INTERVENTION.png, heat maps of the loss increase, and depth_curve.png.
 
     The curve has the best stretch at every effective depth; shuffle, which changes none, is left
@@ -206,7 +206,7 @@ def _regressions(refit: Refit) -> Any:
     ).properties(title="refit: held-out squared error of each regression")
 
 
-def _heat_map(rows: Sequence[Row], num_layers: int) -> Any:
+def _heat_map(rows: Sequence[StudyRow], num_layers: int) -> Any:
     """Loss increase by first layer (downwards) and last layer (to the right) of the stretch.
 
     What lies outside LOSS_RANGE has the colour of its end. Up to 16 layers the numbers stand in the

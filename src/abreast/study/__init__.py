@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.study.findings import Row, best_by_depth
-    from abreast.study.sweep import study
+    from abreast.study.sweep import Study, StudyRow, best_by_depth, study, wins
 
 attach(__name__)

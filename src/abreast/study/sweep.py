@@ -1,4 +1,4 @@
-"""The papers' interventions on any model: what a stretch of layers loses when it is changed.
+"""The papers' interventions on any model: the loss when a stretch of layers is changed.
 
 For every *stretch* start..end of at least two layers (zero-based, both ends included) and every
 intervention of arXiv 2502.02790, section 3, the model is run with that stretch changed:
@@ -12,8 +12,8 @@ intervention of arXiv 2502.02790, section 3, the model is run with that stretch 
 - ``cqil``, ``cqil-full``: as one group wired as in CQIL (arXiv 2404.06709, section 3.2) with bypass
   distance 0, or with full causal visibility.
 
-`interventions` says what a changed model runs and runs many of them without repeating what they
-have in common; here is the study of all of them: on disk, resumable, over devices, drawn.
+`abreast.model` defines what a changed model runs, and runs many without repeating what they have
+in common; here is the study of all of them: on disk, resumable, over several devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from abreast.checkpoint import resolve, write
+from abreast.checkpoint import finite, resolve, write
 from abreast.data import HELD_OUT, TokenStream
 from abreast.errors import AbreastError
 from abreast.model import (
@@ -56,15 +56,32 @@ from abreast.runs import (
     window_bytes,
     windows_at_once,
 )
-from abreast.study.findings import Row, row_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CSV, RECORD = "study.csv", "study.json"
-
-
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """Loss under one intervention on layers start..end.
+
+    depth: effective depth, the number of steps run one after another. loss: mean negative
+    log-likelihood in nats per token. loss_increase: over the unmodified model. stderr: its standard
+    error, paired over windows (std / sqrt(number of windows); NaN for one); for ``shuffle`` that of
+    the average over the orders drawn, which leaves out what other orders would have given.
+    """
+
+    intervention: str
+    start: int
+    end: int
+    depth: int
+    loss: float
+    loss_increase: float
+    stderr: float
+    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -83,12 +100,12 @@ class Evaluations:
 
 @dataclass(frozen=True)
 class Study:
-    """The result: rows in the order interventions, start, end, and what they rest on.
+    """The result: rows in the order interventions, start, end.
 
     identity: what the numbers depend on (hashes of model and tokens, sizes, seed, dtype).
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[StudyRow, ...]
     loss: float
     num_layers: int
     num_tokens: int
@@ -98,23 +115,31 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values (NaN and infinity become None)."""
-        found = asdict(self)
-        for row in found["rows"]:
-            row.update({k: None for k, v in row.items() if v != v or v == math.inf})
-        return found
+        record = asdict(self)
+        return {**record, "rows": finite(record["rows"])}
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What one worker has to do: programs per batch, in `size` windows of tokens [all, window]."""
+    """One worker's programs per batch, in `size` windows of tokens [num_windows, window]."""
 
     folder: Path
     tokens: np.ndarray
     size: int
     work: tuple[tuple[int, tuple[Program, ...]], ...]
-    options: dict[str, Any]
-    threads: int
     journal: Path
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    threads: int
+
+    def load(self) -> tuple[PreTrainedModel, Any]:
+        return load(
+            self.folder,
+            dtype=self.dtype,
+            device=self.device,
+            trust_remote_code=self.trust_remote_code,
+        )
 
 
 def study(
@@ -156,8 +181,9 @@ def study(
     _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
     _check_devices(devices)
     folder, _ = resolve(model, revision=revision)
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    loaded, tokenizer = load(folder, device=devices[0], **options)  # type: ignore[arg-type]
+    loaded, tokenizer = load(
+        folder, dtype=dtype, device=devices[0], trust_remote_code=trust_remote_code
+    )
     data = token_stream(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
     config = loaded.config.get_text_config()
     tokens = whole_windows(
@@ -168,74 +194,118 @@ def study(
         vocabulary=loaded.get_input_embeddings().weight.shape[0],
     )
     num_layers = len(decoder_layers(loaded))
-    each = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
-    size = min(len(tokens), batch_size, windows_at_once(each, max_cache_bytes))
+    window_cache = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
+    size = min(len(tokens), batch_size, windows_at_once(window_cache, max_cache_bytes))
     identity = identity_of(
         folder, tokens, num_layers=num_layers, batch=size, seed=seed, dtype=dtype
     )
-    asked = cases(
+    changed = cases(
         num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
     )
     out = open_run(Path(out), "study", identity)
-    done = read_journal(out)
     original: Program = tuple(range(num_layers))
-    wanted = {original, *(program for group in asked.values() for program in group)}
+    every = [original, *(program for programs in changed.values() for program in programs)]
+    done = read_journal(out)
     batches = range(math.ceil(len(tokens) / size))
-    todo = {
-        (batch, program)
-        for batch in batches
-        for program in wanted
-        if (name_of(program), batch) not in done
-    }
+    names = {program: name_of(program) for program in every}
+    todo = {(b, p) for b in batches for p in names if (names[p], b) not in done}
     cpus = max(1, sum(torch.device(device).type == "cpu" for device in devices))
+    parts = split({program for _, program in todo}, original, len(devices))
     shares = [
         _Share(
             folder,
             tokens,
             size,
-            tuple((b, tuple(p for p in part if (b, p) in todo)) for b in batches),
-            {**options, "device": device},
-            max(1, torch.get_num_threads() // cpus),
-            out / JOURNAL.format(number),
+            work=tuple((b, tuple(p for p in part if (b, p) in todo)) for b in batches),
+            journal=out / JOURNAL.format(number),
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            threads=max(1, torch.get_num_threads() // cpus),
         )
-        for number, (device, part) in enumerate(
-            zip(devices, split({p for _, p in todo}, original, len(devices)), strict=True)
-        )
+        for number, (device, part) in enumerate(zip(devices, parts, strict=True))
     ]
-    total = len(wanted) * len(batches)
+    total = len(names) * len(batches)
     _run_shares(shares, loaded, progress, total - len(todo), total)
     done = read_journal(out)
-    nll = {
-        program: np.concatenate([done[name_of(program), b]["nll"] for b in batches])
-        for program in wanted
+    losses = {
+        program: np.concatenate([done[name, b]["nll"] for b in batches]) / (window - 1)
+        for program, name in names.items()
     }
-    every = [original, *(program for group in asked.values() for program in group)]
-    losses = {program: sums / (window - 1) for program, sums in nll.items()}
     if not np.isfinite(losses[original]).all():
         raise AbreastError(
             "the unmodified model gives a loss that is not finite; use --dtype bfloat16 or float32"
         )
+    after_prefix = num_layers + sum(cost_of(p[shared_steps(p, original) :]) for p in every)
     result = Study(
         rows=tuple(
-            row_of(case, len(group[0]), [losses[p] for p in group], losses[original])
-            for case, group in asked.items()
+            _row(case, len(programs[0]), [losses[p] for p in programs], losses[original])
+            for case, programs in changed.items()
         ),
         loss=float(losses[original].mean()),
         num_layers=num_layers,
         num_tokens=len(tokens) * (window - 1),
         evaluations=Evaluations(
-            spent=sum(done[name_of(p), b]["evaluated"] for p in wanted for b in batches),
+            spent=sum(done[name, b]["evaluated"] for name in names.values() for b in batches),
             without_reuse=len(batches) * sum(map(cost_of, every)),
-            prefix_only=len(batches)
-            * (num_layers + sum(cost_of(p[shared_steps(p, original) :]) for p in every)),
+            prefix_only=len(batches) * after_prefix,
         ),
         identity=identity,
         folder=str(out),
     )
-    write(out / CSV, to_csv(result.rows, Row))
+    write(out / CSV, to_csv(result.rows, StudyRow))
     summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
     write(out / RECORD, json.dumps(summary, indent=2) + "\n")
     return result
+
+
+def wins(rows: Iterable[StudyRow], first: str, second: str) -> tuple[int, int, int]:
+    """Number of stretches on which `first` loses less than, the same as, more than `second`.
+
+    Rows of the same program are equal to the last bit, others practically never.
+    """
+    losses: dict[str, dict[tuple[int, int], float]] = {first: {}, second: {}}
+    for row in rows:
+        if row.intervention in losses:
+            losses[row.intervention][row.start, row.end] = row.loss
+    both = losses[first].keys() & losses[second].keys()
+    pairs = [(losses[first][stretch], losses[second][stretch]) for stretch in both]
+    fewer, more = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
+    return fewer, len(pairs) - fewer - more, more
+
+
+def best_by_depth(rows: Iterable[StudyRow]) -> dict[str, dict[int, StudyRow]]:
+    """For each intervention, the row of lowest loss at every effective depth it reaches."""
+    best: dict[str, dict[int, StudyRow]] = {}
+    for row in rows:
+        by_depth = best.setdefault(row.intervention, {})
+        if row.depth not in by_depth or row.loss < by_depth[row.depth].loss:
+            by_depth[row.depth] = row
+    return best
+
+
+def _row(
+    case: tuple[str, int, int], depth: int, losses: Sequence[np.ndarray], original: np.ndarray
+) -> StudyRow:
+    """One row from the losses per window, shape [num_windows], of its programs and the original.
+
+    case: intervention, start, end. losses: several for shuffle, which are averaged.
+    """
+    intervention, start, end = case
+    per_window = np.mean(losses, axis=0)
+    increase = per_window - original
+    several = len(increase) > 1
+    loss = float(per_window.mean())
+    return StudyRow(
+        intervention,
+        start,
+        end,
+        depth=depth,
+        loss=loss,
+        loss_increase=float(increase.mean()),
+        stderr=float(increase.std(ddof=1)) / math.sqrt(len(increase)) if several else math.nan,
+        perplexity=math.exp(loss) if loss < 709 else math.inf,  # the last one a float holds
+    )
 
 
 def _check_arguments(
@@ -282,17 +352,16 @@ def _run_shares(
     finished: int,
     total: int,
 ) -> None:
-    """Do the first share here with the model given, the others in processes of their own."""
-    before = {share.journal: _lines(share.journal) for share in shares}
-
-    told = finished
+    """Run the first share here on the loaded model, the others in processes of their own."""
+    before = sum(_lines(share.journal) for share in shares)
+    reported = finished
 
     def report() -> None:
-        nonlocal told
-        new = sum(_lines(share.journal) - before[share.journal] for share in shares)
-        if progress is not None and finished + new > told:
-            told = finished + new
-            progress(told, total)
+        nonlocal reported
+        done = finished + sum(_lines(share.journal) for share in shares) - before
+        if progress is not None and done > reported:
+            reported = done
+            progress(done, total)
 
     context = multiprocessing.get_context("spawn")
     busy = [share for share in shares[1:] if any(part for _, part in share.work)]
@@ -307,7 +376,7 @@ def _run_shares(
                 report()
             if worker.exitcode:
                 raise AbreastError(
-                    f"the worker on {share.options['device']} ended with status {worker.exitcode} "
+                    f"the worker on {share.device} ended with status {worker.exitcode} "
                     "(its last words are above); run again to go on, perhaps with fewer devices"
                 )
     finally:
@@ -330,11 +399,11 @@ def _work(
     torch.set_num_threads(share.threads)
     try:
         if model is None:
-            model, _ = load(share.folder, **share.options)
+            model, _ = share.load()
         with open(share.journal, "a", encoding="utf-8") as journal:
-            for batch, wanted in share.work:
+            for batch, programs in share.work:
                 ids = torch.from_numpy(share.tokens[batch * share.size :][: share.size])
-                for program, sums, evaluated in run_programs(model, ids, wanted):
+                for program, sums, evaluated in run_programs(model, ids, programs):
                     line = {"program": name_of(program), "batch": batch, "evaluated": evaluated}
                     journal.write(json.dumps({**line, "nll": sums[:, 0].tolist()}) + "\n")
                     journal.flush()
