@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -300,18 +300,12 @@ def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int
 
 
 def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    for entry in fields(result):
-        value = getattr(result, entry.name)
-        if isinstance(value, Perplexity):
-            record[entry.name] = value.to_dict(windows=windows)
-        elif entry.name == "windows":
+    record: dict[str, Any] = finite(asdict(result))
+    for part in (record, record.get("model"), record.get("reference")):
+        if part is not None:
+            arrays = part.pop("windows")
             if windows:
-                record["windows"] = {name: array.tolist() for name, array in value.items()}
-        elif entry.name == "kl_by_position":
-            record["kl_by_position"] = [finite(asdict(bucket)) for bucket in value]
-        else:
-            record[entry.name] = finite(value)
+                part["windows"] = {name: array.tolist() for name, array in arrays.items()}
     return record
 
 

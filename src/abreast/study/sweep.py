@@ -161,7 +161,7 @@ def study(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Study:
-    """Run the interventions on every stretch, and write folder `out`: study.csv, study.json, PNGs.
+    """Run the interventions on every stretch; write study.csv and study.json to folder `out`.
 
     model: folder or Hugging Face id of any family that can run grouped. data: a source as for
     `load_tokens`, or a stream; cut into num_windows windows of `window` tokens that do not overlap,
@@ -169,14 +169,13 @@ def study(
     permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
     each; name "cpu" twice for two. batch_size: windows at once, fewer where the hidden states kept
     for reuse, (layers + 1) x batch x window x hidden values, would exceed max_cache_bytes per
-    worker. progress: called with (evaluations done, in
-    all), one being a program on a batch.
+    worker. progress: called with (evaluations done, in all), one being a program on a batch.
 
     Each evaluation is on disk before the next begins. A later call with the same model, tokens,
-    seed, window, dtype and batch goes on from there, also for more interventions or lengths, and
-    gives the very file that an uninterrupted one would have given; study.csv holds what the last
-    call asked for. Raises AbreastError for a folder with another study, or something else, in it,
-    sizes that make no sense, and as `load`, `load_tokens` and `apply` do.
+    seed, window, dtype and batch resumes from there, also with more interventions or lengths, and
+    gives the very file that an uninterrupted one would have given; study.csv has the rows of the
+    last call. Raises AbreastError for a folder with another study, or anything else, in it, sizes
+    that make no sense, and as `load`, `load_tokens` and `apply` do.
     """
     _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
     _check_devices(devices)
