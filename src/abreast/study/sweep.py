@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,12 +204,12 @@ def study(
     out = open_run(Path(out), "study", identity)
     original: Program = tuple(range(num_layers))
     every = [original, *(program for programs in changed.values() for program in programs)]
-    done = read_journal(out)
     batches = range(math.ceil(len(tokens) / size))
     names = {program: name_of(program) for program in every}
+    done = read_journal(out)
     todo = {(b, p) for b in batches for p in names if (names[p], b) not in done}
-    cpus = max(1, sum(torch.device(device).type == "cpu" for device in devices))
     parts = split({program for _, program in todo}, original, len(devices))
+    cpus = max(1, sum(torch.device(device).type == "cpu" for device in devices))
     shares = [
         _Share(
             folder,
@@ -227,31 +227,12 @@ def study(
     total = len(names) * len(batches)
     _run_shares(shares, loaded, progress, total - len(todo), total)
     done = read_journal(out)
-    losses = {
-        program: np.concatenate([done[name, b]["nll"] for b in batches]) / (window - 1)
+    nll = {
+        program: np.concatenate([done[name, b]["nll"] for b in batches])
         for program, name in names.items()
     }
-    if not np.isfinite(losses[original]).all():
-        raise AbreastError(
-            "the unmodified model gives a loss that is not finite; use --dtype bfloat16 or float32"
-        )
-    after_prefix = num_layers + sum(cost_of(p[shared_steps(p, original) :]) for p in every)
-    result = Study(
-        rows=tuple(
-            _row(case, len(programs[0]), [losses[p] for p in programs], losses[original])
-            for case, programs in changed.items()
-        ),
-        loss=float(losses[original].mean()),
-        num_layers=num_layers,
-        num_tokens=len(tokens) * (window - 1),
-        evaluations=Evaluations(
-            spent=sum(done[name, b]["evaluated"] for name in names.values() for b in batches),
-            without_reuse=len(batches) * sum(map(cost_of, every)),
-            prefix_only=len(batches) * after_prefix,
-        ),
-        identity=identity,
-        folder=str(out),
-    )
+    spent = sum(done[name, b]["evaluated"] for name in names.values() for b in batches)
+    result = _collect(changed, every, nll, window - 1, len(batches), spent, identity, out)
     write(out / CSV, to_csv(result.rows, StudyRow))
     summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
     write(out / RECORD, json.dumps(summary, indent=2) + "\n")
@@ -281,6 +262,45 @@ def best_by_depth(rows: Iterable[StudyRow]) -> dict[str, dict[int, StudyRow]]:
         if row.depth not in by_depth or row.loss < by_depth[row.depth].loss:
             by_depth[row.depth] = row
     return best
+
+
+def _collect(
+    changed: Mapping[tuple[str, int, int], Sequence[Program]],
+    every: Sequence[Program],
+    nll: Mapping[Program, np.ndarray],
+    scored: int,
+    batches: int,
+    spent: int,
+    identity: dict[str, Any],
+    out: Path,
+) -> Study:
+    """The result from nll, sums per window of `scored` tokens; every: all programs, original first.
+
+    Raises AbreastError where the unmodified model's loss is not finite.
+    """
+    losses = {program: sums / scored for program, sums in nll.items()}
+    original = every[0]
+    if not np.isfinite(losses[original]).all():
+        raise AbreastError(
+            "the unmodified model gives a loss that is not finite; use --dtype bfloat16 or float32"
+        )
+    after_prefix = sum(cost_of(program[shared_steps(program, original) :]) for program in every)
+    return Study(
+        rows=tuple(
+            _row(case, len(programs[0]), [losses[p] for p in programs], losses[original])
+            for case, programs in changed.items()
+        ),
+        loss=float(losses[original].mean()),
+        num_layers=len(original),
+        num_tokens=len(losses[original]) * scored,
+        evaluations=Evaluations(
+            spent=spent,
+            without_reuse=batches * sum(map(cost_of, every)),
+            prefix_only=batches * (len(original) + after_prefix),
+        ),
+        identity=identity,
+        folder=str(out),
+    )
 
 
 def _row(
