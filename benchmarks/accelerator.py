@@ -31,7 +31,7 @@ from abreast.errors import AbreastError
 from abreast.families.table import family_of
 from abreast.model.grouping import apply
 from abreast.plan import Plan
-from abreast.speed.benchmark import BenchResult, bench
+from abreast.speed import BenchResult, bench
 
 LLAMA = {"model_type": "llama", "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from abreast.convert.rewrite import convert
 from abreast.families.row import num_layers_of
 from abreast.plan import Plan
-from abreast.speed.jobs import Case, Contender, Job, run
+from abreast.speed import Case, Contender, Job, run
 from abreast.speed.prediction import Setting, forward_cost, hardware_of
 
 # hidden size, FFN size, layers, heads

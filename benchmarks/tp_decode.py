@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.convert.rewrite import convert
-from abreast.speed.jobs import Case, Contender, Job, run
+from abreast.speed import Case, Contender, Job, run
 
 PAIRS = range(14, 28, 2)
 

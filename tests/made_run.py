@@ -15,8 +15,7 @@ from abreast.evaluate.text import Comparison, Perplexity
 from abreast.plan import Group, Plan
 from abreast.planner.front import Front, Stats, explain, reasons
 from abreast.planner.objective import Cost
-from abreast.speed.benchmark import BenchResult, verdict
-from abreast.speed.timing import Measurement, timings
+from abreast.speed.timing import BenchResult, Measurement, timings, verdict
 
 LAYERS = 8
 PLAN = "2+3 5|6"

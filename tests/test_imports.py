@@ -157,7 +157,7 @@ def test_checker_finds(module, source, fault):
         ("convert.fold", "from abreast.convert.rules import check_plan"),
         ("data", "import numpy.random\ndef f():\n    from datasets import load_dataset"),
         ("modeling", "import torch.nn\nfrom huggingface_hub.dataclasses import strict"),
-        ("speed.jobs", "from abreast.engines.torch_tp import load_parallel"),
+        ("speed.backends", "from abreast.engines.torch_tp import load_parallel"),
     ],
 )
 def test_checker_accepts(module, source):

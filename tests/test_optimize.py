@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -13,7 +14,7 @@ import abreast.optimize as optimizing
 from abreast.cli.main import main
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.optimize import Healing, optimize
+from abreast.optimize import Checks, Healing, optimize
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate, full_forwards
 from abreast.planner.find import (
@@ -28,6 +29,7 @@ from abreast.planner.objective import Cost
 from abreast.report.records import read_run
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
+QUICK = Checks(max_tokens=300, window=64, rounds=1, context=8, new_tokens=2)
 
 
 def text(seed: int = 0) -> TokenStream:
@@ -224,8 +226,7 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     counted = Counted(monkeypatch, "convert", "verify", "compare", "bench")
     made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=32)
     planned = find_plan(made, tmp_path, Budget(depth=14), per_group=1)
-    options = {"max_tokens": 300, "window": 64, "rounds": 1, "context": 8, "new_tokens": 2}
-    options["command"] = ["abreast", "optimize", "and so on"]
+    options = {"checks": QUICK, "command": ["abreast", "optimize", "and so on"]}
     result = optimize(model_folder(), tmp_path, planned, **options)
     assert counted.calls == ["convert", "verify", "compare", "bench", "bench"]
     found = read_run(tmp_path)
@@ -240,7 +241,7 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     again = optimize(model_folder(), tmp_path, planned, **options)
     assert counted.calls[5:] == [] and again.to_dict() == result.to_dict()
     assert json.loads((tmp_path / "results.json").read_text())["quality"] == result.quality
-    optimize(model_folder(), tmp_path, planned, **{**options, "max_tokens": 400})
+    optimize(model_folder(), tmp_path, planned, checks=replace(QUICK, max_tokens=400))
     assert counted.calls[5:] == ["compare"]
 
 
@@ -252,7 +253,7 @@ def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
     made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=64)
     planned = find_plan(made, tmp_path, Budget(depth=14), per_group=2, best=2)
     assert len(planned.others) == 1 and planned.others[0].depth == 14
-    options = {"max_tokens": 300, "window": 64, "rounds": 1, "context": 8, "new_tokens": 2}
+    options = {"checks": QUICK}
     healing = Healing(method="refit", candidates=2, tokens=4000)
     result = optimize(model_folder(), tmp_path, planned, healing=healing, **options)
     assert counted.calls == ["heal", "heal"]

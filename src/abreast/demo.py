@@ -1,4 +1,4 @@
-"""The whole job on the bundled model: convert, verify, evaluate, time; one table.
+"""The whole job on the bundled model: convert, verify, evaluate, time.
 
 Everything is measured where it runs. Only the plan is fixed beforehand: its groups were chosen on
 calibration text that the evaluation does not touch.
@@ -21,13 +21,12 @@ from abreast.model import load
 from abreast.plan import Plan
 from abreast.speed import BenchResult, bench, verdict
 
-ORIGINAL, CONVERTED = "original", "converted"
 Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo measured. out: the converted checkpoint, if it was kept."""
+    """Results of the demo. out: the converted checkpoint, if it was kept."""
 
     plan: Plan
     verification: Verification
@@ -36,6 +35,10 @@ class Demo:
     prefill: BenchResult
     dtype: str
     out: str | None
+
+    @property
+    def verdicts(self) -> dict[str, str]:
+        return {"decode": verdict(self.decode), "prefill": verdict(self.prefill)}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -47,7 +50,7 @@ class Demo:
             "quality": self.comparison.to_dict(),
             "decode": self.decode.to_dict(),
             "prefill": self.prefill.to_dict(),
-            "verdict": {"decode": verdict(self.decode), "prefill": verdict(self.prefill)},
+            "verdict": self.verdicts,
             "out": self.out,
         }
 
@@ -73,18 +76,18 @@ def run_demo(
     seed: int = 0,
     step: Step = lambda message: None,
 ) -> Demo:
-    """Convert the bundled model, verify it, and measure what that cost and won.
+    """Convert the bundled model, verify the conversion, and measure its quality and speed.
 
-    plan: another plan than the bundled one. out: keep the converted checkpoint in this new folder.
-    max_tokens: how much held-out text to score. rounds, new_tokens, context: of the timing.
-    dtype: in which both models are evaluated and timed. step(message) announces each step.
+    plan: use it instead of the bundled one. out: keep the converted checkpoint in this new folder.
+    max_tokens: held-out tokens to score. rounds, new_tokens, context: of the timing. dtype: of
+    both models in evaluation and timing. step(message) announces each step.
     Raises AbreastError, also when the verification fails.
     """
     source = model_folder()
     chosen = Plan.load(source / "plan.yaml")
     if plan is not None:
         chosen = Plan.read(plan, chosen.num_layers) if isinstance(plan, str) else plan
-    with _kept(out) as target:
+    with _target(out) as target:
         step(f"convert {chosen.num_layers} layers into {chosen.depth} stages: {chosen.shorthand}")
         convert(source, chosen, target)
         step("verify against the original weights run under the same plan")
@@ -97,7 +100,7 @@ def run_demo(
         stream = load_tokens(tokenizer, HELD_OUT, max_tokens=max_tokens, seed=seed)
         comparison = compare(converted, original, stream, window=256, stride=256, batch_size=8)
         step("time both models in turn")
-        models = {ORIGINAL: original, CONVERTED: converted}
+        models = {"original": original, "converted": converted}
         decode = bench(
             models, task="decode", context=context, new_tokens=new_tokens, rounds=rounds, seed=seed
         )
@@ -114,7 +117,7 @@ def run_demo(
 
 
 @contextmanager
-def _kept(out: str | Path | None) -> Iterator[Path]:
+def _target(out: str | Path | None) -> Iterator[Path]:
     if out is not None:
         yield Path(out)
         return

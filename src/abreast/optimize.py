@@ -1,18 +1,18 @@
-"""The whole job: measure, plan, heal, convert, verify, evaluate, time, report; each step resumes.
+"""The whole job: heal, convert, verify, evaluate, time, report; each step resumes.
 
 A run folder holds
 
-    calibration/, held-out/   what plans cost on the two texts (see measure.py)
-    front.json                every plan measured as a whole; another budget chooses anew from it
+    calibration/, held-out/   costs of plans on the two texts (see planner)
+    front.json                every plan measured as a whole; another budget chooses from it again
     profile.json              seconds per kind of stage, unless --hardware was named
-    pareto.png                quality against depth, with the published ways to choose beside it
+    pareto.png                quality against depth, beside published ways to choose a plan
     plans/NAME/               plan.yaml, why.md, converted/ with its model card, verify.json,
-                              quality.json, speed.json, samples.json, tasks.json if asked; healed
-                              conversions and their files have a suffix
-    tasks/                    every answer to every task (see harness.py)
-    results.json              the last call's numbers, all of them
+                              quality.json, speed.json, samples.json, tasks.json if asked for;
+                              healed conversions and their files have a suffix
+    tasks/                    every answer to every task
+    results.json              all numbers of the last call
     environment.json          versions, machine, and the last call's command
-    report/                   report.html, its pictures and numbers (see report.py)
+    report/                   report.html with its charts and numbers
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from abreast.checkpoint import MANIFEST, read_json, write
 from abreast.convert import convert, verify
-from abreast.data import CALIBRATION, HELD_OUT, load_tokens
+from abreast.data import CALIBRATION, HELD_OUT, TokenStream, load_tokens
 from abreast.errors import AbreastError
 from abreast.evaluate import Tasks, compare, evaluate_tasks, sample
 from abreast.heal import Recipe, heal
@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Healing:
-    """How `optimize` is to heal: arguments of `heal`. candidates: how many plans to try it on."""
+    """How to heal: arguments of `heal`. candidates: number of top plans to heal."""
 
     method: str = "both"
     data: str = CALIBRATION
@@ -52,14 +52,41 @@ class Healing:
     recipe: Recipe = field(default_factory=Recipe)
     candidates: int = 1
 
+    def digest(self, seed: int) -> str:
+        """Tells apart the healed conversions of one plan."""
+        settings = [self.data, self.tokens, self.recipe.to_dict(), seed]
+        return _digest(json.dumps(settings, sort_keys=True))
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How a conversion is loaded, evaluated and timed.
+
+    data, max_tokens, window: of the evaluation against the original. rounds, context, new_tokens:
+    of the timing, at batch 1. tasks: from `find_tasks`, to evaluate both models on as well.
+    """
+
+    data: str = HELD_OUT
+    max_tokens: int = 100_000
+    window: int = 256
+    rounds: int = 12
+    context: int = 128
+    new_tokens: int = 64
+    tasks: Tasks | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+
 
 @dataclass(frozen=True)
 class Optimized:
-    """What `optimize` did. verification, quality, speed and tasks are what the verbs' JSON has.
+    """Results of `optimize`. verification, quality, speed and tasks are the verbs' JSON.
 
-    plan: the one that was kept, another than planned.plan where that one heals better. healed: for
-    every plan that was healed, KL before and after, on text that healing did not see. samples: see
-    `sample`, its list under "samples".
+    plan: the chosen one, another than planned.plan where that one heals better. healed: KL before
+    and after, on text that healing did not see, for every plan that was healed. samples: "data",
+    and the list that `sample` returns under "samples".
     """
 
     planned: Planned
@@ -83,146 +110,45 @@ def optimize(
     planned: Planned,
     *,
     healing: Healing | None = None,
-    data: str = HELD_OUT,
-    max_tokens: int = 100_000,
-    window: int = 256,
-    dtype: str = "auto",
-    device: str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    rounds: int = 12,
-    context: int = 128,
-    new_tokens: int = 64,
-    tasks: Tasks | None = None,
-    seed: int = 0,
+    checks: Checks | None = None,
     command: Sequence[str] | None = None,
     report: bool = True,
     step: Step = lambda message: None,
     progress: Progress | None = None,
 ) -> Optimized:
-    """Convert a model under the plan that was chosen, verify it, evaluate it, time it.
+    """Convert a model under the chosen plan, then verify, evaluate and time the conversion.
 
-    healing: heal the chosen plan and the next best ones, and go on with the one that is nearest to
-    the original afterwards, on text that healing did not see. data, max_tokens, window: of the
-    evaluation against the original. rounds, context, new_tokens: of the timing, at batch 1. tasks:
-    from `harness.find_tasks`, to put to both models as well. Every step leaves a file in
+    healing: heal the chosen plan and the next best ones, and continue with the one that is then
+    nearest to the original on text that healing did not see. Every step leaves a file in
     out/plans/NAME and is skipped where that file rests on the same settings. command: the command
     line, for the record. report: write out/report at the end.
-    Raises AbreastError as the verbs do, and when the conversion does not pass its verification.
+    Raises AbreastError as the verbs do, and when the conversion fails its verification.
     """
     if report:
         check_extra()
-    record_environment(out, device, command)
-    stats = planned.front.stats
-    healed: dict[str, dict[str, float]] = {}
-    made: dict[Plan, Path] = {}
-    for each in (planned.plan, *planned.others[: healing.candidates - 1 if healing else 0]):
-        made[each] = _converted(
-            model,
-            Path(out),
-            each,
-            planned,
-            healing,
-            {"device": device, "revision": revision, "trust_remote_code": trust_remote_code},
-            seed,
-            step,
-            progress,
-        )
-        if healing is not None:
-            record = read_json(made[each] / MANIFEST)["healed"]
-            healed[each.shorthand] = {key: record[key] for key in ("kl_before", "kl_after")}
-    plan = planned.plan
-    if healing is not None:
-        plan = min(made, key=lambda p: (healed[p.shorthand]["kl_after"], p.shorthand))
-        step(f"the best after healing is {plan.shorthand}")
-    target = made[plan]
-    folder, suffix = target.parent, target.name.removeprefix("converted")
-    about = {"model": stats.identity["model"], "files": read_json(target / MANIFEST)["files"]}
-    options: dict[str, Any] = {"dtype": dtype, "device": device, "seed": seed}
-
-    def resumed(name: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> Any:
-        path, rests_on = folder / f"{name}{suffix}.json", {**about, **options, **settings}
-        found = read_json(path) if path.is_file() else {}
-        if found.get("rests_on") != json.loads(json.dumps(rests_on)):
-            text = json.dumps({"rests_on": rests_on, "result": make()}, indent=1)
-            write(path, text + "\n")
-            found = json.loads(text)
-        return found["result"]
-
-    def verified() -> dict[str, Any]:
-        step("verify against the original weights run under the same plan")
-        found = verify(target, model, revision=revision, device=device, seed=seed)
-        if not found.ok:
-            raise AbreastError(f"the conversion is wrong: {'; '.join(found.faults)}")
-        return found.to_dict()
-
-    @cache
-    def models() -> dict[str, Any]:
-        placed: dict[str, Any] = {"dtype": dtype, "device": device}
-        original = load(model, revision=revision, trust_remote_code=trust_remote_code, **placed)
-        return {"original": original, "converted": load(target, **placed)}
-
-    def evaluated() -> dict[str, Any]:
-        step("compare next-token predictions with the original's on held-out text")
-        (original, tokenizer), (converted, _) = models().values()
-        stream = load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
-        sizes = {"window": window, "stride": window, "batch_size": 8}
-        return compare(converted, original, stream, progress=progress, **sizes).to_dict()
-
-    def timed() -> dict[str, Any]:
-        step("time both models in turn")
-        pair = {name: loaded for name, (loaded, _) in models().items()}
-        found: dict[str, Any] = {}
-        for task in ("prefill", "decode"):
-            result = bench(
-                pair,
-                task=task,
-                context=context,
-                new_tokens=new_tokens,
-                rounds=rounds,
-                seed=seed,
-                progress=progress,
-            )
-            found[task] = {**result.to_dict(), "verdict": verdict(result)}
-        return found
-
-    def written() -> dict[str, Any]:
-        step("let both models continue the same prompts")
-        (original, tokenizer), (converted, _) = models().values()
-        stream = load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
-        return {"data": data, "samples": sample(original, converted, tokenizer, stream)}
-
-    scored = {"data": data, "max_tokens": max_tokens, "window": window}
-    timing = {"rounds": rounds, "context": context, "new_tokens": new_tokens}
-    asked = None
-    if tasks is not None:
-        asked = evaluate_tasks(
-            target,
-            tasks,
-            against=model,
-            out=Path(out) / "tasks",
-            batch_size=8,
-            against_revision=revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            device=device,
-            step=step,
-            progress=progress,
-        ).to_dict()
-        write(folder / f"tasks{suffix}.json", json.dumps(asked, indent=1) + "\n")
+    checks, out = checks or Checks(), Path(out)
+    record_environment(out, checks.device, command)
+    job = _Job(model, out, planned, checks, step, progress)
+    plan, healed = planned.plan, dict[str, dict[str, float]]()
+    if healing is None:
+        target = job.convert(plan)
+    else:
+        plan, target, healed = job.heal_best(healing)
+    conversion = _Conversion(job, target)
+    tasks = conversion.answer_tasks()
     result = Optimized(
         planned=planned,
         plan=plan.shorthand,
-        folder=str(folder),
+        folder=str(target.parent),
         converted=str(target),
         healed=healed,
-        verification=resumed("verify", {}, verified),
-        quality=resumed("quality", scored, evaluated),
-        speed=resumed("speed", timing, timed),
-        samples=resumed("samples", {"data": data, "max_tokens": max_tokens}, written),
-        tasks=asked,
+        verification=conversion.resume("verify", conversion.verify),
+        quality=conversion.resume("quality", conversion.compare, "data", "max_tokens", "window"),
+        speed=conversion.resume("speed", conversion.time, "rounds", "context", "new_tokens"),
+        samples=conversion.resume("samples", conversion.sample, "data", "max_tokens"),
+        tasks=tasks,
     )
-    write(Path(out) / "results.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    write(out / "results.json", json.dumps(result.to_dict(), indent=1) + "\n")
     if (last := read_run(out).last) is not None:
         write_card(last)
     if report:
@@ -230,51 +156,184 @@ def optimize(
     return result
 
 
-def _converted(
-    model: str | Path,
-    out: Path,
-    plan: Plan,
-    planned: Planned,
-    healing: Healing | None,
-    source: dict[str, Any],
-    seed: int,
-    step: Step,
-    progress: Progress | None,
-) -> Path:
-    """The folder of the conversion under a plan, healed if asked; made now where it is missing."""
-    key = hashlib.sha256(plan.shorthand.encode()).hexdigest()[:8]
-    folder = out / "plans" / f"depth-{plan.depth}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    recorded = plan.model_copy(update={"source": planned.front.stats.source})
-    recorded.save(folder / "plan.yaml")
-    write(folder / "why.md", explain(plan, planned.front))
-    depths = f"{plan.num_layers} layers into {plan.depth} stages: {plan.shorthand}"
-    if healing is None:
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of one call, and the conversions that it makes or finds."""
+
+    model: str | Path
+    out: Path
+    planned: Planned
+    checks: Checks
+    step: Step
+    progress: Progress | None
+
+    def convert(self, plan: Plan) -> Path:
+        """The folder of the conversion under a plan, made now where it is missing."""
+        folder, recorded = self._plan_folder(plan)
         target = folder / "converted"
         if not target.is_dir():
-            step(f"convert {depths}")
-            revision = source["revision"]
-            convert(model, recorded, target, revision=revision, force=True, progress=progress)
+            self.step(f"convert {_stages(plan)}")
+            revision, progress = self.checks.revision, self.progress
+            convert(self.model, recorded, target, revision=revision, force=True, progress=progress)
         return target
-    settings = json.dumps(
-        [healing.data, healing.tokens, healing.recipe.to_dict(), seed], sort_keys=True
-    )
-    key = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    target = folder / f"converted-{healing.method}-{key}"
-    if not target.is_dir():
-        step(f"heal and convert {depths}")
-        heal(
-            model,
-            recorded,
-            target,
-            method=healing.method,
-            data=healing.data,
-            tokens=healing.tokens,
-            recipe=healing.recipe,
-            seed=seed,
-            force=True,
-            step=step,
-            progress=progress,
-            **source,
+
+    def heal(self, plan: Plan, healing: Healing) -> Path:
+        """The folder of the healed conversion under a plan, made now where it is missing."""
+        folder, recorded = self._plan_folder(plan)
+        target = folder / f"converted-{healing.method}-{healing.digest(self.checks.seed)}"
+        if not target.is_dir():
+            self.step(f"heal and convert {_stages(plan)}")
+            heal(
+                self.model,
+                recorded,
+                target,
+                method=healing.method,
+                data=healing.data,
+                tokens=healing.tokens,
+                recipe=healing.recipe,
+                seed=self.checks.seed,
+                device=self.checks.device,
+                revision=self.checks.revision,
+                trust_remote_code=self.checks.trust_remote_code,
+                force=True,
+                step=self.step,
+                progress=self.progress,
+            )
+        return target
+
+    def heal_best(self, healing: Healing) -> tuple[Plan, Path, dict[str, dict[str, float]]]:
+        """The plan that is best after healing, its conversion, and KL of all plans healed."""
+        targets: dict[Plan, Path] = {}
+        healed: dict[str, dict[str, float]] = {}
+        for plan in (self.planned.plan, *self.planned.others[: healing.candidates - 1]):
+            targets[plan] = self.heal(plan, healing)
+            record = read_json(targets[plan] / MANIFEST)["healed"]
+            healed[plan.shorthand] = {key: record[key] for key in ("kl_before", "kl_after")}
+        best = min(targets, key=lambda plan: (healed[plan.shorthand]["kl_after"], plan.shorthand))
+        self.step(f"the best after healing is {best.shorthand}")
+        return best, targets[best], healed
+
+    def _plan_folder(self, plan: Plan) -> tuple[Path, Plan]:
+        """The plan's folder with plan.yaml and why.md, and the plan as recorded there."""
+        folder = self.out / "plans" / f"depth-{plan.depth}-{_digest(plan.shorthand)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        front = self.planned.front
+        recorded = plan.model_copy(update={"source": front.stats.source})
+        recorded.save(folder / "plan.yaml")
+        write(folder / "why.md", explain(plan, front))
+        return folder, recorded
+
+
+class _Conversion:
+    """One conversion beside the original, both loaded at most once."""
+
+    def __init__(self, job: _Job, target: Path) -> None:
+        self.job, self.checks, self.target = job, job.checks, target
+        self.suffix = target.name.removeprefix("converted")
+        self.rests_on = {
+            "model": job.planned.front.stats.identity["model"],
+            "files": read_json(target / MANIFEST)["files"],
+            **self._settings("dtype", "device", "seed"),
+        }
+
+    def resume(self, name: str, make: Callable[[], dict[str, Any]], *settings: str) -> Any:
+        """The result in NAME.json if it was made under the same settings, else made now."""
+        path, rests_on = self._path(name), {**self.rests_on, **self._settings(*settings)}
+        record = read_json(path) if path.is_file() else {}
+        if record.get("rests_on") != json.loads(json.dumps(rests_on)):
+            text = json.dumps({"rests_on": rests_on, "result": make()}, indent=1)
+            write(path, text + "\n")
+            record = json.loads(text)
+        return record["result"]
+
+    def answer_tasks(self) -> dict[str, Any] | None:
+        """Accuracy on tasks, None where there are none; out/tasks resumes item by item."""
+        checks, job = self.checks, self.job
+        if checks.tasks is None:
+            return None
+        result = evaluate_tasks(
+            self.target,
+            checks.tasks,
+            against=job.model,
+            out=job.out / "tasks",
+            batch_size=8,
+            against_revision=checks.revision,
+            trust_remote_code=checks.trust_remote_code,
+            dtype=checks.dtype,
+            device=checks.device,
+            step=job.step,
+            progress=job.progress,
+        ).to_dict()
+        write(self._path("tasks"), json.dumps(result, indent=1) + "\n")
+        return result
+
+    def _settings(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self.checks, name) for name in names}
+
+    def _path(self, name: str) -> Path:
+        return self.target.parent / f"{name}{self.suffix}.json"
+
+    @cached_property
+    def models(self) -> tuple[Any, Any, Any]:
+        """The original, the conversion and the tokenizer, loaded when first needed."""
+        checks = self.checks
+        original, tokenizer = load(
+            self.job.model,
+            revision=checks.revision,
+            trust_remote_code=checks.trust_remote_code,
+            dtype=checks.dtype,
+            device=checks.device,
         )
-    return target
+        converted, _ = load(self.target, dtype=checks.dtype, device=checks.device)
+        return original, converted, tokenizer
+
+    @cached_property
+    def stream(self) -> TokenStream:
+        checks, (_, _, tokenizer) = self.checks, self.models
+        return load_tokens(tokenizer, checks.data, max_tokens=checks.max_tokens, seed=checks.seed)
+
+    def verify(self) -> dict[str, Any]:
+        self.job.step("verify against the original weights run under the same plan")
+        revision, device, seed = self.checks.revision, self.checks.device, self.checks.seed
+        result = verify(self.target, self.job.model, revision=revision, device=device, seed=seed)
+        if not result.ok:
+            raise AbreastError(f"the conversion is wrong: {'; '.join(result.faults)}")
+        return result.to_dict()
+
+    def compare(self) -> dict[str, Any]:
+        self.job.step("compare next-token predictions with the original's on held-out text")
+        original, converted, _ = self.models
+        window, progress = self.checks.window, self.job.progress
+        sizes = {"window": window, "stride": window, "batch_size": 8}
+        return compare(converted, original, self.stream, progress=progress, **sizes).to_dict()
+
+    def time(self) -> dict[str, Any]:
+        self.job.step("time both models in turn")
+        original, converted, _ = self.models
+        results: dict[str, Any] = {}
+        for task in ("prefill", "decode"):
+            result = bench(
+                {"original": original, "converted": converted},
+                task=task,
+                context=self.checks.context,
+                new_tokens=self.checks.new_tokens,
+                rounds=self.checks.rounds,
+                seed=self.checks.seed,
+                progress=self.job.progress,
+            )
+            results[task] = {**result.to_dict(), "verdict": verdict(result)}
+        return results
+
+    def sample(self) -> dict[str, Any]:
+        self.job.step("let both models continue the same prompts")
+        original, converted, tokenizer = self.models
+        samples = sample(original, converted, tokenizer, self.stream)
+        return {"data": self.checks.data, "samples": samples}
+
+
+def _stages(plan: Plan) -> str:
+    return f"{plan.num_layers} layers into {plan.depth} stages: {plan.shorthand}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

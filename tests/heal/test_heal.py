@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from abreast.cli.heal import heal as heal_verb
+from abreast.cli.quality import heal as heal_verb
 from abreast.convert.rewrite import convert
 from abreast.convert.verification import verify
 from abreast.data import TokenStream

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from abreast.cli.heal import heal as heal_verb
+from abreast.cli.quality import heal as heal_verb
 from abreast.convert.verification import verify
 from abreast.demo import model_folder
 from abreast.errors import AbreastError

@@ -18,9 +18,7 @@ from abreast.plan import Plan
 from abreast.planner.find import Planned
 from abreast.planner.front import Profile
 from abreast.report.drawings import draw_bench, draw_front, draw_healing, draw_study
-from abreast.speed.benchmark import BenchResult
-from abreast.speed.jobs import Contender, Job, Report
-from abreast.speed.timing import Measurement, timings
+from abreast.speed.timing import BenchResult, Contender, Job, Measurement, Report, timings
 from abreast.study.sweep import StudyRow
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,18 @@ from abreast.cli.main import cli
 from abreast.convert.rewrite import convert
 from abreast.errors import AbreastError
 from abreast.plan import Plan
-from abreast.speed import jobs as backends
-from abreast.speed.benchmark import BenchResult
-from abreast.speed.jobs import Case, Contender, Failure, Job, conclusion, device_or_cpu, run
-from abreast.speed.timing import Measurement, timings
+from abreast.speed import backends
+from abreast.speed.backends import device_or_cpu, run
+from abreast.speed.timing import (
+    BenchResult,
+    Case,
+    Contender,
+    Failure,
+    Job,
+    Measurement,
+    conclusion,
+    timings,
+)
 
 
 def result(task: str, ratio: float, rounds: int = 8, context: int = 8) -> BenchResult:
@@ -83,10 +91,10 @@ def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(
         (Case("decode", 1, 4, 2),),
         dtype="float32",
     )
-    models = backends._models(job)
+    models = backends._load_models(job)
     plan = tmp_path / "plan.yaml"
     Plan.parse("1+2", 6).save(plan)
-    assert backends._models(replace(job, contenders=(Contender("file", source, str(plan)),)))
+    assert backends._load_models(replace(job, contenders=(Contender("file", source, str(plan)),)))
     pairs = zip(models["original"].parameters(), models["grouped"].parameters(), strict=True)
     assert all(a is b for a, b in pairs)
     ids = torch.arange(3, 12)[None]
@@ -304,9 +312,10 @@ def test_jobs_that_make_no_sense(tiny_checkpoint):
 
 def test_results_survive_the_way_through_json():
     row = json.loads(json.dumps(result("decode", 1.2).to_dict(seconds=True)))
-    back = backends._from_json(row)
-    assert back == result("decode", 1.2)
-    assert backends._from_json({"case": "a", "reason": "b"}) == Failure("a", "b")
+    assert backends._outcome(row) == result("decode", 1.2)
+    assert backends._outcome({"case": "a", "reason": "b"}) == Failure("a", "b")
+    job = Job((Contender("original", "m"),), (Case("decode", 1, 4, 2),), vllm=("uv", "run", "vllm"))
+    assert Job.from_dict(json.loads(json.dumps(asdict(job)))) == job
 
 
 def test_verb_prints_a_table_and_a_verdict_or_one_line_of_json(converted, tmp_path):
@@ -346,7 +355,7 @@ def test_bad_input_is_one_line(tiny_checkpoint, monkeypatch, arguments, message)
 
 
 @pytest.mark.parametrize(
-    ("stderr", "told"),
+    ("stderr", "reason"),
     [
         (
             "[rank0]: abreast.errors.AbreastError: no such model\nChildFailedError: x",
@@ -361,5 +370,5 @@ def test_bad_input_is_one_line(tiny_checkpoint, monkeypatch, arguments, message)
         ("", "it did not say why"),
     ],
 )
-def test_what_ended_torchrun_is_told(stderr, told):
-    assert backends._told(stderr) == told
+def test_the_error_that_ended_torchrun_is_found(stderr, reason):
+    assert backends._reason(stderr) == reason

@@ -13,8 +13,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.errors import AbreastError
-from abreast.speed.benchmark import BenchResult, bench, verdict
-from abreast.speed.timing import Measurement, measure, ratio_interval, timings
+from abreast.speed.benchmark import bench
+from abreast.speed.timing import (
+    BenchResult,
+    Measurement,
+    measure,
+    ratio_interval,
+    timings,
+    verdict,
+)
 
 
 class Clock:

@@ -1,4 +1,4 @@
-"""The `abreast` command. Verbs are imported when they run, so that --help costs no torch."""
+"""The `abreast` command. Verbs import what they need when they run, so --help needs no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import NoReturn
 
 import click
 
-from abreast.cli import checkpoint as cli_checkpoint
-from abreast.cli import heal as cli_heal
-from abreast.cli import plan as cli_plan
-from abreast.cli import quality as cli_quality
-from abreast.cli import run as cli_run
-from abreast.cli import share as cli_share
-from abreast.cli import speed as cli_speed
+from abreast.cli.checkpoint import convert, export, inspect, push, verify
+from abreast.cli.plan import measure, optimize, plan
+from abreast.cli.quality import evaluate, heal, study
+from abreast.cli.show import demo, play, report
+from abreast.cli.speed import bench, estimate
 from abreast.errors import AbreastError
 from abreast.version import __version__
 
@@ -26,21 +24,18 @@ def cli() -> None:
     """Run consecutive layers of a language model side by side.
 
     MODEL is a folder with a Hugging Face checkpoint, or a Hugging Face id such as ORG/NAME.
-    Try it on the bundled model: abreast inspect "$(abreast demo --path)"
+    Try the bundled model: abreast inspect "$(abreast demo --path)"
     """
 
 
-for verb in (
-    *(cli_checkpoint.inspect, cli_checkpoint.convert, cli_checkpoint.verify),
-    cli_checkpoint.export,
-    *(cli_quality.evaluate, cli_quality.study),
-    *(cli_plan.measure, cli_plan.plan, cli_plan.optimize),
-    cli_heal.heal,
-    *(cli_speed.bench, cli_speed.estimate),
-    *(cli_share.report, cli_share.push),
-    *(cli_run.demo, cli_run.play),
+for command in (
+    *(inspect, convert, verify, export, push),
+    *(evaluate, study, heal),
+    *(measure, plan, optimize),
+    *(bench, estimate),
+    *(demo, report, play),
 ):
-    cli.add_command(verb)
+    cli.add_command(command)
 
 
 def main() -> NoReturn:
@@ -64,7 +59,7 @@ def main() -> NoReturn:
         click.echo("abreast: interrupted, nothing half-written is left", err=True)
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has gone; keep Python from complaining again at exit.
+        # Whoever read our output is gone; keep Python from complaining again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except MemoryError:

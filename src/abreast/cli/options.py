@@ -1,38 +1,155 @@
-"""What the verbs' command lines share: options, progress, and how results are printed."""
+"""Options, progress and printing that the verbs share.
+
+Options that fill a settings dataclass come from its fields: every field with a help text in its
+metadata is an option. Other metadata: `option`, its name where it is not the field's (a flag that
+is on by default gets --no-NAME); `bytes`, for sizes like 5GB; `parse`, a function of the text.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property, partial
+from importlib import import_module
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 
 from abreast.errors import AbreastError
 
 Progress = Callable[[int, int], None]
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hugging Face model.")
 force_option = click.option(
     "--force", is_flag=True, help="Allow groups with the first or last layer."
 )
-seed_option = click.option(
-    "--seed", default=0, show_default=True, help="Seed of everything random."
-)
+seed_option = click.option("--seed", default=0, show_default=True, help="Random seed.")
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."
 )
+dtype_option = click.option(
+    "--dtype", default="auto", show_default=True, help="float32, bfloat16 or float16."
+)
 remote_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Let code inside the checkpoint run. Off: it never does.",
+    "--trust-remote-code", is_flag=True, help="Allow code inside the checkpoint to run."
 )
 PLAN_HELP = 'Groups such as "5+6 7+8" (lp), "7|8" (cqil), "7|8:1" (bypass 1), or a plan file.'
+plan_option = click.option("--plan", required=True, help=PLAN_HELP)
+prefill_option = click.option(
+    "--prefill",
+    type=click.Choice(["grouped", "sequential"]),
+    default="grouped",
+    show_default=True,
+    help="sequential: run prompts in the original order, and only decode side by side.",
+)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """Stands for the options of one dataclass, which is imported when they are first needed."""
+
+    argument: str
+    module: str
+    name: str
+
+    @cached_property
+    def type(self) -> Any:
+        return getattr(import_module(self.module), self.name)
+
+    @cached_property
+    def options(self) -> list[click.Option]:
+        types = get_type_hints(self.type)
+        return [
+            _option(entry.name, types[entry.name], entry.default, entry.metadata)
+            for entry in fields(self.type)
+            if "help" in entry.metadata
+        ]
+
+    def take(self, values: dict[str, Any]) -> Any:
+        """The settings, from parsed values of options, which are removed."""
+        return self.type(**{str(o.name): values.pop(str(o.name)) for o in self.options})
+
+
+class SettingsCommand(click.Command):
+    """A command that may have options from dataclasses, see `settings`."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not hasattr(self, "settings"):
+            entries: list[Any] = self.params
+            self.settings = [entry for entry in entries if isinstance(entry, _Settings)]
+            self.params = [
+                option
+                for entry in entries
+                for option in (entry.options if isinstance(entry, _Settings) else [entry])
+            ]
+        return super().get_params(ctx)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for entry in self.settings:
+            ctx.params[entry.argument] = entry.take(ctx.params)
+        return super().invoke(ctx)
+
+
+verb = partial(click.command, cls=SettingsCommand)
+
+
+def settings(argument: str, module: str, name: str) -> Callable[[Any], Any]:
+    """Give a verb the options of dataclass `name` in `module`, and an instance as `argument`."""
+
+    def decorate(function: Any) -> Any:
+        parameters = function.__dict__.setdefault("__click_params__", [])
+        parameters.append(_Settings(argument, module, name))
+        return function
+
+    return decorate
+
+
+def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> click.Option:
+    flag = f"--{'no-' if default is True else ''}{name.replace('_', '-')}"
+    declared = [name, *str(metadata.get("option", flag)).split()]
+    if get_origin(kind) is UnionType:
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    options: dict[str, Any] = {"help": metadata["help"], "required": default is MISSING}
+    parse = metadata.get("parse")
+    if metadata.get("bytes"):
+        parse, default = parse_size, _size_text(default)
+    elif get_origin(kind) is tuple:
+        parse, default = _words, ",".join(default) or None
+    if kind is bool:
+        options |= {"is_flag": True, "default": default, "flag_value": not default}
+    elif default is not MISSING:
+        options |= {"default": default, "show_default": default is not None}
+    if parse is not None:
+        options["callback"] = lambda context, option, text: parse(text)
+    elif kind is not bool:
+        options["type"] = click.Choice(get_args(kind)) if get_origin(kind) is Literal else kind
+    return click.Option(declared, **options)
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
+
+
+def parse_size(text: str) -> int:
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    try:
+        size = float(number) * _UNITS[unit]
+    except (KeyError, ValueError):
+        raise AbreastError(f"size '{text}' cannot be read; write it like 500MB or 5GB") from None
+    if not 10**3 <= size < float("inf"):
+        raise AbreastError(f"size '{text}' is too small for a file; give at least 1KB")
+    return int(size)
+
+
+def _size_text(size: int) -> str:
+    unit = next(name for name in ("GB", "MB", "KB") if size % _UNITS[name] == 0)
+    return f"{size // _UNITS[unit]}{unit}"
 
 
 def print_json(data: Any) -> None:
@@ -43,16 +160,52 @@ def say(message: str) -> None:
     click.echo(f"abreast: {message}", err=True)
 
 
-def parse_size(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = text[:-2].strip(), text[-2:].upper()
-    try:
-        size = float(number) * units[unit]
-    except (KeyError, ValueError):
-        raise AbreastError(f"size '{text}' cannot be read; write it like 500MB or 5GB") from None
-    if not 10**3 <= size < float("inf"):
-        raise AbreastError(f"size '{text}' is too small for a file; give at least 1KB")
-    return int(size)
+def print_table(rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows), default=0)
+    for key, value in rows.items():
+        click.echo(f"{key:<{width}}  {value}")
+
+
+def print_columns(
+    headings: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: Collection[str],
+    title: str | None = None,
+    borders: bool = True,
+    notes: Iterable[str] = (),
+) -> None:
+    """A table with the columns in `left` justified left, and notes below it.
+
+    An empty row draws a line across. Without borders, only the columns in `left` are wrapped.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    look: dict[str, Any] = {} if borders else {"box": None, "padding": (0, 2, 0, 0)}
+    table = Table(title=title, **look)
+    for heading in headings:
+        if heading in left:
+            table.add_column(heading, overflow="ellipsis" if borders else "fold")
+        else:
+            table.add_column(heading, justify="right", no_wrap=not borders)
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    console = Console(highlight=False)
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+
+
+def bytes_text(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
 
 
 @contextmanager

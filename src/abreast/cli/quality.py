@@ -1,7 +1,11 @@
-"""The verbs that say what a change costs: eval, study."""
+"""The verbs about quality: eval, study, heal."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,23 +13,31 @@ import click
 from abreast.cli.options import (
     PLAN_HELP,
     device_option,
+    dtype_option,
+    force_option,
     json_option,
     parse_size,
+    plan_option,
+    prefill_option,
+    print_columns,
     print_json,
+    print_table,
     progress_bar,
     remote_option,
     revision_option,
     say,
     seed_option,
+    settings,
+    verb,
 )
-from abreast.cli.tables import print_corpora, print_table, print_tasks, quality_rows
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
-    from abreast.evaluate import Comparison, Perplexity
+    from abreast.evaluate import Comparison, Evaluation, Perplexity
+    from abreast.heal import Recipe
 
 
-@click.command(name="eval")
+@verb(name="eval")
 @click.argument("model")
 @click.option("--against", help="Compare with this model, usually the original.")
 @click.option("--plan", help=f"Run MODEL grouped under this plan. {PLAN_HELP}")
@@ -35,26 +47,30 @@ if TYPE_CHECKING:
     default=("stdlib",),
     show_default=True,
     help="Text file, folder, hub:DATASET[:SPLIT[:COLUMN]], stdlib (held out) or stdlib-train. "
-    "Repeat it for several texts.",
+    "May be repeated.",
 )
-@click.option("--max-tokens", default=100_000, show_default=True, help="Score at most this many.")
-@click.option("--window", default=1024, show_default=True, help="Tokens the model sees at once.")
+@click.option("--max-tokens", default=100_000, show_default=True, help="Tokens to score.")
+@click.option("--window", default=1024, show_default=True, help="Context length in tokens.")
 @click.option("--stride", default=512, show_default=True, help="Tokens between windows.")
-@click.option("--per-window", is_flag=True, help="Put the sums of every window into the JSON.")
-@click.option("--tasks", help="Instead of text, these lm-evaluation-harness tasks, by commas.")
+@click.option("--per-window", is_flag=True, help="Include the sums of every window in the JSON.")
 @click.option(
-    "--num-fewshot", type=int, help="With --tasks: examples per prompt. Default: its own."
+    "--tasks", help="Evaluate on these lm-evaluation-harness tasks instead, comma-separated."
 )
-@click.option("--limit", type=int, help="With --tasks: items of each. Default: all.")
-@click.option("--include-path", multiple=True, help="With --tasks: folder of more task files.")
+@click.option(
+    "--num-fewshot", type=int, help="With --tasks: examples per prompt. Default: the task's own."
+)
+@click.option("--limit", type=int, help="With --tasks: items of each task. Default: all.")
+@click.option("--include-path", multiple=True, help="With --tasks: folder with more task files.")
 @click.option(
     "--add-bos/--no-add-bos",
     default=None,
-    help="With --tasks: begin prompts with the beginning-of-text token. Default: the tokenizer's.",
+    help="With --tasks: start prompts with the BOS token. Default: as the tokenizer does.",
 )
-@click.option("-o", "--out", help="With --tasks: keep every answer here, and go on from there.")
-@click.option("--batch-size", default=1, show_default=True, help="Windows or prompts at once.")
-@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
+@click.option("-o", "--out", help="With --tasks: keep every answer here, and resume from there.")
+@click.option(
+    "--batch-size", default=1, show_default=True, help="Windows or prompts per forward pass."
+)
+@dtype_option
 @revision_option
 @remote_option
 @device_option
@@ -77,32 +93,33 @@ def evaluate(
     device: str,
     seed: int,
     as_json: bool,
-    **of_tasks: Any,
+    **task_options: Any,
 ) -> None:
-    """Perplexity of MODEL, or its accuracy on --tasks.
+    """Evaluate MODEL: perplexity on text, or accuracy on --tasks.
 
-    With --against, also how far it strayed from that model: KL divergence and loss with standard
-    errors and intervals, or the share of the accuracy that is kept and a test on the same items.
+    With --against, also how far it is from that model: KL divergence and loss increase with
+    standard errors and intervals, or the share of accuracy kept and a test on the same items.
     """
     from abreast.data import load_tokens
     from abreast.evaluate import check_tokenizers, compare, perplexity
     from abreast.model import load
 
-    options: dict[str, Any] = {
+    loading: dict[str, Any] = {
         "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
     }
     if tasks is not None:
-        options |= {"revision": revision, "batch_size": batch_size, "against": against}
-        return _on_tasks(model, tasks, as_json, seed=seed, plan=plan, **of_tasks, **options)
-    for name, value in of_tasks.items():
+        loading |= {"plan": plan, "revision": revision, "batch_size": batch_size}
+        return _on_tasks(
+            model, tasks, as_json, seed=seed, against=against, **task_options, **loading
+        )
+    for name, value in task_options.items():
         if value not in (None, ()):
-            raise AbreastError(
-                f"--{name.replace('_', '-')} goes with --tasks; name some, or leave it"
-            )
-    loaded, tokenizer = load(model, plan=plan, revision=revision, **options)
-    reference, reference_tokenizer = load(against, **options) if against else (None, None)
+            option = name.replace("_", "-")
+            raise AbreastError(f"--{option} goes with --tasks; name some, or leave it out")
+    loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
+    reference, reference_tokenizer = load(against, **loading) if against else (None, None)
     tokenizer = tokenizer or reference_tokenizer
     if tokenizer is None:
         raise AbreastError(f"'{model}' has no tokenizer; copy the original's files into its folder")
@@ -119,7 +136,7 @@ def evaluate(
             else:
                 results.append(perplexity(loaded, stream, **sizes))
     if as_json:
-        found: list[dict[str, Any]] = [
+        corpora: list[dict[str, Any]] = [
             {
                 "data": {
                     "source": stream.source,
@@ -131,10 +148,10 @@ def evaluate(
             for stream, result in zip(streams, results, strict=True)
         ]
         record = {"model": model, "against": against, "plan": plan, "dtype": dtype, "seed": seed}
-        return print_json({**record, **(found[0] if len(found) == 1 else {"corpora": found})})
+        return print_json({**record, **(corpora[0] if len(corpora) == 1 else {"corpora": corpora})})
     if len(results) == 1:
-        return print_table(quality_rows(results[0]))
-    print_corpora(dict(zip(data, results, strict=True)))
+        return print_table(_quality_rows(results[0]))
+    _print_corpora(dict(zip(data, results, strict=True)))
 
 
 def _on_tasks(
@@ -150,33 +167,138 @@ def _on_tasks(
 ) -> None:
     from abreast.evaluate import evaluate_tasks, find_tasks
 
-    chosen: dict[str, Any] = {
-        "include_path": include_path,
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-    }
-    found = find_tasks(tasks.split(","), seed=seed, **chosen)
+    loaded = find_tasks(
+        tasks.split(","),
+        seed=seed,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+    )
     with progress_bar("evaluate", as_json) as progress:
-        result = evaluate_tasks(model, found, step=say, progress=progress, **options)
+        result = evaluate_tasks(model, loaded, step=say, progress=progress, **options)
     if as_json:
         return print_json(result.to_dict())
-    print_tasks(result)
+    _print_tasks(result)
 
 
-@click.command()
+def _quality_rows(result: Comparison | Perplexity) -> dict[str, str]:
+    from abreast.evaluate import Perplexity
+
+    scored = f"{result.num_tokens} tokens, window {result.window}, stride {result.stride}"
+    if isinstance(result, Perplexity):
+        return {
+            "perplexity": f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}",
+            "loss": f"{result.nll:.4f} ± {result.nll_stderr:.4f} nats per token",
+            "bits per byte": f"{result.bits_per_byte:.4f}",
+            "scored": scored,
+        }
+    ours, theirs = result.model, result.reference
+    return {
+        "perplexity": f"{ours.perplexity:.3f} ± {ours.perplexity_stderr:.3f}",
+        "of the original": f"{theirs.perplexity:.3f} ± {theirs.perplexity_stderr:.3f}",
+        "loss increase": f"{result.nll_difference:+.4f} ± {result.nll_difference_stderr:.4f} nats"
+        f"{_interval(result)}, worse in {result.windows_worse:.0%} of the windows",
+        "KL divergence": f"{result.kl:.4f} ± {result.kl_stderr:.4f} nats, "
+        f"95th percentile {result.kl_p95:.4f}",
+        "same top token": f"{result.top1_agreement:.1%} ± {result.top1_agreement_stderr:.1%}",
+        "scored": scored,
+    }
+
+
+def _interval(result: Comparison) -> str:
+    low, high = result.bootstrap["nll_difference"]
+    return f" [{low:+.4f}, {high:+.4f}]" if low <= high else ""  # NaN: a single window
+
+
+def _print_corpora(results: Mapping[str, Comparison | Perplexity]) -> None:
+    """One row per text."""
+    from abreast.evaluate import Perplexity
+
+    rows: list[tuple[str, ...]] = []
+    compared = False
+    for name, result in results.items():
+        text = f"{Path(name).name}\n{result.num_tokens} tokens"
+        if isinstance(result, Perplexity):
+            rows.append((text, f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}"))
+            continue
+        compared = True
+        rows.append(
+            (
+                text,
+                f"{result.model.perplexity:.3f}",
+                f"{result.reference.perplexity:.3f}",
+                f"{result.nll_difference:+.4f}\n{_interval(result).strip()}",
+                f"{result.kl:.4f}",
+                f"{result.top1_agreement:.1%}",
+            )
+        )
+    headings = ("text", "perplexity", "original", "loss increase", "KL", "same top")
+    notes = ["brackets: 95 % bootstrap interval, windows resampled"] if compared else []
+    print_columns(
+        headings if compared else headings[:2], rows, left={"text"}, borders=False, notes=notes
+    )
+
+
+def _print_tasks(result: Evaluation) -> None:
+    """One row per task and metric."""
+    alone = result.settings["against"] is None
+    title = f"{result.settings['model']} {result.settings['plan'] or ''}".strip()
+    rows: list[tuple[str, ...]] = []
+    for name, scores in result.tasks.items():
+        for metric, values in scores.metrics.items():
+            ours = _score(values["converted"], values["converted_stderr"])
+            if alone:
+                rows.append((f"{name}\n{metric}", ours, str(scores.num_items)))
+                continue
+            lost, won = values["only_original"], values["only_converted"]
+            rows.append(
+                (
+                    f"{name}\n{metric}",
+                    _score(values["original"], values["original_stderr"]),
+                    ours,
+                    _score(values["kept"], values["kept_stderr"]),
+                    "" if values["p_value"] is None else f"{values['p_value']:.2g}",
+                    "" if lost is None else f"{lost}:{won}",
+                )
+            )
+    notes = []
+    if result.kept_mean is not None:
+        mean = _score(result.kept_mean, result.kept_mean_stderr)
+        notes = [
+            f"accuracy kept, mean over tasks: {mean}",
+            "only one: items that only the original : only the converted model gets right; "
+            "p: of the paired test on them",
+        ]
+    headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
+    print_columns(("task", *headings), rows, left={"task"}, title=title, borders=False, notes=notes)
+
+
+def _score(value: float | None, stderr: float | None) -> str:
+    if value is None:
+        return ""
+    # accuracies, and perplexities that may be of any size
+    digits = ".3f" if max(value, stderr or 0.0) < 10 else ".4g"
+    return f"{value:{digits}}" + ("" if stderr is None else f"±{stderr:{digits}}")
+
+
+@verb()
 @click.argument("model")
-@click.option("-o", "--out", required=True, help="Folder of results; goes on with it.")
-@click.option("--interventions", help="Some of them, by commas. Default: all.")
-@click.option("--data", default="stdlib", show_default=True, help="As for eval.")
-@click.option("--windows", default=16, show_default=True, help="Windows of text to score.")
-@click.option("--window", default=256, show_default=True, help="Tokens in each.")
-@click.option("--max-length", type=int, help="Longest stretch of layers. Default: all.")
+@click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
+@click.option("--interventions", help="Comma-separated. Default: all.")
+@click.option("--data", default="stdlib", show_default=True, help="Text to score; as in eval.")
+@click.option("--windows", default=16, show_default=True, help="Number of windows to score.")
+@click.option("--window", default=256, show_default=True, help="Tokens per window.")
+@click.option("--max-length", type=int, help="Longest stretch of layers. Default: all layers.")
 @click.option("--permutations", default=3, show_default=True, help="Orders per shuffled stretch.")
-@click.option("--batch-size", default=8, show_default=True, help="Windows at once.")
-@click.option("--max-cache", default="1GB", show_default=True, help="States kept for reuse.")
-@click.option("--devices", default="cpu", show_default=True, help="A worker each: cuda:0,cuda:1")
-@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
-@click.option("--no-plots", is_flag=True, help="Write no PNGs; needs no altair.")
+@click.option("--batch-size", default=8, show_default=True, help="Windows per forward pass.")
+@click.option(
+    "--max-cache", default="1GB", show_default=True, help="Memory for hidden states kept for reuse."
+)
+@click.option(
+    "--devices", default="cpu", show_default=True, help="One worker on each: cuda:0,cuda:1"
+)
+@dtype_option
+@click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
 @revision_option
 @remote_option
 @seed_option
@@ -200,14 +322,13 @@ def study(
     seed: int,
     as_json: bool,
 ) -> None:
-    """What MODEL loses when stretches of its layers are shuffled, pruned, merged or run abreast."""
+    """Measure what MODEL loses when its layers are shuffled, pruned, merged or parallelised."""
     from abreast.model import INTERVENTIONS
     from abreast.report import check_drawing, draw_study
     from abreast.study import study as run
 
     if not no_plots:
         check_drawing()
-
     with progress_bar("study", as_json) as progress:
         result = run(
             model,
@@ -231,11 +352,121 @@ def study(
         draw_study(result.rows, result.num_layers, out)
     if as_json:
         return print_json(result.to_dict())
+    spent, without_reuse = result.evaluations.spent, result.evaluations.without_reuse
     print_table(
         {
             "results": out,
             "rows": str(len(result.rows)),
-            "layer evaluations": f"{result.evaluations.spent}, "
-            f"{result.evaluations.without_reuse} without reuse",
+            "layer evaluations": f"{spent}, {without_reuse} without reuse",
         }
     )
+
+
+@verb()
+@click.argument("model")
+@plan_option
+@click.option("-o", "--out", required=True, help="New folder for the converted checkpoint.")
+@click.option(
+    "--method",
+    type=click.Choice(["refit", "distill", "both"]),
+    default="both",
+    show_default=True,
+    help="Closed form, training, or one after the other.",
+)
+@click.option(
+    "--data", default="stdlib-train", show_default=True, help="Text to heal on; as in eval."
+)
+@click.option("--tokens", type=int, help="Tokens to heal on. Default: what the method needs.")
+@click.option("--window", default=1024, show_default=True, help="Context length in tokens.")
+@click.option(
+    "--refit-steps", default="qkv,gate_up,out", show_default=True, help="Refit these, in order."
+)
+@settings("recipe", "abreast.heal", "Recipe")
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Dtype of the weights in memory."
+)
+@click.option("--out-dtype", help="Cast OUT to float32, bfloat16 or float16. Default: no cast.")
+@prefill_option
+@click.option("--work", help="Folder to resume from. Default: OUT.work, removed at the end.")
+@click.option("--keep-weights", help="New folder for the healed weights, unconverted.")
+@click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
+@force_option
+@revision_option
+@remote_option
+@device_option
+@seed_option
+@json_option
+def heal(
+    model: str,
+    plan: str,
+    out: str,
+    method: str,
+    data: str,
+    tokens: int | None,
+    window: int,
+    refit_steps: str,
+    recipe: Recipe,
+    dtype: str,
+    out_dtype: str | None,
+    prefill: str,
+    work: str | None,
+    keep_weights: str | None,
+    no_plots: bool,
+    force: bool,
+    revision: str | None,
+    trust_remote_code: bool,
+    device: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Convert MODEL, an original, under a plan and recover the quality that this costs."""
+    from abreast.heal import heal as run
+    from abreast.report import check_drawing, draw_healing
+
+    if not no_plots:
+        check_drawing()
+    with progress_bar("heal", as_json) as progress:
+        healed = run(
+            model,
+            plan,
+            out,
+            method=method,
+            data=data,
+            tokens=tokens,
+            window=window,
+            recipe=replace(recipe, lora_alpha=recipe.lora_rank),
+            refit_steps=refit_steps.split(","),
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            work=work,
+            keep=keep_weights,
+            out_dtype=out_dtype,
+            prefill=prefill,
+            force=force,
+            draw=None if no_plots else draw_healing,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            step=say,
+            progress=progress,
+        )
+    if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
+        return
+    for warning in healed.warnings:
+        say(f"warning: {warning}")
+    if as_json:
+        return print_json(healed.to_dict())
+    rows = {
+        "converted": f"{out}, {healed.depth} stages: {healed.plan}",
+        "KL before": f"{healed.kl_before:.5f} nats per token from the original, "
+        f"on {healed.data['held_out_tokens']} tokens held out from healing",
+        "KL after": f"{healed.kl_after:.5f}",
+    }
+    if healed.refit is not None:
+        verdict = "won nothing, undone" if healed.refit.kept else f"{len(healed.refit.fits)} fits"
+        rows["refit"] = f"{verdict}, on {healed.refit.num_tokens} tokens"
+    if (trained := healed.distilled) is not None:
+        rows["training"] = (
+            f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens"
+        )
+    print_table(rows)

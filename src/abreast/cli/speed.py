@@ -5,47 +5,56 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from abreast.cli.options import PLAN_HELP, json_option, print_json, remote_option, say, seed_option
+from abreast.cli.options import (
+    PLAN_HELP,
+    bytes_text,
+    json_option,
+    plan_option,
+    print_columns,
+    print_json,
+    say,
+    settings,
+    verb,
+)
 from abreast.errors import AbreastError
 
+if TYPE_CHECKING:
+    from abreast.plan import Plan
+    from abreast.speed import Estimate, Job, Report, Setting
 
-@click.command()
+batch_option = click.option(
+    "--batch", default="1", show_default=True, help="Batch sizes, comma-separated."
+)
+
+
+@verb()
 @click.argument("original")
 @click.argument("converted", nargs=-1)
-@click.option("--plan", multiple=True, help=f"Also ORIGINAL grouped under it. {PLAN_HELP}")
+@click.option("--plan", multiple=True, help=f"Also time ORIGINAL grouped under it. {PLAN_HELP}")
 @click.option(
     "--task",
     default="prefill,decode",
     show_default=True,
     help="prefill, decode (single tokens at the context), generate (prompt and new tokens).",
 )
-@click.option("--batch", default="1", show_default=True, help="Batch sizes, by commas.")
-@click.option("--context", default="512", show_default=True, help="Prompt lengths, by commas.")
-@click.option("--new-tokens", default=64, show_default=True, help="Tokens of generate.")
+@batch_option
 @click.option(
-    "--steps", default=8, show_default=True, help="Single tokens timed at once in decode."
+    "--context", default="512", show_default=True, help="Prompt lengths, comma-separated."
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["eager", "compile", "tp", "vllm"]),
-    default="eager",
-    show_default=True,
-    help="compile: static cache, CUDA graphs on a GPU; tp: tensor parallel under torchrun.",
-)
-@click.option("--ranks", type=int, help="Processes of tp (default 2) or devices of vllm (1).")
+@click.option("--new-tokens", default=64, show_default=True, help="Tokens to generate.")
+@click.option("--steps", default=8, show_default=True, help="Single tokens per timing in decode.")
+@settings("job", "abreast.speed", "Job")
+@click.option("--ranks", type=int, help="Processes of tp (default: 2) or devices of vllm (1).")
 @click.option("--vllm", default="vllm", show_default=True, help="Command that starts vLLM.")
-@click.option("--rounds", default=20, show_default=True, help="Rounds in which all take turns.")
-@click.option("--warmup", default=2, show_default=True, help="Rounds before, not counted.")
-@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16.")
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option("--fallback-cpu", is_flag=True, help="Use the CPU where the device is missing.")
-@click.option("-o", "--out", help="Also draw the result into this PNG.")
-@remote_option
-@seed_option
+@click.option("--fallback-cpu", is_flag=True, help="Use the CPU if there is no such device.")
+@click.option("-o", "--out", help="Also draw the result to this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def bench(
     original: str,
@@ -56,28 +65,21 @@ def bench(
     context: str,
     new_tokens: int,
     steps: int,
-    backend: str,
+    job: Job,
     ranks: int | None,
     vllm: str,
-    rounds: int,
-    warmup: int,
-    dtype: str,
-    device: str,
     fallback_cpu: bool,
     out: str | None,
-    trust_remote_code: bool,
-    seed: int,
     as_json: bool,
 ) -> None:
-    """Time ORIGINAL and CONVERTED models in turns, and say what the conversion brings here."""
-    from abreast.cli.tables import print_bench
+    """Time ORIGINAL and CONVERTED models in turn, and report whether the conversion pays off."""
     from abreast.report import check_drawing, draw_bench
-    from abreast.speed import ORIGINAL, Case, Contender, Job, device_or_cpu, run
+    from abreast.speed import ORIGINAL, Case, Contender, device_or_cpu, run
 
     tasks = _tasks(task)
-    if out is not None and not Path(out).resolve().parent.is_dir():
-        raise AbreastError(f"the folder of '{out}' does not exist; create it first")
     if out is not None:
+        if not Path(out).resolve().parent.is_dir():
+            raise AbreastError(f"the folder of '{out}' does not exist; create it first")
         check_drawing("leave -o out")
     names = _names(converted)
     contenders = [
@@ -91,18 +93,14 @@ def bench(
         for size in _numbers(batch, "--batch")
         for length in _numbers(context, "--context")
     ]
-    job = Job(
+    if job.backend != "vllm":
+        job = replace(job, device=device_or_cpu(job.device, fallback_cpu, say))
+    job = replace(
+        job,
         contenders=tuple(contenders),
         cases=tuple(cases),
-        backend=backend,
-        rounds=rounds,
-        warmup=warmup,
-        seed=seed,
-        device=device if backend == "vllm" else device_or_cpu(device, fallback_cpu, say),
-        dtype=dtype,
-        ranks=_ranks(backend, ranks),
+        ranks=_ranks(job.backend, ranks),
         vllm=tuple(shlex.split(vllm)),
-        trust_remote_code=trust_remote_code,
     )
     leads = int(os.environ.get("RANK", "0")) == 0
     report = run(job, step=say if leads else lambda message: None)
@@ -112,69 +110,36 @@ def bench(
         draw_bench(report, out)
     if as_json:
         return click.echo(json.dumps(report.to_dict()))
-    print_bench(report)
+    _print_bench(report)
 
 
-@click.command()
+@verb()
 @click.argument("model")
-@click.option("--plan", required=True, help=PLAN_HELP)
-@click.option("--hardware", required=True, help="Such as A100, 2xA100-NVLink, 8xH100-NVLink.")
-@click.option("--batch", default="1", show_default=True, help="Batch sizes, by commas.")
-@click.option("--context", default="1024", show_default=True, help="Contexts, by commas.")
-@click.option("--ranks", type=int, help="Devices that share the work. Default: all.")
-@click.option("--baseline-ranks", type=int, help="Devices of the original. Default: as many.")
+@plan_option
+@batch_option
 @click.option(
-    "--replicated",
-    is_flag=True,
-    help="As CQIL measures: the original on one device, single layers whole on every device.",
+    "--context", default="1024", show_default=True, help="Context lengths, comma-separated."
 )
-@click.option("--unfused", is_flag=True, help="Members one after another, as grouped in memory.")
-@click.option(
-    "--dtype", default="bfloat16", show_default=True, help="Of weights; also float8, int4."
-)
+@settings("setting", "abreast.speed", "Setting")
 @json_option
 def estimate(
-    model: str,
-    plan: str,
-    hardware: str,
-    batch: str,
-    context: str,
-    ranks: int | None,
-    baseline_ranks: int | None,
-    replicated: bool,
-    unfused: bool,
-    dtype: str,
-    as_json: bool,
+    model: str, plan: str, batch: str, context: str, setting: Setting, as_json: bool
 ) -> None:
-    """Compute what a plan would bring on other hardware. MODEL: folder, config.json or ORG/NAME.
+    """Estimate the speed of a plan on other hardware. MODEL: folder, config.json or ORG/NAME.
 
     Needs no weights. The numbers come from a model of the hardware, not from the hardware.
     """
-    from abreast.cli.tables import print_estimates
-    from abreast.families import num_layers_of
     from abreast.plan import Plan
-    from abreast.speed import Setting, hardware_of, read_config
     from abreast.speed import estimate as compute
+    from abreast.speed import read_config, shape_of
 
     config = read_config(model)
-    parsed = Plan.read(plan, num_layers_of(config))
-    target = hardware_of(hardware)
-    found = [
+    parsed = Plan.read(plan, shape_of(config).num_layers)
+    estimates = [
         compute(
             config,
             parsed,
-            Setting(
-                target,
-                batch=size,
-                context=length,
-                phase=phase,  # type: ignore[arg-type]
-                runtime=runtime,  # type: ignore[arg-type]
-                dtype=dtype,
-                ranks=ranks,
-                baseline_ranks=baseline_ranks,
-                fused=not unfused,
-                replicated=replicated,
-            ),
+            replace(setting, runtime=runtime, phase=phase, batch=size, context=length),
         )
         for runtime in ("graphs", "eager")
         for phase in ("prefill", "decode")
@@ -182,9 +147,9 @@ def estimate(
         for length in _numbers(context, "--context")
     ]
     if as_json:
-        rows = [entry.to_dict() for entry in found]
+        rows = [entry.to_dict() for entry in estimates]
         return print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
-    print_estimates(parsed, found)
+    _print_estimates(parsed, estimates)
 
 
 def _ranks(backend: str, ranks: int | None) -> int:
@@ -199,7 +164,7 @@ def _tasks(text: str) -> list[str]:
     tasks = [word.strip() for word in text.split(",") if word.strip()]
     for word in tasks:
         if word not in ("prefill", "decode", "generate"):
-            raise AbreastError(f"unknown task '{word}'; choose of prefill, decode, generate")
+            raise AbreastError(f"unknown task '{word}'; choose from prefill, decode, generate")
     return list(dict.fromkeys(tasks))
 
 
@@ -211,7 +176,90 @@ def _numbers(text: str, option: str) -> list[int]:
 
 
 def _names(models: tuple[str, ...]) -> list[str]:
-    """Last parts of the paths, or the paths where those are not distinct."""
+    """The last parts of the paths, numbered where they are not distinct."""
     names = [Path(model).name or model for model in models]
     distinct = len({*names, "original"}) == len(names) + 1
     return names if distinct else [f"{place}: {name}" for place, name in enumerate(models, 1)]
+
+
+def _print_bench(report: Report) -> None:
+    from abreast.speed import conclusion
+
+    first = report.results[0]
+    notes = []
+    if first.memory:
+        sizes = (f"{name} {bytes_text(m.weights)}" for name, m in first.memory.items())
+        notes.append(f"weights: {', '.join(sizes)}")
+    notes += [f"{failure.case}: {failure.reason}" for failure in report.failures]
+    print_columns(
+        (
+            *("task", "batch", "context", "model", "ms", "", "tokens/s", "against original"),
+            *("KV cache", "peak memory"),
+        ),
+        _bench_rows(report),
+        left={"task", "model", ""},
+        title=f"{first.backend}, {first.device}, {first.dtype}, {report.job.rounds} rounds; "
+        "± is half the interquartile range",
+        notes=[*notes, conclusion(report.results)],
+    )
+
+
+def _bench_rows(report: Report) -> Iterator[Sequence[str]]:
+    for result in report.results:
+        per_run = result.new_tokens if result.task == "decode" else 1
+        for name, timing in result.timings.items():
+            memory = result.memory.get(name)
+            peak = memory and (memory.device_peak or memory.host_peak)
+            ratio = f"{timing.ratio:.2f}x [{timing.ratio_low:.2f}, {timing.ratio_high:.2f}]"
+            yield (
+                result.task,
+                str(result.batch_size),
+                str(result.context),
+                name,
+                f"{1e3 * timing.median / per_run:.2f} ± {500 * timing.iqr / per_run:.2f}",
+                {"prefill": "TTFT", "decode": "TPOT"}.get(result.task, "in all"),
+                f"{timing.tokens_per_second:.1f}",
+                "" if name == result.original else ratio,
+                bytes_text(memory.kv_cache) if memory else "",
+                bytes_text(peak) if peak else "",
+            )
+        yield ()
+
+
+def _print_estimates(plan: Plan, estimates: list[Estimate]) -> None:
+    first = estimates[0]
+    rows = [
+        (
+            entry.runtime,
+            entry.phase,
+            str(entry.batch),
+            str(entry.context),
+            f"{1e3 * entry.original:.2f} ms",
+            f"{1e3 * entry.converted:.2f} ms",
+            f"{entry.speedup:.2f}x",
+            entry.bound,
+        )
+        for entry in estimates
+    ]
+    notes = []
+    before, after = first.all_reduces
+    if max(first.ranks, first.baseline_ranks) > 1:
+        notes.append(
+            f"{first.ranks} devices ({first.baseline_ranks} for the original), "
+            f"{before} -> {after} collectives per forward pass"
+        )
+    largest = max(estimates, key=lambda entry: entry.weights + entry.kv_cache)
+    notes += [
+        f"per device: weights {bytes_text(largest.weights)}, KV cache up to "
+        f"{bytes_text(largest.kv_cache)}{'' if largest.fits else ': more than it has'}",
+        "graphs: a serving engine that replays CUDA graphs; eager: PyTorch operation by operation. "
+        "limit: what the plan waits for, the program that starts kernels or the device.",
+    ]
+    print_columns(
+        ("runtime", "phase", "batch", "context", "original", "plan", "", "limit"),
+        rows,
+        left={"runtime", "phase"},
+        title=f"{plan.num_layers} -> {plan.depth} stages on {first.hardware}, {first.dtype}: "
+        "computed, not measured",
+        notes=notes,
+    )

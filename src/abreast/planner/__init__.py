@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         FRONT_FILE,
         STATS_FILE,
         Budget,
+        CalibrationSettings,
         Front,
         Profile,
         Stats,

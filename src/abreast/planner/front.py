@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from abreast.checkpoint import replacing
+from abreast.data import CALIBRATION
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
 from abreast.planner.objective import KL, Cost, Objective
@@ -150,6 +151,53 @@ class Profile:
     def speedup(self, plan: Plan) -> float:
         """Predicted latency of the original over that of the plan."""
         return self.latency(Plan(num_layers=plan.num_layers)) / self.latency(plan)
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How to measure groups of layers: arguments of `calibrate`, and of `measure` (screen, keep).
+
+    Fields with a help text are options of the verbs that measure.
+    """
+
+    data: str = field(
+        default=CALIBRATION, metadata={"help": "Text to measure on; sources as for eval."}
+    )
+    num_windows: int = field(
+        default=128, metadata={"help": "Number of windows of text.", "option": "--windows"}
+    )
+    window: int = field(default=256, metadata={"help": "Tokens per window."})
+    max_group: int = field(default=2, metadata={"help": "Most layers in a group."})
+    wirings: tuple[str, ...] = field(
+        default=("lp",), metadata={"help": "Comma-separated, of lp, cqil and cqil-full."}
+    )
+    screen: float = field(
+        default=0.125, metadata={"help": "Fraction of the text that every group is measured on."}
+    )
+    keep: float = field(
+        default=0.6, metadata={"help": "Fraction of the groups measured on the rest of the text."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    max_cache_bytes: int = field(
+        default=10**9,
+        metadata={
+            "help": "Memory for hidden states kept for reuse.",
+            "option": "--max-cache",
+            "bytes": True,
+        },
+    )
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16."})
+    force: bool = field(
+        default=False, metadata={"help": "Allow groups with the first or last layer."}
+    )
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hugging Face model."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow code inside the checkpoint to run."}
+    )
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
 
 
 @dataclass(frozen=True)

@@ -5,25 +5,27 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.speed.benchmark import BenchResult, bench, verdict
-    from abreast.speed.jobs import (
-        ORIGINAL,
-        Case,
-        Contender,
-        Job,
-        Report,
-        conclusion,
-        device_or_cpu,
-        run,
-    )
+    from abreast.speed.backends import device_or_cpu, run
+    from abreast.speed.benchmark import bench
     from abreast.speed.prediction import (
         Estimate,
         Setting,
         estimate,
         hardware_of,
         read_config,
+        shape_of,
         stage_cost,
         stage_seconds,
+    )
+    from abreast.speed.timing import (
+        ORIGINAL,
+        BenchResult,
+        Case,
+        Contender,
+        Job,
+        Report,
+        conclusion,
+        verdict,
     )
 
 attach(__name__)

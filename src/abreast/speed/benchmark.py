@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,79 +18,12 @@ import torch
 
 from abreast.errors import AbreastError
 from abreast.model import inference, keeps_last
-from abreast.speed.timing import Timing, claim, measure, timings
+from abreast.speed.timing import BenchResult, Footprint, Task, measure, timings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Task = Literal["prefill", "decode", "generate"]
 Execution = Literal["eager", "compile"]
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Memory of one candidate in one task, in bytes, on the process (rank) that measured it.
-
-    weights: its parameters. kv_cache: keys and values after the task. device_peak: weights plus the
-    most that a run added on the accelerator, None on a CPU. host_peak: the same for the host's
-    memory, None where the system does not tell; memory that the warm process held already from
-    earlier runs is not in it.
-    """
-
-    weights: int
-    kv_cache: int
-    device_peak: int | None
-    host_peak: int | None
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """Timings of one task, and under which conditions they hold.
-
-    timings: per candidate, the original first. new_tokens is 0 for prefill. threads: CPU threads
-    of torch. seconds: the raw times, arrays of shape [rounds]. ranks: processes that share the
-    work.
-    """
-
-    task: str
-    original: str
-    batch_size: int
-    context: int
-    new_tokens: int
-    rounds: int
-    warmup: int
-    seed: int
-    device: str
-    dtype: str
-    threads: int
-    timings: dict[str, Timing]
-    seconds: dict[str, np.ndarray] = field(repr=False, compare=False)
-    backend: str = "eager"
-    ranks: int = 1
-    memory: dict[str, Footprint] = field(default_factory=dict)
-
-    def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
-        """The result as JSON-ready values; `seconds` adds the raw times.
-
-        Every timing also gets `ttft` (prefill) or `tpot` (decode), in seconds: the time to the
-        first token, and the time per further token of one row.
-        """
-        found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        found["timings"] = {name: self._metrics(timing) for name, timing in self.timings.items()}
-        found["memory"] = {name: asdict(memory) for name, memory in self.memory.items()}
-        if seconds:
-            found["seconds"] = {name: array.tolist() for name, array in self.seconds.items()}
-        else:
-            del found["seconds"]
-        return found
-
-    def _metrics(self, timing: Timing) -> dict[str, float]:
-        found = asdict(timing)
-        if self.task == "prefill":
-            found["ttft"] = timing.median
-        elif self.task == "decode":
-            found["tpot"] = timing.median / self.new_tokens
-        return found
 
 
 @dataclass(frozen=True)
@@ -163,6 +96,37 @@ EXECUTIONS: dict[str, Callable[[PreTrainedModel, int, Task], Steps]] = {
 }
 
 
+class _Candidate:
+    """The untimed preparation and the timed run of one task on one model.
+
+    held: shared by all candidates; carries the cache from one to the other, and keeps it, so that
+    freeing it is not timed.
+    """
+
+    def __init__(
+        self, steps: Steps, prompt: torch.Tensor, task: Task, new_tokens: int, held: list[Any]
+    ) -> None:
+        self.steps, self.prompt, self.held = steps, prompt, held
+        self.task, self.new_tokens = task, new_tokens
+
+    def prepare(self) -> None:
+        self.held.clear()
+        self.steps.reset()
+        if self.task == "decode":
+            self.held.extend(self.steps.prefill(self.prompt))
+
+    def run(self) -> int:
+        """Does the work and returns the number of tokens processed."""
+        if self.task != "decode":
+            self.held.extend(self.steps.prefill(self.prompt))
+        if self.task == "prefill":
+            return self.prompt.numel()
+        token, cache = self.held
+        for _ in range(self.new_tokens - (self.task == "generate")):
+            token = self.steps.step(token, cache)
+        return len(self.prompt) * self.new_tokens
+
+
 def bench(
     models: Mapping[str, PreTrainedModel],
     *,
@@ -199,7 +163,7 @@ def bench(
     the prefill. tokens_per_second counts generated tokens of all rows.
 
     execution: "eager" loops over `forward`, "compile" as `compiled`; neither is `generate` or a
-    serving engine: they say how models compare in this framework on this machine. With several
+    serving engine: they tell how models compare in this framework on this machine. With several
     processes (ranks) every one of them calls this; barrier() lets them start together.
 
     Raises AbreastError for sizes that make no sense or exceed what a model can hold, and for models
@@ -209,29 +173,12 @@ def bench(
         raise AbreastError(f"unknown task '{task}'; choose one of: {', '.join(get_args(Task))}")
     if execution not in EXECUTIONS:
         raise AbreastError(f"unknown execution '{execution}'; choose eager or compile")
-    if min(batch_size, context) < 1 or (task != "prefill" and new_tokens < 1):
-        raise AbreastError("batch size, context and new tokens must all be at least 1")
-    if not models:
-        raise AbreastError("there is nothing to time; name at least one model")
     generated = 0 if task == "prefill" else new_tokens
-    for name, model in models.items():
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit and context + generated > limit:
-            raise AbreastError(
-                f"'{name}' holds {limit} tokens, fewer than the {context + generated} asked for; "
-                "use a shorter context"
-            )
-    device = _shared({name: str(model.device) for name, model in models.items()}, "devices")
-    dtype = _shared({name: str(model.dtype) for name, model in models.items()}, "dtypes")
-    sizes = {name: model.get_input_embeddings().weight.shape[0] for name, model in models.items()}
-    vocabulary = int(_shared({name: str(size) for name, size in sizes.items()}, "vocabularies"))
+    if min(batch_size, context) < 1 or (task != "prefill" and generated < 1):
+        raise AbreastError("batch size, context and new tokens must all be at least 1")
+    device, dtype, vocabulary = _common_ground(models, context + generated)
     prompt = np.random.default_rng(seed).integers(vocabulary, size=(batch_size, context))
     ids = torch.from_numpy(prompt).to(device)
-
-    prepare: dict[str, Callable[[], None]] = {}
-    candidates: dict[str, Callable[[], int]] = {}
-    memory: dict[str, Footprint] = {}
-    held: list[Any] = []
 
     def synchronize() -> None:
         if torch.device(device).type != "cpu":
@@ -239,30 +186,33 @@ def bench(
             for index in range(torch.accelerator.device_count()):
                 torch.accelerator.synchronize(index)
 
-    def waiting(start: Callable[[], None]) -> Callable[[], None]:
+    def together(prepare: Callable[[], None]) -> Callable[[], None]:
         def prepared() -> None:
-            start()
+            prepare()
             barrier()
 
         return prepared
 
+    held: list[Any] = []
     with inference(*models.values()):
+        candidates = {}
         for name, model in models.items():
             steps = EXECUTIONS[execution](model, context + generated, task)
-            start, candidates[name] = _RUNS[task](steps, ids, held, generated)
-            prepare[name] = waiting(start)
-        found = measure(
-            candidates,
+            candidates[name] = _Candidate(steps, ids, task, generated, held)
+        measurement = measure(
+            {name: candidate.run for name, candidate in candidates.items()},
             rounds=rounds,
             warmup=warmup,
-            prepare=prepare,
+            prepare={name: together(candidate.prepare) for name, candidate in candidates.items()},
             synchronize=synchronize,
             clock=clock,
             progress=progress,
         )
-        # Afterwards: by then everything is compiled, and what a first run alone needs is gone.
-        for name, model in models.items():
-            memory[name] = _footprint(model, prepare[name], candidates[name], held)
+        # Afterwards: by then everything is compiled, and what only a first run needs is gone.
+        memory = {
+            name: _footprint(models[name], together(candidate.prepare), candidate.run, held)
+            for name, candidate in candidates.items()
+        }
     return BenchResult(
         task=task,
         original=next(iter(models)),
@@ -275,29 +225,36 @@ def bench(
         device=device,
         dtype=dtype.removeprefix("torch."),
         threads=torch.get_num_threads(),
-        timings=timings(found),
-        seconds=found.seconds,
+        timings=timings(measurement),
+        seconds=measurement.seconds,
         backend=backend or execution,
         ranks=ranks,
         memory=memory,
     )
 
 
-def verdict(result: BenchResult) -> str:
-    """What the result allows one to say, in words: one line per candidate but the original.
+def _common_ground(models: Mapping[str, PreTrainedModel], length: int) -> tuple[str, str, int]:
+    """Device, dtype and vocabulary size that all models share. Raises AbreastError."""
+    if not models:
+        raise AbreastError("there is nothing to time; name at least one model")
+    for name, model in models.items():
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit and length > limit:
+            raise AbreastError(
+                f"'{name}' holds {limit} tokens, fewer than the {length} asked for; "
+                "use a shorter context"
+            )
+    return (
+        _shared({name: str(model.device) for name, model in models.items()}, "devices"),
+        _shared({name: str(model.dtype) for name, model in models.items()}, "dtypes"),
+        _shared(
+            {name: len(model.get_input_embeddings().weight) for name, model in models.items()},
+            "vocabularies",
+        ),
+    )
 
-    With several candidates each line begins with its name. A difference is claimed only where the
-    95 % interval of the paired ratio excludes 1, and none at all from too few rounds.
-    """
-    others = {name: t for name, t in result.timings.items() if name != result.original}
-    if not others:
-        return "nothing to compare with"
-    if len(others) == 1:
-        return "".join(claim(timing, result.rounds) for timing in others.values())
-    return "\n".join(f"{name}: {claim(timing, result.rounds)}" for name, timing in others.items())
 
-
-def _shared(values: dict[str, str], what: str) -> str:
+def _shared(values: dict[str, Any], what: str) -> Any:
     """The one value that all models have."""
     if len(set(values.values())) > 1:
         listed = ", ".join(f"'{name}' {value}" for name, value in values.items())
@@ -305,60 +262,6 @@ def _shared(values: dict[str, str], what: str) -> str:
             f"the models have different {what} ({listed}); timings compare only like with like"
         )
     return next(iter(values.values()))
-
-
-# Each makes the untimed preparation and the timed run of one task. `held` carries the cache from
-# one to the other, and keeps it, so that freeing it is not timed.
-Run = tuple[Callable[[], None], Callable[[], int]]
-
-
-def _prefill_run(steps: Steps, ids: torch.Tensor, held: list[Any], new_tokens: int) -> Run:
-    def start() -> None:
-        held.clear()
-        steps.reset()
-
-    def prefill() -> int:
-        held.extend(steps.prefill(ids))
-        return ids.numel()
-
-    return start, prefill
-
-
-def _decode_run(steps: Steps, ids: torch.Tensor, held: list[Any], new_tokens: int) -> Run:
-    def start() -> None:
-        held.clear()
-        steps.reset()
-        held.extend(steps.prefill(ids))
-
-    def decode() -> int:
-        token, cache = held
-        for _ in range(new_tokens):
-            token = steps.step(token, cache)
-        return len(ids) * new_tokens
-
-    return start, decode
-
-
-def _generate_run(steps: Steps, ids: torch.Tensor, held: list[Any], new_tokens: int) -> Run:
-    def start() -> None:
-        held.clear()
-        steps.reset()
-
-    def generate() -> int:
-        token, cache = steps.prefill(ids)
-        held.extend((token, cache))
-        for _ in range(new_tokens - 1):
-            token = steps.step(token, cache)
-        return len(ids) * new_tokens
-
-    return start, generate
-
-
-_RUNS: dict[str, Callable[[Steps, torch.Tensor, list[Any], int], Run]] = {
-    "prefill": _prefill_run,
-    "decode": _decode_run,
-    "generate": _generate_run,
-}
 
 
 def _footprint(
@@ -394,8 +297,8 @@ def _nbytes(tensor: Any) -> int:
 
 @contextmanager
 def _peaks(device: torch.device) -> Iterator[list[int | None]]:
-    """By how many bytes [device, host] memory grew at most inside the block; None for not known."""
-    found: list[int | None] = [None, None]
+    """The most that [device, host] memory grew inside the block, in bytes; None if unknown."""
+    growth: list[int | None] = [None, None]
     before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -405,11 +308,11 @@ def _peaks(device: torch.device) -> Iterator[list[int | None]]:
         # Linux: 5 resets the high-water mark of this process's own resident memory.
         Path("/proc/self/clear_refs").write_text("5")
         resident = _status("VmRSS")
-    yield found
+    yield growth
     if device.type == "cuda":
-        found[0] = torch.cuda.max_memory_allocated(device) - before
+        growth[0] = torch.cuda.max_memory_allocated(device) - before
     if resident is not None:
-        found[1] = max(0, _status("VmHWM") - resident)
+        growth[1] = max(0, _status("VmHWM") - resident)
 
 
 def _status(key: str) -> int:

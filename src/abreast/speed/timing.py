@@ -1,4 +1,4 @@
-"""Times that can be compared: candidates take turns, and what counts is the ratio within a round.
+"""Benchmarks as data: jobs, times that can be compared, and what they allow one to say; no torch.
 
 A machine drifts: clocks, caches and neighbours change from minute to minute. So the candidates take
 turns within every round, in alternating order (A B, B A, ...), and what is compared is the ratio
@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,6 +21,70 @@ from abreast.errors import AbreastError
 # With n rounds the smallest and largest ratio miss the true median 2 * 0.5**n of the time: with
 # fewer than 6 rounds more often than the 5 % that a 95 % interval allows.
 MIN_ROUNDS = 6
+ORIGINAL = "original"
+Task = Literal["prefill", "decode", "generate"]
+BackendName = Literal["eager", "compile", "tp", "vllm"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One model to time. plan: run it grouped in memory under this plan, shorthand or file."""
+
+    name: str
+    model: str
+    plan: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One task at one batch size and context (tokens of the prompt). new_tokens: see `bench`."""
+
+    task: Task
+    batch_size: int
+    context: int
+    new_tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} at batch {self.batch_size}, context {self.context}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to time. The first contender is the original. ranks: processes of the tp back end, and
+    tensor-parallel degree of vLLM. vllm: the words of its command, without "bench".
+
+    Fields with a help text are options of `abreast bench`.
+    """
+
+    contenders: tuple[Contender, ...] = ()
+    cases: tuple[Case, ...] = ()
+    backend: BackendName = field(
+        default="eager",
+        metadata={
+            "help": "compile: static cache, CUDA graphs on a GPU; "
+            "tp: tensor parallel under torchrun."
+        },
+    )
+    rounds: int = field(
+        default=20, metadata={"help": "Rounds; in each, every model is timed once."}
+    )
+    warmup: int = field(default=2, metadata={"help": "Rounds before, not counted."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16."})
+    ranks: int = 2
+    vllm: tuple[str, ...] = ("vllm",)
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Allow code inside the checkpoints to run."}
+    )
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> Job:
+        """The job of which `row` is `asdict`, after a round trip through JSON."""
+        contenders = tuple(Contender(**contender) for contender in row["contenders"])
+        cases = tuple(Case(**case) for case in row["cases"])
+        return cls(**{**row, "contenders": contenders, "cases": cases, "vllm": tuple(row["vllm"])})
 
 
 @dataclass(frozen=True)
@@ -50,6 +115,115 @@ class Timing:
     ratio: float
     ratio_low: float
     ratio_high: float
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one candidate in one task, in bytes, on the process (rank) that measured it.
+
+    weights: its parameters. kv_cache: keys and values after the task. device_peak: weights plus the
+    most that a run added on the accelerator, None on a CPU. host_peak: the same for the host's
+    memory, None where the system does not say; without memory that the warm process held already
+    from earlier runs.
+    """
+
+    weights: int
+    kv_cache: int
+    device_peak: int | None
+    host_peak: int | None
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Timings of one task, and the conditions under which they hold.
+
+    timings: per candidate, the original first. new_tokens is 0 for prefill. threads: CPU threads
+    of torch. seconds: the raw times, arrays of shape [rounds]. ranks: processes that share the
+    work.
+    """
+
+    task: str
+    original: str
+    batch_size: int
+    context: int
+    new_tokens: int
+    rounds: int
+    warmup: int
+    seed: int
+    device: str
+    dtype: str
+    threads: int
+    timings: dict[str, Timing]
+    seconds: dict[str, np.ndarray] = field(repr=False, compare=False)
+    backend: str = "eager"
+    ranks: int = 1
+    memory: dict[str, Footprint] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}, batch {self.batch_size}, context {self.context}"
+
+    def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
+        """The result as JSON-ready values; `seconds` adds the raw times.
+
+        Every timing also gets `ttft` (prefill) or `tpot` (decode), in seconds: the time to the
+        first token, and the time per further token of one row.
+        """
+        row = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        row["timings"] = {name: self._metrics(timing) for name, timing in self.timings.items()}
+        row["memory"] = {name: asdict(memory) for name, memory in self.memory.items()}
+        if seconds:
+            row["seconds"] = {name: array.tolist() for name, array in self.seconds.items()}
+        else:
+            del row["seconds"]
+        return row
+
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> BenchResult:
+        """The inverse of `to_dict(seconds=True)`."""
+        known = Timing.__dataclass_fields__
+        timings = {
+            name: Timing(**{key: value for key, value in timing.items() if key in known})
+            for name, timing in row["timings"].items()
+        }
+        seconds = {name: np.array(times) for name, times in row["seconds"].items()}
+        memory = {name: Footprint(**memory) for name, memory in row["memory"].items()}
+        return cls(**{**row, "timings": timings, "seconds": seconds, "memory": memory})
+
+    def _metrics(self, timing: Timing) -> dict[str, float]:
+        metrics = asdict(timing)
+        if self.task == "prefill":
+            metrics["ttft"] = timing.median
+        elif self.task == "decode":
+            metrics["tpot"] = timing.median / self.new_tokens
+        return metrics
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A case that could not be timed, and what to do about it."""
+
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a job measured."""
+
+    job: Job
+    results: tuple[BenchResult, ...]
+    failures: tuple[Failure, ...]
+    hardware: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
+        return {
+            "contenders": [asdict(contender) for contender in self.job.contenders],
+            "hardware": self.hardware,
+            "results": [result.to_dict(seconds=seconds) for result in self.results],
+            "failures": [asdict(failure) for failure in self.failures],
+            "verdict": conclusion(self.results).splitlines(),
+        }
 
 
 def measure(
@@ -161,11 +335,11 @@ def _inflation(signs: np.ndarray) -> float:
 def timings(measurement: Measurement) -> dict[str, Timing]:
     """Summary of every candidate; the first is the original that the others are compared with."""
     original = next(iter(measurement.seconds.values()))
-    found = {}
+    summaries = {}
     for name, seconds in measurement.seconds.items():
         ratio, low, high = ratio_interval(original, seconds)
         first, median, third = (float(value) for value in np.percentile(seconds, [25, 50, 75]))
-        found[name] = Timing(
+        summaries[name] = Timing(
             median=median,
             min=float(seconds.min()),
             max=float(seconds.max()),
@@ -175,11 +349,11 @@ def timings(measurement: Measurement) -> dict[str, Timing]:
             ratio_low=low,
             ratio_high=high,
         )
-    return found
+    return summaries
 
 
 def claim(timing: Timing, rounds: int) -> str:
-    """What a timing allows one to say about its candidate, in words.
+    """What a timing allows one to say about its candidate.
 
     A difference is claimed only where the 95 % interval of the paired ratio excludes 1, and none at
     all from fewer than MIN_ROUNDS rounds.
@@ -201,3 +375,52 @@ def _times(ratio: float, low: float, high: float) -> str:
     # A small difference needs more digits, or the interval would seem to include 1.
     digits = next((d for d in (2, 3, 4) if float(f"{low:.{d}f}") > 1), 5)
     return f"{ratio:.{digits}f}x [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def verdict(result: BenchResult) -> str:
+    """What the result allows one to say, one line per candidate but the original (see `claim`).
+
+    With several candidates each line begins with its name.
+    """
+    others = {name: t for name, t in result.timings.items() if name != result.original}
+    if not others:
+        return "nothing to compare with"
+    if len(others) == 1:
+        return "".join(claim(timing, result.rounds) for timing in others.values())
+    return "\n".join(f"{name}: {claim(timing, result.rounds)}" for name, timing in others.items())
+
+
+def conclusion(results: Sequence[BenchResult]) -> str:
+    """For every contender: in which tasks it is faster, by how much, in which it is not, and
+    whether to use it here at all."""
+    lines: list[str] = []
+    names = list(dict.fromkeys(name for result in results for name in result.timings))
+    for name in names[1:]:
+        lines += _conclusion(name, [result for result in results if name in result.timings])
+    return "\n".join(lines) or "nothing to compare with"
+
+
+def _conclusion(name: str, results: Sequence[BenchResult]) -> list[str]:
+    lines, faster, slower = [], [], []
+    for result in results:
+        timing = result.timings[name]
+        lines.append(f"{name}: {result.name}: {claim(timing, result.rounds)}")
+        if result.rounds >= MIN_ROUNDS:
+            if timing.ratio_low > 1:
+                faster.append((result.task, timing.ratio))
+            elif timing.ratio_high < 1:
+                slower.append(result.name)
+    if all(result.rounds < MIN_ROUNDS for result in results):
+        return [*lines, f"{name}: too few rounds for a verdict"]
+    if not faster:
+        what = "slower" if slower else "no faster"
+        return [*lines, f"{name}: {what} in whatever was measured: do not use this here"]
+    gains = []
+    for task in dict.fromkeys(task for task, _ in faster):
+        ratios = sorted(ratio for other, ratio in faster if other == task)
+        low, high = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
+        cases = sum(result.task == task for result in results)
+        among = f" ({len(ratios)} of {cases} cases)" if cases > 1 else ""
+        gains.append(f"{task} by {low}x" + (f" to {high}x" if high != low else "") + among)
+    end = f"; slower, do not use it there: {'; '.join(slower)}"
+    return [*lines, f"{name}: faster here in {', '.join(gains)}{end if slower else ''}"]

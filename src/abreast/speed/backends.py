@@ -1,8 +1,8 @@
-"""Bench jobs: several models, tasks, batch sizes and contexts, on one of four back ends.
+"""The four back ends of a benchmark: several models, tasks, batch sizes and contexts.
 
-A back end is a function from a job to results, one for every case as it is finished, so that
-whatever happens later does not take back what is there. `eager` and `compile` run in this process,
-`tp` in the processes of torchrun, `vllm` through vLLM's own benchmark command.
+A back end is a function from a job to results, one for every case as it is finished, so that a
+later failure takes nothing back. `eager` and `compile` run in this process, `tp` in the processes
+of torchrun, `vllm` through vLLM's own benchmark command.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from abreast.engines.torch_tp import launched, load_parallel
 from abreast.engines.vllm import VllmFailure, latency
@@ -28,88 +29,25 @@ from abreast.errors import AbreastError
 from abreast.model import apply, decoder_layers, load
 from abreast.plan import Plan
 from abreast.runs import hardware
-from abreast.speed.benchmark import BenchResult, Footprint, Task, bench
-from abreast.speed.timing import MIN_ROUNDS, Measurement, Timing, claim, timings
+from abreast.speed.benchmark import bench
+from abreast.speed.timing import (
+    BenchResult,
+    Case,
+    Contender,
+    Failure,
+    Job,
+    Measurement,
+    Report,
+    timings,
+)
 
-ORIGINAL = "original"
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One model to time. plan: run it grouped in memory under this plan, shorthand or file."""
-
-    name: str
-    model: str
-    plan: str | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One task at one batch size and context (tokens of the prompt). new_tokens: see `bench`."""
-
-    task: Task
-    batch_size: int
-    context: int
-    new_tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.task} at batch {self.batch_size}, context {self.context}"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to time. The first contender is the original. ranks: processes of the tp back end, and
-    tensor parallel degree of vLLM. vllm: the words of its command, up to and without "bench"."""
-
-    contenders: tuple[Contender, ...]
-    cases: tuple[Case, ...]
-    backend: str = "eager"
-    rounds: int = 20
-    warmup: int = 2
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str = "auto"
-    ranks: int = 2
-    vllm: tuple[str, ...] = ("vllm",)
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A case that could not be timed, and what to do about it."""
-
-    case: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that a job found."""
-
-    job: Job
-    results: tuple[BenchResult, ...]
-    failures: tuple[Failure, ...]
-    hardware: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
-        return {
-            "contenders": [asdict(contender) for contender in self.job.contenders],
-            "hardware": self.hardware,
-            "results": [result.to_dict(seconds=seconds) for result in self.results],
-            "failures": [asdict(failure) for failure in self.failures],
-            "verdict": conclusion(self.results).splitlines(),
-        }
-
-
-Backend = Callable[[Job], Iterator[BenchResult | Failure]]
 Step = Callable[[str], None]
 
 
 def run(job: Job, *, step: Step = lambda message: None) -> Report:
-    """Time every case of a job; what does not fit into memory becomes a failure, not an error.
+    """Time every case of a job; a case that runs out of memory is a failure, not an error.
 
-    step(message) announces what is done. Raises AbreastError for a job that cannot run at all, and
+    step(message) announces progress. Raises AbreastError for a job that cannot run at all, and
     where not a single case could be timed.
     """
     if job.backend not in BACKENDS:
@@ -120,13 +58,13 @@ def run(job: Job, *, step: Step = lambda message: None) -> Report:
         raise AbreastError("only the eager back end runs a model grouped; leave --plan out")
     results: list[BenchResult] = []
     failures: list[Failure] = []
-    for found in BACKENDS[job.backend](job):
-        if isinstance(found, Failure):
-            failures.append(found)
-            step(f"{found.case}: {found.reason}")
+    for outcome in BACKENDS[job.backend](job):
+        if isinstance(outcome, Failure):
+            failures.append(outcome)
+            step(f"{outcome.case}: {outcome.reason}")
         else:
-            results.append(found)
-            step(f"{found.task}, batch {found.batch_size}, context {found.context}: done")
+            results.append(outcome)
+            step(f"{outcome.name}: done")
     if not results:
         first = failures[0] if failures else Failure("nothing", "was timed")
         raise AbreastError(f"{first.case}: {first.reason}")
@@ -135,8 +73,7 @@ def run(job: Job, *, step: Step = lambda message: None) -> Report:
 
 def in_process(job: Job) -> Iterator[BenchResult | Failure]:
     """Eager or compiled, all models in this process."""
-    models = _models(job)
-    yield from _cases(job, models)
+    yield from _time_cases(job, _load_models(job))
 
 
 def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
@@ -149,30 +86,35 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
         yield from _as_rank(job)
         return
     with tempfile.TemporaryDirectory(prefix="abreast-bench-") as folder:
-        given, found = Path(folder) / "job.json", Path(folder) / "results"
-        given.write_text(json.dumps(asdict(job)))
-        found.touch()
+        job_file, results = Path(folder) / "job.json", Path(folder) / "results"
+        job_file.write_text(json.dumps(asdict(job)))
+        results.touch()
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]
         environment = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // job.ranks))}
         done = subprocess.run(
-            [sys.executable, *launcher, "-m", "abreast.speed.jobs", str(given), str(found)],
+            [
+                sys.executable,
+                *launcher,
+                "-m",
+                "abreast.speed.benchmark",
+                str(job_file),
+                str(results),
+            ],
             env={**environment, **os.environ},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
-        lines = found.read_text().splitlines()
-    yield from (_from_json(json.loads(line)) for line in lines)
-    if done.returncode:
-        reason = _told(done.stderr)
-        if len(lines) < len(job.cases):
-            case = job.cases[len(lines)]
-            # Linux kills the greediest process when the host's memory is full.
-            if _is_out_of_memory(done.stderr) or "SIGKILL" in done.stderr:
-                reason = _lower(case)
-            yield Failure(case.name, reason)
-        else:
-            raise AbreastError(f"torchrun failed: {reason}")
+        lines = results.read_text().splitlines()
+    yield from (_outcome(json.loads(line)) for line in lines)
+    if done.returncode == 0:
+        return
+    if len(lines) == len(job.cases):
+        raise AbreastError(f"torchrun failed: {_reason(done.stderr)}")
+    case = job.cases[len(lines)]
+    # Linux kills the greediest process when the host's memory is full.
+    full = _is_out_of_memory(done.stderr) or "SIGKILL" in done.stderr
+    yield Failure(case.name, _use_less(case) if full else _reason(done.stderr))
 
 
 def vllm(job: Job) -> Iterator[BenchResult | Failure]:
@@ -189,7 +131,9 @@ def vllm(job: Job) -> Iterator[BenchResult | Failure]:
                 for contender in order:
                     seconds[contender.name].append(_vllm_seconds(job, contender, case))
         except VllmFailure as error:
-            yield Failure(case.name, _lower(case) if _is_out_of_memory(str(error)) else str(error))
+            yield Failure(
+                case.name, _use_less(case) if _is_out_of_memory(str(error)) else str(error)
+            )
             continue
         rows = case.context if case.task == "prefill" else case.new_tokens
         names = [contender.name for contender in job.contenders]
@@ -235,7 +179,7 @@ def _vllm_seconds(job: Job, contender: Contender, case: Case) -> float:
     return run_once(case.new_tokens + 1) - run_once(1)
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Callable[[Job], Iterator[BenchResult | Failure]]] = {
     "eager": in_process,
     "compile": in_process,
     "tp": tensor_parallel,
@@ -254,45 +198,8 @@ def device_or_cpu(device: str, fall_back: bool, step: Step = lambda message: Non
     return "cpu"
 
 
-def conclusion(results: Sequence[BenchResult]) -> str:
-    """The verdict in words: for every contender what became faster, by how much and in which task,
-    what did not, and whether to use it here at all."""
-    lines: list[str] = []
-    names = list(dict.fromkeys(name for result in results for name in result.timings))
-    for name in names[1:]:
-        lines += _conclusion(name, [result for result in results if name in result.timings])
-    return "\n".join(lines) or "nothing to compare with"
-
-
-def _conclusion(name: str, results: Sequence[BenchResult]) -> list[str]:
-    lines, faster, slower = [], [], []
-    for result in results:
-        timing = result.timings[name]
-        place = f"{result.task}, batch {result.batch_size}, context {result.context}"
-        lines.append(f"{name}: {place}: {claim(timing, result.rounds)}")
-        if result.rounds >= MIN_ROUNDS:
-            if timing.ratio_low > 1:
-                faster.append((result.task, timing.ratio))
-            elif timing.ratio_high < 1:
-                slower.append((result.task, place))
-    if all(result.rounds < MIN_ROUNDS for result in results):
-        return [*lines, f"{name}: too few rounds for a verdict"]
-    if not faster:
-        what = "slower" if slower else "no faster"
-        return [*lines, f"{name}: {what} in whatever was measured: do not use this here"]
-    gains = []
-    for task in dict.fromkeys(task for task, _ in faster):
-        ratios = sorted(ratio for other, ratio in faster if other == task)
-        low, high = f"{ratios[0]:.2f}", f"{ratios[-1]:.2f}"
-        cases = sum(result.task == task for result in results)
-        among = f" ({len(ratios)} of {cases} cases)" if cases > 1 else ""
-        gains.append(f"{task} by {low}x" + (f" to {high}x" if high != low else "") + among)
-    end = f"; slower, do not use it there: {'; '.join(place for _, place in slower)}"
-    return [*lines, f"{name}: faster here in {', '.join(gains)}{end if slower else ''}"]
-
-
-def _models(job: Job) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _load_models(job: Job) -> dict[str, Any]:
+    models: dict[str, Any] = {}
     loaded: dict[str, Any] = {}
     for contender in job.contenders:
         model = loaded.get(contender.model)
@@ -309,18 +216,18 @@ def _models(job: Job) -> dict[str, Any]:
             shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, memo=shared)
             apply(model, Plan.read(contender.plan, len(decoder_layers(model))))
-        found[contender.name] = model
-    return found
+        models[contender.name] = model
+    return models
 
 
-def _cases(
+def _time_cases(
     job: Job, models: Mapping[str, Any], barrier: Callable[[], None] = lambda: None
 ) -> Iterator[BenchResult | Failure]:
     full: list[Case] = []
     for case in job.cases:
         if any(_is_larger(case, other) for other in full):
             yield Failure(
-                case.name, f"left out, larger than what ran out of memory: {_lower(case)}"
+                case.name, f"left out, larger than what ran out of memory: {_use_less(case)}"
             )
             continue
         try:
@@ -343,7 +250,7 @@ def _cases(
             if not _is_out_of_memory(f"{type(error).__name__}: {error}") or job.backend == "tp":
                 raise
             full.append(case)
-            yield Failure(case.name, _lower(case))
+            yield Failure(case.name, _use_less(case))
         torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -353,7 +260,7 @@ def _is_larger(case: Case, other: Case) -> bool:
     return case.batch_size >= other.batch_size and case.context >= other.context
 
 
-def _lower(case: Case) -> str:
+def _use_less(case: Case) -> str:
     knobs = [f"--context below {case.context}"]
     if case.batch_size > 1:
         knobs.insert(0, f"--batch below {case.batch_size}")
@@ -365,58 +272,41 @@ def _is_out_of_memory(message: str) -> bool:
     return any(mark in message for mark in (*marks, "No available memory for the cache blocks"))
 
 
-def _told(stderr: str) -> str:
-    """The last line that says what went wrong; torchrun's own report comes after it."""
+def _reason(stderr: str) -> str:
+    """The error that ended torchrun; its own report comes after it."""
     lines = [line.split("]:")[-1].strip() for line in stderr.splitlines()]
     errors = [line for line in lines if "Error" in line.split(":")[0] and ":" in line]
     errors = [line for line in errors if "ChildFailedError" not in line]
-    own = [
-        line.partition(": ")[2] for line in errors if "AbreastError" in line or "Parallel" in line
-    ]
-    ended = [f"a process was ended by {name}" for name in re.findall(r"\bSIG[A-Z]+\b", stderr)]
-    return (own or errors or ended or ["it did not say why"])[0]
+    own = [line.partition(": ")[2] for line in errors if re.search("AbreastError|Parallel", line)]
+    signals = [f"a process was ended by {name}" for name in re.findall(r"\bSIG[A-Z]+\b", stderr)]
+    return (own or errors or signals or ["it did not say why"])[0]
 
 
-def _from_json(row: dict[str, Any]) -> BenchResult | Failure:
-    if "reason" in row:
-        return Failure(**row)
-    known = Timing.__dataclass_fields__
-    row["timings"] = {
-        name: Timing(**{key: value for key, value in timing.items() if key in known})
-        for name, timing in row["timings"].items()
-    }
-    row["seconds"] = {name: np.array(times) for name, times in row["seconds"].items()}
-    row["memory"] = {name: Footprint(**memory) for name, memory in row["memory"].items()}
-    return BenchResult(**row)
-
-
-def _job_from_json(text: str) -> Job:
-    row = json.loads(text)
-    row["contenders"] = tuple(Contender(**contender) for contender in row["contenders"])
-    row["cases"] = tuple(Case(**case) for case in row["cases"])
-    row["vllm"] = tuple(row["vllm"])
-    return Job(**row)
+def _outcome(row: dict[str, Any]) -> BenchResult | Failure:
+    return Failure(**row) if "reason" in row else BenchResult.from_dict(row)
 
 
 def _as_rank(job: Job) -> Iterator[BenchResult | Failure]:
-    import torch.distributed as dist
-
     models = {
         contender.name: load_parallel(contender.model, dtype=job.dtype, device=job.device)
         for contender in job.contenders
     }
-    yield from _cases(job, models, dist.barrier if dist.is_initialized() else lambda: None)
+    yield from _time_cases(job, models, dist.barrier if dist.is_initialized() else lambda: None)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _worker(given: str, found: str) -> None:
+def _worker(job_file: str, results: str) -> None:
     """One process of torchrun: runs the job; rank 0 writes a line for every case that is done."""
-    rank = int(os.environ["RANK"])
-    for result in _as_rank(_job_from_json(Path(given).read_text())):
-        if rank == 0:
-            row = asdict(result) if isinstance(result, Failure) else result.to_dict(seconds=True)
-            with open(found, "a", encoding="utf-8") as lines:
+    job = Job.from_dict(json.loads(Path(job_file).read_text()))
+    for outcome in _as_rank(job):
+        if os.environ["RANK"] == "0":
+            row = (
+                outcome.to_dict(seconds=True)
+                if isinstance(outcome, BenchResult)
+                else asdict(outcome)
+            )
+            with open(results, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
 
 

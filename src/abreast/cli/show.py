@@ -1,0 +1,174 @@
+"""The verbs that show results: demo, report, play."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from abreast.cli.options import (
+    PLAN_HELP,
+    bytes_text,
+    device_option,
+    dtype_option,
+    json_option,
+    print_columns,
+    print_json,
+    print_table,
+    remote_option,
+    say,
+    seed_option,
+    verb,
+)
+
+if TYPE_CHECKING:
+    from abreast.demo import Demo
+
+
+@verb()
+@click.option("--path", is_flag=True, help="Only print the folder of the bundled model.")
+@click.option("--plan", help=f"Use this plan instead of the bundled one. {PLAN_HELP}")
+@click.option("-o", "--out", help="Keep the converted checkpoint in this new folder.")
+@click.option("--max-tokens", default=100_000, show_default=True, help="Held-out tokens to score.")
+@click.option("--rounds", default=12, show_default=True, help="Interleaved timing rounds.")
+@click.option(
+    "--dtype", default="float32", show_default=True, help="Dtype for evaluation and timing."
+)
+@device_option
+@seed_option
+@json_option
+def demo(
+    path: bool,
+    plan: str | None,
+    out: str | None,
+    max_tokens: int,
+    rounds: int,
+    dtype: str,
+    device: str,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Convert, verify, evaluate and time the bundled model, and print quality and speed."""
+    from abreast.demo import model_folder, run_demo
+
+    if path:
+        return click.echo(model_folder())
+    result = run_demo(
+        plan=plan,
+        out=out,
+        max_tokens=max_tokens,
+        rounds=rounds,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        step=say,
+    )
+    if as_json:
+        return print_json(result.to_dict())
+    print_demo(result)
+
+
+def print_demo(result: Demo) -> None:
+    quality = result.comparison
+    ours, theirs = quality.model, quality.reference
+    rows = [
+        ("depth", str(result.plan.num_layers), str(result.plan.depth), ""),
+        (
+            "perplexity",
+            f"{theirs.perplexity:.2f} ± {theirs.perplexity_stderr:.2f}",
+            f"{ours.perplexity:.2f} ± {ours.perplexity_stderr:.2f}",
+            f"{quality.nll_difference:+.4f} ± {quality.nll_difference_stderr:.4f} nats",
+        ),
+        ("KL divergence", "", f"{quality.kl:.4f} ± {quality.kl_stderr:.4f}", "nats"),
+        ("same top token", "", f"{quality.top1_agreement:.1%}", ""),
+    ]
+    for name, timed in (("decode tokens/s", result.decode), ("prefill tokens/s", result.prefill)):
+        before, after = timed.timings.values()
+        rows.append(
+            (
+                name,
+                f"{before.tokens_per_second:.0f}",
+                f"{after.tokens_per_second:.0f}",
+                f"{after.ratio:.2f}x [{after.ratio_low:.2f}, {after.ratio_high:.2f}]",
+            )
+        )
+    notes = [f"{task}: {verdict}" for task, verdict in result.verdicts.items()]
+    if result.out is not None:
+        notes.append(f"converted checkpoint: {result.out}")
+    print_columns(
+        ("", "original", "converted", "difference"),
+        rows,
+        left={""},
+        title=f"bundled model, plan {result.plan.shorthand}, {result.dtype}",
+        notes=notes,
+    )
+
+
+@verb()
+@click.argument("run")
+@click.option("-o", "--out", help="Folder for the report. Default: RUN/report.")
+@json_option
+def report(run: str, out: str | None, as_json: bool) -> None:
+    """Write an HTML page about RUN, a folder that optimize made, with charts and numbers.
+
+    Writes OUT/report.html, OUT/results.json and PNGs, and a model card in the converted folder.
+    """
+    from abreast.report import numbers, read_run, write_card, write_report
+
+    page = write_report(run, out)
+    record = read_run(run)
+    card = write_card(record.last) if record.last is not None else None
+    if as_json:
+        return print_json({"report": str(page), **numbers(record)})
+    for part in record.missing():
+        say(f"missing: {part.what}")
+    if record.missing():
+        say(f"go on with: {record.command}")
+    rows = {"report": f"{page} ({bytes_text(page.stat().st_size)})"}
+    print_table({**rows, **({"model card": str(card)} if card is not None else {})})
+
+
+@verb()
+@click.argument("run")
+@click.option("--against", help="Location of the original, if not where RUN says.")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860."
+)
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@dtype_option
+@device_option
+@remote_option
+def play(
+    run: str,
+    against: str | None,
+    port: int | None,
+    no_browser: bool,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+) -> None:
+    """Prompt the original and its conversions side by side, on a local web page.
+
+    RUN is a folder made by `abreast plan` or `abreast optimize`, or a converted checkpoint.
+    """
+    import threading
+    import webbrowser
+
+    from abreast.report import read_choices
+    from abreast.report.playground import gradio, open_models, page, serve
+
+    gradio()
+    choices = read_choices(run, against)
+    say(f"load {choices.model}")
+    models = open_models(choices, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    blocks = page(models)
+    address = serve(blocks, port=port)
+    say(f"the playground is at {address} (Ctrl-C ends it)")
+    if not no_browser:
+        webbrowser.open(address)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        say("the playground is closed")
+    finally:
+        blocks.close(verbose=False)
