@@ -35,8 +35,7 @@ from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.demo import model_folder
 from abreast.engines.llamacpp.deci import lay_out
-from abreast.engines.llamacpp.quantizer import check_quantizer
-from abreast.engines.llamacpp.writer import export
+from abreast.engines.llamacpp.writer import check_quantizer, export
 from abreast.errors import AbreastError
 from abreast.evaluate import ratio_of_means
 from abreast.evaluate.text import Comparison, compare

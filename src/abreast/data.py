@@ -35,7 +35,7 @@ class DataError(AbreastError):
 class TokenStream:
     """One long sequence of token ids and where it came from.
 
-    tokens: int64 array of shape [num_tokens]. source: the name it was asked for by.
+    tokens: int64 array of shape [num_tokens]. source: its name, as the caller gave it.
     num_documents: how many documents went into it. num_bytes: UTF-8 bytes of the text that the
     tokens stand for.
     """
@@ -65,14 +65,14 @@ def stdlib_files() -> dict[str, Path]:
     Names are posix paths relative to the library folder, in sorted order.
     """
     root = Path(sysconfig.get_path("stdlib"))
-    found = {}
+    modules = {}
     for path in root.rglob("*.py"):
         name = path.relative_to(root).as_posix()
         parts = name.split("/")
         if parts[0] == "test" or {"site-packages", "dist-packages", "__pycache__"} & set(parts):
             continue
-        found[name] = path
-    return dict(sorted(found.items()))
+        modules[name] = path
+    return dict(sorted(modules.items()))
 
 
 def documents(source: str = HELD_OUT) -> Iterator[tuple[str, str]]:
@@ -137,7 +137,7 @@ def _shuffled(source: str, seed: int) -> Iterator[tuple[str, str]]:
 
 
 def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:
-    found = False
+    empty = True
     for name, path in stdlib_files().items():
         if is_held_out(name) == held_out:
             try:
@@ -145,9 +145,9 @@ def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:
             except (UnicodeDecodeError, OSError):
                 continue
             if text.strip():
-                found = True
+                empty = False
                 yield name, text
-    if not found:
+    if empty:
         raise DataError(
             "this Python has no source files of its standard library; name a text file or folder"
         )
@@ -166,7 +166,7 @@ def _file_documents(path: Path) -> Iterator[tuple[str, str]]:
             f"data source '{path}' not found; name a text file, a folder, '{HELD_OUT}', "
             f"'{CALIBRATION}' or 'hub:DATASET'"
         )
-    found = False
+    empty = True
     for file in files:
         try:
             text = file.read_text(encoding="utf-8")
@@ -175,9 +175,9 @@ def _file_documents(path: Path) -> Iterator[tuple[str, str]]:
         except OSError as error:
             raise DataError(f"'{file}' cannot be read: {error.strerror}") from None
         if text.strip():
-            found = True
+            empty = False
             yield file.name if path.is_file() else file.relative_to(path).as_posix(), text
-    if not found:
+    if empty:
         raise DataError(f"data source '{path}' holds no text; name a longer text")
 
 

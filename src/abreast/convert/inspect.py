@@ -97,10 +97,10 @@ def _parameters(checkpoint: Checkpoint) -> int:
 
 
 def _stretches(kinds: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    found, start = [], 0
+    stretches, start = [], 0
     for layer in range(1, len(kinds) + 1):
         if layer == len(kinds) or kinds[layer] != kinds[start]:
             if layer - start >= 2:
-                found.append((start, layer - 1))
+                stretches.append((start, layer - 1))
             start = layer
-    return tuple(found)
+    return tuple(stretches)

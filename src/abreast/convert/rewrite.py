@@ -162,7 +162,7 @@ def convert(
     with bytes written.
 
     The manifest, also written to abreast.json, records the plan and the sha256 of every input and
-    output. Raises AbreastError for anything the user can mend; `out` is then absent.
+    output. Raises AbreastError for anything the user can fix; `out` is then absent.
     """
     target = Path(out)
     check_free(target)
@@ -266,7 +266,7 @@ def _cast_name(dtype: str | None) -> str | None:
 
 def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     """Compare a checkpoint with what its config promises; return the tensors to be dropped."""
-    config, found = checkpoint.config, checkpoint.tensors
+    config, tensors = checkpoint.config, checkpoint.tensors
     if config.get("quantization_config"):
         raise CheckpointError(
             f"'{checkpoint.source}' is quantised, its weights cannot be folded; "
@@ -286,21 +286,21 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
             f"'{checkpoint.source}' brings its own code (auto_map in config.json), which is not "
             "run here; only stock architectures can be converted"
         )
-    if num_layers_of(config) > len(found):  # also spares us a list of absurd length
+    if num_layers_of(config) > len(tensors):  # also spares us a list of absurd length
         raise CheckpointError(
             f"config.json says {num_layers_of(config)} layers, '{checkpoint.source}' holds only "
-            f"{len(found)} tensors; weights and config do not belong together"
+            f"{len(tensors)} tensors; weights and config do not belong together"
         )
     expected = all_tensors(family, config)
-    dropped = {name for name in found if name.endswith(family.ignore)}
-    if is_tied(config) and family.head in found:
+    dropped = {name for name in tensors if name.endswith(family.ignore)}
+    if is_tied(config) and family.head in tensors:
         dropped.add(family.head)
     for name, shape in expected.items():
-        if name not in found:
+        if name not in tensors:
             raise CheckpointError(
                 f"tensor '{name}' is missing from '{checkpoint.source}'; download it again"
             )
-        tensor = found[name]
+        tensor = tensors[name]
         if tensor.shape != shape:
             raise CheckpointError(
                 f"tensor '{name}' has shape {list(tensor.shape)}, config.json says {list(shape)}; "
@@ -311,11 +311,11 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
                 f"tensor '{name}' has dtype {tensor.dtype}, which cannot be folded; "
                 "give the checkpoint in float32, bfloat16 or float16"
             )
-    left = [name for name in found if name not in expected and name not in dropped]
-    if left:
+    unknown = [name for name in tensors if name not in expected and name not in dropped]
+    if unknown:
         raise CheckpointError(
-            f"tensor '{left[0]}' ({len(left)} in all) does not belong to a {family.model_type} of "
-            f"{num_layers_of(config)} layers; weights and config do not belong together"
+            f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a "
+            f"{family.model_type} of {num_layers_of(config)} layers; weights and config do not belong together"
         )
     return tuple(sorted(dropped))
 
@@ -342,7 +342,7 @@ def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.T
         for chunk in _chunks(rule, job.checkpoint, gains, new):
             cast = chunk.to(dtype)
             if not _is_finite(cast):
-                _blame(rule, job.checkpoint, cast.dtype)
+                _refuse_not_finite(rule, job.checkpoint, cast.dtype)
             done += cast.nbytes
             if progress is not None:  # before the yield: nobody comes back after the last one
                 progress(done, total)
@@ -406,7 +406,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return bits.size == 0 or int((bits & magnitude).max()) < infinite
 
 
-def _blame(rule: TensorRule, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+def _refuse_not_finite(rule: TensorRule, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     for name in rule.gains + rule.shifts + rule.weights + rule.members:
         source = checkpoint.tensors[name]
         for start, stop in _spans(source.shape[0], source.row_bytes):

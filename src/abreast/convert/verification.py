@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from abreast.checkpoint import damaged, read_json, read_manifest, resolve
 from abreast.errors import CheckpointError
 from abreast.model import grouped, load
+from abreast.plan import Plan
 
 # Largest allowed logit difference as a fraction of the range of the original's logits. In float32
 # only the order of summation differs. A half-precision checkpoint stores W diag(g) rounded once,
@@ -28,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. Differences are fractions of the range of the original's logits.
+    """Result of `verify`. Differences are fractions of the range of the original's logits.
 
     uncached: one forward over all tokens. cached: a prefill of half of them, then one at a time.
     prefill: for a checkpoint with sequential prefill, one forward against the original in its own
@@ -36,20 +38,20 @@ class Verification:
     same_tokens: how many of generated_tokens greedy ones agree before the first that differs.
     healed: the weights are healed ones and `against` the model they were healed from, so that only
     files were checked and the differences, which no tolerance bounds, tell how far healing and plan
-    have led. faults: in words, empty when the checkpoint is right.
+    have led. faults: one sentence each, none when the checkpoint is right.
     """
 
     plan: str
     dtype: str
     tolerance: float
-    uncached: float
-    cached: float
-    prefill: float | None
-    kl: float
-    same_tokens: int
-    generated_tokens: int
-    num_tokens: int
-    faults: tuple[str, ...]
+    uncached: float = math.nan
+    cached: float = math.nan
+    prefill: float | None = None
+    kl: float = math.nan
+    same_tokens: int = 0
+    generated_tokens: int = 0
+    num_tokens: int = 0
+    faults: tuple[str, ...] = ()
     healed: bool = False
 
     @property
@@ -92,53 +94,74 @@ def verify(
             f"'{out}' was not made from '{against}': {name}; name the original it was made from"
         )
     stored = _stored_dtype(folder)
-    dtype, tolerance = _name(stored), TOLERANCE[stored]
+    result = Verification(
+        plan=plan.shorthand,
+        dtype=str(stored).removeprefix("torch."),
+        tolerance=TOLERANCE[stored],
+        faults=tuple(faults),
+        healed=healed,
+    )
     if faults:
-        nothing = (math.nan, math.nan, None, math.nan, 0, 0, 0)
-        return Verification(plan.shorthand, dtype, tolerance, *nothing, tuple(faults), healed)
+        return result
     converted, _ = load(folder, dtype="float32", device=device)
     reference, _ = load(original, dtype="float32", device=device)
     for parameter in reference.parameters():
         parameter.data = parameter.data.to(stored).float()
-    sequential = getattr(converted.config, "abreast_prefill", None) == "sequential"
-    converted.config.abreast_prefill = "grouped"  # the plan is to be checked on long inputs, too
     generator = torch.Generator().manual_seed(seed)
     vocab = reference.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device)
+    return _compare_models(converted, reference, plan, ids, new_tokens, result)
+
+
+def _compare_models(
+    converted: Any,
+    reference: Any,
+    plan: Plan,
+    ids: torch.Tensor,
+    new_tokens: int,
+    result: Verification,
+) -> Verification:
+    """Fill a result in with what both models make of ids [1, length]."""
+    sequential = getattr(converted.config, "abreast_prefill", None) == "sequential"
+    converted.config.abreast_prefill = "grouped"  # the plan is to be checked on long inputs, too
     prefill = None
     with torch.inference_mode():
-        got, got_cached, got_text = _run(converted, ids, new_tokens)
+        ours = _Outputs.of(converted, ids, new_tokens)
         with grouped(reference, plan):
-            want, want_cached, want_text = _run(reference, ids, new_tokens)
+            theirs = _Outputs.of(reference, ids, new_tokens)
         if sequential:
             converted.config.abreast_prefill = "sequential"
             stock = reference(ids, use_cache=False).logits[0].float()
             prefill = _difference(converted(ids, use_cache=False).logits[0].float(), stock)
-    uncached, cached = _difference(got, want), _difference(got_cached, want_cached)
-    agree = itertools.takewhile(lambda p: p[0] == p[1], zip(got_text, want_text, strict=True))
-    same = sum(1 for _ in agree)
-    found = {"without cache": uncached, "with cache": cached, "of sequential prefill": prefill}
-    for name, value in found.items():
-        if value is not None and not value <= (math.inf if healed else tolerance):
-            faults.append(f"logits {name} differ by {value:.1e} of their range")
-    if stored == torch.float32 and same < len(want_text) and not healed:
-        faults.append(f"greedy generation differs from token {same} on")
-    log_want, log_got = want.log_softmax(-1), got.log_softmax(-1)
-    kl = float((log_want.exp() * (log_want - log_got)).sum(-1).mean())
-    return Verification(
-        plan=plan.shorthand,
-        dtype=dtype,
-        tolerance=tolerance,
-        uncached=uncached,
-        cached=cached,
+    pairs = zip(ours.tokens, theirs.tokens, strict=True)
+    log_ours, log_theirs = ours.logits.log_softmax(-1), theirs.logits.log_softmax(-1)
+    result = replace(
+        result,
+        uncached=_difference(ours.logits, theirs.logits),
+        cached=_difference(ours.cached_logits, theirs.cached_logits),
         prefill=prefill,
-        kl=kl,
-        same_tokens=same,
-        generated_tokens=len(want_text),
-        num_tokens=num_tokens,
-        faults=tuple(faults),
-        healed=healed,
+        kl=float((log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean()),
+        same_tokens=sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)),
+        generated_tokens=len(theirs.tokens),
+        num_tokens=ids.shape[1],
     )
+    return replace(result, faults=tuple(_faults(result)))
+
+
+def _faults(result: Verification) -> Iterator[str]:
+    """What is wrong with the outputs of a conversion."""
+    differences = {
+        "without cache": result.uncached,
+        "with cache": result.cached,
+        "of sequential prefill": result.prefill,
+    }
+    limit = math.inf if result.healed else result.tolerance
+    for name, value in differences.items():
+        if value is not None and not value <= limit:
+            yield f"logits {name} differ by {value:.1e} of their range"
+    exact = result.dtype == "float32" and not result.healed
+    if exact and result.same_tokens < result.generated_tokens:
+        yield f"greedy generation differs from token {result.same_tokens} on"
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -147,34 +170,38 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return dtype if dtype in TOLERANCE else torch.float32
 
 
-def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / (want.max() - want.min()))
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+@dataclass(frozen=True)
+class _Outputs:
+    """What a model makes of ids [1, length]: logits [length, vocab] and the text that follows.
 
+    logits: of one forward. cached_logits: of a prefill of half, then one token at a time. tokens:
+    generated greedily after the first 16.
+    """
 
-def _run(
-    model: Any, ids: torch.Tensor, new_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits [length, vocab] of ids [1, length] at once, through the cache, and greedy text."""
-    whole = model(ids, use_cache=False).logits[0].float()
-    half = ids.shape[1] // 2
-    step = model(ids[:, :half], use_cache=True)
-    pieces = [step.logits[0]]
-    for place in range(half, ids.shape[1]):
-        step = model(
-            ids[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True
+    logits: torch.Tensor
+    cached_logits: torch.Tensor
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, model: Any, ids: torch.Tensor, new_tokens: int) -> _Outputs:
+        whole = model(ids, use_cache=False).logits[0].float()
+        half = ids.shape[1] // 2
+        step = model(ids[:, :half], use_cache=True)
+        pieces = [step.logits[0]]
+        for token in ids[:, half:].split(1, dim=1):
+            step = model(token, past_key_values=step.past_key_values, use_cache=True)
+            pieces.append(step.logits[0])
+        prompt = ids[:, :16]
+        text = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
-        pieces.append(step.logits[0])
-    prompt = ids[:, :16]
-    text = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return whole, torch.cat(pieces).float(), text[0, prompt.shape[1] :].tolist()
+        return cls(whole, torch.cat(pieces).float(), text[0, prompt.shape[1] :].tolist())

@@ -168,15 +168,15 @@ def _check_tensors(
     config: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    found = checkpoint.tensors
     for name, shape in shapes.items():
-        if name not in found or found[name].shape != shape or found[name].dtype not in DTYPES:
-            has = f"{found[name].dtype} {list(found[name].shape)}" if name in found else "missing"
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype not in DTYPES:
+            has = f"{tensor.dtype} {list(tensor.shape)}" if tensor else "missing"
             raise CheckpointError(
                 f"tensor '{name}' of '{checkpoint.source}' is {has} where config.json asks for "
                 f"floats {list(shape)}; weights and config do not belong together"
             )
-    for name in found:
+    for name in checkpoint.tensors:
         tied = name == family.head and is_tied(config)
         if name not in shapes and not name.endswith(family.ignore) and not tied:
             raise CheckpointError(
@@ -202,26 +202,26 @@ def _rope(
     config: Mapping[str, Any], head_dim: int, context: int
 ) -> tuple[float, dict[str, Any], tuple[float, ...]]:
     """Base, metadata by the writer's method, and factors of the frequencies."""
-    given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = given.get("rope_type") or given.get("type") or "default"
-    theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    part = given.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
+    settings = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = settings.get("rope_type") or settings.get("type") or "default"
+    theta = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    part = settings.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if part != 1.0:
         raise ExportError(
             f"it rotates only {part:.0%} of every head, llama.cpp's {ARCHITECTURE} all of it; "
             "serve it with vLLM or transformers"
         )
-    factor = float(given.get("factor") or 1.0)
+    factor = float(settings.get("factor") or 1.0)
     if kind == "default":
         return theta, {}, ()
     if kind == "linear":
         return theta, {"type": "linear", "factor": factor}, ()
-    original = given.get("original_max_position_embeddings") or context
+    original = settings.get("original_max_position_embeddings") or context
     if kind == "llama3":
-        return theta, {}, _llama3_factors(theta, head_dim, given, original)
+        return theta, {}, _llama3_factors(theta, head_dim, settings, original)
     usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
-    odd = [key for key, value in usual.items() if (given.get(key) or value) != value]
-    if given.get("truncate") is False:
+    odd = [key for key, value in usual.items() if (settings.get(key) or value) != value]
+    if settings.get("truncate") is False:
         odd.append("truncate")
     if kind != "yarn" or odd:
         raise ExportError(
@@ -230,30 +230,30 @@ def _rope(
             "serve it with vLLM or transformers"
         )
     rope = {"type": "yarn", "factor": factor, "orig_ctx_len": int(original)}
-    if given.get("attention_factor") is not None:
+    if settings.get("attention_factor") is not None:
         # llama.cpp multiplies this one with the usual one.
-        rope["attn_factors"] = given["attention_factor"] / (0.1 * math.log(factor) + 1.0)
+        rope["attn_factors"] = settings["attention_factor"] / (0.1 * math.log(factor) + 1.0)
     return theta, rope, ()
 
 
 def _llama3_factors(
-    theta: float, head_dim: int, given: Mapping[str, Any], original: int
+    theta: float, head_dim: int, settings: Mapping[str, Any], original: int
 ) -> tuple[float, ...]:
     """What Llama 3.1's scaling divides every frequency by; transformers' modeling_rope_utils."""
     factor, low, high = (
-        float(given[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
+        float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")
     )
-    found = []
+    divisors = []
     for index in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (index / head_dim)
         if wavelength < original / high:
-            found.append(1.0)
+            divisors.append(1.0)
         elif wavelength > original / low:
-            found.append(factor)
+            divisors.append(factor)
         else:
             smooth = (original / wavelength - low) / (high - low)
-            found.append(1.0 / ((1.0 - smooth) / factor + smooth))
-    return tuple(found)
+            divisors.append(1.0 / ((1.0 - smooth) / factor + smooth))
+    return tuple(divisors)
 
 
 def _pieces(

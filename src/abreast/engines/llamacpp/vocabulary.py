@@ -3,6 +3,9 @@
 llama.cpp has two tokenizers for these models. "gpt2" is byte-level BPE; how it first splits text
 into words is code of its own, which a GGUF file names (`pre`). "llama" is SentencePiece's BPE:
 spaces are written as U+2581, unknown characters as bytes, and no words are split off.
+
+gguf.SpecialVocab reads special tokens too, but from the files, and by its own words gets unusual
+ones wrong; here the tokenizer itself is asked.
 """
 
 from __future__ import annotations
@@ -193,40 +196,40 @@ def _type(index: int, ids: dict[int, str], added: dict[int, Any], model: dict[st
 def _scores(tokens: list[str], merges: list[list[str]]) -> tuple[float, ...]:
     """A piece's score is the rank of the first merge that makes it: the lower, the earlier."""
     rank: dict[str, int] = {}
-    for place, (left, right) in enumerate(merges):
-        rank.setdefault(left + right, place)
+    for index, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, index)
     return tuple(-float(rank[token]) if token in rank else _UNREACHABLE for token in tokens)
 
 
 def _steps(state: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The pre-tokenizer's steps with whatever decides about their result."""
     outer = state.get("pre_tokenizer") or {}
-    found: list[tuple[str, Any]] = []
+    steps: list[tuple[str, Any]] = []
     for step in outer.get("pretokenizers", [outer] if outer else []):
         kind = step["type"]
         if kind == "ByteLevel" and not step.get("add_prefix_space", True):
-            found.append((kind, step.get("use_regex", True)))
+            steps.append((kind, step.get("use_regex", True)))
         elif kind == "Digits":
-            found.append((kind, step["individual_digits"]))
+            steps.append((kind, step["individual_digits"]))
         elif kind == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
             pattern = str(step["pattern"].get("Regex", ""))
-            found.append((kind, pattern.replace("\r", r"\r").replace("\n", r"\n")))
+            steps.append((kind, pattern.replace("\r", r"\r").replace("\n", r"\n")))
         else:
-            found.append((json.dumps(step, sort_keys=True), None))  # equals nothing known
-    return tuple(found)
+            steps.append((json.dumps(step, sort_keys=True), None))  # equals nothing known
+    return tuple(steps)
 
 
 def _pre(folder: Path, tokenizer: Any, state: dict[str, Any]) -> str:
     known = BY_HASH.get(fingerprint(tokenizer))
     normalizer = (state.get("normalizer") or {}).get("type")
     steps = (_steps(state), bool(state["model"].get("ignore_merges")))
-    found = known or (BY_STEPS.get(steps) if normalizer in (None, "NFC") else None)
-    if found is None:
+    name = known or (BY_STEPS.get(steps) if normalizer in (None, "NFC") else None)
+    if name is None:
         raise VocabularyError(
             f"the tokenizer in '{folder}' splits text into words in a way that llama.cpp is not "
             "known to have; serve the checkpoint with vLLM or transformers"
         )
-    return found
+    return name
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -259,12 +262,9 @@ def _space_prefix(folder: Path, state: dict[str, Any]) -> bool:
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    found = {}
-    for kind in ("bos", "eos", "unk", "sep", "pad", "mask"):
-        index = getattr(tokenizer, f"{kind}_token_id", None)
-        if isinstance(index, int):
-            found[kind] = index
-    return found
+    kinds = ("bos", "eos", "unk", "sep", "pad", "mask")
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
+    return {kind: index for kind, index in ids.items() if isinstance(index, int)}
 
 
 def _chat_template(tokenizer: Any) -> str | None:

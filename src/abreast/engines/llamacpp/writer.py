@@ -1,9 +1,17 @@
-"""Checkpoint -> GGUF file for unmodified llama.cpp: streaming, published whole or not at all."""
+"""Checkpoint -> GGUF file for unmodified llama.cpp: streaming, published whole or not at all.
+
+Quantising is left to llama.cpp's own quantiser, a program or the Python binding, whichever this
+machine has. It runs in a process of its own: where it does not like its input, it aborts.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +29,26 @@ from abreast.checkpoint import (
     read_rows,
 )
 from abreast.engines.llamacpp.deci import ARCHITECTURE, ExportError, Layout, Piece, lay_out
-from abreast.engines.llamacpp.quantizer import check_quantizer, quantize
 from abreast.engines.llamacpp.vocabulary import Vocabulary, read_vocabulary
 from abreast.errors import CheckpointError
 from abreast.families import head_dim_of, positive
 from abreast.version import __version__
 
 CHUNK_BYTES = 4 << 20
+# Names that llama.cpp gives its mixtures of types. Left out are those that need an importance
+# matrix.
+KINDS = (
+    *("Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S"),
+    *("Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
+_WITH_BINDING = """
+import ctypes, sys
+import llama_cpp
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype = int(sys.argv[3])
+source, target = sys.argv[1].encode(), sys.argv[2].encode()
+sys.exit(llama_cpp.llama_model_quantize(source, target, ctypes.byref(options)) and 1)
+"""
 Progress = Callable[[int, int], None]
 
 
@@ -42,12 +63,12 @@ def export(
 ) -> dict[str, Any]:
     """Write a checkpoint, converted or not, to the new GGUF file `out`; return what was written.
 
-    model: folder or Hugging Face id. quantization: one of quantizer.KINDS, done by llama.cpp's own
+    model: folder or Hugging Face id. quantization: one of KINDS, done by llama.cpp's own
     quantiser; None keeps the weights. dtype: "float32", "bfloat16" or "float16" for the matrices,
     None for the checkpoint's own; vectors are float32 always. progress(done, total): bytes written.
     Peak memory is a few chunks of 4 MiB, plus what the quantiser takes.
 
-    Raises AbreastError for whatever llama.cpp cannot express and anything else the user can mend;
+    Raises AbreastError for whatever llama.cpp cannot express and anything else the user can fix;
     `out` is then absent.
     """
     target = Path(out)
@@ -59,12 +80,12 @@ def export(
     layout = lay_out(checkpoint, dtype)
     vocabulary = read_vocabulary(checkpoint.folder, positive(layout.config, "vocab_size"))
     needed = layout.nbytes * (2 if quantization else 1) + (64 << 20)
-    with publish(target, needed_bytes=needed, kind="file") as staged:
-        plain = staged.with_name("plain.gguf") if quantization else staged
+    with publish(target, needed_bytes=needed, kind="file") as staging:
+        plain = staging.with_name("plain.gguf") if quantization else staging
         _write(gguf, plain, checkpoint, layout, vocabulary, progress)
         if quantization:
-            quantize(plain, staged, quantization)
-        size = staged.stat().st_size
+            quantize(plain, staging, quantization)
+        size = staging.stat().st_size
     return {
         "out": str(target),
         "architecture": ARCHITECTURE,
@@ -87,6 +108,41 @@ def _gguf() -> Any:
     except ImportError:
         raise ExportError("writing GGUF needs a package: pip install 'abreast[gguf]'") from None
     return gguf
+
+
+def check_quantizer(kind: str) -> None:
+    """Raise ExportError unless `kind` is known and something here can quantise."""
+    if kind not in KINDS:
+        raise ExportError(f"quantisation '{kind}' is not one of {', '.join(KINDS)}")
+    _quantizer(Path(), Path(), kind)
+
+
+def quantize(source: Path, target: Path, kind: str) -> None:
+    """Write `source`, a GGUF file, to `target` in the mixture of types that `kind` names.
+
+    Raises ExportError with the quantiser's last words when it fails.
+    """
+    done = subprocess.run(
+        _quantizer(source, target, kind), capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode or not target.is_file():
+        lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit status {done.returncode}"
+        raise ExportError(f"llama.cpp's quantiser failed: {reason}")
+
+
+def _quantizer(source: Path, target: Path, kind: str) -> list[str]:
+    """The command line that quantises."""
+    program = shutil.which("llama-quantize")
+    if program is not None:
+        return [program, str(source), str(target), kind]
+    if importlib.util.find_spec("llama_cpp") is not None:
+        number = str(int(_gguf().LlamaFileType[f"MOSTLY_{kind}"]))
+        return [sys.executable, "-c", _WITH_BINDING, str(source), str(target), number]
+    raise ExportError(
+        "quantising needs llama.cpp: install it so that llama-quantize is on the PATH "
+        "(brew install llama.cpp, or from its releases), or pip install llama-cpp-python"
+    )
 
 
 def rows(checkpoint: Checkpoint, piece: Piece) -> Iterator[torch.Tensor]:
@@ -124,17 +180,19 @@ def _write(
         torch.float16: gguf.GGMLQuantizationType.F16,
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
     }
+    converted = (checkpoint.folder / MANIFEST).is_file()
+    manifest = read_manifest(checkpoint.folder) if converted else None
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
-    _write_metadata(gguf, writer, checkpoint, layout)
-    writer.add_name(_name(checkpoint, vocabulary))
+    _write_metadata(gguf, writer, manifest, layout)
+    writer.add_name(_name((manifest and manifest.source) or checkpoint.source, vocabulary))
     _write_vocabulary(writer, vocabulary)
     factors = torch.tensor(layout.rope_factors, dtype=torch.float32).numpy()
     if len(factors):
-        kind = types[torch.float32]
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for piece in layout.pieces:
-        kind = types[piece.dtype]
-        writer.add_tensor_info(piece.name, piece.shape, None, piece.nbytes, raw_dtype=kind)
+        writer.add_tensor_info(
+            piece.name, piece.shape, None, piece.nbytes, raw_dtype=types[piece.dtype]
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -156,19 +214,12 @@ def _write(
         file.close()
 
 
-def _manifest(checkpoint: Checkpoint) -> Manifest | None:
-    converted = (checkpoint.folder / MANIFEST).is_file()
-    return read_manifest(checkpoint.folder) if converted else None
-
-
-def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
-    """The model's name, as long as it tells llama.cpp nothing wrong about the tokenizer.
+def _name(source: str, vocabulary: Vocabulary) -> str:
+    """Name of the model from `source`, kept from telling llama.cpp a wrong tokenizer.
 
     In models whose name holds phi-3, llama.cpp lets special tokens take the space after them, and
     fails to load if some of Phi 3's own are missing (src/llama-vocab.cpp).
     """
-    manifest = _manifest(checkpoint)
-    source = (manifest.source if manifest else None) or checkpoint.source
     # of a folder its own name, also of "." and "..", of a Hugging Face id what follows the owner
     name = (
         Path(source).resolve().name if os.path.isdir(source) else source.rstrip("/").split("/")[-1]
@@ -181,10 +232,9 @@ def _name(checkpoint: Checkpoint, vocabulary: Vocabulary) -> str:
     return name if own else re.sub("(phi)(-?)(3)", r"\1 \3", name, flags=re.IGNORECASE)
 
 
-def _write_metadata(gguf: Any, writer: Any, checkpoint: Checkpoint, layout: Layout) -> None:
+def _write_metadata(gguf: Any, writer: Any, manifest: Manifest | None, layout: Layout) -> None:
     config, head_dim = layout.config, head_dim_of(layout.config)
     writer.add_string("abreast.version", __version__)
-    manifest = _manifest(checkpoint)
     if manifest is not None:
         writer.add_string("abreast.plan", manifest.plan.shorthand)
         writer.add_uint32("abreast.original_layers", manifest.plan.num_layers)
@@ -208,8 +258,12 @@ def _write_metadata(gguf: Any, writer: Any, checkpoint: Checkpoint, layout: Layo
     if "attn_factors" in layout.rope:
         writer.add_rope_scaling_attn_factors(layout.rope["attn_factors"])
     main = next(piece.dtype for piece in layout.pieces if len(piece.shape) > 1)
-    numbers = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama_ftype in llama.h
-    writer.add_file_type(numbers[main])
+    file_types = {
+        torch.float32: gguf.LlamaFileType.ALL_F32,
+        torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+        torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+    }
+    writer.add_file_type(file_types[main])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
