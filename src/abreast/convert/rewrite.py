@@ -315,7 +315,8 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     if unknown:
         raise CheckpointError(
             f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a "
-            f"{family.model_type} of {num_layers_of(config)} layers; weights and config do not belong together"
+            f"{family.model_type} of {num_layers_of(config)} layers; "
+            "weights and config do not belong together"
         )
     return tuple(sorted(dropped))
 
