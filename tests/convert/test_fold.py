@@ -270,6 +270,13 @@ def test_summed_biases_rule_out_a_sequential_prefill() -> None:
         check_plan(config, plan, prefill="other")
 
 
+def test_attentions_in_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_order = ((False, False), (True, False))
+    monkeypatch.setattr(Group, "attention_sees", property(lambda _: in_order))
+    with pytest.raises(FoldError, match="group 1\\+2: no layer of a checkpoint runs attentions"):
+        check_plan(CONFIG, Plan.parse("1+2", 6))
+
+
 def test_plan_without_groups_is_refused() -> None:
     with pytest.raises(FoldError, match="no group"):
         check_plan(CONFIG, Plan.parse("", 6))

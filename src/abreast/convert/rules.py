@@ -138,6 +138,11 @@ def check_plan(
         reason = obstacle(config, group.layers)
         if reason:
             raise FoldError(f"group {group.shorthand} cannot be fused: {reason}; leave it out")
+        if any(map(any, group.attention_sees)):
+            raise FoldError(
+                f"group {group.shorthand}: no layer of a checkpoint runs attentions one after "
+                "another; run it grouped in memory"
+            )
     warnings = []
     for group in plan.edge_groups():
         message = f"group {group.shorthand} holds the first or the last layer"
