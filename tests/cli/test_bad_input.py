@@ -388,7 +388,7 @@ def test_truncated_at_any_point(source: Path, tmp_path: Path) -> None:
 def test_bytes_after_the_last_tensor(source: Path, tmp_path: Path) -> None:
     with (source / "model.safetensors").open("ab") as file:
         file.write(b"\0" * 8)
-    refused(source, tmp_path / "out", "8 bytes follow the last tensor")
+    refused(source, tmp_path / "out", "file not fully covered")
 
 
 def survives(folder: Path) -> bool:
@@ -468,47 +468,47 @@ def test_any_value_of_any_config_key(
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 100_000_001, 1000])
 def test_header_of_absurd_length(source: Path, tmp_path: Path, length: int) -> None:
     craft(source, {"a": entry([1], 0, 4)}, b"\0" * 4, length=length)
-    refused(source, tmp_path / "out", "model.safetensors", "truncated")
+    refused(source, tmp_path / "out", "model.safetensors", "not a whole safetensors file")
 
 
 @pytest.mark.parametrize(
-    ("header", "fault"),
+    "header",
     [
-        (b"", "not JSON"),
-        (b"{", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b'{"a": {"shape": [' + b"9" * 5000 + b"]}}", "not JSON"),
-        (b"\xff\xff", "not JSON"),
-        (b"[]", "not a JSON object"),
-        (b"1", "not a JSON object"),
-        ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, "overlaps or leaves a gap"),
-        ({"a": entry([2], 0, 8), "b": entry([1], 4, 8)}, "overlaps or leaves a gap"),
-        ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, "overlaps or leaves a gap"),
-        ({"a": entry([1], 4, 8)}, "overlaps or leaves a gap"),
-        ({"a": entry([2], 0, 8)}, "follow the last tensor"),
-        ({"a": entry([4], 0, 16)}, "truncated"),
-        ({"a": entry([2**62], 0, 2**64)}, "truncated"),
-        ({"a": entry([3], 0, 8)}, "wrong size"),
-        ({"a": entry([2**64, 2**64], 0, 12)}, "wrong size"),
-        ({"a": entry([1], 8, 4)}, "wrong size"),
-        ({"a": entry([3], 0, 12, "F7")}, "unknown dtype"),
-        ({"a": entry([3], 0, 12, None)}, "makes no sense"),  # type: ignore[arg-type]
-        ({"a": entry([-3], 0, -12)}, "makes no sense"),
-        ({"a": entry([3.0], 0, 12)}, "makes no sense"),
-        ({"a": entry(["3"], 0, 12)}, "makes no sense"),
-        ({"a": entry([3], 0.0, 12)}, "makes no sense"),
-        ({"a": {**entry([3], 0, 12), "data_offsets": [0, 4, 12]}}, "makes no sense"),
-        ({"a": {**entry([3], 0, 12), "data_offsets": 12}}, "makes no sense"),
-        ({"a": {"dtype": "F32", "shape": [3]}}, "makes no sense"),
-        ({"a": []}, "makes no sense"),
-        ({"a": None}, "makes no sense"),
-        ({"a": "F32"}, "makes no sense"),
+        b"",
+        b"{",
+        b"[" * 100_000,
+        b'{"a": {"shape": [' + b"9" * 5000 + b"]}}",
+        b"\xff\xff",
+        b"[]",
+        b"1",
+        {"a": entry([1], 0, 4), "b": entry([1], 0, 4)},
+        {"a": entry([2], 0, 8), "b": entry([1], 4, 8)},
+        {"a": entry([1], 0, 4), "b": entry([1], 8, 12)},
+        {"a": entry([1], 4, 8)},
+        {"a": entry([2], 0, 8)},
+        {"a": entry([4], 0, 16)},
+        {"a": entry([2**62], 0, 2**64)},
+        {"a": entry([3], 0, 8)},
+        {"a": entry([2**64, 2**64], 0, 12)},
+        {"a": entry([1], 8, 4)},
+        {"a": entry([3], 0, 12, "F7")},
+        {"a": entry([3], 0, 12, None)},  # type: ignore[arg-type]
+        {"a": entry([-3], 0, -12)},
+        {"a": entry([3.0], 0, 12)},
+        {"a": entry(["3"], 0, 12)},
+        {"a": entry([3], 0.0, 12)},
+        {"a": {**entry([3], 0, 12), "data_offsets": [0, 4, 12]}},
+        {"a": {**entry([3], 0, 12), "data_offsets": 12}},
+        {"a": {"dtype": "F32", "shape": [3]}},
+        {"a": []},
+        {"a": None},
+        {"a": "F32"},
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_header_that_lies(source: Path, tmp_path: Path, header: Any, fault: str) -> None:
+def test_header_that_lies(source: Path, tmp_path: Path, header: Any) -> None:
     craft(source, header, b"\0" * 12)
-    refused(source, tmp_path / "out", "model.safetensors", fault)
+    refused(source, tmp_path / "out", "model.safetensors", "not a whole safetensors file")
     assert not survives(source)
 
 
