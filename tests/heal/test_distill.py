@@ -14,8 +14,8 @@ import torch
 
 from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe
-from abreast.heal.student import optimizers_of, windows_of
-from abreast.heal.train import distill
+from abreast.heal.student import optimizers_of
+from abreast.heal.train import distill, windows_of
 from abreast.model.grouping import decoder_layers, grouped, load
 from abreast.model.losses import divergence, next_token_loss
 from abreast.plan import Plan
@@ -274,7 +274,7 @@ def test_patience_ends_a_run_that_wins_nothing(pair, tmp_path):
         "teacher": teacher,
     }
     found = distill(model, PLAN, words(), tmp_path, **options)
-    assert found.reason == "no better for 2 looks at the held-out text"
+    assert found.reason == "no better in 2 evaluations on held-out text"
     assert found.points[-1].step == 2 and not found.diverged
 
 

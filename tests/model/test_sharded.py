@@ -22,7 +22,7 @@ from abreast.convert.verification import verify
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe
-from abreast.heal.shard import full, local, shard
+from abreast.heal.student import full, local, shard
 from abreast.model.grouping import grouped, load
 
 pytest.importorskip("peft")
@@ -38,7 +38,7 @@ from abreast.heal.recipe import Recipe
 from abreast.heal.train import distill
 from abreast.model import load
 from abreast.plan import Plan
-from abreast.heal.shard import full
+from abreast.heal.student import full
 
 RANK = int(os.environ["RANK"])
 torch.set_num_threads(1)
@@ -227,7 +227,7 @@ def test_families_run_grouped_when_sharded(tiny_checkpoint, alone, family):
             assert torch.allclose(got, parameter.grad, rtol=0, atol=1e-5 * scale), name
         model.zero_grad()
         sharded.zero_grad()
-    with pytest.raises(AbreastError, match="spread over the processes already"):
+    with pytest.raises(AbreastError, match="sharded over the processes already"):
         shard(sharded, torch.device("cpu"))
 
 

@@ -1,9 +1,9 @@
 """Original x plan -> healed checkpoint: refit, distil, convert; resumable, written whole.
 
 What is healed is the original's own weights, run grouped in memory; every member of a group keeps
-its place, its norms and its shapes. The healed weights are therefore an ordinary checkpoint of the
-original's architecture, and conversion under the plan treats them as any other: both wirings, fused
-or kept apart, and every runtime work as they do without healing.
+its position, its norms and its shapes. The healed weights are therefore an ordinary checkpoint of
+the original's architecture, and conversion under the plan treats them as any other: both wirings,
+fused or kept apart, and every runtime work as they do without healing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -39,9 +41,9 @@ from abreast.convert import convert, hash_inputs, preview
 from abreast.data import CALIBRATION, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, complete, family_of
-from abreast.heal.least_squares import STEPS, Fit, Refit, memory_needed, refit
-from abreast.heal.recipe import Recipe, processes
-from abreast.heal.shard import full
+from abreast.heal.least_squares import STEPS, Fit, Refit, refit
+from abreast.heal.recipe import Recipe, is_main_process, processes
+from abreast.heal.student import full
 from abreast.heal.train import Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
 from abreast.plan import Plan
@@ -53,11 +55,9 @@ if TYPE_CHECKING:
 Method = Literal["refit", "distill", "both"]
 REFIT_TOKENS = 65_536
 CURVE, FIGURE = "heal.csv", "heal.png"
-_HELD_LOGITS = 2**28  # values kept of the original's predictions: 1 GiB in float32
-_HELD_TOKENS = 8192
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Step = Callable[[str], None]
-Draw = Callable[[Refit | None, Distilled | None, Path], None]  # such as report.draw_healing
+_HELD_OUT_LOGITS = 2**28  # values kept of the original's predictions: 1 GiB in float32
+_HELD_OUT_TOKENS = 8192
+Draw = Callable[[Refit | None, Distilled | None, Path], None]
 Progress = Callable[[int, int], None]
 
 
@@ -93,8 +93,27 @@ class _Text:
 
     refit: np.ndarray
     train: np.ndarray
-    held: np.ndarray
+    held_out: np.ndarray
     about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is healed and how. load: the original into memory; model: what it gave.
+
+    tensors: name -> shape of the original's.
+    """
+
+    source: Checkpoint
+    tensors: Mapping[str, tuple[int, ...]]
+    load: Callable[..., tuple[PreTrainedModel, Any]]
+    model: PreTrainedModel
+    plan: Plan
+    recipe: Recipe
+    work: Path
+    seed: int
+    step: Callable[[str], None]
+    progress: Progress | None
 
 
 def heal(
@@ -120,27 +139,27 @@ def heal(
     draw: Draw | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    step: Step = lambda message: None,
+    step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> Healed:
     """Heal a model for running under a plan, and write the converted checkpoint `out`.
 
     model: the original, folder or Hugging Face id, of a family that can be converted. method:
-    "refit" (closed form, see refit.py), "distill" (training, see distill.py), or "both" in that
-    order. data: text to heal on, never the text to evaluate on. tokens: read at most so many; None:
-    what the recipe's steps need, or 65,536 for refit alone. Refit takes the first 65,536 of them.
+    "refit" (closed form, see least_squares.py), "distill" (training, see train.py), or "both" in
+    that order. data: text to heal on, never the text to evaluate on. tokens: read at most so many;
+    None: what the recipe's steps need, or 65,536 for refit alone. Refit takes the first 65,536.
     window: tokens the model sees at once, clipped to what it can hold, and to an eighth of a short
     text. dtype: in which the model is healed; float32 is right for training weights themselves.
-    work: folder of intermediate state, OUT.work beside `out` unless given; an interrupted call goes
-    on with what is there, and a folder that was not given is removed at the end. keep: also leave
-    the healed weights in this new folder, in float32 and the original's shape, against which
-    `verify` can prove `out`. out_dtype, prefill, max_shard_bytes, force: as for `convert`.
-    draw: called to leave heal.png beside the weights. step(message) announces each step.
+    work: folder of intermediate state, OUT.work beside `out` by default; an interrupted call goes
+    on with what is there, and the default folder is removed at the end. keep: also leave the healed
+    weights in this new folder, in float32 and the original's shape, against which `verify` can
+    prove `out`. out_dtype, prefill, max_shard_bytes, force: as for `convert`. draw: leaves
+    heal.png beside the weights, see `report.draw_healing`. step(message) announces each step.
 
     `out` also holds heal.csv, the curve. Its manifest names the true original as source and says
-    under "healed" how it was healed. Where nothing was won on text that was held out, the weights
-    are the original's. Raises AbreastError for whatever the user can mend; `out` is then absent,
-    and the state in `work` stays.
+    under "healed" how it was healed. Where nothing was won on held-out text, the weights are the
+    original's. Raises AbreastError for whatever the user can mend; `out` is then absent, and the
+    state in `work` stays.
     """
     if method not in get_args(Method):
         raise AbreastError(f"method '{method}' is not one of {', '.join(get_args(Method))}")
@@ -150,8 +169,7 @@ def heal(
     check_free(target)
     if keep is not None:
         check_free(Path(keep))
-    options: dict[str, Any] = {"force": force, "prefill": prefill}
-    planned = preview(model, plan, revision=revision, **options)
+    planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
     source = open_checkpoint(model, revision=revision)
     if isinstance(plan, str):
         plan = Plan.read(plan, planned.num_layers)
@@ -163,13 +181,29 @@ def heal(
         )
     if device == "cuda" and processes() > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    options_of_load: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    student, tokenizer = load(source.folder, device=device, **options_of_load)
-    _check_names(student, source)
-    if method != "distill":
-        _check_memory(student, source, plan, refit_steps)
-    text = _text(data, tokenizer, student, method, tokens, window, recipe, seed, str(model))
+    load_original = partial(load, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    student, tokenizer = load_original(device=device)
+    config = complete(source.config)
+    tensors = all_tensors(family_of(config), config)
+    for name in sorted(tensors.keys() - student.state_dict().keys()):
+        raise CheckpointError(
+            f"tensor '{name}' of '{source.source}' has another name in the loaded model; "
+            "this architecture cannot be healed with this version of transformers"
+        )
     folder = Path(work) if work is not None else target.with_name(f"{target.name}.work")
+    job = _Job(
+        source=source,
+        tensors=tensors,
+        load=load_original,
+        model=student,
+        plan=plan,
+        recipe=recipe,
+        work=folder,
+        seed=seed,
+        step=step,
+        progress=progress,
+    )
+    text = _text(job, data, tokenizer, method, tokens, window)
     identity = {
         "model": sha256,
         "plan": plan.shorthand,
@@ -180,274 +214,208 @@ def heal(
         "seed": seed,
         "dtype": dtype,
     }
-    if _is_main():
+    if is_main_process():
         open_run(folder, "heal", json.loads(json.dumps(identity)))
 
-    held = torch.from_numpy(text.held)
-    wanted = logits_of(student, held, recipe.micro_batch)
-    before = kl_under(student, plan, held, wanted)
-    solved = trained = None
-    if method != "distill":
-        step("refit: solve the grouped layers' matrices on calibration text")
-        solved = _refit(student, plan, text.refit, refit_steps, folder, recipe, progress)
-    if method != "refit":
-        untouched = solved is None or solved.kept
-        teacher = None
-        if recipe.objective == "kl" and not (untouched and recipe.train == "lora"):
-            # Sharding moves it to the device piece by piece: there is no room for all of it there.
-            home = "cpu" if recipe.shard else device
-            teacher, _ = load(source.folder, device=home, **options_of_load)
-        step(f"distil: {recipe.steps} steps")
-        trained = distill(
-            *(student, plan, text.train, folder / "distill"),
-            recipe=recipe,
-            teacher=teacher,
-            seed=seed,
-            progress=progress,
-            report=_reporter(folder) if _is_main() else None,
-        )
-        del teacher
-    after = kl_under(student, plan, held, wanted)
-    record = {
-        "method": method,
-        "seed": seed,
-        "data": text.about,
-        "kl_before": before,
-        "kl_after": after,
-        "refit": solved.to_dict() if solved else None,
-        "recipe": recipe.to_dict() if trained else None,
-        "distilled": trained.to_dict() if trained else None,
-    }
-    found = Healed(
+    held_out = torch.from_numpy(text.held_out)
+    reference = logits_of(student, held_out, recipe.micro_batch)
+    kl_before = kl_under(student, plan, held_out, reference)
+    solved = _refit(job, text.refit, refit_steps) if method != "distill" else None
+    trained = _distil(job, text.train, solved) if method != "refit" else None
+    healed = Healed(
         out=str(target),
         plan=plan.shorthand,
         depth=plan.depth,
         method=method,
         seed=seed,
         data=text.about,
-        kl_before=before,
-        kl_after=after,
+        kl_before=kl_before,
+        kl_after=kl_under(student, plan, held_out, reference),
         refit=solved,
         distilled=trained,
         kept=str(keep) if keep is not None else None,
-        warnings=(*planned.warnings, *_doubts(text, trained)),
+        warnings=(*planned.warnings, *_warnings(text, trained)),
     )
-    if not _is_main():
-        for _ in _whole(student, source):  # what is sharded, all processes gather together
-            pass
-        return found
+    if not is_main_process():
+        deque(_whole_tensors(job), maxlen=0)  # what is sharded, all processes gather together
+        return healed
     step("write the converted checkpoint")
     weights = folder / "weights"
     shutil.rmtree(weights, ignore_errors=True)
-    cast = _write_weights(student, source, weights, solved, trained, draw)
-    true_source: dict[str, Any] = {
-        "name": source.source,
-        "revision": source.revision,
-        "files": hash_inputs(source),
-        "dropped_tensors": [],
-    }
+    stored = _write_weights(job, weights, healed, draw)
     convert(
-        *(weights, plan, target),
-        **options,
-        dtype=out_dtype or cast,
+        weights,
+        plan,
+        target,
+        force=force,
+        prefill=prefill,
+        dtype=out_dtype or stored,
         max_shard_bytes=max_shard_bytes,
-        healed={"source": true_source, **finite(record)},
+        healed=_record(job, healed),
     )
     if keep is not None:
         shutil.move(weights, keep)
-    shutil.rmtree(weights, ignore_errors=True)
-    if work is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    return found
-
-
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    shutil.rmtree(weights if work is not None else folder, ignore_errors=True)
+    return healed
 
 
 def _text(
+    job: _Job,
     data: str | TokenStream,
     tokenizer: Any,
-    model: PreTrainedModel,
     method: str,
     tokens: int | None,
     window: int,
-    recipe: Recipe,
-    seed: int,
-    name: str,
 ) -> _Text:
-    config = model.config.get_text_config(decoder=True)
+    config = job.model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = job.model.get_input_embeddings().weight.shape[0]
     window = min(window, longest or window)
     if tokens is None:
         tokens = 0 if method == "distill" else REFIT_TOKENS
         if method != "refit":
-            tokens = max(tokens, recipe.steps * recipe.batch_size * window)
-        tokens += _HELD_TOKENS
-    data = token_stream(data, tokenizer, name, max_tokens=tokens, seed=seed)
-    size = min(len(data), tokens)
+            tokens = max(tokens, job.recipe.steps * job.recipe.batch_size * window)
+        tokens += _HELD_OUT_TOKENS
+    stream = token_stream(data, tokenizer, job.source.source, max_tokens=tokens, seed=job.seed)
+    size = min(len(stream), tokens)
     window = min(window, max(2, size // 8))
-    windows = whole_windows(data, size // window, window, longest=longest, vocabulary=vocabulary)
-    most = max(1, min(_HELD_TOKENS, _HELD_LOGITS // vocabulary) // window)
-    held = max(1, min(most, len(windows) // 10))
+    windows = whole_windows(stream, size // window, window, longest=longest, vocabulary=vocabulary)
+    most = max(1, min(_HELD_OUT_TOKENS, _HELD_OUT_LOGITS // vocabulary) // window)
+    num_held_out = max(1, min(most, len(windows) // 10))
     about = {
-        "source": data.source,
-        "sha256": data.sha256,
+        "source": stream.source,
+        "sha256": stream.sha256,
         "tokens": int(windows.size),
         "window": window,
-        "held_out_tokens": held * window,
+        "held_out_tokens": num_held_out * window,
     }
-    rest = windows[:-held]
-    return _Text(rest[: max(1, REFIT_TOKENS // window)], rest, windows[-held:], about)
+    train, held_out = windows[:-num_held_out], windows[-num_held_out:]
+    return _Text(train[: max(1, REFIT_TOKENS // window)], train, held_out, about)
 
 
-def _refit(
-    model: PreTrainedModel,
-    plan: Plan,
-    tokens: np.ndarray,
-    steps: Sequence[str],
-    folder: Path,
-    recipe: Recipe,
-    progress: Progress | None,
-) -> Refit:
+def _refit(job: _Job, windows: np.ndarray, steps: Sequence[str]) -> Refit:
     """Refit, or take the matrices that an interrupted run left."""
-    record, weights = folder / "refit.json", folder / "refit.safetensors"
-    layers = decoder_layers(model)
+    job.step("refit: solve the grouped layers' matrices on calibration text")
+    record, weights = job.work / "refit.json", job.work / "refit.safetensors"
+    layers = decoder_layers(job.model)
     members = {
-        f"{member}.{name}": parameter
-        for group in plan.groups
+        f"{member}.{name}": parameter.detach()
+        for group in job.plan.groups
         for member in group.layers
         for name, parameter in layers[member].named_parameters()
     }
     if record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        fits = tuple(Fit(**{**fit, "layers": tuple(fit["layers"])}) for fit in known.pop("fits"))
         stored = load_file(weights)
-        with torch.no_grad():
-            for name, parameter in members.items():
-                parameter.copy_(stored[name])
-        return Refit(fits=fits, **known)
-    found = refit(
-        *(model, plan, tokens), steps=steps, batch_size=recipe.micro_batch, progress=progress
+        for name, parameter in members.items():
+            parameter.copy_(stored[name])
+        saved = json.loads(record.read_text(encoding="utf-8"))
+        fits = (Fit(**{**fit, "layers": tuple(fit["layers"])}) for fit in saved["fits"])
+        return Refit(**{**saved, "fits": tuple(fits)})
+    solved = refit(
+        job.model,
+        job.plan,
+        windows,
+        steps=steps,
+        batch_size=job.recipe.micro_batch,
+        progress=job.progress,
     )
-    if _is_main():
-        save_file({n: p.detach().cpu().contiguous() for n, p in members.items()}, weights)
-        write(record, json.dumps(found.to_dict()))
-    return found
+    if is_main_process():
+        save_file({n: p.cpu().contiguous() for n, p in members.items()}, weights)
+        write(record, json.dumps(asdict(solved)))
+    return solved
 
 
-def _check_names(model: PreTrainedModel, source: Checkpoint) -> None:
-    state = model.state_dict()
-    for name in _tensors(source):
-        if name not in state:
-            raise CheckpointError(
-                f"tensor '{name}' of '{source.source}' has another name in the loaded model; "
-                "this architecture cannot be healed with this version of transformers"
-            )
-
-
-def _tensors(source: Checkpoint) -> dict[str, tuple[int, ...]]:
-    config = complete(source.config)
-    return all_tensors(family_of(config), config)
-
-
-def _whole(model: PreTrainedModel, source: Checkpoint) -> Iterator[torch.Tensor]:
-    """The weights as `source` names them, one at a time, wherever they are."""
-    state = model.state_dict()
-    for name in _tensors(source):
-        yield full(state[name].detach())
-
-
-def _check_memory(
-    model: PreTrainedModel, source: Checkpoint, plan: Plan, steps: Sequence[str]
-) -> None:
-    if model.device.type != "cuda" or "out" not in steps:
-        return
-    needs = memory_needed(
-        source.config, largest_group=max(len(group.layers) for group in plan.groups)
-    )
-    free, _ = torch.cuda.mem_get_info(model.device)
-    more = needs["total"] - needs["weights"]
-    if more > free:
-        raise AbreastError(
-            f"refit needs {more / 1e9:.0f} GB beside the model, {free / 1e9:.0f} GB are free on "
-            f"{model.device}; use --refit-steps qkv,gate_up, smaller groups, or --device cpu"
-        )
-
-
-def _write_weights(
-    model: PreTrainedModel,
-    source: Checkpoint,
-    folder: Path,
-    solved: Refit | None,
-    trained: Distilled | None,
-    draw: Draw | None,
-) -> str | None:
-    """The healed weights as a checkpoint like `source`; returns the dtype to convert it with.
-
-    float32, so that what conversion folds is rounded once; where the source mixes dtypes, each
-    tensor keeps its own.
-    """
-    expected = _tensors(source)
-    kinds = {source.tensors[name].dtype for name in expected}
-    alike = kinds <= {"F32", "BF16", "F16"} and len(kinds) == 1
-    new = [
-        NewTensor(name, "F32" if alike else source.tensors[name].dtype, shape)
-        for name, shape in expected.items()
-    ]
-    with publish(folder, needed_bytes=sum(tensor.nbytes for tensor in new)) as staging:
-        write_shards(
-            staging,
-            lay_out(new),
-            (
-                (t.name, whole.to("cpu", DTYPES[t.dtype]))
-                for t, whole in zip(new, _whole(model, source), strict=True)
-            ),
-        )
-        shutil.copyfile(source.folder / "config.json", staging / "config.json")
-        for path in companions(source.folder):
-            if path.is_dir():
-                shutil.copytree(path, staging / path.name)
-            else:
-                shutil.copyfile(path, staging / path.name)
-        if trained is not None:
-            (staging / CURVE).write_text(to_csv(trained.points, Point), encoding="utf-8")
-        if draw is not None:
-            draw(solved, trained, staging / FIGURE)
-    return str(DTYPES[kinds.pop()]).removeprefix("torch.") if alike else None
-
-
-def _doubts(text: _Text, trained: Distilled | None) -> tuple[str, ...]:
-    found = []
-    if text.about["source"] == HELD_OUT:
-        found.append(
-            f"healed on '{HELD_OUT}', the text that eval uses unless told otherwise; "
-            "evaluate on other text"
-        )
-    if trained is not None and trained.diverged:
-        found.append(
-            f"training {trained.reason}; the weights are those of step {trained.best_step}"
-        )
-    elif trained is not None and trained.best_step == 0:
-        found.append("training won nothing on held-out text; the weights are those before it")
-    return tuple(found)
-
-
-def _reporter(folder: Path) -> Callable[[tuple[Point, ...]], None]:
-    """Writes the curve as it grows, to TensorBoard as well where that is installed."""
+def _distil(job: _Job, windows: np.ndarray, solved: Refit | None) -> Distilled:
+    """Distil, and write the curve as it grows, to TensorBoard as well where that is installed."""
+    job.step(f"distil: {job.recipe.steps} steps")
+    is_changed = solved is not None and not solved.kept
+    teacher = None
+    if job.recipe.objective == "kl" and (is_changed or job.recipe.train != "lora"):
+        # Sharding moves it to the device piece by piece: there is no room for all of it there.
+        teacher, _ = job.load(device="cpu" if job.recipe.shard else job.model.device)
     board: Any = None
-    with suppress(ImportError):
-        from torch.utils.tensorboard import SummaryWriter
+    if is_main_process():
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(folder / "tensorboard"))
+            board = SummaryWriter(str(job.work / "tensorboard"))
 
-    def report(points: tuple[Point, ...]) -> None:
-        write(folder / CURVE, to_csv(points, Point))
+    def write_curve(points: Sequence[Point]) -> None:
+        write(job.work / CURVE, to_csv(points, Point))
         if board is not None:
             last = points[-1]
             for name in ("loss", "held_out", "learning_rate"):
                 board.add_scalar(name, getattr(last, name), last.step)
             board.flush()
 
-    return report
+    return distill(
+        job.model,
+        job.plan,
+        windows,
+        job.work / "distill",
+        recipe=job.recipe,
+        teacher=teacher,
+        seed=job.seed,
+        progress=job.progress,
+        on_point=write_curve if is_main_process() else None,
+    )
+
+
+def _whole_tensors(job: _Job) -> Iterator[torch.Tensor]:
+    """The weights as the original names them, one at a time, wherever they are."""
+    state = job.model.state_dict()
+    for name in job.tensors:
+        yield full(state[name].detach())
+
+
+def _write_weights(job: _Job, folder: Path, healed: Healed, draw: Draw | None) -> str | None:
+    """The healed weights as a checkpoint like the original; returns the dtype to convert it with.
+
+    float32, so that what conversion folds is rounded once; where the original mixes dtypes, each
+    tensor keeps its own. Sharded weights never lie whole in memory, as for save_pretrained.
+    """
+    source = job.source
+    dtypes = {source.tensors[name].dtype for name in job.tensors}
+    uniform = len(dtypes) == 1 and dtypes <= {"F32", "BF16", "F16"}
+    layout = [
+        NewTensor(name, "F32" if uniform else source.tensors[name].dtype, shape)
+        for name, shape in job.tensors.items()
+    ]
+    with publish(folder, needed_bytes=sum(tensor.nbytes for tensor in layout)) as staging:
+        pairs = zip(layout, _whole_tensors(job), strict=True)
+        stream = ((new.name, tensor.to("cpu", DTYPES[new.dtype])) for new, tensor in pairs)
+        write_shards(staging, lay_out(layout), stream)
+        for path in (source.folder / "config.json", *companions(source.folder)):
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, staging / path.name)
+        if healed.distilled is not None:
+            write(staging / CURVE, to_csv(healed.distilled.points, Point))
+        if draw is not None:
+            draw(healed.refit, healed.distilled, staging / FIGURE)
+    return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if uniform else None
+
+
+def _record(job: _Job, healed: Healed) -> dict[str, Any]:
+    """The manifest's entry "healed", and the source that the manifest names."""
+    keys = ("method", "seed", "data", "kl_before", "kl_after", "refit", "distilled")
+    return {
+        "source": {
+            "name": job.source.source,
+            "revision": job.source.revision,
+            "files": hash_inputs(job.source),
+            "dropped_tensors": [],
+        },
+        **{key: value for key, value in healed.to_dict().items() if key in keys},
+        "recipe": finite(job.recipe.to_dict()) if healed.distilled else None,
+    }
+
+
+def _warnings(text: _Text, trained: Distilled | None) -> Iterator[str]:
+    if text.about["source"] == HELD_OUT:
+        yield (
+            f"healed on '{HELD_OUT}', the text that eval uses unless told otherwise; "
+            "evaluate on other text"
+        )
+    if trained is not None and trained.diverged:
+        yield f"training {trained.reason}; the weights are those of step {trained.best_step}"
+    elif trained is not None and trained.best_step == 0:
+        yield "training won nothing on held-out text; the weights are those before it"

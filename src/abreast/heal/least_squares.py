@@ -1,9 +1,9 @@
 """Healing in closed form: re-solve matrices of grouped layers by ridge regression, untrained.
 
-The plan's groups are walked from the first to the last. At each, two residual streams are known for
-some calibration text: that of the original model, and the one that really arrives when the groups
-before it run abreast, already refitted. Three questions about the group are linear, each in a set
-of its matrices, and are asked one after another (`STEPS`):
+The plan's groups are walked from first to last. At each, two residual streams are known for some
+calibration text: that of the original model, and the one that really arrives when the groups before
+it run abreast, already refitted. Three questions about the group are linear, each in one set of its
+matrices, and are answered in turn (`STEPS`):
 
 - ``qkv``: from the input that a member's attention now gets, which matrices give the
   pre-activations that the original layer had at its own input? With U the new and U0 the original
@@ -12,21 +12,22 @@ of its matrices, and are asked one after another (`STEPS`):
 - ``gate_up``: the same for the FFN's;
 - ``out``: which output matrices of all members together (o and down) make the group end at the
   original's residual stream at that depth? The target is that stream less the group's real input,
-  so that errors of the groups before it are corrected, not passed on.
+  so errors of earlier groups are corrected, not passed on.
 
-Every answer is pulled towards the weights that are there by a ridge r, which is chosen by
-cross-validation over calibration windows, "keep the weights as they are" being one of the choices.
-Only second moments of activations are kept, so memory does not depend on the amount of text, but
-for the two residual streams, which wait in host memory. The idea of a linear map fitted to a
-model's own activations is that of ReplaceMe (arXiv 2505.02819), which cuts layers instead.
+Every answer is pulled towards the present weights by a ridge r, chosen by cross-validation over
+calibration windows; "keep the weights as they are" is one of the choices. Only second moments of
+activations are kept, so memory does not depend on the amount of text, except for the two residual
+streams, which wait in host memory. The idea of a linear map fitted to a model's own activations is
+that of ReplaceMe (arXiv 2505.02819), which removes layers instead.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,8 +35,16 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES, Family, complete, family_of, num_layers_of, sizes
-from abreast.model import advance, capture, decoder_layers, kl_under, logits_of
+from abreast.families import complete, family_of, num_layers_of, sizes
+from abreast.model import (
+    advance,
+    branches_of,
+    capture,
+    decoder_layers,
+    inference,
+    kl_under,
+    logits_of,
+)
 from abreast.plan import Group, Plan
 from abreast.runs import check_tokens
 
@@ -47,9 +56,9 @@ STEPS = ("qkv", "gate_up", "out")
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
 FOLDS = 3
 MIN_TOKENS = 512
-GUARD_TOKENS = 4096
-Progress = Callable[[int, int], None]
-Place = tuple[int, str]  # layer, submodule
+HELD_OUT_TOKENS = 4096
+Submodule = tuple[int, str]  # layer, name inside it
+Inputs = dict[Submodule, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,9 +87,6 @@ class Refit:
     kept: bool
     num_tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 class _Moments:
     """Sums over tokens: U'U [n, n], U'T [n, m] and |T|^2 of inputs U and targets T, in float64."""
@@ -102,6 +108,50 @@ class _Moments:
         return self.size - 2 * explained + float(((weight @ self.gram) * weight).sum())
 
 
+class _Streams:
+    """The residual streams of all calibration batches, in host memory, at one depth of the model.
+
+    original: those of the original model; arriving: those under the plan, refitted so far.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> None:
+        self.model, self.layers = model, decoder_layers(model)
+        self.arguments: dict[int, list[dict[str, Any]]] = {}  # of the layers, by size of the batch
+        self.original = []
+        # At least as many batches as folds, for a fold is made of whole batches.
+        for batch in ids.tensor_split(max(FOLDS, math.ceil(len(ids) / batch_size))):
+            entering, arguments = capture(model, self.layers, batch.to(model.device))
+            self.arguments.setdefault(len(batch), arguments)
+            self.original.append(entering.cpu())
+        self.arriving = list(self.original)
+
+    def submodule(self, layer: int, name: str) -> Any:
+        return self.layers[layer].get_submodule(name)
+
+    def run(
+        self,
+        stream: Sequence[torch.Tensor],
+        steps: Sequence[int | Group],
+        recorded: Sequence[Submodule] = (),
+    ) -> Iterator[tuple[torch.Tensor, Inputs]]:
+        """(output, inputs of the recorded submodules) of every batch after these steps."""
+        for waiting in stream:
+            x = waiting.to(self.model.device)
+            inputs: Inputs = {}
+            with ExitStack() as hooks:
+                for layer, name in recorded:
+                    hook = partial(_record, inputs, (layer, name))
+                    module = self.submodule(layer, name)
+                    hooks.enter_context(module.register_forward_pre_hook(hook))
+                for step in steps:
+                    x = advance(self.model, self.layers, self.arguments[len(x)], step, x)
+            yield x, inputs
+
+
+def _record(inputs: Inputs, key: Submodule, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+    inputs[key] = arguments[0]
+
+
 def refit(
     model: PreTrainedModel,
     plan: Plan,
@@ -109,56 +159,60 @@ def refit(
     *,
     steps: Sequence[str] = STEPS,
     batch_size: int = 8,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Refit:
     """Refit the grouped layers of `model` in place, for running under `plan`.
 
     model: the original, not grouped, on any device; it must be of a family that can be converted.
     tokens: calibration windows, ids of shape [windows, window]. steps: some of `STEPS`; a family
-    with norms after its branches (Gemma 2 and 3, OLMo 2 and 3, Exaone 4, GLM 4) has no linear
+    with norms after its branches (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4, GLM 4) has no linear
     ``out`` and goes without. progress: called with (stages done, stages).
     One window in ten, at least one, is kept from the regressions; if the KL divergence from the
     original is not lower there afterwards, the model gets its old weights back.
 
     Raises AbreastError for too little text, unknown steps, a plan for another model, an unknown
-    family, and activations that are not finite; the model's weights are then as they were.
+    family, too little memory on a CUDA device, and activations that are not finite; the model's
+    weights are then as they were.
     """
     layers = decoder_layers(model)
-    family = family_of(model.config.get_text_config(decoder=True).to_dict())
-    _check(plan, len(layers), tokens, steps, model)
-    ids = torch.from_numpy(np.ascontiguousarray(tokens))
-    guard = max(1, min(len(ids) // 10, GUARD_TOKENS // ids.shape[1]))
-    held, ids = ids[:guard], ids[guard:]
-    matrices = _matrices(family)
+    config = model.config.get_text_config(decoder=True).to_dict()
+    family = family_of(config)
+    _check(model, plan, tokens, steps)
     if family.member_norms:
         steps = tuple(step for step in steps if step != "out")
-    changed = {
-        (member, name): _at(layers[member], name).weight
+    if "out" in steps and model.device.type == "cuda":
+        _check_memory(model, config, plan)
+    ids = torch.from_numpy(np.ascontiguousarray(tokens))
+    num_held_out = max(1, min(len(ids) // 10, HELD_OUT_TOKENS // ids.shape[1]))
+    held_out, ids = ids[:num_held_out], ids[num_held_out:]
+    readers = [matrix.name for matrix in family.matrices if matrix.join == "rows"]
+    matrices = {
+        "qkv": [name for name in readers if not name.startswith("mlp.")],
+        "gate_up": [name for name in readers if name.startswith("mlp.")],
+        "out": [matrix.name for matrix in family.matrices if matrix.join == "columns"],
+    }
+    weights = [
+        layers[member].get_submodule(name).get_parameter("weight")
         for group in plan.groups
         for member in group.layers
         for names in matrices.values()
         for name in names
-    }
-    old = {place: weight.detach().to("cpu", copy=True) for place, weight in changed.items()}
-    with _evaluating(model), torch.no_grad():
-        wanted = logits_of(model, held, batch_size)
-        before = kl_under(model, plan, held, wanted)
+    ]
+    old = [weight.detach().to("cpu", copy=True) for weight in weights]
+    with inference(model):
+        reference = logits_of(model, held_out, batch_size)
+        kl_before = kl_under(model, plan, held_out, reference)
         try:
-            fits = _walk(model, layers, plan, ids, matrices, steps, batch_size, progress)
-            after = kl_under(model, plan, held, wanted)
+            streams = _Streams(model, ids, batch_size)
+            fits = _walk(streams, plan, [(step, matrices[step]) for step in steps], progress)
+            kl_after = kl_under(model, plan, held_out, reference)
         except BaseException:
-            _restore(changed, old)
+            _restore(weights, old)
             raise
-        kept = not after < before
-        if kept:
-            _restore(changed, old)
-    return Refit(
-        fits=fits,
-        kl_before=before,
-        kl_after=after,
-        kept=kept,
-        num_tokens=int(ids.numel()),
-    )
+        won = kl_after < kl_before
+        if not won:
+            _restore(weights, old)
+    return Refit(fits, kl_before, kl_after, kept=not won, num_tokens=int(ids.numel()))
 
 
 def memory_needed(
@@ -174,7 +228,7 @@ def memory_needed(
     moments: one set per fold and one of them all, for the widest regression, ``out``, whose inputs
     are all members' heads and FFN neurons. solve: the ridged matrix and its Cholesky factor.
     activations: recorded inputs of one batch in float32, twice over, and the layer's own. Host
-    memory, which grows with the text, is not in it.
+    memory, which grows with the text, is not included.
     """
     config = complete(config)
     family = family_of(config)
@@ -194,14 +248,11 @@ def memory_needed(
     return {**needs, "total": sum(needs.values())}
 
 
-def _check(
-    plan: Plan, num_layers: int, tokens: np.ndarray, steps: Sequence[str], model: PreTrainedModel
-) -> None:
-    plan.check_layers(num_layers)
+def _check(model: PreTrainedModel, plan: Plan, tokens: np.ndarray, steps: Sequence[str]) -> None:
+    plan.check_layers(len(decoder_layers(model)))
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
-    unknown = [step for step in steps if step not in STEPS]
-    if unknown or not steps:
+    if not steps or not set(steps) <= set(STEPS):
         raise AbreastError(f"refit steps {list(steps)}: choose some of {', '.join(STEPS)}")
     if tokens.ndim != 2 or tokens.shape[0] < FOLDS + 1 or tokens.size < MIN_TOKENS:
         raise AbreastError(
@@ -211,123 +262,101 @@ def _check(
     check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
 
 
-def _matrices(family: Family) -> dict[str, list[str]]:
-    """The matrices of one layer that each step solves."""
-    rows = [m.name for m in family.matrices if m.join == "rows"]
-    return {
-        "qkv": [name for name in rows if not name.startswith("mlp.")],
-        "gate_up": [name for name in rows if name.startswith("mlp.")],
-        "out": [m.name for m in family.matrices if m.join == "columns"],
-    }
+def _check_memory(model: PreTrainedModel, config: Mapping[str, Any], plan: Plan) -> None:
+    needs = memory_needed(config, largest_group=max(len(group.layers) for group in plan.groups))
+    free, _ = torch.cuda.mem_get_info(model.device)
+    more = needs["total"] - needs["weights"]
+    if more > free:
+        raise AbreastError(
+            f"refit needs {more / 1e9:.0f} GB beside the model, {free / 1e9:.0f} GB are free on "
+            f"{model.device}; use --refit-steps qkv,gate_up, smaller groups, or --device cpu"
+        )
 
 
 def _walk(
-    model: PreTrainedModel,
-    layers: nn.ModuleList,
+    streams: _Streams,
     plan: Plan,
-    ids: torch.Tensor,
-    matrices: Mapping[str, list[str]],
-    steps: Sequence[str],
-    batch_size: int,
-    progress: Progress | None,
+    steps: Sequence[tuple[str, list[str]]],
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[Fit, ...]:
-    """Refit group after group. The streams of all batches wait in host memory."""
-    # At least as many batches as folds, for a fold is made of whole batches.
-    batches = ids.tensor_split(max(FOLDS, math.ceil(len(ids) / batch_size)))
-    given: dict[int, list[dict[str, Any]]] = {}
-    original = []
-    for batch in batches:
-        entering, arguments = capture(model, layers, batch.to(model.device))
-        given.setdefault(len(batch), arguments)
-        original.append(entering.cpu())
-    real = list(original)
-
-    def run(
-        stream: Sequence[torch.Tensor], stage: Sequence[int | Group], places: Sequence[Place]
-    ) -> Iterator[tuple[int, torch.Tensor, dict[Place, torch.Tensor]]]:
-        """(batch, output, inputs of places) of every batch of a stream after the given stages."""
-        for number, waiting in enumerate(stream):
-            x = waiting.to(model.device)
-            with _recorded(layers, places) as inputs:
-                for step in stage:
-                    x = advance(model, layers, given[len(x)], step, x)
-            yield number, x, inputs
-
+    """Refit group after group. steps: each with the names of the matrices it solves in a layer."""
     fits: list[Fit] = []
     for done, stage in enumerate(plan.stages):
         group = plan.group_of(stage)
-        readers = [(k, matrices[step][0]) for k in stage for step in steps if step != "out"]
-        # The original's inputs of every member, and its stream after the stage.
-        known: list[dict[Place, torch.Tensor]] = []
-        for number, x, inputs in run(original, stage, readers if group else ()):
-            original[number] = x.cpu()
-            known.append({place: value.cpu() for place, value in inputs.items()})
-        for step in steps if group else ():
-            assert group is not None
-            if step == "out":
-                fits.append(_fit_outputs(layers, group, matrices[step], run, real, original))
-            else:
+        readers = [
+            (member, names[0])
+            for member in stage
+            for step, names in steps
+            if group is not None and step != "out"
+        ]
+        original_inputs: list[Inputs] = []
+        for number, (x, inputs) in enumerate(streams.run(streams.original, stage, readers)):
+            streams.original[number] = x.cpu()
+            original_inputs.append({key: value.cpu() for key, value in inputs.items()})
+        if group is not None:
+            for step, names in steps:
+                if step == "out":
+                    fits.append(_fit_outputs(streams, group, names))
+                    continue
                 for member in stage:
-                    place = (member, matrices[step][0])
-                    fits.append(
-                        _fit_inputs(layers, group, step, place, matrices[step], run, real, known)
-                    )
-        real = [x.cpu() for _, x, _ in run(real, (group,) if group else stage, ())]
+                    fits.append(_fit_inputs(streams, group, step, member, names, original_inputs))
+        arriving = streams.run(streams.arriving, stage if group is None else (group,))
+        streams.arriving = [x.cpu() for x, _ in arriving]
         if progress is not None:
             progress(done + 1, plan.depth)
     return tuple(fits)
 
 
 def _fit_inputs(
-    layers: nn.ModuleList,
+    streams: _Streams,
     group: Group,
     step: str,
-    place: Place,
+    member: int,
     names: Sequence[str],
-    run: Callable[..., Iterator[tuple[int, torch.Tensor, dict[Place, torch.Tensor]]]],
-    real: Sequence[torch.Tensor],
-    known: Sequence[dict[Place, torch.Tensor]],
+    original_inputs: Sequence[Inputs],
 ) -> Fit:
     """Let a member's matrices reproduce, from what they now get, what they gave in the original."""
-    weights = [_at(layers[place[0]], name).weight for name in names]
+    weights = [streams.submodule(member, name).weight for name in names]
+    reader = (member, names[0])
     width, device = weights[0].shape[1], weights[0].device
     folds = [_Moments(width, width, device) for _ in range(FOLDS)]
-    for number, _, inputs in run(real, (group,), [place]):
-        folds[number % FOLDS].add(inputs[place], known[number][place].to(device))
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), [reader])):
+        targets = original_inputs[number][reader].to(device)
+        folds[number % FOLDS].add(inputs[reader], targets)
     start = torch.eye(width, dtype=torch.float64, device=device)
-    found, ridge, before, after = _solve(folds, start)
+    solution, ridge, before, after = _solve(folds, start)
     if ridge is not None:
         for weight in weights:
-            weight.copy_(weight.double() @ found)
-    return Fit((place[0],), step, ridge, before, after)
+            weight.copy_(weight.double() @ solution)
+    return Fit((member,), step, ridge, before, after)
 
 
-def _fit_outputs(
-    layers: nn.ModuleList,
-    group: Group,
-    names: Sequence[str],
-    run: Callable[..., Iterator[tuple[int, torch.Tensor, dict[Place, torch.Tensor]]]],
-    real: Sequence[torch.Tensor],
-    original: Sequence[torch.Tensor],
-) -> Fit:
+def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
     """Let the group's output matrices, all together, end at the original's residual stream."""
-    places = [(member, name) for member in group.layers for name in names]
-    modules = [_at(layers[member], name) for member, name in places]
+    outputs = [(member, name) for member in group.layers for name in names]
+    modules = [streams.submodule(member, name) for member, name in outputs]
     weights = [module.weight for module in modules]
     start = torch.cat([weight.double() for weight in weights], dim=1)
-    scale = _scale(layers[group.layers[0]])
+    scale = _scale(streams.model, group)
     bias = sum(m.bias.float() for m in modules if m.bias is not None)
     folds = [_Moments(start.shape[1], start.shape[0], start.device) for _ in range(FOLDS)]
-    for number, _, inputs in run(real, (group,), places):
-        missing = original[number].to(start.device).float() - real[number].to(start.device).float()
-        joined = torch.cat([inputs[place].float() for place in places], dim=-1)
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs)):
+        target = streams.original[number].to(start.device).float()
+        missing = target - streams.arriving[number].to(start.device).float()
+        joined = torch.cat([inputs[output].float() for output in outputs], dim=-1)
         folds[number % FOLDS].add(joined, missing / scale - bias)
-    found, ridge, before, after = _solve(folds, start)
+    solution, ridge, before, after = _solve(folds, start)
     if ridge is not None:
         widths = [weight.shape[1] for weight in weights]
-        for weight, part in zip(weights, found.split(widths, dim=1), strict=True):
+        for weight, part in zip(weights, solution.split(widths, dim=1), strict=True):
             weight.copy_(part)
     return Fit(group.layers, "out", ridge, before, after)
+
+
+def _scale(model: PreTrainedModel, group: Group) -> float:
+    """What a family multiplies its branches by before they join the residual stream."""
+    scale = branches_of(model).scale
+    return float(getattr(decoder_layers(model)[group.layers[0]], scale)) if scale else 1.0
 
 
 def _solve(
@@ -351,9 +380,7 @@ def _solve(
     scale = float(total.gram.diagonal().mean())
     before = sum(fold.error(start) for fold in folds)
     best, ridge = before, None
-    for candidate in RIDGES:
-        if scale == 0:
-            break
+    for candidate in RIDGES if scale else ():
         error = 0.0
         for fold in folds:
             # The other folds' sums, made in place and undone: a copy would be as large again.
@@ -365,9 +392,9 @@ def _solve(
         if error >= best:
             break
         best, ridge = error, candidate
-    found = start if ridge is None else _ridge(total, start, ridge * scale)
+    solution = start if ridge is None else _ridge(total, start, ridge * scale)
     size = max(total.size, torch.finfo(torch.float64).tiny)
-    return found, ridge, before / size, best / size
+    return solution, ridge, before / size, best / size
 
 
 def _ridge(moments: _Moments, start: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -377,53 +404,6 @@ def _ridge(moments: _Moments, start: torch.Tensor, ridge: float) -> torch.Tensor
     return torch.cholesky_solve(moments.cross + ridge * start.T, factor).T
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _recorded(
-    layers: nn.ModuleList, places: Sequence[Place]
-) -> Iterator[dict[Place, torch.Tensor]]:
-    """What each place is called with, while the block runs."""
-    found: dict[Place, torch.Tensor] = {}
-
-    def recorder(place: Place) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            found[place] = arguments[0]
-
-        return record
-
-    hooks = [
-        _at(layers[place[0]], place[1]).register_forward_pre_hook(recorder(place))
-        for place in places
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _at(layer: nn.Module, name: str) -> Any:
-    return layer.get_submodule(name)
-
-
-def _scale(layer: nn.Module) -> float:
-    """What a family multiplies its branches by before they join the residual stream."""
-    model_type = getattr(getattr(layer, "self_attn", layer), "config", None)
-    row = FAMILIES.get(getattr(model_type, "model_type", ""))
-    return float(getattr(layer, row.branches.scale)) if row and row.branches.scale else 1.0
-
-
-def _restore(changed: Mapping[Place, nn.Parameter], old: Mapping[Place, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for place, weight in changed.items():
-            weight.copy_(old[place])
+def _restore(weights: Sequence[nn.Parameter], old: Sequence[torch.Tensor]) -> None:
+    for weight, value in zip(weights, old, strict=True):
+        weight.copy_(value)

@@ -35,19 +35,20 @@ class Recipe:
 
     train: Train = field(
         default="groups",
-        metadata={"help": "What to train: adapters, the grouped layers, or all layers."},
+        metadata={"help": "Train adapters, the grouped layers, or the whole model."},
     )
     objective: Objective = field(
-        default="kl", metadata={"help": "Match the original's predictions (kl) or the text (lm)."}
+        default="kl",
+        metadata={"help": "Learn to predict like the original (kl), or the text (lm)."},
     )
     optimizer: Optimizer = field(
-        default="adamw", metadata={"help": "Muon applies to the layers' matrices only."}
+        default="adamw", metadata={"help": "Muon trains the layers' matrices; AdamW the rest."}
     )
     temperature: float = field(
         default=1.0, metadata={"help": "Softmax temperature of both distributions."}
     )
     hidden_weight: float = field(
-        default=20.0, metadata={"help": "Weight of the hidden-state loss after each stage."}
+        default=20.0, metadata={"help": "Weight of the hidden-state loss beside the KL."}
     )
     lm_weight: float = field(
         default=0.0, metadata={"help": "Weight of the language-model loss beside the KL."}
@@ -63,8 +64,7 @@ class Recipe:
     lora_rank: int = field(default=32, metadata={"help": "Rank, and alpha, of the adapters."})
     lora_alpha: int = 32
     lora_targets: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "Matrices to adapt, comma-separated: q_proj,v_proj. Default: all."},
+        default=(), metadata={"help": "Matrices to adapt: q_proj,v_proj. Default: all."}
     )
     bf16: bool = field(
         default=True, metadata={"help": "Compute matrix products in float32, not bfloat16."}
@@ -82,6 +82,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step; transformers' schedule would begin with a step of rate 0."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.learning_rate * ((step + 1) / rising)
+        share = (step - rising) / max(1, self.steps - rising)
+        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
 
     def check(self) -> None:
         """Raise AbreastError for values that make no sense, alone or with so many processes."""
@@ -121,3 +129,8 @@ class Recipe:
 def processes() -> int:
     """How many processes train together, as `accelerate launch` and torchrun say."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"

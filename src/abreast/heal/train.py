@@ -6,9 +6,9 @@ student) over the logits. With LoRA adapters on unchanged weights both are one m
 teacher runs with adapters and plan switched off. The plain language-model loss, on the grouped
 layers only, is the recipe of the LP paper (arXiv 2502.02790).
 
-accelerate places and wraps the model, scales, reduces and clips gradients, and stores and restores
-the state; peft makes the adapters. What a step trains on follows from its number alone, so a run
-that was stopped goes on exactly where it was.
+accelerate places and wraps the model, and scales, reduces and clips gradients; peft makes the
+adapters. What a step trains on, its learning rate and its random numbers follow from its number
+alone, so a run that was stopped goes on exactly where it was.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,21 +29,22 @@ from torch import nn
 
 from abreast.errors import AbreastError
 from abreast.heal.recipe import Recipe, processes
-from abreast.heal.resume import keep_only, last_checkpoint, save_checkpoint
-from abreast.heal.shard import align, full, local, shard
 from abreast.heal.student import (
+    Checkpoints,
+    align,
+    full,
+    local,
+    make_trainable,
     need,
     optimizers_of,
-    schedule_of,
     set_checkpointing,
-    student_of,
-    windows_of,
+    shard,
 )
 from abreast.model import (
     apply,
-    batches_of,
     decoder_layers,
     divergence,
+    grouped,
     next_token_loss,
     remove,
     weighted_mean,
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
 
 HELD_OUT_TOKENS = 8192
 MIN_WINDOWS = 10
-Report = Callable[[tuple["Point", ...]], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -94,50 +93,6 @@ class Distilled:
     diverged: bool
     cpu_seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds beside weights, optimiser, schedule and random generators."""
-
-    step: int = 0
-    best_step: int = 0
-    best: float = math.inf
-    losses: list[float] = field(default_factory=list)
-    points: list[dict[str, Any]] = field(default_factory=list)
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The parts of a run. student: `model`, or peft's wrapper of it; wrapped: the student as
-    accelerate wants it called. trained, held: windows [n, window]."""
-
-    accelerator: Accelerator
-    model: PreTrainedModel
-    student: Any
-    wrapped: Any
-    teacher: PreTrainedModel | None
-    plan: Plan
-    trained: torch.Tensor
-    held: torch.Tensor
-    recipe: Recipe
-    seed: int
-    optimizers: list[Any]
-    schedules: list[Any]
-    work: Path
-
-    @property
-    def weights(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-
 
 def distill(
     model: PreTrainedModel,
@@ -148,8 +103,8 @@ def distill(
     recipe: Recipe | None = None,
     teacher: PreTrainedModel | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
-    report: Report | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_point: Callable[[Sequence[Point]], None] | None = None,
 ) -> Distilled:
     """Train `model` in place until it predicts, run under `plan`, what `teacher` predicts.
 
@@ -159,52 +114,56 @@ def distill(
     call with the same arguments goes on from the last one and, on a CPU, ends with the very bits
     of an uninterrupted one. teacher: the original; left out, it is `model` itself with adapters and
     plan switched off, which needs recipe.train "lora". progress: called with (steps done, steps).
-    report: called with the curves
-    at every new point.
+    on_point: called with the curve so far at every new point.
 
     The model ends with the weights that were best on the held-out text, adapters merged. A loss or
     gradient that is not finite ends the run, and so does a held-out measure far above the one
-    before training, or no new best in recipe.patience looks. Started by `accelerate launch` or
-    torchrun, each process trains its share of every batch; with recipe.shard it also keeps only its
-    share of model, teacher and optimiser state, and both models stay so (see sharding.py).
+    before training, or no new best in recipe.patience evaluations. Started by `accelerate launch`
+    or torchrun, each process trains its share of every batch; with recipe.shard it also keeps only
+    its share of model, teacher and optimiser state, and both models stay so (see `shard`).
 
     Raises AbreastError for missing packages, numbers that make no sense, too little text, a plan or
     teacher of another model, or a work folder of another run.
     """
     recipe = recipe or Recipe()
     _check(model, plan, tokens, recipe, teacher)
-    accelerator = _accelerator(model)
+    # Only where there are several processes, or a GPU would be taken that was not named.
+    accelerator = need("accelerate").Accelerator(
+        cpu=model.device.type == "cpu", device_placement=processes() > 1, mixed_precision="no"
+    )
     windows = torch.from_numpy(np.ascontiguousarray(tokens))
-    held_out = max(1, min(HELD_OUT_TOKENS // windows.shape[1], len(windows) // 10))
-    needed = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    num_held_out = max(1, min(HELD_OUT_TOKENS // windows.shape[1], len(windows) // 10))
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        student = student_of(model, plan, recipe)
+        members = [layer for group in plan.groups for layer in group.layers]
+        student = make_trainable(model, members, recipe)
         try:
             if recipe.shard:
                 align(model)
-                for each in (model, teacher) if teacher is not None else (model,):
-                    shard(each, accelerator.device)
-            optimizers = optimizers_of(student, recipe)
-            # Not handed to accelerate, which would take a step for every process.
-            schedules = [
-                torch.optim.lr_scheduler.LambdaLR(each, schedule_of(recipe)) for each in optimizers
-            ]
-            if recipe.shard:
-                wrapped, prepared = model, optimizers
-            else:
-                wrapped, *prepared = accelerator.prepare(student, *optimizers)
-            job = _Job(
-                *(accelerator, model, student, wrapped, teacher, plan),
-                *(windows[:-held_out], windows[-held_out:], recipe, seed),
-                *(prepared, schedules, Path(work)),
+                shard(model, accelerator.device)
+                if teacher is not None:
+                    shard(teacher, accelerator.device)
+            wrapped, optimizers = model, optimizers_of(student, recipe)
+            if not recipe.shard:
+                wrapped, *optimizers = accelerator.prepare(student, *optimizers)
+            training = _Training(
+                accelerator=accelerator,
+                model=model,
+                student=student,
+                wrapped=wrapped,
+                teacher=teacher,
+                plan=plan,
+                windows=windows[:-num_held_out],
+                held_out=windows[-num_held_out:],
+                recipe=recipe,
+                seed=seed,
+                optimizers=optimizers,
+                on_point=on_point,
             )
-            apply(model, plan)
-            try:
-                found = _run(job, progress, report)
-            finally:
-                remove(model)
+            with grouped(model, plan):
+                distilled = training.run(Path(work), progress)
             if recipe.train == "lora":
                 student.merge_and_unload()
         except BaseException:
@@ -215,235 +174,277 @@ def distill(
             if recipe.checkpointing:
                 set_checkpointing(model, False)
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(needed[name])
+                parameter.requires_grad_(required[name])
             model.zero_grad(set_to_none=True)
             model.eval()
             accelerator.free_memory()
-    return found
+    return distilled
 
 
-def _run(job: _Job, progress: Progress | None, report: Report | None) -> Distilled:
-    state = _State()
-    best: dict[str, torch.Tensor] = {}
-    sharded = job.optimizers[0] if job.recipe.shard else None
-    keep_only(job.accelerator, job.weights, best, sharded)
-    job.accelerator.register_for_checkpointing(state, *job.schedules)
-    if job.accelerator.is_main_process:
-        open_run(job.work, "training", _identity(job))
-    job.accelerator.wait_for_everyone()
-    recipe, began = job.recipe, time.process_time()
+def windows_of(step: int, count: int, batch_size: int, seed: int) -> list[int]:
+    """Which windows a step trains on: its part of an endless run of seeded shuffles of them."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    epochs = {at // count for at in positions}
+    orders = {e: np.random.default_rng((seed, e)).permutation(count).tolist() for e in epochs}
+    return [orders[at // count][at % count] for at in positions]
 
-    def look() -> str:
-        """Measure on the held-out text, and say why to stop if there is a reason to."""
-        measure = _held_out(job)
-        if not state.points and not math.isfinite(measure):
+
+@dataclass
+class _Training:
+    """A run: its parts and how far it is.
+
+    student: `model`, or peft's wrapper of it; wrapped: the student as accelerate wants it called.
+    windows, held_out: token ids [n, window]. began: processor time, less that of earlier calls.
+    step: steps done. losses: of the steps since the last point. best: the weights of best_point, on
+    the CPU.
+    """
+
+    accelerator: Accelerator
+    model: PreTrainedModel
+    student: Any
+    wrapped: Any
+    teacher: PreTrainedModel | None
+    plan: Plan
+    windows: torch.Tensor
+    held_out: torch.Tensor
+    recipe: Recipe
+    seed: int
+    optimizers: list[Any]
+    on_point: Callable[[Sequence[Point]], None] | None
+    began: float = field(default_factory=time.process_time)
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    points: list[Point] = field(default_factory=list)
+    best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        named = self.student.named_parameters()
+        self.weights: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
+
+    @property
+    def tokens(self) -> int:
+        return self.step * self.recipe.batch_size * self.windows.shape[1]
+
+    @property
+    def best_point(self) -> Point:
+        return min(self.points, key=lambda point: point.held_out)
+
+    def run(self, work: Path, progress: Callable[[int, int], None] | None) -> Distilled:
+        recipe, accelerator = self.recipe, self.accelerator
+        if accelerator.is_main_process:
+            open_run(work, "training", self._identity())
+        accelerator.wait_for_everyone()
+        checkpoints = Checkpoints(work, accelerator, self.weights, self.optimizers, recipe.shard)
+        reason = ""
+        if (saved := checkpoints.load()) is not None:
+            state, self.best = saved
+            self.step, self.losses = state["step"], state["losses"]
+            self.points = [Point(**point) for point in state["points"]]
+            self.began -= self.points[-1].cpu_seconds
+        elif not (reason := self._evaluate()):
+            checkpoints.save(self.step, self._state(), self.best)
+        while not reason and self.step < recipe.steps:
+            loss, norm = self._train_step()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                reason = f"diverged: loss {loss}, gradient norm {norm} in step {self.step + 1}"
+                break
+            self.step += 1
+            self.losses.append(loss)
+            is_last = self.step == recipe.steps
+            if self.step % recipe.evaluate_every == 0 or is_last:
+                reason = self._evaluate()
+            if not reason and (self.step % recipe.save_every == 0 or is_last):
+                checkpoints.save(self.step, self._state(), self.best)
+            if progress is not None:
+                progress(self.step, recipe.steps)
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                local(parameter).copy_(self.best[name])
+        return Distilled(
+            points=tuple(self.points),
+            best_step=self.best_point.step,
+            before=self.points[0].held_out,
+            after=self.best_point.held_out,
+            tokens=self.tokens,
+            reason=reason or "all steps done",
+            diverged=reason.startswith("diverged"),
+            cpu_seconds=self.points[-1].cpu_seconds,
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
+        points = [asdict(point) for point in self.points]
+        return {"step": self.step, "losses": self.losses, "points": points}
+
+    def _evaluate(self) -> str:
+        """Measure on the held-out text; the reason to stop if there is one, else an empty text."""
+        measure = self._held_out_loss()
+        if not self.points and not math.isfinite(measure):
             raise AbreastError(
                 "the model's loss is not finite before any training; load it in float32 or "
                 "bfloat16, or check how its weights were made"
             )
-        loss = sum(state.losses) / len(state.losses) if state.losses else math.nan
-        state.losses.clear()
         point = Point(
-            step=state.step,
-            tokens=state.step * recipe.batch_size * job.trained.shape[1],
-            learning_rate=float(job.schedules[0].get_last_lr()[0]),
-            loss=loss,
+            step=self.step,
+            tokens=self.tokens,
+            learning_rate=self.recipe.rate_at(self.step),
+            loss=sum(self.losses) / len(self.losses) if self.losses else math.nan,
             held_out=measure,
-            cpu_seconds=spent + time.process_time() - began,
+            cpu_seconds=time.process_time() - self.began,
         )
-        state.points.append(asdict(point))
-        if report is not None:
-            report(tuple(Point(**each) for each in state.points))
-        if measure < state.best:
-            state.best, state.best_step = measure, state.step
-            best.update({n: local(p.detach()).to("cpu", copy=True) for n, p in job.weights.items()})
-        start = state.points[0]["held_out"]
+        self.points.append(point)
+        self.losses.clear()
+        if self.on_point is not None:
+            self.on_point(self.points)
+        if self.best_point is point:
+            for name, parameter in self.weights.items():
+                self.best[name] = local(parameter.detach()).to("cpu", copy=True)
+        start = self.points[0].held_out
         if not math.isfinite(measure):
-            return f"diverged: the held-out loss is {measure} after step {state.step}"
-        if measure > (start + 0.5 if recipe.objective == "lm" else 3 * start + 0.01):
+            return f"diverged: the held-out loss is {measure} after step {self.step}"
+        if measure > (start + 0.5 if self.recipe.objective == "lm" else 3 * start + 0.01):
             return f"diverged: the held-out loss rose from {start:.4g} to {measure:.4g}"
-        looks = sum(point["step"] > state.best_step for point in state.points)
-        if looks >= recipe.patience:
-            return f"no better for {looks} looks at the held-out text"
+        since_best = sum(later.step > self.best_point.step for later in self.points)
+        if since_best >= self.recipe.patience:
+            return f"no better in {since_best} evaluations on held-out text"
         return ""
 
-    last = last_checkpoint(job.work)
-    resumed = last is not None
-    if last is not None:
-        job.accelerator.load_state(str(last))
-    spent = state.points[-1]["cpu_seconds"] if state.points else 0.0
-    reason = "" if resumed else look()
-    if not resumed and not reason:
-        save_checkpoint(job.accelerator, job.work, state.step)
-    while not reason and state.step < recipe.steps:
-        loss, norm = _train_step(job, state.step)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            reason = f"diverged: loss {loss}, gradient norm {norm} in step {state.step + 1}"
-            break
-        state.step += 1
-        state.losses.append(loss)
-        if state.step % recipe.evaluate_every == 0 or state.step == recipe.steps:
-            reason = look()
-        if not reason and (state.step % recipe.save_every == 0 or state.step == recipe.steps):
-            save_checkpoint(job.accelerator, job.work, state.step)
-        if progress is not None:
-            progress(state.step, recipe.steps)
-    with torch.no_grad():
-        for name, parameter in job.weights.items():
-            local(parameter).copy_(best[name])
-    points = tuple(Point(**point) for point in state.points)
-    return Distilled(
-        points=points,
-        best_step=state.best_step,
-        before=points[0].held_out,
-        after=state.best,
-        tokens=state.step * recipe.batch_size * job.trained.shape[1],
-        reason=reason or "all steps done",
-        diverged=reason.startswith("diverged"),
-        cpu_seconds=points[-1].cpu_seconds,
-    )
+    def _train_step(self) -> tuple[float, float]:
+        """One step of the optimisers; the mean loss, and the gradient's norm.
 
+        Nothing is changed where one of them is not finite.
+        """
+        recipe, accelerator = self.recipe, self.accelerator
+        torch.manual_seed(self.seed + self.step)  # dropout's, so that none of it need be stored
+        rows = windows_of(self.step, len(self.windows), recipe.batch_size, self.seed)
+        batch = self.windows[rows[accelerator.process_index :: accelerator.num_processes]]
+        micro_batches = batch.split(recipe.micro_batch)
+        total = 0.0
+        for number, ids in enumerate(micro_batches, 1):
+            is_last = number == len(micro_batches)
+            with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
+                loss = self._loss(ids.to(self.model.device)) * (len(ids) / len(batch))
+                accelerator.backward(loss)
+            total += float(loss.detach())
+        total = self._mean(total)
+        norm = float(full(accelerator.clip_grad_norm_(list(self.weights.values()), recipe.clip)))
+        for optimizer in self.optimizers:
+            if math.isfinite(total) and math.isfinite(norm):
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.rate_at(self.step)
+                optimizer.step()
+            optimizer.zero_grad()
+        return total, norm
 
-def _train_step(job: _Job, step: int) -> tuple[float, float]:
-    """One step of the optimiser; the mean loss, and the gradient's norm.
+    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
+        recipe = self.recipe
+        is_taught = recipe.objective == "kl"
+        targets: list[torch.Tensor] = []
+        states: list[torch.Tensor] = []
+        with self._autocast():
+            if is_taught:
+                with (
+                    self._teaching() as teacher,
+                    torch.no_grad(),
+                    self._recorded_stages(teacher, targets),
+                ):
+                    reference = teacher(input_ids=ids, use_cache=False).logits
+            self.student.train()
+            with self._recorded_stages(self.model, states):
+                logits = self.wrapped(input_ids=ids, use_cache=False).logits
+            if not is_taught:
+                return next_token_loss(logits, ids)
+            loss = divergence(logits, reference, recipe.temperature)
+            if recipe.lm_weight:
+                loss = loss + next_token_loss(logits, ids) * recipe.lm_weight
+            for state, target in zip(states, targets, strict=True):
+                gap = (state.float() - target.float()).square().sum(-1)
+                gap = gap / target.float().square().sum(-1)
+                loss = loss + gap.mean() * recipe.hidden_weight / len(targets)
+        return loss
 
-    Nothing is changed where one of them is not finite.
-    """
-    recipe, accelerator = job.recipe, job.accelerator
-    rows = windows_of(step, len(job.trained), recipe.batch_size, job.seed)
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    parts = [mine[at : at + recipe.micro_batch] for at in range(0, len(mine), recipe.micro_batch)]
-    total = 0.0
-    for number, part in enumerate(parts):
-        ids = job.trained[torch.from_numpy(part)].to(job.model.device)
-        last = number == len(parts) - 1
-        with nullcontext() if last else accelerator.no_sync(job.wrapped):
-            loss = _loss(job, ids) * (len(part) / len(mine))
-            accelerator.backward(loss)
-        total += float(loss.detach())
-    total = _mean(job, total)
-    norm = float(full(accelerator.clip_grad_norm_(list(job.weights.values()), recipe.clip)))
-    if math.isfinite(total) and math.isfinite(norm):
-        for each in (*job.optimizers, *job.schedules):
-            each.step()
-    for optimizer in job.optimizers:
-        optimizer.zero_grad()
-    return total, norm
+    def _held_out_loss(self) -> float:
+        """KL(original || grouped), or the language-model loss, in nats on the held-out windows."""
+        losses = []
+        with torch.no_grad(), self._autocast():
+            for ids in self.held_out.split(self.recipe.micro_batch):
+                ids = ids.to(self.model.device)
+                self.student.eval()
+                logits = self.model(input_ids=ids, use_cache=False).logits
+                if self.recipe.objective == "lm":
+                    loss = next_token_loss(logits, ids)
+                else:
+                    with self._teaching() as teacher:
+                        reference = teacher(input_ids=ids, use_cache=False).logits
+                    loss = divergence(logits, reference)
+                losses.append((float(loss), len(ids)))
+        return self._mean(weighted_mean(losses))
 
+    def _mean(self, value: float) -> float:
+        """Over the processes, so that all decide the same; else they would wait for each other."""
+        if self.accelerator.num_processes == 1:
+            return value
+        own = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(own, reduction="mean"))
 
-def _loss(job: _Job, ids: torch.Tensor) -> torch.Tensor:
-    recipe = job.recipe
-    taught = recipe.objective == "kl"
-    with ExitStack() as stack:
-        stack.enter_context(_autocast(job))
-        theirs: list[torch.Tensor] = []
-        ours: list[torch.Tensor] = []
-        if taught:
-            with _teaching(job) as teacher, torch.no_grad(), _ends(job, teacher, theirs):
-                wanted = teacher(input_ids=ids, use_cache=False).logits
-        job.student.train()
-        stack.enter_context(_ends(job, job.model, ours))
-        logits = job.wrapped(input_ids=ids, use_cache=False).logits
-        loss = torch.zeros((), device=logits.device)
-        if taught:
-            loss = divergence(logits, wanted, recipe.temperature)
-        if not taught or recipe.lm_weight:
-            loss = loss + next_token_loss(logits, ids) * (recipe.lm_weight if taught else 1.0)
-        for our, their in zip(ours, theirs, strict=False):
-            gap = (our.float() - their.float()).square().sum(-1) / their.float().square().sum(-1)
-            loss = loss + gap.mean() * recipe.hidden_weight / len(theirs)
-    return loss
+    @contextmanager
+    def _teaching(self) -> Iterator[PreTrainedModel]:
+        if self.teacher is not None:
+            yield self.teacher
+            return
+        self.student.eval()
+        remove(self.model)
+        try:
+            with self.student.disable_adapter():
+                yield self.model
+        finally:
+            apply(self.model, self.plan)
 
+    @contextmanager
+    def _recorded_stages(
+        self, model: PreTrainedModel, states: list[torch.Tensor]
+    ) -> Iterator[None]:
+        """Append the residual stream after every stage from the first group on, if it is taught.
 
-def _held_out(job: _Job) -> float:
-    """KL(original || grouped), or the language-model loss, in nats on the held-out windows."""
-    found = []
-    with torch.no_grad(), _autocast(job):
-        for ids in batches_of(job.held, job.recipe.micro_batch):
-            ids = ids.to(job.model.device)
-            job.student.eval()
-            logits = job.model(input_ids=ids, use_cache=False).logits
-            if job.recipe.objective == "lm":
-                found.append((float(next_token_loss(logits, ids)), len(ids)))
-                continue
-            with _teaching(job) as teacher:
-                wanted = teacher(input_ids=ids, use_cache=False).logits
-            found.append((float(divergence(logits, wanted)), len(ids)))
-    return _mean(job, weighted_mean(found))
+        transformers' own output_hidden_states has the last one after the final norm only.
+        """
 
+        def append(_: nn.Module, __: Any, output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
 
-def _mean(job: _Job, value: float) -> float:
-    """Over the processes, so that all decide alike; else they would wait for each other."""
-    if job.accelerator.num_processes == 1:
-        return value
-    mine = torch.tensor(value, dtype=torch.float64, device=job.accelerator.device)
-    return float(job.accelerator.reduce(mine, reduction="mean"))
+        is_taught = self.recipe.hidden_weight and self.recipe.objective == "kl"
+        with ExitStack() as hooks:
+            for stage in self.plan.stages if is_taught else ():
+                if stage[0] >= self.plan.groups[0].layers[0]:
+                    layer = decoder_layers(model)[stage[-1]]
+                    hooks.enter_context(layer.register_forward_hook(append))
+            yield
 
+    def _autocast(self) -> Any:
+        return torch.autocast(
+            self.model.device.type,
+            torch.bfloat16,
+            enabled=self.recipe.bf16,
+            # The cache would hold the whole model in bfloat16 on every process.
+            cache_enabled=not self.recipe.shard,
+        )
 
-@contextmanager
-def _teaching(job: _Job) -> Iterator[PreTrainedModel]:
-    if job.teacher is not None:
-        yield job.teacher
-        return
-    job.student.eval()
-    remove(job.model)
-    try:
-        with job.student.disable_adapter():
-            yield job.model
-    finally:
-        apply(job.model, job.plan)
-
-
-@contextmanager
-def _ends(job: _Job, model: PreTrainedModel, found: list[torch.Tensor]) -> Iterator[None]:
-    """Collect the residual stream after every stage from the first group on, if it is taught."""
-    layers = decoder_layers(model)
-
-    def collect(_: nn.Module, __: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    taught = job.recipe.hidden_weight and job.recipe.objective == "kl"
-    first = job.plan.groups[0].layers[0]
-    ends = [stage[-1] for stage in job.plan.stages if stage[0] >= first] if taught else []
-    hooks = [layers[end].register_forward_hook(collect) for end in ends]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _autocast(job: _Job) -> Any:
-    kind = job.model.device.type
-    # The cache would hold the whole model in bfloat16 on every process.
-    caching = not job.recipe.shard
-    return torch.autocast(kind, torch.bfloat16, enabled=job.recipe.bf16, cache_enabled=caching)
-
-
-def _accelerator(model: PreTrainedModel) -> Accelerator:
-    accelerate = need("accelerate")
-    distributed = processes() > 1
-    found: Accelerator = accelerate.Accelerator(
-        cpu=model.device.type == "cpu", device_placement=distributed, mixed_precision="no"
-    )
-    return found
-
-
-def _identity(job: _Job) -> dict[str, Any]:
-    """What must be the same for a run to go on, as JSON would give it back."""
-    start = hashlib.sha256()
-    for name, parameter in job.weights.items():
-        some = local(parameter.detach()).flatten()[:1024].float().cpu().contiguous()
-        start.update(name.encode() + some.numpy().tobytes())
-    identity: dict[str, Any] = {
-        "recipe": job.recipe.to_dict(),
-        "plan": job.plan.shorthand,
-        "tokens": [tokens_hash(windows.numpy()) for windows in (job.trained, job.held)],
-        "weights": start.hexdigest(),
-        "seed": job.seed,
-        "processes": job.accelerator.num_processes,
-    }
-    return dict(json.loads(json.dumps(identity)))
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, as JSON would return it."""
+        start = hashlib.sha256()
+        for name, parameter in self.weights.items():
+            sample = local(parameter.detach()).flatten()[:1024].float().cpu().contiguous()
+            start.update(name.encode() + sample.numpy().tobytes())
+        identity: dict[str, Any] = {
+            "state format": "safetensors",
+            "recipe": self.recipe.to_dict(),
+            "plan": self.plan.shorthand,
+            "tokens": [tokens_hash(part.numpy()) for part in (self.windows, self.held_out)],
+            "weights": start.hexdigest(),
+            "seed": self.seed,
+            "processes": self.accelerator.num_processes,
+        }
+        return dict(json.loads(json.dumps(identity)))
 
 
 def _check(

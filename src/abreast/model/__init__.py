@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         remove,
     )
     from abreast.model.losses import (
-        batches_of,
         divergence,
         kl_under,
         logits_of,

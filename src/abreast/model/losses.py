@@ -1,8 +1,8 @@
-"""How far one model's next-token distributions are from another's: to train on, and to judge by."""
+"""How far one model's next-token distributions are from another's, for training and judging."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,30 +40,24 @@ def weighted_mean(values: Iterable[tuple[float, int]]) -> float:
     return sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
 
 
-def batches_of(tokens: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
-    """Windows [at most size, window] of tokens [windows, window], in order."""
-    yield from tokens.split(size)
-
-
 @torch.no_grad()
 def logits_of(model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
     """Logits [at most batch_size, window, vocab] of windows ids [windows, window], on the CPU."""
     return [
         model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
-        for batch in batches_of(ids, batch_size)
+        for batch in ids.split(batch_size)
     ]
 
 
 @torch.no_grad()
 def kl_under(
-    model: PreTrainedModel, plan: Plan, ids: torch.Tensor, wanted: Sequence[torch.Tensor]
+    model: PreTrainedModel, plan: Plan, ids: torch.Tensor, reference: Sequence[torch.Tensor]
 ) -> float:
-    """Mean KL(wanted || model run under plan) in nats, on the windows that `logits_of` was for."""
-    pairs, done = [], 0
+    """Mean KL(reference || model run under plan) in nats; reference: as `logits_of` made of ids."""
+    pairs = []
     with grouped(model, plan):
-        for logits in wanted:
-            batch = ids[done : done + len(logits)]
-            got = model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
-            pairs.append((float(divergence(got, logits)), batch.numel()))
-            done += len(logits)
+        batches = ids.split([len(logits) for logits in reference])
+        for batch, logits in zip(batches, reference, strict=True):
+            ours = model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
+            pairs.append((float(divergence(ours, logits)), batch.numel()))
     return weighted_mean(pairs)
