@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abreast.cli.options import (
-    bytes_text,
-    json_option,
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-    settings,
-    verb,
-)
+from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
@@ -28,9 +19,9 @@ if TYPE_CHECKING:
 out_option = click.option(
     "-o", "--out", required=True, help="Run folder; a later call resumes from it."
 )
-calibration_options = settings("calibration", "abreast.planner", "CalibrationSettings")
-budget_options = settings("budget", "abreast.planner", "Budget")
-search_options = settings("search", __name__, "Search")
+calibration_options = console.settings("calibration", "abreast.planner", "CalibrationSettings")
+budget_options = console.settings("budget", "abreast.planner", "Budget")
+search_options = console.settings("search", __name__, "Search")
 
 
 @dataclass(frozen=True)
@@ -52,12 +43,12 @@ class Search:
     plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
 
 
-@verb()
+@console.verb()
 @click.argument("model")
 @click.option("--dry-run", is_flag=True, help="Only print what it would take.")
 @out_option
 @calibration_options
-@json_option
+@console.json_option
 def measure(
     model: str, dry_run: bool, out: str, calibration: CalibrationSettings, as_json: bool
 ) -> None:
@@ -73,22 +64,22 @@ def measure(
             model, **_fields(calibration, "data", "device", "seed", "trust_remote_code")
         )
         if as_json:
-            return print_json(expected.__dict__)
-        return print_table(
+            return console.print_json(expected.__dict__)
+        return console.print_table(
             {
                 "candidates": str(expected.candidates),
                 "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
-                "weights": bytes_text(expected.weights),
-                "kept states": bytes_text(expected.activations),
+                "weights": console.bytes_text(expected.weights),
+                "kept states": console.bytes_text(expected.activations),
             }
         )
     opened = _open(model, out, "calibration", calibration)
-    with progress_bar("measure", as_json) as progress:
+    with console.progress_bar("measure", as_json) as progress:
         stats = run(opened, screen=calibration.screen, keep=calibration.keep, progress=progress)
     if as_json:
         groups = {group.shorthand: cost.__dict__ for group, cost in stats.groups.items()}
         record = {"loss": stats.loss, "full_forwards": stats.full_forwards, "groups": groups}
-        return print_json({**stats.identity, **record})
+        return console.print_json({**stats.identity, **record})
     rows = {
         "statistics": str(opened.folder / "stats.safetensors"),
         "took": f"{stats.full_forwards:.1f} full forward passes",
@@ -98,17 +89,17 @@ def measure(
             f"KL {cost.kl:.5f} ± {cost.kl_stderr:.5f}, "
             f"loss {cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f}"
         )
-    print_table(rows)
+    console.print_table(rows)
 
 
-@verb()
+@console.verb()
 @click.argument("model")
 @budget_options
 @search_options
 @click.option("--baselines", is_flag=True, help="Compare with published ways to choose a plan.")
 @out_option
 @calibration_options
-@json_option
+@console.json_option
 def plan(
     model: str,
     out: str,
@@ -129,12 +120,12 @@ def plan(
     planned.plan.model_copy(update={"source": model}).save(plan_file)
     reasons.write_text(explain(planned.plan, planned.front), encoding="utf-8")
     if as_json:
-        return print_json(planned.to_dict())
+        return console.print_json(planned.to_dict())
     _print_plan(planned)
-    print_table({"plan file": str(plan_file), "reasons": str(reasons)})
+    console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
 
 
-@verb()
+@console.verb()
 @click.argument("model")
 @budget_options
 @search_options
@@ -142,18 +133,18 @@ def plan(
 @click.option(
     "--heal", "method", type=click.Choice(["refit", "distill", "both"]), help="Heal the plan."
 )
-@click.option("--candidates", default=1, show_default=True, help="Number of top plans to heal.")
-@click.option("--heal-steps", default=400, show_default=True, help="Training steps of healing.")
-@click.option("--eval-data", default="stdlib", show_default=True, help="Text to evaluate on.")
-@click.option("--max-tokens", default=100_000, show_default=True, help="Tokens to evaluate on.")
-@click.option("--rounds", default=12, show_default=True, help="Interleaved timing rounds.")
+@click.option("--candidates", default=1, help="Number of top plans to heal.")
+@click.option("--heal-steps", default=400, help="Training steps of healing.")
+@click.option("--eval-data", default="stdlib", help="Text to evaluate on.")
+@click.option("--max-tokens", default=100_000, help="Tokens to evaluate on.")
+@click.option("--rounds", default=12, help="Interleaved timing rounds.")
 @click.option("--tasks", help="Evaluate on these tasks as well, as in eval.")
 @click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
 @click.option("--limit", type=int, help="With --tasks: items of each task.")
 @click.option("--no-report", is_flag=True, help="Write no OUT/report (needs fewer packages).")
 @out_option
 @calibration_options
-@json_option
+@console.json_option
 def optimize(
     model: str,
     out: str,
@@ -221,7 +212,7 @@ def optimize(
         timed=True,
         command=command,
     )
-    with progress_bar("optimize", as_json) as progress:
+    with console.progress_bar("optimize", as_json) as progress:
         result = run(
             model,
             out,
@@ -230,17 +221,17 @@ def optimize(
             checks=checks,
             command=command,
             report=not no_report,
-            step=say,
+            step=console.say,
             progress=progress,
         )
     if as_json:
-        return print_json(result.to_dict())
+        return console.print_json(result.to_dict())
     _print_plan(planned)
     rows = {
         f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
         for plan, kl in result.healed.items()
     }
-    print_table(rows)
+    console.print_table(rows)
     quality, kept = result.quality, result.tasks
     rows = {
         "held-out loss": f"{quality['nll_difference']:+.4f} ± "
@@ -255,7 +246,7 @@ def optimize(
     rows["checkpoint"] = result.converted
     if not no_report:
         rows["report"] = str(Path(out) / "report" / PAGE)
-    print_table(rows)
+    console.print_table(rows)
 
 
 def _find(
@@ -301,9 +292,9 @@ def _find(
             seed=settings.seed,
             revision=revision,
             trust_remote_code=settings.trust_remote_code,
-            step=say,
+            step=console.say,
         )
-    with progress_bar("plan", as_json) as progress:
+    with console.progress_bar("plan", as_json) as progress:
         planned = find_plan(
             calibration,
             out,
@@ -313,12 +304,12 @@ def _find(
             per_group=search.per_group,
             screen=settings.screen,
             keep=settings.keep,
-            step=say,
+            step=console.say,
             progress=progress,
         )
         series = None
         if compare_baselines:
-            say("measure the published ways to choose, and the front, on held-out text")
+            console.say("measure the published ways to choose, and the front, on held-out text")
             other_text = replace(settings, data=search.baseline_data, num_windows=32)
             held_out = _open(model, out, "held-out", other_text)
             series = baselines(planned, held_out, out, seed=settings.seed, progress=progress)
@@ -348,4 +339,4 @@ def _print_plan(planned: Planned) -> None:
     }
     if planned.profile is not None:
         rows["predicted decode"] = f"{planned.profile.speedup(planned.plan):.2f}x"
-    print_table(rows)
+    console.print_table(rows)

@@ -10,26 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abreast.cli.options import (
-    PLAN_HELP,
-    device_option,
-    dtype_option,
-    force_option,
-    json_option,
-    parse_size,
-    plan_option,
-    prefill_option,
-    print_columns,
-    print_json,
-    print_table,
-    progress_bar,
-    remote_option,
-    revision_option,
-    say,
-    seed_option,
-    settings,
-    verb,
-)
+from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
@@ -37,21 +18,20 @@ if TYPE_CHECKING:
     from abreast.heal import Recipe
 
 
-@verb(name="eval")
+@console.verb(name="eval")
 @click.argument("model")
 @click.option("--against", help="Compare with this model, usually the original.")
-@click.option("--plan", help=f"Run MODEL grouped under this plan. {PLAN_HELP}")
+@click.option("--plan", help=f"Run MODEL grouped under this plan. {console.PLAN_HELP}")
 @click.option(
     "--data",
     multiple=True,
     default=("stdlib",),
-    show_default=True,
     help="Text file, folder, hub:DATASET[:SPLIT[:COLUMN]], stdlib (held out) or stdlib-train. "
     "May be repeated.",
 )
-@click.option("--max-tokens", default=100_000, show_default=True, help="Tokens to score.")
-@click.option("--window", default=1024, show_default=True, help="Context length in tokens.")
-@click.option("--stride", default=512, show_default=True, help="Tokens between windows.")
+@click.option("--max-tokens", default=100_000, help="Tokens to score.")
+@click.option("--window", default=1024, help="Context length in tokens.")
+@click.option("--stride", default=512, help="Tokens between windows.")
 @click.option("--per-window", is_flag=True, help="Include the sums of every window in the JSON.")
 @click.option(
     "--tasks", help="Evaluate on these lm-evaluation-harness tasks instead, comma-separated."
@@ -67,15 +47,13 @@ if TYPE_CHECKING:
     help="With --tasks: start prompts with the BOS token. Default: as the tokenizer does.",
 )
 @click.option("-o", "--out", help="With --tasks: keep every answer here, and resume from there.")
-@click.option(
-    "--batch-size", default=1, show_default=True, help="Windows or prompts per forward pass."
-)
-@dtype_option
-@revision_option
-@remote_option
-@device_option
-@seed_option
-@json_option
+@click.option("--batch-size", default=1, help="Windows or prompts per forward pass.")
+@console.dtype_option
+@console.revision_option
+@console.remote_option
+@console.device_option
+@console.seed_option
+@console.json_option
 def evaluate(
     model: str,
     against: str | None,
@@ -129,7 +107,7 @@ def evaluate(
     sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
     results: list[Comparison | Perplexity] = []
     for stream in streams:
-        with progress_bar(f"evaluate on {stream.source}", as_json) as progress:
+        with console.progress_bar(f"evaluate on {stream.source}", as_json) as progress:
             sizes["progress"] = progress
             if reference is not None:
                 results.append(compare(loaded, reference, stream, seed=seed, **sizes))
@@ -148,9 +126,11 @@ def evaluate(
             for stream, result in zip(streams, results, strict=True)
         ]
         record = {"model": model, "against": against, "plan": plan, "dtype": dtype, "seed": seed}
-        return print_json({**record, **(corpora[0] if len(corpora) == 1 else {"corpora": corpora})})
+        return console.print_json(
+            {**record, **(corpora[0] if len(corpora) == 1 else {"corpora": corpora})}
+        )
     if len(results) == 1:
-        return print_table(_quality_rows(results[0]))
+        return console.print_table(_quality_rows(results[0]))
     _print_corpora(dict(zip(data, results, strict=True)))
 
 
@@ -174,10 +154,10 @@ def _on_tasks(
         num_fewshot=num_fewshot,
         limit=limit,
     )
-    with progress_bar("evaluate", as_json) as progress:
-        result = evaluate_tasks(model, loaded, step=say, progress=progress, **options)
+    with console.progress_bar("evaluate", as_json) as progress:
+        result = evaluate_tasks(model, loaded, step=console.say, progress=progress, **options)
     if as_json:
-        return print_json(result.to_dict())
+        return console.print_json(result.to_dict())
     _print_tasks(result)
 
 
@@ -234,7 +214,7 @@ def _print_corpora(results: Mapping[str, Comparison | Perplexity]) -> None:
         )
     headings = ("text", "perplexity", "original", "loss increase", "KL", "same top")
     notes = ["brackets: 95 % bootstrap interval, windows resampled"] if compared else []
-    print_columns(
+    console.print_columns(
         headings if compared else headings[:2], rows, left={"text"}, borders=False, notes=notes
     )
 
@@ -270,7 +250,9 @@ def _print_tasks(result: Evaluation) -> None:
             "p: of the paired test on them",
         ]
     headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
-    print_columns(("task", *headings), rows, left={"task"}, title=title, borders=False, notes=notes)
+    console.print_columns(
+        ("task", *headings), rows, left={"task"}, title=title, borders=False, notes=notes
+    )
 
 
 def _score(value: float | None, stderr: float | None) -> str:
@@ -281,28 +263,24 @@ def _score(value: float | None, stderr: float | None) -> str:
     return f"{value:{digits}}" + ("" if stderr is None else f"±{stderr:{digits}}")
 
 
-@verb()
+@console.verb()
 @click.argument("model")
 @click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
 @click.option("--interventions", help="Comma-separated. Default: all.")
-@click.option("--data", default="stdlib", show_default=True, help="Text to score; as in eval.")
-@click.option("--windows", default=16, show_default=True, help="Number of windows to score.")
-@click.option("--window", default=256, show_default=True, help="Tokens per window.")
+@click.option("--data", default="stdlib", help="Text to score; as in eval.")
+@click.option("--windows", default=16, help="Number of windows to score.")
+@click.option("--window", default=256, help="Tokens per window.")
 @click.option("--max-length", type=int, help="Longest stretch of layers. Default: all layers.")
-@click.option("--permutations", default=3, show_default=True, help="Orders per shuffled stretch.")
-@click.option("--batch-size", default=8, show_default=True, help="Windows per forward pass.")
-@click.option(
-    "--max-cache", default="1GB", show_default=True, help="Memory for hidden states kept for reuse."
-)
-@click.option(
-    "--devices", default="cpu", show_default=True, help="One worker on each: cuda:0,cuda:1"
-)
-@dtype_option
+@click.option("--permutations", default=3, help="Orders per shuffled stretch.")
+@click.option("--batch-size", default=8, help="Windows per forward pass.")
+@click.option("--max-cache", default="1GB", help="Memory for hidden states kept for reuse.")
+@click.option("--devices", default="cpu", help="One worker on each: cuda:0,cuda:1")
+@console.dtype_option
 @click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
-@revision_option
-@remote_option
-@seed_option
-@json_option
+@console.revision_option
+@console.remote_option
+@console.seed_option
+@console.json_option
 def study(
     model: str,
     out: str,
@@ -329,7 +307,7 @@ def study(
 
     if not no_plots:
         check_drawing()
-    with progress_bar("study", as_json) as progress:
+    with console.progress_bar("study", as_json) as progress:
         result = run(
             model,
             out,
@@ -338,7 +316,7 @@ def study(
             max_length=max_length,
             permutations=permutations,
             batch_size=batch_size,
-            max_cache_bytes=parse_size(max_cache),
+            max_cache_bytes=console.parse_size(max_cache),
             num_windows=windows,
             window=window,
             seed=seed,
@@ -351,9 +329,9 @@ def study(
     if not no_plots:
         draw_study(result.rows, result.num_layers, out)
     if as_json:
-        return print_json(result.to_dict())
+        return console.print_json(result.to_dict())
     spent, without_reuse = result.evaluations.spent, result.evaluations.without_reuse
-    print_table(
+    console.print_table(
         {
             "results": out,
             "rows": str(len(result.rows)),
@@ -362,40 +340,33 @@ def study(
     )
 
 
-@verb()
+@console.verb()
 @click.argument("model")
-@plan_option
+@console.plan_option
 @click.option("-o", "--out", required=True, help="New folder for the converted checkpoint.")
 @click.option(
     "--method",
     type=click.Choice(["refit", "distill", "both"]),
     default="both",
-    show_default=True,
     help="Closed form, training, or one after the other.",
 )
-@click.option(
-    "--data", default="stdlib-train", show_default=True, help="Text to heal on; as in eval."
-)
+@click.option("--data", default="stdlib-train", help="Text to heal on; as in eval.")
 @click.option("--tokens", type=int, help="Tokens to heal on. Default: what the method needs.")
-@click.option("--window", default=1024, show_default=True, help="Context length in tokens.")
-@click.option(
-    "--refit-steps", default="qkv,gate_up,out", show_default=True, help="Refit these, in order."
-)
-@settings("recipe", "abreast.heal", "Recipe")
-@click.option(
-    "--dtype", default="float32", show_default=True, help="Dtype of the weights in memory."
-)
+@click.option("--window", default=1024, help="Context length in tokens.")
+@click.option("--refit-steps", default="qkv,gate_up,out", help="Refit these, in order.")
+@console.settings("recipe", "abreast.heal", "Recipe")
+@click.option("--dtype", default="float32", help="Dtype of the weights in memory.")
 @click.option("--out-dtype", help="Cast OUT to float32, bfloat16 or float16. Default: no cast.")
-@prefill_option
+@console.prefill_option
 @click.option("--work", help="Folder to resume from. Default: OUT.work, removed at the end.")
 @click.option("--keep-weights", help="New folder for the healed weights, unconverted.")
 @click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
-@force_option
-@revision_option
-@remote_option
-@device_option
-@seed_option
-@json_option
+@console.force_option
+@console.revision_option
+@console.remote_option
+@console.device_option
+@console.seed_option
+@console.json_option
 def heal(
     model: str,
     plan: str,
@@ -425,7 +396,7 @@ def heal(
 
     if not no_plots:
         check_drawing()
-    with progress_bar("heal", as_json) as progress:
+    with console.progress_bar("heal", as_json) as progress:
         healed = run(
             model,
             plan,
@@ -447,15 +418,15 @@ def heal(
             draw=None if no_plots else draw_healing,
             revision=revision,
             trust_remote_code=trust_remote_code,
-            step=say,
+            step=console.say,
             progress=progress,
         )
     if os.environ.get("RANK", "0") != "0":  # one of several processes speaks for all
         return
     for warning in healed.warnings:
-        say(f"warning: {warning}")
+        console.say(f"warning: {warning}")
     if as_json:
-        return print_json(healed.to_dict())
+        return console.print_json(healed.to_dict())
     rows = {
         "converted": f"{out}, {healed.depth} stages: {healed.plan}",
         "KL before": f"{healed.kl_before:.5f} nats per token from the original, "
@@ -469,4 +440,4 @@ def heal(
         rows["training"] = (
             f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens"
         )
-    print_table(rows)
+    console.print_table(rows)

@@ -6,37 +6,22 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abreast.cli.options import (
-    PLAN_HELP,
-    bytes_text,
-    device_option,
-    dtype_option,
-    json_option,
-    print_columns,
-    print_json,
-    print_table,
-    remote_option,
-    say,
-    seed_option,
-    verb,
-)
+from abreast.cli import console
 
 if TYPE_CHECKING:
     from abreast.demo import Demo
 
 
-@verb()
+@console.verb()
 @click.option("--path", is_flag=True, help="Only print the folder of the bundled model.")
-@click.option("--plan", help=f"Use this plan instead of the bundled one. {PLAN_HELP}")
+@click.option("--plan", help=f"Use this plan instead of the bundled one. {console.PLAN_HELP}")
 @click.option("-o", "--out", help="Keep the converted checkpoint in this new folder.")
-@click.option("--max-tokens", default=100_000, show_default=True, help="Held-out tokens to score.")
-@click.option("--rounds", default=12, show_default=True, help="Interleaved timing rounds.")
-@click.option(
-    "--dtype", default="float32", show_default=True, help="Dtype for evaluation and timing."
-)
-@device_option
-@seed_option
-@json_option
+@click.option("--max-tokens", default=100_000, help="Held-out tokens to score.")
+@click.option("--rounds", default=12, help="Interleaved timing rounds.")
+@click.option("--dtype", default="float32", help="Dtype for evaluation and timing.")
+@console.device_option
+@console.seed_option
+@console.json_option
 def demo(
     path: bool,
     plan: str | None,
@@ -61,10 +46,10 @@ def demo(
         dtype=dtype,
         device=device,
         seed=seed,
-        step=say,
+        step=console.say,
     )
     if as_json:
-        return print_json(result.to_dict())
+        return console.print_json(result.to_dict())
     print_demo(result)
 
 
@@ -95,7 +80,7 @@ def print_demo(result: Demo) -> None:
     notes = [f"{task}: {verdict}" for task, verdict in result.verdicts.items()]
     if result.out is not None:
         notes.append(f"converted checkpoint: {result.out}")
-    print_columns(
+    console.print_columns(
         ("", "original", "converted", "difference"),
         rows,
         left={""},
@@ -104,10 +89,10 @@ def print_demo(result: Demo) -> None:
     )
 
 
-@verb()
+@console.verb()
 @click.argument("run")
 @click.option("-o", "--out", help="Folder for the report. Default: RUN/report.")
-@json_option
+@console.json_option
 def report(run: str, out: str | None, as_json: bool) -> None:
     """Write an HTML page about RUN, a folder that optimize made, with charts and numbers.
 
@@ -119,25 +104,25 @@ def report(run: str, out: str | None, as_json: bool) -> None:
     record = read_run(run)
     card = write_card(record.last) if record.last is not None else None
     if as_json:
-        return print_json({"report": str(page), **numbers(record)})
+        return console.print_json({"report": str(page), **numbers(record)})
     for part in record.missing():
-        say(f"missing: {part.what}")
+        console.say(f"missing: {part.what}")
     if record.missing():
-        say(f"go on with: {record.command}")
-    rows = {"report": f"{page} ({bytes_text(page.stat().st_size)})"}
-    print_table({**rows, **({"model card": str(card)} if card is not None else {})})
+        console.say(f"go on with: {record.command}")
+    rows = {"report": f"{page} ({console.bytes_text(page.stat().st_size)})"}
+    console.print_table({**rows, **({"model card": str(card)} if card is not None else {})})
 
 
-@verb()
+@console.verb()
 @click.argument("run")
 @click.option("--against", help="Location of the original, if not where RUN says.")
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860."
 )
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
-@dtype_option
-@device_option
-@remote_option
+@console.dtype_option
+@console.device_option
+@console.remote_option
 def play(
     run: str,
     against: str | None,
@@ -159,16 +144,16 @@ def play(
 
     gradio()
     choices = read_choices(run, against)
-    say(f"load {choices.model}")
+    console.say(f"load {choices.model}")
     models = open_models(choices, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     blocks = page(models)
     address = serve(blocks, port=port)
-    say(f"the playground is at {address} (Ctrl-C ends it)")
+    console.say(f"the playground is at {address} (Ctrl-C ends it)")
     if not no_browser:
         webbrowser.open(address)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        say("the playground is closed")
+        console.say("the playground is closed")
     finally:
         blocks.close(verbose=False)

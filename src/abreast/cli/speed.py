@@ -12,47 +12,34 @@ from typing import TYPE_CHECKING
 
 import click
 
-from abreast.cli.options import (
-    PLAN_HELP,
-    bytes_text,
-    json_option,
-    plan_option,
-    print_columns,
-    print_json,
-    say,
-    settings,
-    verb,
-)
+from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.plan import Plan
     from abreast.speed import Estimate, Job, Report, Setting
 
-batch_option = click.option(
-    "--batch", default="1", show_default=True, help="Batch sizes, comma-separated."
-)
+batch_option = click.option("--batch", default="1", help="Batch sizes, comma-separated.")
 
 
-@verb()
+@console.verb()
 @click.argument("original")
 @click.argument("converted", nargs=-1)
-@click.option("--plan", multiple=True, help=f"Also time ORIGINAL grouped under it. {PLAN_HELP}")
+@click.option(
+    "--plan", multiple=True, help=f"Also time ORIGINAL grouped under it. {console.PLAN_HELP}"
+)
 @click.option(
     "--task",
     default="prefill,decode",
-    show_default=True,
     help="prefill, decode (single tokens at the context), generate (prompt and new tokens).",
 )
 @batch_option
-@click.option(
-    "--context", default="512", show_default=True, help="Prompt lengths, comma-separated."
-)
-@click.option("--new-tokens", default=64, show_default=True, help="Tokens to generate.")
-@click.option("--steps", default=8, show_default=True, help="Single tokens per timing in decode.")
-@settings("job", "abreast.speed", "Job")
+@click.option("--context", default="512", help="Prompt lengths, comma-separated.")
+@click.option("--new-tokens", default=64, help="Tokens to generate.")
+@click.option("--steps", default=8, help="Single tokens per timing in decode.")
+@console.settings("job", "abreast.speed", "Job")
 @click.option("--ranks", type=int, help="Processes of tp (default: 2) or devices of vllm (1).")
-@click.option("--vllm", default="vllm", show_default=True, help="Command that starts vLLM.")
+@click.option("--vllm", default="vllm", help="Command that starts vLLM.")
 @click.option("--fallback-cpu", is_flag=True, help="Use the CPU if there is no such device.")
 @click.option("-o", "--out", help="Also draw the result to this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
@@ -94,7 +81,7 @@ def bench(
         for length in _numbers(context, "--context")
     ]
     if job.backend != "vllm":
-        job = replace(job, device=device_or_cpu(job.device, fallback_cpu, say))
+        job = replace(job, device=device_or_cpu(job.device, fallback_cpu, console.say))
     job = replace(
         job,
         contenders=tuple(contenders),
@@ -103,7 +90,7 @@ def bench(
         vllm=tuple(shlex.split(vllm)),
     )
     leads = int(os.environ.get("RANK", "0")) == 0
-    report = run(job, step=say if leads else lambda message: None)
+    report = run(job, step=console.say if leads else lambda message: None)
     if not leads:
         return
     if out is not None:
@@ -113,15 +100,13 @@ def bench(
     _print_bench(report)
 
 
-@verb()
+@console.verb()
 @click.argument("model")
-@plan_option
+@console.plan_option
 @batch_option
-@click.option(
-    "--context", default="1024", show_default=True, help="Context lengths, comma-separated."
-)
-@settings("setting", "abreast.speed", "Setting")
-@json_option
+@click.option("--context", default="1024", help="Context lengths, comma-separated.")
+@console.settings("setting", "abreast.speed", "Setting")
+@console.json_option
 def estimate(
     model: str, plan: str, batch: str, context: str, setting: Setting, as_json: bool
 ) -> None:
@@ -148,7 +133,7 @@ def estimate(
     ]
     if as_json:
         rows = [entry.to_dict() for entry in estimates]
-        return print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
+        return console.print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
     _print_estimates(parsed, estimates)
 
 
@@ -188,10 +173,10 @@ def _print_bench(report: Report) -> None:
     first = report.results[0]
     notes = []
     if first.memory:
-        sizes = (f"{name} {bytes_text(m.weights)}" for name, m in first.memory.items())
+        sizes = (f"{name} {console.bytes_text(m.weights)}" for name, m in first.memory.items())
         notes.append(f"weights: {', '.join(sizes)}")
     notes += [f"{failure.case}: {failure.reason}" for failure in report.failures]
-    print_columns(
+    console.print_columns(
         (
             *("task", "batch", "context", "model", "ms", "", "tokens/s", "against original"),
             *("KV cache", "peak memory"),
@@ -220,8 +205,8 @@ def _bench_rows(report: Report) -> Iterator[Sequence[str]]:
                 {"prefill": "TTFT", "decode": "TPOT"}.get(result.task, "in all"),
                 f"{timing.tokens_per_second:.1f}",
                 "" if name == result.original else ratio,
-                bytes_text(memory.kv_cache) if memory else "",
-                bytes_text(peak) if peak else "",
+                console.bytes_text(memory.kv_cache) if memory else "",
+                console.bytes_text(peak) if peak else "",
             )
         yield ()
 
@@ -250,12 +235,12 @@ def _print_estimates(plan: Plan, estimates: list[Estimate]) -> None:
         )
     largest = max(estimates, key=lambda entry: entry.weights + entry.kv_cache)
     notes += [
-        f"per device: weights {bytes_text(largest.weights)}, KV cache up to "
-        f"{bytes_text(largest.kv_cache)}{'' if largest.fits else ': more than it has'}",
+        f"per device: weights {console.bytes_text(largest.weights)}, KV cache up to "
+        f"{console.bytes_text(largest.kv_cache)}{'' if largest.fits else ': more than it has'}",
         "graphs: a serving engine that replays CUDA graphs; eager: PyTorch operation by operation. "
         "limit: what the plan waits for, the program that starts kernels or the device.",
     ]
-    print_columns(
+    console.print_columns(
         ("runtime", "phase", "batch", "context", "original", "plan", "", "limit"),
         rows,
         left={"runtime", "phase"},

@@ -29,13 +29,9 @@ revision_option = click.option("--revision", help="Branch, tag or commit of a Hu
 force_option = click.option(
     "--force", is_flag=True, help="Allow groups with the first or last layer."
 )
-seed_option = click.option("--seed", default=0, show_default=True, help="Random seed.")
-device_option = click.option(
-    "--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ..."
-)
-dtype_option = click.option(
-    "--dtype", default="auto", show_default=True, help="float32, bfloat16 or float16."
-)
+seed_option = click.option("--seed", default=0, help="Random seed.")
+device_option = click.option("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+dtype_option = click.option("--dtype", default="auto", help="float32, bfloat16 or float16.")
 remote_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow code inside the checkpoint to run."
 )
@@ -45,7 +41,6 @@ prefill_option = click.option(
     "--prefill",
     type=click.Choice(["grouped", "sequential"]),
     default="grouped",
-    show_default=True,
     help="sequential: run prompts in the original order, and only decode side by side.",
 )
 
@@ -96,7 +91,7 @@ class SettingsCommand(click.Command):
         return super().invoke(ctx)
 
 
-verb = partial(click.command, cls=SettingsCommand)
+verb = partial(click.command, cls=SettingsCommand, context_settings={"show_default": True})
 
 
 def settings(argument: str, module: str, name: str) -> Callable[[Any], Any]:
@@ -123,8 +118,9 @@ def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> 
         parse, default = _words, ",".join(default) or None
     if kind is bool:
         options |= {"is_flag": True, "default": default, "flag_value": not default}
+        options["show_default"] = False
     elif default is not MISSING:
-        options |= {"default": default, "show_default": default is not None}
+        options["default"] = default
     if parse is not None:
         options["callback"] = lambda context, option, text: parse(text)
     elif kind is not bool:
