@@ -19,6 +19,7 @@ import torch
 from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.engines.torch_tp import ParallelError, check_degree, load_parallel
+from abreast.errors import AbreastError
 from abreast.model.grouping import load
 
 WORKER = """
@@ -222,7 +223,7 @@ def test_groups_with_post_norms_and_sequential_prefill_are_refused(tiny_checkpoi
 
 
 def test_unknown_dtype_and_missing_gpu_are_one_line(tiny_checkpoint, monkeypatch):
-    with pytest.raises(ParallelError, match="dtype 'int7' is not one of float32"):
+    with pytest.raises(AbreastError, match="dtype 'int7' is not one of float32"):
         load_parallel(tiny_checkpoint(), dtype="int7")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -1,13 +1,14 @@
-"""Converted checkpoints on the processes of torchrun, each holding a part of every layer.
+"""Converted checkpoints in the processes of torchrun, each holding a part of every layer.
 
-Single layers and `lp` groups are stock layers, wide or not: transformers' own tensor parallel plan
-spreads them, two all-reduces each. Under it rank r of p holds exactly member r of a group of p.
+Single layers and groups that are one wide layer (lp) are stock layers: transformers' own tensor
+parallel plan splits them, two all-reduces each. Rank r of p then holds exactly member r of a group
+of p.
 
-`cqil` groups are wired for one all-reduce per group (arXiv 2404.06709, section 3.1). Every rank
-runs one whole member: with as many ranks as members, rank r takes member r; with m times as many, m
-neighbouring ranks share a member and sum its attention among themselves. A member's attention and
-FFN outputs are added where they arise, and one all-reduce at the end of the group adds the members.
-With bypass distance d > 0 a rank sends its attention output to the d next members before that.
+Groups whose FFNs see a band of attentions (cqil) need one all-reduce (arXiv 2404.06709, section
+3.1). Every rank runs one whole member: with as many ranks as members, rank r takes member r; with m
+times as many, m neighbouring ranks share a member and sum its attention among themselves. One
+all-reduce at the end of the group adds the members' attention and FFN outputs. With bypass distance
+d > 0 a rank first sends its attention output to the next d members.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
+from abreast.model import load, named_dtype
 from abreast.modeling import CqilForward, MemberLinear
 from abreast.targets import TORCH_TP, layers_of, refusals
 
@@ -33,7 +35,7 @@ WIDE_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
 
 
 class ParallelError(AbreastError):
-    """A model that cannot be spread over this many processes."""
+    """A model that cannot be split over this many processes."""
 
 
 def launched() -> bool:
@@ -44,29 +46,25 @@ def launched() -> bool:
 def load_parallel(
     model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
 ) -> Any:
-    """Load an original or converted checkpoint spread over all processes; returns this one's part.
+    """Load an original or converted checkpoint split over all processes; returns this one's part.
 
     Call it in every process that torchrun started. Logits, caches and generation are those of the
-    whole model; every process gets the same. device: cpu (gloo) or cuda (NCCL, one GPU for each
-    process). With one process it loads the model as it is. Code inside checkpoints never runs.
-    Raises ParallelError for a number of processes that the layers cannot be divided by.
+    whole model, the same in every process. device: cpu (gloo) or cuda (NCCL, one GPU per process).
+    A single process loads the whole model. Code inside checkpoints never runs. Raises ParallelError
+    for a number of processes that the layers cannot be divided by, AbreastError as `load`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     checkpoint = open_checkpoint(model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     check_degree(checkpoint.config, world)
-    if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype) or not named.is_floating_point:
-            raise ParallelError(f"dtype '{dtype}' is not one of float32, bfloat16, float16")
-        dtype = named
-    config = AutoConfig.from_pretrained(checkpoint.folder)
     if world == 1:
-        whole = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
-        return whole.to(device).eval()
+        return load(model, dtype=dtype, device=device)[0]
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = named_dtype(dtype)
+    config = AutoConfig.from_pretrained(checkpoint.folder)
     if find_spec("accelerate") is None:
-        raise ParallelError("transformers spreads models with accelerate; pip install accelerate")
+        raise ParallelError("transformers splits models with accelerate; pip install accelerate")
     on_gpu = device.startswith("cuda")
     if torch.cuda.is_available() != on_gpu:
         # transformers takes the accelerator wherever it sees one.
@@ -80,14 +78,14 @@ def load_parallel(
     if not dist.is_initialized():
         dist.init_process_group("nccl" if on_gpu else "gloo")
     loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=dtype, **_distributed(_plan(config), world)
+        checkpoint.folder, dtype=dtype, **_parallel_arguments(_tensor_parallel_plan(config), world)
     ).eval()
-    groups = _subgroups(checkpoint.config, world)
+    sharers = _process_groups(checkpoint.config, world)
     for layer in loaded.base_model.layers:
         if isinstance(layer, CqilForward):
-            own_member(layer, groups)
+            keep_own_member(layer, sharers)
         else:
-            _own_norms(layer, world)
+            _keep_own_gains(layer, world)
     return loaded
 
 
@@ -98,13 +96,8 @@ def check_degree(config: Mapping[str, Any], world: int) -> None:
         raise ParallelError(reason)
 
 
-def cqil_groups(config: Mapping[str, Any]) -> set[int]:
-    """Numbers of members of the groups whose FFNs do not share their input."""
-    return {layer.members for layer in layers_of(config) if layer.band is not None}
-
-
-def _distributed(plan: Any, world: int) -> dict[str, Any]:
-    """Arguments of from_pretrained for a plan, in the words of the installed transformers."""
+def _parallel_arguments(plan: Any, world: int) -> dict[str, Any]:
+    """Arguments of from_pretrained for a plan, as the installed transformers names them."""
     try:
         from transformers.distributed import DistributedConfig
 
@@ -114,11 +107,11 @@ def _distributed(plan: Any, world: int) -> dict[str, Any]:
         return {"tp_plan": plan}
 
 
-def _plan(config: Any) -> dict[str, str]:
-    """The family's own plan, and the embedding by vocabulary.
+def _tensor_parallel_plan(config: Any) -> dict[str, str]:
+    """The family's own plan, and the embedding split by vocabulary.
 
-    Models with members apart claim no plan for themselves, and not every version of transformers
-    splits the embedding; written out, all models are split alike.
+    Models that keep members apart have no plan of their own, and not every version of transformers
+    splits the embedding; spelled out here, all models are split in the same way.
     """
     from transformers import AutoModelForCausalLM
 
@@ -136,26 +129,24 @@ def _plan(config: Any) -> dict[str, str]:
     }
 
 
-def _subgroups(config: Mapping[str, Any], world: int) -> dict[int, Any]:
-    """Per number of ranks that share a member: the process group of this rank's member."""
-    found: dict[int, Any] = {}
-    for members in sorted(cqil_groups(config)):
-        share = world // members
-        if share == 1 or share in found:
-            continue
+def _process_groups(config: Mapping[str, Any], world: int) -> dict[int, Any]:
+    """By number of ranks that share a member: the process group of this rank's member."""
+    groups: dict[int, Any] = {}
+    shares = {world // layer.members for layer in layers_of(config) if layer.band is not None}
+    for share in sorted(shares - {1}, reverse=True):
         for first in range(0, world, share):
             # Every process has to take part in making every group.
             ranks = list(range(first, first + share))
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
-                found[share] = group
-    return found
+                groups[share] = group
+    return groups
 
 
 class OneMember:
     """Mixed into a family's decoder layer that holds one member of a cqil group, or a part of it.
 
-    One all-reduce at the end adds what the ranks have: the members' attention and FFN outputs.
+    One all-reduce at the end adds the members' attention and FFN outputs over the ranks.
     """
 
     self_attn: Any
@@ -190,27 +181,27 @@ class OneMember:
         return x_BLD + out_BLD
 
     def exchange(self, a_BLD: torch.Tensor) -> list[torch.Tensor]:
-        """Send this member's attention output to the next members, and get the previous ones'."""
+        """Send this member's attention output to the next members; return the previous ones'."""
         rank, member, share = dist.get_rank(), self.member, self.share
         a_BLD = a_BLD.contiguous()
-        operations, got = [], []
+        operations, received = [], []
         for distance in range(1, self.bypass + 1):
             if member + distance < self.members:
                 operations.append(dist.P2POp(dist.isend, a_BLD, rank + distance * share))
             if member >= distance:
-                got.append(torch.empty_like(a_BLD))
-                operations.append(dist.P2POp(dist.irecv, got[-1], rank - distance * share))
+                received.append(torch.empty_like(a_BLD))
+                operations.append(dist.P2POp(dist.irecv, received[-1], rank - distance * share))
         for work in dist.batch_isend_irecv(operations) if operations else ():
             work.wait()
-        return got
+        return received
 
 
-def own_member(layer: Any, groups: Mapping[int, Any]) -> None:
-    """Turn a cqil group that was loaded under the family's plan into this rank's member.
+def keep_own_member(layer: Any, sharers: Mapping[int, Any]) -> None:
+    """Reduce a cqil group that was loaded under the family's plan to this rank's member.
 
     Rows of q, k, v, gate and up and columns of down lie member by member, so the rank already holds
-    its own. The members' output projections lie below one another but are split along their inputs:
-    they are put together and split anew. Afterwards all matrices are plain local ones.
+    its own. The members' output projections lie one below the other but were split along their
+    inputs: they are gathered and split again. Afterwards all matrices are plain local ones.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = layer.self_attn.o_proj
@@ -219,13 +210,11 @@ def own_member(layer: Any, groups: Mapping[int, Any]) -> None:
     member, part = divmod(rank, share)
     for module in layer.modules():
         _unhook(module)
-    whole = _whole(output.weight).view(members, output.out_features, -1)[member]
-    width = whole.shape[1] // share
-    weight = whole[:, part * width : (part + 1) * width]
-    bias = output.bias
-    if bias is not None:
-        bias = _whole(bias).view(members, -1)[member] if part == 0 else None
-    layer.self_attn.o_proj = _linear(weight, bias)
+    own = _whole(output.weight).view(members, output.out_features, -1)[member]
+    bias = None
+    if output.bias is not None and part == 0:
+        bias = _whole(output.bias).view(members, -1)[member]
+    layer.self_attn.o_proj = _linear(own.chunk(share, dim=1)[part], bias)
     out = "c_proj" if hasattr(layer.mlp, "c_proj") else "down_proj"
     for holder in (layer.self_attn, layer.mlp):
         for name, module in list(holder.named_children()):
@@ -237,16 +226,16 @@ def own_member(layer: Any, groups: Mapping[int, Any]) -> None:
             elif name == out and module.bias is not None:
                 rows_bias = _whole(module.bias)
             setattr(holder, name, _linear(_local(module.weight), rows_bias))
-    _own_norms(layer, world)
+    _keep_own_gains(layer, world)
     layer.before = getattr(layer, layer.norms[1])
     layer.scale = getattr(layer, "residual_multiplier", 1.0)
     layer.member, layer.members, layer.share, layer.first = member, members, share, part == 0
-    layer.sharers = groups.get(share)
+    layer.sharers = sharers.get(share)
     layer.__class__ = type(type(layer).__name__, (OneMember, type(layer)), {})
 
 
-def _own_norms(layer: Any, world: int) -> None:
-    """Leave the gains of this rank's heads in norms that have a gain for every head of a group."""
+def _keep_own_gains(layer: Any, world: int) -> None:
+    """Keep this rank's heads in norms that have a gain for every head of a group."""
     for name in WIDE_NORMS:
         norm = getattr(layer.self_attn, name, None)
         if norm is not None and norm.weight.dim() > 1:
@@ -255,7 +244,7 @@ def _own_norms(layer: Any, world: int) -> None:
 
 
 def _unhook(module: nn.Module) -> None:
-    """Take off what transformers installed to communicate around a module."""
+    """Remove what transformers installed to communicate around a module."""
     module.__dict__.pop("forward", None)
     module._forward_pre_hooks.clear()
     module._forward_hooks.clear()
@@ -279,7 +268,7 @@ def _whole(tensor: Any) -> torch.Tensor:
 
 
 def _rows(tensor: Any, rank: int, world: int) -> torch.Tensor:
-    """This rank's rows, whether the tensor is whole, or in this rank's part already."""
+    """This rank's rows of a tensor that is whole, or already this rank's part."""
     if hasattr(tensor, "to_local") and tensor.to_local().shape != tensor.shape:
         return _local(tensor)
     return _whole(tensor).chunk(world)[rank]

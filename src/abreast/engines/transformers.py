@@ -1,13 +1,11 @@
-"""transformers' own command line, with converted checkpoints known to it.
+"""transformers' own command line, which here knows converted checkpoints.
 
-`python -m abreast.engines.transformers serve OUT` is `transformers serve OUT`. The latter looks the
-model class up by name in the transformers package and so finds neither registered classes nor
-those that a checkpoint brings along; here they are put where it looks.
+`python -m abreast.engines.transformers serve OUT` is `transformers serve OUT`, which looks up the
+model class by name in the transformers package and so finds neither registered classes nor those
+in a checkpoint; here they are put where it looks.
 """
 
 from __future__ import annotations
-
-from abreast.families import CONVERTIBLE
 
 
 def main() -> None:
@@ -16,8 +14,9 @@ def main() -> None:
 
     from abreast import modeling
 
-    for family in CONVERTIBLE.values():
-        setattr(transformers, family.converted, getattr(modeling, family.converted))
+    for family in modeling.FAMILIES:
+        name = f"Abreast{family}ForCausalLM"
+        setattr(transformers, name, getattr(modeling, name))
     command_line()
 
 

@@ -1,4 +1,4 @@
-"""vLLM: a plugin that serves converted checkpoints."""
+"""vLLM: a plugin that serves converted checkpoints, and its latency benchmark."""
 
 from typing import TYPE_CHECKING
 

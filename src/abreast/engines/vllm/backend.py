@@ -1,7 +1,7 @@
 """vLLM's transformers backend for the families without native layers.
 
-The backend exchanges a model's matrices and norms for vLLM's own, by what their classes look like.
-It cannot see that some of ours take inputs member by member. Those it must leave as they are.
+The backend replaces a model's matrices and norms by vLLM's own, judging by their classes. It cannot
+see that some of ours take inputs member by member; those it must leave alone.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from abreast.modeling import MemberLinear
 
 
 class AbreastForCausalLM(TransformersForCausalLM):
-    """A converted model of any family, built by modeling.py and run in vLLM's attention.
+    """A converted model of any family, built by modeling.py and run with vLLM's attention.
 
-    Groups with parts that stay with their member run at a tensor parallel size of 1 only, which
-    engines/vllm.py checks.
+    Groups with parts that stay with their member need a tensor parallel size of 1, which plugin.py
+    checks.
     """
 
     def recursive_replace(self) -> None:
-        hidden = []
+        protected = []
         for index, layer in enumerate(self.model.layers):
             if getattr(self.config.per_layer_config[index], "abreast_members", 1) > 1:
-                hidden += list(_of_members(layer))
-        for holder, name, module in hidden:
-            setattr(holder, name, _stand_in(module))
+                protected += list(_member_modules(layer))
+        for parent, name, module in protected:
+            setattr(parent, name, _placeholder(module))
         super().recursive_replace()
-        for holder, name, module in hidden:
-            setattr(holder, name, module)
+        for parent, name, module in protected:
+            setattr(parent, name, module)
 
 
-def _of_members(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """What works member by member in a layer of modeling.py: its FFN, norms with several gains, and
-    the attention's output."""
+def _member_modules(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, module) of what works member by member in a layer of modeling.py: the FFN,
+    norms with a gain per member or head, and the output of the attention."""
     yield layer, "mlp", layer.mlp
-    for holder in (layer, layer.self_attn):
-        for name, module in holder.named_children():
+    for parent in (layer, layer.self_attn):
+        for name, module in parent.named_children():
             weight = getattr(module, "weight", None)
-            many = "norm" in name and weight is not None and weight.dim() > 1
-            if many or isinstance(module, MemberLinear):
-                yield holder, name, module
+            several_gains = "norm" in name and weight is not None and weight.dim() > 1
+            if several_gains or isinstance(module, MemberLinear):
+                yield parent, name, module
 
 
-def _stand_in(module: nn.Module) -> nn.Module:
-    """Something to be exchanged in its place; the backend wants a matrix after the attention."""
+def _placeholder(module: nn.Module) -> nn.Module:
+    """What the backend may replace instead; it expects a matrix after the attention."""
     if not isinstance(module, MemberLinear):
         return nn.Identity()
     columns = module.members * module.in_features

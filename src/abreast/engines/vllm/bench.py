@@ -1,7 +1,7 @@
-"""vLLM's own latency benchmark as a subprocess, in whatever environment has vLLM.
+"""vLLM's own latency benchmark as a subprocess, in any environment that has vLLM.
 
-The command line of vLLM's CPU wheel fails on its package's name. Where abreast is installed beside
-such a vLLM, `python -m abreast.engines.vllm.bench` stands in for it and starts the same benchmark.
+The command line of vLLM's CPU wheel fails on its package's name. With abreast installed beside such
+a vLLM, `python -m abreast.engines.vllm.bench` replaces it and starts the same benchmark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ITERATIONS, WARMUP = 5, 2
 
 
 class VllmFailure(AbreastError):
-    """vLLM ran and did not finish."""
+    """vLLM started and failed."""
 
 
 def latency(
@@ -38,8 +38,8 @@ def latency(
 ) -> float:
     """Median seconds of one batch from prompt to last token, by `vllm bench latency`.
 
-    command: words that start vLLM's command line. Start-up and warm-up are not included. Raises
-    AbreastError when there is no such command, VllmFailure with vLLM's last words when it fails.
+    command: the words that start vLLM's command line. Start-up and warm-up are not included. Raises
+    AbreastError when there is no such command, VllmFailure with vLLM's last error when it fails.
     """
     if not command or shutil.which(command[0]) is None:
         name = command[0] if command else ""
@@ -62,27 +62,27 @@ def latency(
             "--seed": seed,
             "--output-json": str(out),
         }
-        words = [str(word) for pair in options.items() for word in pair]
+        arguments = [str(word) for option in options.items() for word in option]
         if trust_remote_code:
-            words.append("--trust-remote-code")
-        done = subprocess.run(
-            [*command, "bench", "latency", *words],
+            arguments.append("--trust-remote-code")
+        process = subprocess.run(
+            [*command, "bench", "latency", *arguments],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
         )
-        if done.returncode or not out.is_file():
-            reason = _last_words(done.stderr)
+        if process.returncode or not out.is_file():
+            reason = _last_error(process.stderr)
             if "out of vocabulary" in reason:
                 reason = "its benchmark draws token ids up to 10,000, more than the model knows"
             raise VllmFailure(f"vLLM failed on '{model}': {reason}")
-        found = json.loads(out.read_text())
-    times = found.get("latencies") or [found["avg_latency"]]
+        report = json.loads(out.read_text())
+    times = report.get("latencies") or [report["avg_latency"]]
     return float(statistics.median(times))
 
 
-def _last_words(stderr: str) -> str:
-    """The last error that does not only report that another process had one; memory first."""
+def _last_error(stderr: str) -> str:
+    """The last error that is not just a report of another process's; out of memory comes first."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\w(Error|Exception): |out of memory", line)]
     memory = [line for line in errors if "memory" in line.lower()]

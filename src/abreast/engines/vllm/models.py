@@ -1,14 +1,15 @@
 """Converted models in vLLM's own layers: one fused QKV and one gate-up matrix for a whole group.
 
-vLLM imports this file in its workers, for the families that engines/vllm.py calls native. An lp
-group is a stock layer of its own width; only Qwen 3's gains, one per head, need a norm of their
-own. Plain tensor parallelism over the wide layer is Layer Parallelism (arXiv 2502.02790, section
-3): at a degree of p each rank holds one member's heads.
+vLLM imports this file in its workers, for the families whose row says `vllm_layers`. A group that
+is one wide layer (lp) is a stock layer of its own width; only Qwen 3's gains, one per head, need a
+norm of their own. Plain tensor parallelism over the wide layer is Layer Parallelism (arXiv
+2502.02790, section 3): at a degree of p each rank holds one member's heads.
 
-A cqil group (arXiv 2404.06709, section 3.2) keeps its members apart, so that a rank can run whole
-members and the group needs one all-reduce, at its end. Let P be the members held by one rank, and
-S the ranks that share one member: P = p / degree and S = 1, or P = 1 and S = degree / p. Only where
-a member is shared (S > 1), or sees others' attention (bypass > 0), is there a second exchange.
+A group whose FFNs see a band of attentions (cqil, arXiv 2404.06709, section 3.2) keeps its members
+apart, so that a rank can run whole members and the group needs one all-reduce, at its end. Let P be
+the members held by one rank, and S the ranks that share one member: P = p / degree and S = 1, or
+P = 1 and S = degree / p. There is a second exchange only where a member is shared (S > 1) or sees
+others' attention (bypass > 0).
 
 Shapes: N tokens, D hidden, P members here, X for whatever a matrix is wide.
 """
@@ -44,9 +45,9 @@ from vllm.platforms import current_platform
 
 
 def biases(config: Any) -> tuple[bool, bool, bool]:
-    """Whether q, k and v have biases, the attention's output, and the FFN; as in transformers.
+    """Whether q, k and v, the attention's output, and the FFN have biases, as in transformers.
 
-    Other families' configs may have the keys as well, which then mean nothing.
+    Configs of other families may have the same keys, without meaning.
     """
     family = config.model_type.removeprefix("abreast_")
     attention = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
@@ -67,7 +68,7 @@ class HeadNorm(nn.Module):
         set_weight_attrs(self.weight, {"weight_loader": self.load})
 
     def load(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        if loaded.dim() > 1:  # a layer on its own has one gain for all its heads
+        if loaded.dim() > 1:  # a single layer has one gain for all its heads
             loaded = loaded.narrow(0, self.first, self.shape[0])
         parameter.data.copy_(loaded.expand(self.shape))
 
@@ -105,7 +106,7 @@ class Attention(LlamaAttention):
                 setattr(self, name, HeadNorm(here, first, self.head_dim, config.rms_norm_eps))
 
     def attend(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """What the heads of this rank read: [N, D] -> [N, heads * X]."""
+        """The outputs of this rank's heads: [N, D] -> [N, heads * X]."""
         qkv, _ = self.qkv_proj(hidden)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.normed:
@@ -138,13 +139,13 @@ class Layer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        read, residual = _normed(self.input_layernorm, hidden_states, residual)
-        attended = self.self_attn(positions, read)
-        read, residual = self.post_attention_layernorm(attended, residual)
-        return self.mlp(read), residual
+        normed, residual = _add_and_norm(self.input_layernorm, hidden_states, residual)
+        attended = self.self_attn(positions, normed)
+        normed, residual = self.post_attention_layernorm(attended, residual)
+        return self.mlp(normed), residual
 
 
-def _normed(
+def _add_and_norm(
     norm: RMSNorm, hidden: torch.Tensor, residual: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if residual is None:
@@ -174,8 +175,8 @@ class CqilLayer(nn.Module):
     def forward(
         self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        read, x_ND = _normed(self.input_layernorm, hidden_states, residual)
-        attended = self.self_attn.attend(positions, read)
+        normed, x_ND = _add_and_norm(self.input_layernorm, hidden_states, residual)
+        attended = self.self_attn.attend(positions, normed)
         part_PND, _ = self.self_attn.o_proj(attended.unflatten(-1, (self.here, -1)).transpose(0, 1))
         y_PND = x_ND + self.visible(part_PND)
         fed_ND, bias = self.mlp(self.post_attention_layernorm(y_PND))
@@ -187,27 +188,27 @@ class CqilLayer(nn.Module):
     def visible(self, part_PND: torch.Tensor) -> torch.Tensor:
         """For each member here, the sum of the attention outputs that its FFN sees: [P, N, D]."""
         if self.group is not None and not self.bypass:
-            # On some platforms the reduction is in place, and the part is needed once more.
+            # On some platforms the reduction is in place, and the part is needed again.
             return self.group.all_reduce(part_PND.clone())
         if not self.bypass:
             return part_PND
-        every = part_PND
+        all_PND = part_PND
         if self.group is not None:
             # One exchange does both: it completes each member's output and shows it to the others.
-            places = [torch.zeros_like(part_PND)] * self.members
-            places[self.first] = part_PND
-            every = tensor_model_parallel_all_reduce(torch.cat(places))
+            slots = [torch.zeros_like(part_PND)] * self.members
+            slots[self.first] = part_PND
+            all_PND = tensor_model_parallel_all_reduce(torch.cat(slots))
         elif self.here < self.members:
-            every = tensor_model_parallel_all_gather(part_PND, 0)
-        mine = range(self.first, self.first + self.here)
-        return torch.stack([every[max(0, j - self.bypass) : j + 1].sum(0) for j in mine])
+            all_PND = tensor_model_parallel_all_gather(part_PND, 0)
+        own = range(self.first, self.first + self.here)
+        return torch.stack([all_PND[max(0, j - self.bypass) : j + 1].sum(0) for j in own])
 
 
 class MemberLinear(nn.Module):
     """One matrix for each of several members: [P, N, in] -> [P, N, out], as one batched product.
 
-    Never quantised: quantisers pass over these matrices in the checkpoint as well, where they are
-    no nn.Linear. Returns a pair, as vLLM's linear layers do.
+    Never quantised: quantisers skip these matrices in the checkpoint as well, where they are no
+    nn.Linear. Returns a pair, as vLLM's linear layers do.
     """
 
     def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
@@ -223,7 +224,7 @@ class MemberLinear(nn.Module):
 class MemberMLP(nn.Module):
     """The FFNs of the members here: [P, N, D] -> their sum [N, D] without the bias, and the bias.
 
-    A rank with one member or less holds consecutive rows of gate and up, so stock layers do.
+    A rank with one member or a part of one holds consecutive rows of gate and up, as in stock layers.
     """
 
     def __init__(self, config: Any, vllm_config: VllmConfig, here: int, prefix: str) -> None:
@@ -252,8 +253,8 @@ class MemberMLP(nn.Module):
 
     def forward(self, y_PND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         wide_PNX, _ = self.gate_up_proj(y_PND if self.here > 1 else y_PND[0])
-        read = self.act_fn(wide_PNX)
-        return self.down_proj(read if self.here == 1 else read.transpose(0, 1).flatten(1))
+        gated = self.act_fn(wide_PNX)
+        return self.down_proj(gated if self.here == 1 else gated.transpose(0, 1).flatten(1))
 
 
 class _GateUp(MemberLinear):
@@ -267,18 +268,18 @@ class _GateUp(MemberLinear):
         for name, loaded in weights:
             parameter = self.get_parameter(name)
             members, half = parameter.shape[0], parameter.shape[1] // 2
-            place: Any = loaded.shard_id  # type: ignore[attr-defined]
-            mine = loaded.narrow(0, rank * members * half, members * half)
-            own = mine.reshape(members, half, *mine.shape[1:])
-            parameter.data.narrow(1, place * half, half).copy_(own)
+            shard: Any = loaded.shard_id  # type: ignore[attr-defined]
+            own = loaded.narrow(0, rank * members * half, members * half)
+            own = own.reshape(members, half, *own.shape[1:])
+            parameter.data.narrow(1, shard * half, half).copy_(own)
             yield name
 
 
 def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix: str) -> nn.Module:
     """The output matrices of the members here: [P, N, X] -> [P, N, D]; the sum over ranks is whole.
 
-    In the checkpoint they stand one below the other, [p * D, X], so a rank's part is the rows of
-    its members, of which it takes its share of the columns.
+    In the checkpoint they lie one below the other, [p * D, X]: a rank takes the rows of its members
+    and of those its share of the columns.
     """
     hidden, bias = config.hidden_size, attention.o_proj.bias is not None
     columns = attention.q_size // group.here
@@ -289,12 +290,12 @@ def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix:
     share = get_tensor_model_parallel_rank() % group.sharing
 
     def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        mine = loaded.narrow(0, group.first * hidden, group.here * hidden)
+        own = loaded.narrow(0, group.first * hidden, group.here * hidden)
         if loaded.dim() > 1:
-            mine = mine.narrow(1, share * columns, columns)
+            own = own.narrow(1, share * columns, columns)
         elif share:
-            mine = torch.zeros_like(mine)  # of the ranks that share a member, one adds its bias
-        parameter.data.copy_(mine.reshape(parameter.shape))
+            own = torch.zeros_like(own)  # of the ranks that share a member, one adds its bias
+        parameter.data.copy_(own.reshape(parameter.shape))
 
     for parameter in linear.parameters():
         parameter.weight_loader = load
@@ -305,36 +306,37 @@ def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix:
 def member_group(members: int) -> Any:
     """Communicator of the ranks that share one member, where the degree is a multiple of p.
 
-    All ranks of all tensor parallel groups must call this together.
+    All ranks of all tensor parallel groups must call it together.
     """
     ranks = []
     for group in get_tp_group().group_ranks:
         share = len(group) // members
         ranks += [group[start : start + share] for start in range(0, len(group), share)]
     world = get_world_group()
-    # On a CPU, vLLM gives its fast shared-memory exchange to groups of this name only.
+    # On a CPU, vLLM uses its fast shared-memory exchange for groups of this name only.
     name = "tp_members" if current_platform.is_cpu() else "members"
     backend = torch.distributed.get_backend(get_tp_group().device_group)
     return init_model_parallel_group(ranks, world.local_rank, backend, group_name=name)
 
 
 def _layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
-    whole: Any = vllm_config.model_config.hf_config
-    config = whole.per_layer_config[extract_layer_index(prefix)]
-    return (CqilLayer if _is_cqil(config) else Layer)(config, vllm_config, prefix)
+    model_config: Any = vllm_config.model_config.hf_config
+    config = model_config.per_layer_config[extract_layer_index(prefix)]
+    return (CqilLayer if _has_band(config) else Layer)(config, vllm_config, prefix)
 
 
-def _is_cqil(config: Any) -> bool:
+def _has_band(config: Any) -> bool:
+    """Whether the layer is a group whose FFNs see a band of attentions each."""
     return getattr(config, "abreast_bypass", None) is not None
 
 
 class _ForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        # Communicators first: every rank has to take part, also those without such a layer.
+        # Communicators first: every rank has to take part, even without such a layer.
         config: Any = vllm_config.model_config.hf_config
         size = get_tensor_model_parallel_world_size()
         layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
-        for members in sorted({layer.abreast_members for layer in layers if _is_cqil(layer)}):
+        for members in sorted({layer.abreast_members for layer in layers if _has_band(layer)}):
             if size > members:
                 member_group(members)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_layer)

@@ -1,8 +1,8 @@
-"""vLLM plugin: makes converted checkpoints known to every vLLM process on this machine.
+"""vLLM plugin: registers converted checkpoints with every vLLM process on this machine.
 
 vLLM calls `register` through the entry point `vllm.general_plugins`, in its main process and in
-every worker, maybe more than once, and also when it serves something else. So nothing here may fail
-or cost much where no converted checkpoint is involved: classes are registered by name only.
+every worker, perhaps more than once, whatever model it serves. So nothing here may fail or cost
+much where no converted checkpoint is involved: classes are registered by name only.
 
 Four families have native classes, built of vLLM's own parallel layers (models.py). The others run
 through vLLM's transformers backend (backend.py), on the model classes of modeling.py.
@@ -16,7 +16,7 @@ from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
 from abreast.targets import VLLM, refusals
 
-OLDEST = (0, 32)  # the first that sizes its KV cache layer by layer, and the one that was tested
+OLDEST = (0, 32)  # the first to size its KV cache layer by layer, and the one that is tested
 _LAYER_KEYS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -29,7 +29,7 @@ _BACKEND = "abreast.engines.vllm.backend:AbreastForCausalLM"
 
 
 class ServingError(AbreastError):
-    """A checkpoint that vLLM cannot serve, or cannot serve as asked."""
+    """A checkpoint that vLLM cannot serve, or not at this degree."""
 
 
 def register() -> None:
@@ -45,7 +45,7 @@ def register() -> None:
 
     try:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-    except ImportError:  # not a public name; without it vLLM's own, terser checks must do
+    except ImportError:  # not a public name; without it, vLLM's own terser checks apply
         MODELS_CONFIG_MAP = {}
 
     for family in CONVERTIBLE.values():
@@ -58,14 +58,14 @@ def register() -> None:
 def is_too_old(version: str) -> bool:
     """Whether a version of vLLM, "0.32.0+cpu", is older than OLDEST. Development builds are not."""
     numbers = [part for part in version.split("+")[0].split(".")[:2] if part.isdigit()]
-    found = tuple(int(number) for number in numbers)
-    return len(found) == 2 and found != (0, 0) and found < OLDEST
+    release = tuple(int(number) for number in numbers)
+    return len(release) == 2 and release != (0, 0) and release < OLDEST
 
 
 def check(config: Any, tensor_parallel: int) -> None:
     """Raise ServingError if vLLM cannot run a converted model of this config at this degree.
 
-    config: transformers' config object. Called in vLLM's main process, before it starts workers.
+    config: transformers' config object. vLLM calls this in its main process, before its workers.
     """
     layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
     entries = {
@@ -83,7 +83,7 @@ def check(config: Any, tensor_parallel: int) -> None:
 
 
 class _Check:
-    """The hook that vLLM calls for an architecture while it puts its configuration together."""
+    """The hook that vLLM calls for an architecture while it builds its configuration."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -95,18 +95,18 @@ class _Check:
         try:
             check(config, parallel.tensor_parallel_size)
         except ServingError as error:
-            # vLLM's configurations are pydantic classes, which bury a ValueError in several lines.
+            # vLLM's configurations are pydantic classes, which wrap a ValueError in several lines.
             raise RuntimeError(str(error)) from None
 
 
 def _refuse_to_load(version: str) -> None:
-    """Let an old vLLM go on with other models and stop at the config of a converted one."""
+    """Let an old vLLM serve other models and stop at the config of a converted one."""
     from transformers import AutoConfig, PretrainedConfig
 
     oldest = ".".join(map(str, OLDEST))
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(  # no ValueError, for the reason given above
+        raise RuntimeError(  # not a ValueError, as above
             f"vLLM {version} is too old for converted checkpoints; install vLLM {oldest} or newer"
         )
 
