@@ -224,7 +224,7 @@ class MemberLinear(nn.Module):
 class MemberMLP(nn.Module):
     """The FFNs of the members here: [P, N, D] -> their sum [N, D] without the bias, and the bias.
 
-    A rank with one member or a part of one holds consecutive rows of gate and up, as in stock layers.
+    A rank with one member or less holds consecutive rows of gate and up, so stock layers do.
     """
 
     def __init__(self, config: Any, vllm_config: VllmConfig, here: int, prefix: str) -> None:
