@@ -17,7 +17,7 @@ from abreast.heal.recipe import Recipe
 from abreast.heal.student import optimizers_of
 from abreast.heal.train import distill, windows_of
 from abreast.model.grouping import decoder_layers, grouped, load
-from abreast.model.losses import divergence, next_token_loss
+from abreast.model.scores import divergence, next_token_loss
 from abreast.plan import Plan
 
 pytest.importorskip("peft")

@@ -17,13 +17,6 @@ if TYPE_CHECKING:
         named_dtype,
         remove,
     )
-    from abreast.model.losses import (
-        divergence,
-        kl_under,
-        logits_of,
-        next_token_loss,
-        weighted_mean,
-    )
     from abreast.model.programs import (
         INTERVENTIONS,
         Program,
@@ -37,6 +30,13 @@ if TYPE_CHECKING:
         shared_steps,
         split,
     )
-    from abreast.model.scores import token_scores
+    from abreast.model.scores import (
+        divergence,
+        kl_under,
+        logits_of,
+        next_token_loss,
+        token_scores,
+        weighted_mean,
+    )
 
 attach(__name__)

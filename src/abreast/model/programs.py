@@ -1,10 +1,9 @@
 """Changed models as programs: the steps they run, and running many of them without repetition.
 
-A *program* is what a model with some of its layers shuffled, pruned, merged or put side by side
-runs: steps, one after another. Programs are run in lexicographic order with the hidden states of
-the current one at hand, so whatever steps two of them begin with is run once: the layers before a
-changed stretch, the pairs that a longer stretch shares with a shorter one, and programs that are
-the same altogether.
+A *program* is the sequence of steps of a model with some of its layers shuffled, pruned, merged or
+put side by side. Programs run in lexicographic order, and the hidden states of the current one are
+kept, so steps at the beginning that two programs share run once: the layers before a changed
+stretch, the pairs that a longer stretch shares with a shorter one, and equal programs.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +37,7 @@ INTERVENTIONS = (
     "3-parallel",
     *WIRING_NAMES[1:],  # lp is parallel
 )
-LOGITS = 2**25  # logits at once: 128 MiB in float32
+LOGITS = 2**25  # computed at once: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def cases(
     """The programs of every intervention on every stretch; more than one for shuffle only."""
     longest = max_length or num_layers
     return {
-        (intervention, start, end): programs(
+        (intervention, start, end): programs_under(
             intervention, start, end, num_layers, permutations=permutations, seed=seed
         )
         for intervention in interventions
@@ -72,7 +72,7 @@ def cases(
     }
 
 
-def programs(
+def programs_under(
     intervention: str,
     start: int,
     end: int,
@@ -81,9 +81,9 @@ def programs(
     permutations: int = 3,
     seed: int = 0,
 ) -> tuple[Program, ...]:
-    """What a model of num_layers layers runs under an intervention on layers start..end.
+    """Programs of a model of num_layers layers under an intervention on layers start..end.
 
-    shuffle gives `permutations` different programs (orders of the stretch other than its own, by
+    shuffle gives `permutations` different ones (orders of the stretch other than its own, drawn by
     `seed`, start and end), or as many as there are; the others give one.
     """
     inside = tuple(range(start, end + 1))
@@ -104,20 +104,20 @@ def programs(
     return tuple((*before, *middle, *after) for middle in middles)
 
 
-def planned(wanted: Iterable[Program]) -> int:
+def planned(programs: Iterable[Program]) -> int:
     """Layer evaluations that `run_programs` spends on these programs, per batch."""
-    spent, path = 0, ()  # type: tuple[int, Program]
-    for program in sorted(set(wanted), key=_order):
-        spent += cost_of(program[shared_steps(path, program) :])
-        path = program
-    return spent
+    evaluated, previous = 0, ()  # type: tuple[int, Program]
+    for program in sorted(set(programs), key=_order):
+        evaluated += cost_of(program[shared_steps(previous, program) :])
+        previous = program
+    return evaluated
 
 
 @torch.inference_mode()
 def run_programs(
     model: PreTrainedModel,
     ids: torch.Tensor,
-    wanted: Iterable[Program],
+    programs: Iterable[Program],
     *,
     reference: Program | None = None,
 ) -> Iterator[tuple[Program, np.ndarray, int]]:
@@ -125,41 +125,41 @@ def run_programs(
 
     ids: token ids of shape [batch, window]. sums: `token_scores` of each window, summed over all
     its tokens but the first: float64 [batch, 1], the negative log-likelihood in nats. With a
-    reference, a program that is then run first of all, [batch, 4] against it. evaluated: layers run
-    for it. A layer keeps its own mask and positions wherever it runs; a merged one has those of its
-    first layer. Held in memory: one state [batch, window, hidden] in the model's dtype per step of
-    the current program and one more, one merged layer, and the reference's logits
-    [batch, window, vocab]. Raises AbreastError for layers of unlike shape that cannot be merged,
-    and as `apply`.
+    reference, a program that then runs first, [batch, 4] against it. evaluated: layers run for it.
+    A layer keeps its own mask and positions wherever it runs; a merged one has those of its first
+    layer. Held in memory: one state [batch, window, hidden] in the model's dtype per step of the
+    current program and one more, one merged layer, and the reference's logits
+    [batch, window, vocab]. Raises AbreastError for layers of different shape, which cannot be
+    merged, and as `apply`.
     """
     layers = decoder_layers(model)
     if any("forward" in vars(layer) for layer in layers):
         raise AbreastError("the model's layers run under a plan or hooks; remove them first")
     ids = ids.to(model.device)
-    embedded, given = capture(model, layers, ids)
+    embedded, arguments = capture(model, layers, ids)
     first = [] if reference is None else [reference]
-    path: Program = ()
+    previous: Program = ()
     states = [embedded]
     logits: list[torch.Tensor | None] = []
-    for program in [*first, *sorted(set(wanted) - set(first), key=_order)]:
-        shared = shared_steps(path, program)
+    for program in [*first, *sorted(set(programs) - set(first), key=_order)]:
+        shared = shared_steps(previous, program)
         del states[shared + 1 :]
         for step in program[shared:]:
-            states.append(advance(model, layers, given, step, states[-1]))
-        path = program
+            states.append(advance(model, layers, arguments, step, states[-1]))
+        previous = program
         if program == reference:
             logits = list(_logits(model, layers, states[-1], ids))
         sums = _score(model, layers, states[-1], ids, logits)
         yield program, sums, cost_of(program[shared:])
 
 
-def split(wanted: set[Program], original: Program, shares: int) -> list[set[Program]]:
+def split(programs: set[Program], original: Program, workers: int) -> list[set[Program]]:
     """Programs per worker: those that leave the original at the same layer stay together."""
     by_start: dict[int, set[Program]] = {}
-    for program in wanted:
+    for program in programs:
         by_start.setdefault(shared_steps(program, original), set()).add(program)
-    parts: list[set[Program]] = [set() for _ in range(shares)]
-    loads = [0] * shares
+    parts: list[set[Program]] = [set() for _ in range(workers)]
+    loads = [0] * workers
     for _, together in sorted(by_start.items()):
         lightest = loads.index(min(loads))
         parts[lightest] |= together
@@ -169,12 +169,12 @@ def split(wanted: set[Program], original: Program, shares: int) -> list[set[Prog
 
 def _orders(inside: tuple[int, ...], permutations: int, seed: int) -> list[Program]:
     generator = np.random.default_rng((seed, inside[0], inside[-1]))
-    found: list[Program] = []
-    while len(found) < min(permutations, math.factorial(len(inside)) - 1):
+    orders: list[Program] = []
+    while len(orders) < min(permutations, math.factorial(len(inside)) - 1):
         order = tuple(generator.permutation(inside).tolist())
-        if order != inside and order not in found:
-            found.append(order)
-    return found
+        if order != inside and order not in orders:
+            orders.append(order)
+    return orders
 
 
 def _order(program: Program) -> tuple[str, ...]:
@@ -192,26 +192,27 @@ def name_of(program: Program) -> str:
 
 
 def cost_of(steps: Program) -> int:
+    """Layers that the steps evaluate."""
     return sum(len(step.layers) if isinstance(step, Group) else 1 for step in steps)
 
 
 def shared_steps(one: Program, other: Program) -> int:
-    """How many steps two programs begin with alike."""
+    """Number of steps at the beginning that two programs share."""
     pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 @torch.inference_mode()
 def capture(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """What enters the first layer, and what else the model hands to each; runs no layer."""
-    given: list[dict[str, Any]] = [{} for _ in layers]
+    """The input of the first layer, and the other arguments of every layer; runs no layer."""
+    arguments: list[dict[str, Any]] = [{} for _ in layers]
     entering: list[torch.Tensor] = []
 
-    def forward_of(place: int) -> Callable[..., torch.Tensor]:
+    def forward_of(index: int) -> Callable[..., torch.Tensor]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            given[place] = by_name(layers[place], args, kwargs)
+            arguments[index] = by_name(layers[index], args, kwargs)
             entering.append(hidden_states)
             return hidden_states
 
@@ -219,15 +220,15 @@ def capture(
 
     with _replaced(layers, forward_of):
         model.base_model(input_ids=ids, use_cache=False)
-    return entering[0], given
+    return entering[0], arguments
 
 
 @contextmanager
 def _replaced(
     layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., torch.Tensor]]
 ) -> Iterator[None]:
-    for place, layer in enumerate(layers):
-        layer.forward = forward_of(place)  # type: ignore[assignment,unused-ignore]
+    for index, layer in enumerate(layers):
+        layer.forward = forward_of(index)  # type: ignore[assignment,unused-ignore]
     try:
         yield
     finally:
@@ -239,19 +240,19 @@ def _replaced(
 def advance(
     model: PreTrainedModel,
     layers: nn.ModuleList,
-    given: list[dict[str, Any]],
+    arguments: list[dict[str, Any]],
     step: Step,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """The hidden state after a step, for the one before it; both [batch, window, hidden]."""
+    """The hidden state after a step, from the one before it; both [batch, window, hidden]."""
     if isinstance(step, Merged):
-        return _result(_mean_layer(layers, step.layers)(x, **given[step.layers[0]]))
+        return _result(_mean_layer(layers, step.layers)(x, **arguments[step.layers[0]]))
     if isinstance(step, Group):
         with grouped(model, Plan(num_layers=len(layers), groups=(step,))):
-            for layer in step.layers:  # all but the last hand x through
-                x = layers[layer](x, **given[layer])
+            for layer in step.layers:  # all but the last pass x through
+                x = layers[layer](x, **arguments[layer])
             return x
-    return _result(layers[step](x, **given[step]))
+    return _result(layers[step](x, **arguments[step]))
 
 
 def _result(returned: Any) -> torch.Tensor:
@@ -259,9 +260,9 @@ def _result(returned: Any) -> torch.Tensor:
 
 
 def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
-    """A new layer whose every weight is the mean of the members', taken in float32."""
+    """A new layer, each weight the mean of the members' weights, taken in float32."""
     weights = [dict(layers[member].named_parameters()) for member in members]
-    shapes = [{name: weight.shape for name, weight in each.items()} for each in weights]
+    shapes = [{name: weight.shape for name, weight in own.items()} for own in weights]
     for member, shape in zip(members, shapes, strict=True):
         if shape != shapes[0]:
             raise AbreastError(
@@ -271,14 +272,14 @@ def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
     merged = copy.deepcopy(layers[members[0]])
     for name, weight in merged.named_parameters():
         total = weight.float()
-        for each in weights[1:]:
-            total = total + each[name]
+        for other in weights[1:]:
+            total = total + other[name]
         weight.copy_(total / len(members))
     return merged
 
 
 def _rows(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    """How many windows' logits are computed at once."""
+    """Number of windows whose logits are computed at once."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return max(1, LOGITS // (ids.shape[1] * vocabulary))
 
@@ -286,15 +287,15 @@ def _rows(model: PreTrainedModel, ids: torch.Tensor) -> int:
 def _logits(
     model: PreTrainedModel, layers: nn.ModuleList, state: torch.Tensor, ids: torch.Tensor
 ) -> Iterator[torch.Tensor]:
-    """Logits of all tokens but the first, a few windows at a time, of the last layer's output.
+    """Logits of all tokens but the first from the last layer's output, a few windows at a time.
 
     The model runs with every layer replaced, so norm, head and whatever a family does around them
     (scaling, soft caps) are its own.
     """
     rows = _rows(model, ids)
-    for part, wanted in zip(state.split(rows), ids.split(rows), strict=True):
+    for part, part_ids in zip(state.split(rows), ids.split(rows), strict=True):
         with _replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
-            yield model(input_ids=wanted, use_cache=False).logits[:, :-1]
+            yield model(input_ids=part_ids, use_cache=False).logits[:, :-1]
 
 
 def _score(
@@ -304,74 +305,74 @@ def _score(
     ids: torch.Tensor,
     reference: list[torch.Tensor | None],
 ) -> np.ndarray:
-    """Sums per window as `run_programs` yields; reference: as `_logits` gave it, or nothing."""
+    """Sums per window as `run_programs` yields; reference: logits from `_logits`, or empty."""
     targets = ids[:, 1:].split(_rows(model, ids))
     others = reference or [None] * len(targets)
-    found = zip(_logits(model, layers, state, ids), targets, others, strict=True)
-    return np.concatenate([token_scores(*three).sum(1) for three in found])
+    parts = zip(_logits(model, layers, state, ids), targets, others, strict=True)
+    return np.concatenate([token_scores(*part).sum(1) for part in parts])
 
 
 @torch.inference_mode()
 def geometry(
     model: PreTrainedModel, tokens: np.ndarray, batch_size: int, few: int
 ) -> dict[str, np.ndarray]:
-    """How alike the layers' inputs are, and how much layers depend on each other.
+    """Similarity of the layers' inputs, and how much layers depend on each other.
 
-    tokens: ids, int64 [windows, window]; the first `few` windows serve for the dependencies, which
-    take most of the work. Returns similarity, angular, influence and dependency as `planner.Stats`
-    has them, and layers, shape [1]: how many were run, windows times layers.
+    tokens: ids, int64 [windows, window]; the dependencies, which take most of the work, are of the
+    first `few` windows only. Returns similarity, angular, influence and dependency as in
+    `planner.Stats`, and layers, shape [1]: the layers run, windows times layers.
     """
     layers = decoder_layers(model)
     num_layers = len(layers)
     cosine = torch.zeros(num_layers + 1, num_layers + 1, dtype=torch.float64)
     angle = torch.zeros_like(cosine)
     apart = torch.zeros(num_layers, num_layers, dtype=torch.float64)
-    run = 0
+    evaluated = 0
     for begin in range(0, len(tokens), batch_size):
         ids = torch.from_numpy(tokens[begin : begin + batch_size])
-        entering, given = capture(model, layers, ids.to(model.device))
+        entering, arguments = capture(model, layers, ids.to(model.device))
         states = [entering]
         for layer in range(num_layers):
-            states.append(advance(model, layers, given, layer, states[-1]))
-        run += num_layers * len(ids)
-        unit = [torch.nn.functional.normalize(state.float(), dim=-1) for state in states]
-        for place, here in enumerate(unit):
-            for other in range(place, num_layers + 1):
-                both = (here * unit[other]).sum(-1).clamp(-1, 1)
-                cosine[place, other] += both.double().sum().cpu()
-                angle[place, other] += both.double().arccos().sum().cpu() / math.pi
+            states.append(advance(model, layers, arguments, layer, states[-1]))
+        evaluated += num_layers * len(ids)
+        unit = [nn.functional.normalize(state.float(), dim=-1) for state in states]
+        for i, j in combinations_with_replacement(range(num_layers + 1), 2):
+            cosines = (unit[i] * unit[j]).sum(-1).clamp(-1, 1).double()
+            cosine[i, j] += cosines.sum().cpu()
+            angle[i, j] += cosines.arccos().sum().cpu() / math.pi
         if begin < few:
             rows = min(few - begin, len(ids))
             apart += _dependencies(model, ids[:rows], [state[:rows] for state in states])
-            run += rows * num_layers * (num_layers - 1) // 2
+            evaluated += rows * num_layers * (num_layers - 1) // 2
     cosine, angle = (table / tokens.size for table in (cosine, angle))
     cosine, angle = (table + table.triu(1).T for table in (cosine, angle))
-    found = {
+    arrays = {
         "similarity": cosine.numpy(),
         "angular": angle.numpy(),
         "influence": 1 - np.diagonal(cosine.numpy(), offset=1),
         "dependency": (apart / (few * tokens.shape[1])).numpy(),
-        "layers": np.array([float(run)]),
+        "layers": np.array([float(evaluated)]),
     }
-    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _dependencies(
     model: PreTrainedModel, ids: torch.Tensor, states: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Summed over tokens, cosine distance of layer j's contribution with and without layer i.
+    """Cosine distance of layer j's contribution with and without layer i, summed over tokens.
 
-    states: the hidden states before each layer and after the last, [batch, window, hidden] each.
+    Shape [layers, layers], the first index i. states: hidden states before each layer and after
+    the last, [batch, window, hidden] each.
     """
     layers = decoder_layers(model)
-    _, given = capture(model, layers, ids.to(model.device))
-    found = torch.zeros(len(layers), len(layers), dtype=torch.float64)
+    _, arguments = capture(model, layers, ids.to(model.device))
+    distances = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     for left_out in range(len(layers)):
         state = states[left_out]
         for layer in range(left_out + 1, len(layers)):
-            after = advance(model, layers, given, layer, state)
-            with_it = (states[layer + 1] - states[layer]).float()
-            alike = torch.nn.functional.cosine_similarity(with_it, (after - state).float(), dim=-1)
-            found[left_out, layer] = (1 - alike).double().sum().cpu()
+            after = advance(model, layers, arguments, layer, state)
+            contribution = (states[layer + 1] - states[layer]).float()
+            cosine = nn.functional.cosine_similarity(contribution, (after - state).float(), dim=-1)
+            distances[left_out, layer] = (1 - cosine).double().sum().cpu()
             state = after
-    return found
+    return distances

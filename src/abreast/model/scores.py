@@ -1,9 +1,19 @@
-"""How well next tokens are predicted: scores per token."""
+"""How well a model predicts next tokens, and how far its distributions are from another's."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
+from torch.nn import functional
+
+from abreast.model.grouping import grouped
+from abreast.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # float32 values per log-softmax chunk (128 MiB each; two models' scores hold about five of them at
 # once). A vocabulary of 128k would otherwise need 0.5 GiB per 1024 positions for each of them.
@@ -38,3 +48,49 @@ def token_scores(
             columns += [terms.sum(-1), agreement.float()]
         scores.append(torch.stack(columns, dim=-1).cpu())
     return np.asarray(torch.cat(scores, dim=1).double().numpy())
+
+
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """Mean KL(teacher || student) in nats per position, both softened by the temperature.
+
+    student, teacher: logits of shape [..., vocab]. Multiplied by temperature squared, so that the
+    gradient keeps its size (Hinton et al., arXiv 1503.02531, section 2). float32 inside.
+    """
+    ours = (student.float() / temperature).log_softmax(-1).flatten(0, -2)
+    theirs = (teacher.float() / temperature).log_softmax(-1).flatten(0, -2)
+    loss = functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return loss * temperature**2
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood in nats: logits [batch, length, vocab], ids [batch, length]."""
+    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def weighted_mean(values: Iterable[tuple[float, int]]) -> float:
+    """The mean of (value, weight) pairs."""
+    pairs = list(values)
+    return sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
+    """Logits [at most batch_size, window, vocab] of windows ids [windows, window], on the CPU."""
+    return [
+        model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
+        for batch in ids.split(batch_size)
+    ]
+
+
+def kl_under(
+    model: PreTrainedModel, plan: Plan, ids: torch.Tensor, reference: Sequence[torch.Tensor]
+) -> float:
+    """Mean KL(reference || model under plan) in nats; reference: from `logits_of`, on these ids."""
+    pairs = []
+    with grouped(model, plan):
+        for batch, theirs in zip(ids.split([*map(len, reference)]), reference, strict=True):
+            (ours,) = logits_of(model, batch, len(batch))
+            pairs.append((float(divergence(ours, theirs)), batch.numel()))
+    return weighted_mean(pairs)
