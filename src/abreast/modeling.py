@@ -1,17 +1,17 @@
 """Configurations and models of converted checkpoints: stock layers, each of its own width.
 
 This file also travels inside every converted checkpoint as its remote code, so it imports torch
-and transformers only. Widths live in transformers' own `per_layer_config` schema; what stock
-classes lack today is to build every decoder layer from its own entry. That gap is closed here for
-every family at once: classes `Abreast<Family>Config`, `...Model` and `...ForCausalLM` are made on
-first use from the family's own. Attention, FFN, norms, caches and generation stay the family's.
+and transformers only. Widths follow transformers' own `per_layer_config` schema; what stock classes
+lack today is building every decoder layer from its own entry. That gap is closed here for every
+family at once: classes `Abreast<Family>Config`, `...Model` and `...ForCausalLM` are made on first
+use from the family's own. Attention, FFN, norms, caches and generation stay the family's.
 
 Some groups are not one stock layer, because something in them stays with its member: a norm after
-a branch, or FFNs that see different attention outputs (cqil wiring). Their entry has
-`abreast_members` and, for cqil, `abreast_bypass`; the parts in question are then applied to all
-members at once, as one batched product.
+a branch, or FFNs that see different attention outputs. Their entry has `abreast_members` and, where
+FFN j sees the attentions j - d .. j only, d as `abreast_bypass` (`Group.ffn_band`). The parts in
+question are then applied to all members at once, as one batched product.
 
-Shapes: B batch, L length, D hidden, P members, and X for whatever a matrix is wide.
+Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
 
 import copy
@@ -73,8 +73,8 @@ ORDERS: tuple[tuple[Any, Any, Any], ...] = (
 class MemberLinear(nn.Module):
     """One linear map per member: [.., P, in] or [.., P * in] -> [.., P, out].
 
-    Takes the place of a stock map that is wide along its output `rows` or its input `columns`.
-    weight is [P * out, in], the members' matrices one below the other.
+    Replaces a stock map that is wide along its output `rows` or its input `columns`. weight is
+    [P * out, in], the members' matrices one below the other.
     """
 
     def __init__(self, stock: nn.Linear, members: int, wide: str) -> None:
@@ -107,7 +107,7 @@ class JoinMembers:
 
 
 class AddMembers:
-    """Mixed into a stock norm with gains [P, D]: norms each member by itself and adds them up."""
+    """Mixed into a stock norm with gains [P, D]: norms every member by itself and sums them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).sum(-2)
@@ -128,7 +128,7 @@ class HeadsBeforeLength:
 
 
 class CqilForward:
-    """Mixed into a family's decoder layer: members' FFNs see their own attention outputs.
+    """Mixed into a family's decoder layer: FFN j sees the attentions j - bypass .. j.
 
     arXiv 2404.06709, section 3.2: y_j = x + sum of a_k for k = j - bypass .. j. The bypass enters
     the FFN's input only, never the residual stream a second time.
@@ -137,8 +137,8 @@ class CqilForward:
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         x_BLD = hidden_states
         scale = getattr(self, "residual_multiplier", 1.0)
-        read = self.input_layernorm(x_BLD) if hasattr(self, "input_layernorm") else x_BLD
-        a_BLPD = self.self_attn(read, *args, **kwargs)[0]
+        normed = self.input_layernorm(x_BLD) if hasattr(self, "input_layernorm") else x_BLD
+        a_BLPD = self.self_attn(normed, *args, **kwargs)[0]
         if scale != 1.0:
             a_BLPD = a_BLPD * scale
         after_attention, before, after = (getattr(self, name or "", None) for name in self.norms)
@@ -156,12 +156,12 @@ class CqilForward:
 
 
 class SequentialPrefill:
-    """Mixed into the layer of a group: may run prompts through the original order of its members.
+    """Mixed into the layer of a group: can run prompts through its members in the original order.
 
-    With `abreast_prefill` = "sequential" in the config, whatever is longer than one token goes
-    through the members one after another, as in the unconverted model; single tokens, that is
-    decoding, run abreast. Prefill is bound by arithmetic and gains nothing from grouping, so this
-    buys quality for nothing. Members are slices of the wide weights; there is no second copy.
+    With `abreast_prefill` = "sequential" in the config, anything longer than one token goes through
+    the members one after another, as in the unconverted model; single tokens, that is decoding, run
+    abreast. Prefill is compute-bound and gains nothing from grouping, so this buys quality for
+    nothing. Members are slices of the wide weights; there is no second copy.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -172,7 +172,7 @@ class SequentialPrefill:
 
 
 class MemberCache:
-    """Stands in for the KV cache while one member runs: collects what the member would store."""
+    """Replaces the KV cache while one member runs: collects what the member would store."""
 
     def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         self.past = past
@@ -199,17 +199,17 @@ def _one_by_one(
     heads = attention.config.num_key_value_heads
     past = _past(cache, index)
     if isinstance(attention_mask, torch.Tensor):
-        # A static cache's mask spans all of its room; the members see only what is filled.
+        # A static cache's mask spans its whole capacity; the members see only the filled part.
         seen = x.shape[1] + (past[0].shape[-2] if past is not None else 0)
         attention_mask = attention_mask[..., :seen]
     stored = []
     for member in range(members):
-        mine = slice(member * heads, (member + 1) * heads)
-        own = MemberCache((past[0][:, mine], past[1][:, mine]) if past is not None else None)
+        own = slice(member * heads, (member + 1) * heads)
+        collector = MemberCache((past[0][:, own], past[1][:, own]) if past is not None else None)
         weights = {n: _member_of(layer, n, p, member) for n, p in narrow.named_parameters()}
-        given = {**kwargs, "attention_mask": attention_mask, "past_key_values": own}
-        x = torch.func.functional_call(narrow, weights, (x,), given)
-        stored.append(own.new)
+        arguments = {**kwargs, "attention_mask": attention_mask, "past_key_values": collector}
+        x = torch.func.functional_call(narrow, weights, (x,), arguments)
+        stored.append(collector.new)
     if cache is not None:
         keys, values = (torch.cat(parts, 1) for parts in zip(*stored, strict=True))
         cache.update(keys, values, index)
@@ -222,12 +222,12 @@ def _past(cache: Any, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         return None
     entry = cache.layers[index]
     if getattr(entry, "is_sliding", False) and entry.is_compileable:
-        raise ValueError("sequential prefill cannot go on from a static sliding-window cache")
+        raise ValueError("sequential prefill cannot continue from a static sliding-window cache")
     return entry.keys[:, :, :length], entry.values[:, :, :length]
 
 
 def _member_of(layer: Any, name: str, like: torch.Tensor, member: int) -> torch.Tensor:
-    """The slice of a group's parameter that belongs to one member and has the shape of `like`."""
+    """One member's slice of a group's parameter, in the shape of `like`."""
     holder = layer.get_submodule(name.rpartition(".")[0])
     wide, members = layer.get_parameter(name), layer.members
     if wide.shape == like.shape:
@@ -242,8 +242,7 @@ def _member_of(layer: Any, name: str, like: torch.Tensor, member: int) -> torch.
     if packed and not isinstance(holder, MemberLinear):
         parts = _packed_parts(layer, name, like)
         starts = [members * sum(parts[:i]) + member * part for i, part in enumerate(parts)]
-        pieces = [wide[a : a + part] for a, part in zip(starts, parts, strict=True)]
-        return torch.cat(pieces)
+        return torch.cat([wide[a : a + part] for a, part in zip(starts, parts, strict=True)])
     side = next(d for d in range(wide.dim()) if wide.shape[d] != like.shape[d])
     return wide.narrow(side, member * like.shape[side], like.shape[side])
 
@@ -256,13 +255,13 @@ def _packed_parts(layer: Any, name: str, like: torch.Tensor) -> list[int]:
 
 
 def _mix(module: Any, mixin: type) -> None:
-    """Put `mixin` before the class of a module; what looks for that class still finds it."""
+    """Put `mixin` before the class of a module, which stays an instance of that class."""
     module.__class__ = _mixed(module.__class__, mixin)
 
 
 @functools.cache
 def _mixed(kind: Any, mixin: Any) -> type:
-    # Under its old name, by which accelerate knows which modules must not be split over devices.
+    # Under its old name, by which accelerate tells which modules must not be split over devices.
     return type(kind.__name__, (mixin, kind), {"__module__": __name__})
 
 
@@ -290,10 +289,10 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
     down = getattr(mlp, out)
     if sandwiched:
         setattr(mlp, out, MemberLinear(down, members, "columns"))
-        for place, add in ((0, bypass is None), (2, True)):
-            norm = getattr(layer, norms[place])
+        for name, adds in ((norms[0], bypass is None), (norms[2], True)):
+            norm = getattr(layer, name)
             norm.weight = nn.Parameter(norm.weight.data.expand(members, hidden).clone())
-            if add:
+            if adds:
                 _mix(norm, AddMembers)
     if bypass is None:
         return
@@ -312,7 +311,7 @@ def _remember_members(
     """Let the layer of a group run its members one by one, see SequentialPrefill."""
     with torch.device("meta"):
         narrow = stock(copy.copy(bare), layer.self_attn.layer_idx)
-    # In a list, so that its parameters, which only lend their shapes, are not the layer's own.
+    # In a list, so that its parameters, which only provide shapes, are not registered.
     layer.members, layer.main_config, layer.narrow = members, config, [narrow.eval()]
     _mix(layer, SequentialPrefill)
 
@@ -320,7 +319,7 @@ def _remember_members(
 def _check_widths(config: PreTrainedConfig) -> None:
     """Every layer's heads must share its KV heads evenly; hidden_size need not divide by them."""
     for index, layer in enumerate(config.per_layer_config):
-        # Left out, it means as many; some versions check before they fill it in.
+        # None means as many as heads; some versions check before they fill it in.
         if layer.num_attention_heads % (layer.num_key_value_heads or layer.num_attention_heads):
             raise ValueError(
                 f"layer {index}: {layer.num_attention_heads} attention heads cannot share "
@@ -329,7 +328,7 @@ def _check_widths(config: PreTrainedConfig) -> None:
 
 
 def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy without layers and without widths of their own, for constructors that know none."""
+    """A copy without layers or per-layer widths, for constructors that know none."""
     bare = copy.copy(config)
     bare.__dict__.pop("_heterogeneity_spec", None)
     bare.num_hidden_layers = 0
@@ -337,12 +336,12 @@ def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 class LayersOfOwnWidth(PreTrainedModel):
-    """Mixed in before a stock model: builds it without layers, then gives it layers of own width.
+    """Mixed in before a stock model: builds it without layers, then adds layers of their own width.
 
-    The models and everything in their layers are pointed at the one main config afterwards. Left
-    with their per-layer copies, attention modules would miss a later change of the attention
-    implementation and silently run without a causal mask. The rotary embedding keeps the bare copy:
-    several kinds of RoPE scaling read the number of heads, which the main config refuses to name.
+    Afterwards the models and everything in their layers share the one main config. With per-layer
+    copies, attention modules would miss a later change of the attention implementation and silently
+    run without a causal mask. The rotary embedding keeps the bare copy: several kinds of RoPE
+    scaling read the number of heads, which the main config refuses to name.
     """
 
     layer_class: type[nn.Module]
@@ -363,13 +362,13 @@ class LayersOfOwnWidth(PreTrainedModel):
                 _remember_members(layers[-1], self.layer_class, members, bare, config)
         self.base_model.layers = layers
         for module in (self, self.base_model, *layers.modules()):
-            # Phi 3 reads the number of heads while it runs, and so has to keep its layer's copy.
+            # Phi 3 reads the number of heads while it runs, so it has to keep its layer's copy.
             if hasattr(module, "config") and not isinstance(module, Phi3Attention):
                 module.config = config
         self.post_init()
         if "abreast_members" in (config.per_layer_attributes or ()):
-            # The family's plan would cut right through the members. Without one, every rank holds
-            # and computes everything: no gain, but right.
+            # The family's plan would cut through the members. Without one, every rank holds and
+            # computes everything: no gain, but correct.
             self.tp_plan = None
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
@@ -384,7 +383,7 @@ _MADE: dict[str, Any] = {}
 
 
 def _make(family: str) -> None:
-    """Make the three classes of one family and remember them under their names."""
+    """Make the three classes of one family and store them by name."""
     name = FAMILIES[family]
     stock = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     inner = "Gemma3Text" if family == "Gemma3" else family
@@ -398,7 +397,7 @@ def _make(family: str) -> None:
                 **own,
                 "model_type": f"abreast_{stock_config.model_type}",
                 "validate_architecture": _check_widths,
-                # Phi 3's reads the number of heads, of which only a copy without widths has one.
+                # Phi 3's reads the number of heads, which only a copy without widths has.
                 "validate_rope": lambda self: stock_config.validate_rope(_without_layers(self)),
             },
         )
@@ -444,7 +443,7 @@ def register(family: str) -> None:
     AutoModelForCausalLM.register(config, causal)
 
 
-# As remote code, auto_map leads here; registering would push aside an installed abreast.
+# As remote code, auto_map leads here, and registering would replace an installed abreast's classes.
 if __name__ == "abreast.modeling":
     for _family in FAMILIES:
         register(_family)
