@@ -32,13 +32,12 @@ from abreast.evaluate.statistics import metric_stderr
 from abreast.families import num_layers_of
 from abreast.model import inference, load
 from abreast.plan import Plan
-from abreast.runs import model_hash, open_run
+from abreast.runs import model_hash, open_run, versions_of
 
 OFFLINE = "offline"
 FOLDER = Path(__file__).with_name("offline")
 FEWSHOT_SEED = 1234  # the harness's own, so that examples are those of published numbers
 Step = Callable[[str], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def evaluate_tasks(
     against_revision: str | None = None,
     trust_remote_code: bool = False,
     step: Step = lambda message: None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run tasks on a model and, after it, on the one to compare it with.
 
@@ -163,7 +162,7 @@ def evaluate_tasks(
         "add_bos": add_bos,
         "dtype": dtype,
         "device": device,
-        "versions": _versions(),
+        "versions": versions_of(("lm_eval", "torch", "transformers")),
     }
     if out is not None:
         open_run(Path(out), "comparison", {"format": 1})
@@ -383,15 +382,6 @@ def _prepare(name: str, task: Any, num_fewshot: int | None, limit: int | None, s
 
 def _shots(task: Any) -> int:
     return int(task.get_config("num_fewshot") or 0)
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    from abreast.version import __version__
-
-    names = ("lm_eval", "torch", "transformers")
-    return {"abreast": __version__, **{name: version(name) for name in names}}
 
 
 def _plan(folder: Path, plan: Plan | str | None) -> Plan | None:

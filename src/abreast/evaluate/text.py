@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -427,15 +427,10 @@ def _batches(
     spans: list[tuple[int, int, int]], batch_size: int
 ) -> Iterator[list[tuple[int, int, int]]]:
     """Consecutive windows of one length; only the last can be shorter, and then goes alone."""
-    batch: list[tuple[int, int, int]] = []
-    for span in spans:
-        ragged = batch and span[1] - span[0] != batch[0][1] - batch[0][0]
-        if len(batch) == batch_size or ragged:
-            yield batch
-            batch = []
-        batch.append(span)
-    if batch:
-        yield batch
+    for _, equal in groupby(spans, key=lambda span: span[1] - span[0]):
+        run = list(equal)
+        for start in range(0, len(run), batch_size):
+            yield run[start : start + batch_size]
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Tensor:

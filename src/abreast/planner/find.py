@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import read_json, resolve, write
 from abreast.convert import convert
-from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, num_layers_of
 from abreast.model import decoder_layers, load
 from abreast.plan import Group, Plan
@@ -19,6 +18,7 @@ from abreast.planner.calibration import (
     KEEP,
     SCREEN,
     Calibration,
+    Progress,
     full_forwards,
     saved_or_measured,
     score,
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROFILED_TOKENS = 16  # decoded per round of a profile
-Step = Callable[[str], None]
-Progress = Callable[[int, int], None]
 Series = Mapping[str, Mapping[Plan, Cost]]
 
 
@@ -96,7 +94,7 @@ def check_depth(calibration: Calibration, depth: int | None) -> int:
     free = dict.fromkeys(calibration.candidates, 0.0)
     depths = [reached for reached in additive(num_layers, free) if reached < num_layers]
     if depth is not None and depth not in depths:
-        raise AbreastError(unreachable(depth, num_layers, depths))
+        raise unreachable(depth, num_layers, depths)
     return min(depths)
 
 
@@ -112,7 +110,7 @@ def find_plan(
     screen: float = SCREEN,
     keep: float = KEEP,
     objective: Objective = KL,
-    step: Step = lambda message: None,
+    step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> Planned:
     """Measure what has not been measured, search as deep as the budget goes, choose.
@@ -219,7 +217,7 @@ def profile_here(
     context: int = 128,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    step: Step = lambda message: None,
+    step: Callable[[str], None] = lambda message: None,
 ) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
     path = Path(out) / "profile.json"

@@ -283,7 +283,7 @@ class Front:
         """
         meeting = [plan for plan, cost in self.plans.items() if budget.met(plan, cost, profile)]
         if not meeting:
-            raise AbreastError(self._nearest(budget, profile))
+            raise self._unmet(budget, profile)
 
         def latency(plan: Plan) -> float:
             return profile.latency(plan) if profile is not None else float(plan.depth)
@@ -295,22 +295,28 @@ class Front:
         others = {plan for plan in meeting if plan.depth == first.depth} - {first}
         return [first, *sorted(others, key=self.rank)][:best]
 
-    def _nearest(self, budget: Budget, profile: Profile | None) -> str:
+    def _unmet(self, budget: Budget, profile: Profile | None) -> AbreastError:
         if not self.plans:
-            return "no plan has been measured; run `abreast plan` on this folder first"
+            return AbreastError(
+                "no plan has been measured; run `abreast plan` on this folder first"
+            )
         if budget.depth is not None:
             return unreachable(budget.depth, self.stats.num_layers, self.best())
         if budget.max_kl is not None:
             least = min(cost.kl for cost in self.plans.values())
-            return f"no plan has a KL of at most {budget.max_kl:g}; the least is {least:.2g}"
-        if budget.max_ppl_increase is not None:
+            message = f"no plan has a KL of at most {budget.max_kl:g}; the least is {least:.2g}"
+        elif budget.max_ppl_increase is not None:
             least = min(cost.ppl_increase for cost in self.plans.values())
-            return (
+            message = (
                 f"no plan raises the perplexity by at most {budget.max_ppl_increase:.2%}; "
                 f"the least is {least:.2%}"
             )
-        most = max(_required(profile).speedup(plan) for plan in self.plans)
-        return f"no plan is predicted to be {budget.speedup:g}x faster; the most is {most:.2f}x"
+        else:
+            most = max(_required(profile).speedup(plan) for plan in self.plans)
+            message = (
+                f"no plan is predicted to be {budget.speedup:g}x faster; the most is {most:.2f}x"
+            )
+        return AbreastError(message)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the statistics as JSON-ready values."""
@@ -321,10 +327,10 @@ class Front:
         }
 
 
-def unreachable(depth: int, num_layers: int, reachable: Iterable[int]) -> str:
-    """Message for a depth that no plan has, naming the nearest of those that some plan has."""
+def unreachable(depth: int, num_layers: int, reachable: Iterable[int]) -> AbreastError:
+    """The error for a depth that no plan has, naming the nearest of those that some plan has."""
     nearest = min(reachable, key=lambda other: (abs(other - depth), other))
-    return (
+    return AbreastError(
         f"depth {depth} cannot be reached from {num_layers} layers with these groups; "
         f"the nearest is {nearest} (larger groups: --max-group)"
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         to_csv,
         token_stream,
         tokens_hash,
+        versions_of,
         whole_windows,
         window_bytes,
         windows_at_once,

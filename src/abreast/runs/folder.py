@@ -221,10 +221,7 @@ def record_environment(out: str | Path, device: str, command: Sequence[str] | No
 
 def environment(device: str, command: Sequence[str] | None = None) -> dict[str, Any]:
     """The record of `record_environment`."""
-    versions = {"python": platform.python_version(), "abreast": __version__}
-    for package in ("torch", "transformers", "safetensors", "numpy"):
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    packages = ("torch", "transformers", "safetensors", "numpy")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": list(command) if command is not None else None,
@@ -232,8 +229,17 @@ def environment(device: str, command: Sequence[str] | None = None) -> dict[str, 
         "device": device,
         "hardware": {"cores": os.cpu_count(), **hardware(device)},
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **versions_of(packages)},
     }
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of abreast and of those packages that are installed."""
+    versions = {"abreast": __version__}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def hardware(device: str) -> dict[str, Any]:
