@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.evaluate.accuracy import Evaluation
     from abreast.evaluate.statistics import ratio_of_means
-    from abreast.evaluate.tasks import Tasks, evaluate_tasks, find_tasks, local_data
+    from abreast.evaluate.tasks import Evaluation, Tasks, evaluate_tasks, find_tasks, local_data
     from abreast.evaluate.text import (
         Comparison,
         Perplexity,
