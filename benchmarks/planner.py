@@ -18,7 +18,7 @@ from abreast.data import HELD_OUT
 from abreast.demo import model_folder
 from abreast.planner.calibration import calibrate, candidates, difference, score
 from abreast.planner.find import find_plan
-from abreast.planner.front import Budget
+from abreast.planner.front import Budget, CalibrationSettings
 from abreast.planner.objective import KL
 from abreast.planner.search import by_similarity, contiguous
 from abreast.report import draw_costs
@@ -33,20 +33,26 @@ parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
 
 model = model_folder()
-common = {"dtype": "float32", "seed": arguments.seed}
-wide = {"max_group": arguments.max_group, "wirings": arguments.wirings.split(",")}
-made = calibrate(
-    model, arguments.out / "calibration", num_windows=arguments.windows, **common, **wide
+settings = CalibrationSettings(
+    num_windows=arguments.windows,
+    max_group=arguments.max_group,
+    wirings=tuple(arguments.wirings.split(",")),
+    dtype="float32",
+    seed=arguments.seed,
 )
+made = calibrate(model, arguments.out / "calibration", settings)
 planned = find_plan(
     made, arguments.out, Budget(depth=9), step=lambda text: print(f"  {text}", flush=True)
 )
 held_out = calibrate(
     model,
     arguments.out / "held-out",
-    data=HELD_OUT,
-    num_windows=arguments.held_out_windows,
-    **common,
+    CalibrationSettings(
+        data=HELD_OUT,
+        num_windows=arguments.held_out_windows,
+        dtype="float32",
+        seed=arguments.seed,
+    ),
 )
 stats = planned.front.stats
 config = json.loads((model / "config.json").read_text())

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 
 from abreast.demo import model_folder
-from abreast.planner import Budget, Objective, calibrate, find_plan
+from abreast.planner import Budget, CalibrationSettings, Objective, calibrate, find_plan
 
 CAUTIOUS = Objective(
     name="KL+2se",
@@ -30,9 +30,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as run:
-        calibration = calibrate(
-            arguments.model, run, num_windows=arguments.windows, window=128, dtype="float32"
-        )
+        settings = CalibrationSettings(num_windows=arguments.windows, window=128, dtype="float32")
+        calibration = calibrate(arguments.model, run, settings)
         budget = Budget(depth=arguments.depth)
         by_kl = find_plan(calibration, run, budget)
         # What was measured for the first search is not measured again.

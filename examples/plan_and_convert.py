@@ -12,7 +12,7 @@ import abreast
 from abreast.data import load_tokens
 from abreast.demo import model_folder
 from abreast.evaluate import compare
-from abreast.planner import Budget, calibrate, find_plan
+from abreast.planner import Budget, CalibrationSettings, calibrate, find_plan
 
 
 def main() -> None:
@@ -26,9 +26,10 @@ def main() -> None:
 
     # Measure every candidate group, then whole plans. Keep the folder to search again for less.
     with tempfile.TemporaryDirectory() as run:
-        calibration = calibrate(
-            arguments.model, run, num_windows=arguments.windows, window=128, dtype=arguments.dtype
+        settings = CalibrationSettings(
+            num_windows=arguments.windows, window=128, dtype=arguments.dtype
         )
+        calibration = calibrate(arguments.model, run, settings)
         planned = find_plan(calibration, run, Budget(depth=arguments.depth), step=print)
     print(f"plan {planned.plan.shorthand}, expected KL {planned.expected.kl:.4f} nats per token")
 

@@ -118,7 +118,7 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     from abreast.data import TokenStream
     from abreast.planner.calibration import calibrate
     from abreast.planner.find import find_plan
-    from abreast.planner.front import Budget
+    from abreast.planner.front import Budget, CalibrationSettings
 
     root = tmp_path_factory.mktemp("play")
     model, run = root / "a <b>bold ${1+1}", root / "run"
@@ -135,9 +135,8 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     found = calibrate(
         model,
         run / "calibration",
-        data=TokenStream(tokens, "random", 1, 256),
-        num_windows=8,
-        window=32,
+        CalibrationSettings(num_windows=8, window=32),
+        stream=TokenStream(tokens, "random", 1, 256),
     )
     plan = find_plan(found, run, Budget(depth=4)).plan
     (run / "plans" / "depth-4-x").mkdir(parents=True)

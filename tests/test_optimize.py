@@ -24,7 +24,16 @@ from abreast.planner.find import (
     find_plan,
     measured_profile,
 )
-from abreast.planner.front import Budget, Front, Profile, Stats, explain, kind_of, reasons
+from abreast.planner.front import (
+    Budget,
+    CalibrationSettings,
+    Front,
+    Profile,
+    Stats,
+    explain,
+    kind_of,
+    reasons,
+)
 from abreast.planner.objective import Cost
 from abreast.report.records import read_run
 
@@ -43,8 +52,8 @@ def folder(tiny_checkpoint):
 
 
 def calibration(folder, out, **options):
-    settings = {"data": text(), "num_windows": WINDOWS, "window": WINDOW, "batch_size": 4}
-    return calibrate(folder, out / "calibration", **{**settings, **options})
+    settings = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 4, **options}
+    return calibrate(folder, out / "calibration", CalibrationSettings(**settings), stream=text())
 
 
 def cost(kl: float, loss: float = 0.0) -> Cost:
@@ -174,9 +183,8 @@ def test_refining_takes_at_most_five_forward_passes_per_group(folder, tmp_path):
 
 def test_baselines_are_measured_on_the_other_text(folder, tmp_path):
     found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    other = calibrate(
-        folder, tmp_path / "held-out", data=text(1), num_windows=WINDOWS, window=WINDOW
-    )
+    settings = CalibrationSettings(num_windows=WINDOWS, window=WINDOW)
+    other = calibrate(folder, tmp_path / "held-out", settings, stream=text(1))
     series = baselines(found, other, tmp_path, seed=0)
     assert set(series) == {"planner", "contiguous", "similarity", "angular", "random"}
     assert [plan.depth for plan in series["planner"]] == [7, 6, 5]
@@ -224,7 +232,9 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     from abreast.demo import model_folder
 
     counted = Counted(monkeypatch, "convert", "verify", "compare", "bench")
-    made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=32)
+    made = calibrate(
+        model_folder(), tmp_path / "calibration", CalibrationSettings(num_windows=8, window=32)
+    )
     planned = find_plan(made, tmp_path, Budget(depth=14), per_group=1)
     options = {"checks": QUICK, "command": ["abreast", "optimize", "and so on"]}
     result = optimize(model_folder(), tmp_path, planned, **options)
@@ -250,7 +260,9 @@ def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
     from abreast.demo import model_folder
 
     counted = Counted(monkeypatch, "heal", "convert")
-    made = calibrate(model_folder(), tmp_path / "calibration", num_windows=8, window=64)
+    made = calibrate(
+        model_folder(), tmp_path / "calibration", CalibrationSettings(num_windows=8, window=64)
+    )
     planned = find_plan(made, tmp_path, Budget(depth=14), per_group=2, best=2)
     assert len(planned.others) == 1 and planned.others[0].depth == 14
     options = {"checks": QUICK}

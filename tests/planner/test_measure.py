@@ -23,7 +23,7 @@ from abreast.planner.calibration import (
     measure,
     score,
 )
-from abreast.planner.front import Stats
+from abreast.planner.front import CalibrationSettings, Stats
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 6
 
@@ -34,8 +34,9 @@ def text(seed: int = 0, windows: int = WINDOWS) -> TokenStream:
 
 
 def run(model, out, **options):
-    settings = {"data": text(), "num_windows": WINDOWS, "window": WINDOW, "batch_size": 2}
-    return calibrate(model, out, **{**settings, **options})
+    stream = options.pop("stream", None) or (None if "data" in options else text())
+    settings = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 2, **options}
+    return calibrate(model, out, CalibrationSettings(**settings), stream=stream)
 
 
 def test_costs_are_those_of_the_grouped_model(tiny_checkpoint, tmp_path):
@@ -99,13 +100,13 @@ def test_stats_file_holds_what_was_measured(tiny_checkpoint, tmp_path):
 
 
 def test_all_of_the_text_for_the_better_candidates_only(tiny_checkpoint, tmp_path):
-    stats = measure(run(tiny_checkpoint(), tmp_path / "run", wirings=["lp", "cqil"]), keep=0.5)
+    stats = measure(run(tiny_checkpoint(), tmp_path / "run", wirings=["lp", "cqil"], keep=0.5))
     scored = {group: cost.tokens for group, cost in stats.groups.items()}
     part, whole = 2 * (WINDOW - 1), WINDOWS * (WINDOW - 1)
     assert sorted(scored.values()) == [part] * 4 + [whole] * 2
     kept = {group.layers for group, tokens in scored.items() if tokens == whole}
     assert len(kept) == 2
-    every = measure(run(tiny_checkpoint(), tmp_path / "all"), screen=1, keep=1)
+    every = measure(run(tiny_checkpoint(), tmp_path / "all", screen=1, keep=1))
     assert {cost.tokens for cost in every.groups.values()} == {whole}
 
 
@@ -147,8 +148,8 @@ def _lines(folder) -> int:
 
 def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint(num_layers=10)
-    options = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 1}
-    foretold = expect(folder, **options)
+    settings = CalibrationSettings(num_windows=WINDOWS, window=WINDOW, batch_size=1)
+    foretold = expect(folder, settings)
     calibration = run(folder, tmp_path / "run", batch_size=1)
     stats = measure(calibration)
     assert 0.6 * foretold.full_forwards < stats.full_forwards <= foretold.full_forwards
@@ -169,7 +170,8 @@ def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("wirings", [["lp"], ["lp", "cqil-full"]], ids="-".join)
 def test_measuring_32_layers_takes_at_most_20_forward_passes(tiny_checkpoint, wirings):
     folder = tiny_checkpoint(num_layers=32)
-    assert expect(folder, num_windows=128, window=WINDOW, wirings=wirings).full_forwards <= 20
+    settings = CalibrationSettings(num_windows=128, window=WINDOW, wirings=tuple(wirings))
+    assert expect(folder, settings).full_forwards <= 20
 
 
 def planted(folder, independent: list[tuple[int, int]]):
@@ -223,7 +225,7 @@ def test_planted_independent_pairs_are_found(tiny_checkpoint, tmp_path):
         ({"num_windows": 7}, "the number of windows is 7; give at least 8"),
         ({"window": 1}, "the window is 1"),
         ({"batch_size": 0}, "the batch size is 0"),
-        ({"data": text(windows=3)}, "gives 3 windows of 32 tokens, too few"),
+        ({"stream": text(windows=3)}, "gives 3 windows of 32 tokens, too few"),
         ({"dtype": "float13"}, "dtype 'float13' is not one of"),
         ({"max_cache_bytes": 1000}, "what is kept of one window needs"),
         ({"data": "stdlib"}, "has no tokenizer"),
@@ -250,7 +252,7 @@ def test_statistics_of_something_else_are_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(AbreastError, match="holds a measure with other model; choose a new"):
         run(tiny_checkpoint(seed=1), tmp_path / "run")
     with pytest.raises(AbreastError, match="with other tokens"):
-        run(tiny_checkpoint(), tmp_path / "run", data=text(1))
+        run(tiny_checkpoint(), tmp_path / "run", stream=text(1))
     with pytest.raises(AbreastError, match="with other seed"):
         run(tiny_checkpoint(), tmp_path / "run", seed=1)
     run(tiny_checkpoint(), tmp_path / "run")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from abreast.data import TokenStream
-from abreast.planner import Budget, Objective, calibrate, explain, find_plan
+from abreast.planner import Budget, CalibrationSettings, Objective, calibrate, explain, find_plan
 from abreast.planner.front import reasons
 
 GAIN = Objective(
@@ -23,10 +23,8 @@ def test_an_objective_from_outside_ranks_candidates_plans_and_reasons(tiny_check
     calibration = calibrate(
         tiny_checkpoint(num_layers=8),
         tmp_path / "calibration",
-        data=data,
-        num_windows=8,
-        window=32,
-        batch_size=4,
+        CalibrationSettings(num_windows=8, window=32, batch_size=4),
+        stream=data,
     )
     messages: list[str] = []
     found = find_plan(calibration, tmp_path, Budget(depth=7), objective=GAIN, step=messages.append)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,7 +14,7 @@ from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
-    from abreast.planner import Budget, Calibration, CalibrationSettings, Planned
+    from abreast.planner import Budget, CalibrationSettings, Planned
 
 out_option = click.option(
     "-o", "--out", required=True, help="Run folder; a later call resumes from it."
@@ -56,13 +56,11 @@ def measure(
 
     Writes OUT/calibration/stats.safetensors. An interrupted run resumes.
     """
-    from abreast.planner import expect
+    from abreast.planner import calibrate, expect
     from abreast.planner import measure as run
 
     if dry_run:
-        expected = expect(
-            model, **_fields(calibration, "data", "device", "seed", "trust_remote_code")
-        )
+        expected = expect(model, calibration)
         if as_json:
             return console.print_json(expected.__dict__)
         return console.print_table(
@@ -73,9 +71,9 @@ def measure(
                 "kept states": console.bytes_text(expected.activations),
             }
         )
-    opened = _open(model, out, "calibration", calibration)
+    opened = calibrate(model, Path(out) / "calibration", calibration)
     with console.progress_bar("measure", as_json) as progress:
-        stats = run(opened, screen=calibration.screen, keep=calibration.keep, progress=progress)
+        stats = run(opened, progress=progress)
     if as_json:
         groups = {group.shorthand: cost.__dict__ for group, cost in stats.groups.items()}
         record = {"loss": stats.loss, "full_forwards": stats.full_forwards, "groups": groups}
@@ -265,6 +263,7 @@ def _find(
     """Calibrate, profile where speed matters, search, compare with baselines, draw."""
     from abreast.planner import (
         baselines,
+        calibrate,
         check_depth,
         estimated_profile,
         find_plan,
@@ -275,25 +274,16 @@ def _find(
 
     if search.plots:
         check_drawing()
-    calibration = _open(model, out, "calibration", settings)
+    calibration = calibrate(model, out / "calibration", settings)
     check_depth(calibration, budget.depth)
     if command is not None:
         record_environment(out, settings.device, command)
-    groups, profile, revision = calibration.candidates, None, settings.revision
+    profile = None
     if search.hardware is not None:
+        groups, revision = calibration.candidates, settings.revision
         profile = estimated_profile(model, groups, search.hardware, revision=revision)
     elif timed or budget.speedup is not None:
-        profile = profile_here(
-            model,
-            groups,
-            out,
-            dtype=settings.dtype,
-            device=settings.device,
-            seed=settings.seed,
-            revision=revision,
-            trust_remote_code=settings.trust_remote_code,
-            step=console.say,
-        )
+        profile = profile_here(calibration, out, step=console.say)
     with console.progress_bar("plan", as_json) as progress:
         planned = find_plan(
             calibration,
@@ -302,8 +292,6 @@ def _find(
             profile=profile,
             best=best,
             per_group=search.per_group,
-            screen=settings.screen,
-            keep=settings.keep,
             step=console.say,
             progress=progress,
         )
@@ -311,21 +299,11 @@ def _find(
         if compare_baselines:
             console.say("measure the published ways to choose, and the front, on held-out text")
             other_text = replace(settings, data=search.baseline_data, num_windows=32)
-            held_out = _open(model, out, "held-out", other_text)
+            held_out = calibrate(model, out / "held-out", other_text)
             series = baselines(planned, held_out, out, seed=settings.seed, progress=progress)
     if search.plots:
         draw_front(planned, series, out)
     return planned
-
-
-def _open(model: str, out: str | Path, name: str, settings: CalibrationSettings) -> Calibration:
-    from abreast.planner import calibrate
-
-    return calibrate(model, Path(out) / name, **_fields(settings, "screen", "keep"))
-
-
-def _fields(settings: CalibrationSettings, *without: str) -> dict[str, Any]:
-    return {name: value for name, value in asdict(settings).items() if name not in without}
 
 
 def _print_plan(planned: Planned) -> None:

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint, replacing
 from abreast.convert import obstacle
-from abreast.data import CALIBRATION, TokenStream
+from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate import ratio_of_means
 from abreast.families import FAMILIES, num_layers_of, positive
@@ -38,7 +38,7 @@ from abreast.model import (
     run_programs,
 )
 from abreast.plan import WIRING_NAMES, Group, Plan
-from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
+from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, CalibrationSettings, Stats
 from abreast.planner.objective import KL, Cost, Objective
 from abreast.runs import (
     JOURNAL,
@@ -60,7 +60,6 @@ Progress = Callable[[int, int], None]
 KIND = "measure"
 GEOMETRY = "geometry.safetensors"
 MIN_WINDOWS = 8
-SCREEN, KEEP = 0.125, 0.6
 DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 
 
@@ -79,17 +78,16 @@ class Calibration:
     size: int
     candidates: tuple[Group, ...]
     identity: dict[str, Any]
-    device: str
-    trust_remote_code: bool
+    settings: CalibrationSettings
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model, loaded at first use."""
         model, _ = load(
             self.checkpoint,
-            dtype=self.identity["dtype"],
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
+            dtype=self.settings.dtype,
+            device=self.settings.device,
+            trust_remote_code=self.settings.trust_remote_code,
         )
         return model
 
@@ -158,48 +156,43 @@ def candidates(
 def calibrate(
     model: str | Path,
     out: str | Path,
+    settings: CalibrationSettings,
     *,
-    data: str | TokenStream = CALIBRATION,
-    num_windows: int = 128,
-    window: int = 256,
-    max_group: int = 2,
-    wirings: Sequence[str] = ("lp",),
-    force: bool = False,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "cpu",
-    batch_size: int = 16,
-    max_cache_bytes: int = 2**30,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
+    stream: TokenStream | None = None,
 ) -> Calibration:
     """Read a model's headers and its calibration text, and open folder `out` for a run on them.
 
-    model: folder or Hugging Face id of an original of any family that can run grouped. data: a
-    source as for `load_tokens`, or a stream. num_windows: windows of `window` tokens, all but the
-    first of which are scored. max_group, wirings, force: see `candidates`. batch_size: windows at
-    once, fewer where their hidden states and logits would exceed max_cache_bytes.
+    model: folder or Hugging Face id of an original of any family that can run grouped. stream:
+    measure on this instead of the source in the settings.
 
     Raises AbreastError for fewer than MIN_WINDOWS windows of text, a folder with a run on another
     model, other text or sizes, or anything else in it, and as `load` and `load_tokens` do.
     """
+    window = settings.window
     check_least(
         {
-            "the number of windows": (num_windows, MIN_WINDOWS),
+            "the number of windows": (settings.num_windows, MIN_WINDOWS),
             "the window": (window, 2),
-            "the batch size": (batch_size, 1),
+            "the batch size": (settings.batch_size, 1),
         }
     )
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(model, revision=settings.revision)
     config = checkpoint.config
-    groups = candidates(config, max_group=max_group, wirings=wirings, force=force)
+    groups = _candidates(config, settings)
     tokenizer = None
-    if not isinstance(data, TokenStream):
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust_remote_code)
-    data = token_stream(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
+    if stream is None:
+        trust = settings.trust_remote_code
+        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust)
+    stream = token_stream(
+        settings.data if stream is None else stream,
+        tokenizer,
+        str(model),
+        max_tokens=settings.num_windows * window,
+        seed=settings.seed,
+    )
     tokens = whole_windows(
-        data,
-        num_windows,
+        stream,
+        settings.num_windows,
         window,
         longest=config.get("max_position_embeddings"),
         vocabulary=positive(config, "vocab_size"),
@@ -209,69 +202,45 @@ def calibrate(
             f"the data gives {len(tokens)} windows of {window} tokens, too few to tell plans "
             f"apart; name a text of at least {MIN_WINDOWS * window} tokens"
         )
-    window_cache = _window_cache(checkpoint, window, dtype)
-    size = min(len(tokens), batch_size, windows_at_once(window_cache, max_cache_bytes))
+    num_layers, cache = num_layers_of(config), _window_cache(checkpoint, settings)
+    size = min(len(tokens), settings.batch_size, windows_at_once(cache, settings.max_cache_bytes))
     identity = identity_of(
         checkpoint.folder,
         tokens,
-        num_layers=num_layers_of(config),
+        num_layers=num_layers,
         batch=size,
-        seed=seed,
-        dtype=dtype,
+        seed=settings.seed,
+        dtype=settings.dtype,
     )
-    return Calibration(
-        folder=open_run(Path(out), KIND, identity),
-        checkpoint=checkpoint.folder,
-        source=str(model),
-        tokens=tokens,
-        size=size,
-        candidates=groups,
-        identity=identity,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    run = open_run(Path(out), KIND, identity)
+    return Calibration(run, checkpoint.folder, str(model), tokens, size, groups, identity, settings)
 
 
-def expect(
-    model: str | Path,
-    *,
-    num_windows: int = 128,
-    window: int = 256,
-    max_group: int = 2,
-    wirings: Sequence[str] = ("lp",),
-    force: bool = False,
-    dtype: str = "auto",
-    batch_size: int = 16,
-    max_cache_bytes: int = 2**30,
-    screen: float = SCREEN,
-    keep: float = KEEP,
-    revision: str | None = None,
-) -> Expected:
-    """Cost of `measure` with these arguments, from config and headers, reading no weights.
+def expect(model: str | Path, settings: CalibrationSettings) -> Expected:
+    """Cost of `measure` with these settings, from config and headers, reading no weights.
 
     full_forwards is an upper limit: as if the candidates that take longest were kept.
     """
-    checkpoint = open_checkpoint(model, revision=revision)
-    config = checkpoint.config
-    groups = candidates(config, max_group=max_group, wirings=wirings, force=force)
-    num_layers = num_layers_of(config)
-    window_cache = _window_cache(checkpoint, window, dtype)
-    size = min(num_windows, batch_size, windows_at_once(window_cache, max_cache_bytes))
+    checkpoint = open_checkpoint(model, revision=settings.revision)
+    groups = _candidates(checkpoint.config, settings)
+    num_layers, cache = num_layers_of(checkpoint.config), _window_cache(checkpoint, settings)
+    num_windows, at_once = settings.num_windows, windows_at_once(cache, settings.max_cache_bytes)
+    size = min(num_windows, settings.batch_size, at_once)
     batches = math.ceil(num_windows / size)
-    share = _num_screened(batches, screen) / batches
+    share = _num_screened(batches, settings.screen) / batches
     # A candidate shares the layers before it with the original.
     screened = sum(num_layers - group.layers[0] for group in groups)
     stretches = {group.layers for group in groups}
     longest_first = sorted((num_layers - layers[0] for layers in stretches), reverse=True)
-    measured = sum(longest_first[: math.ceil(keep * len(stretches))])
+    measured = sum(longest_first[: math.ceil(settings.keep * len(stretches))])
     dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
     layers_run = 2 * num_layers + dependency + share * screened + (1 - share) * measured
     return Expected(
         candidates=len(groups),
         full_forwards=layers_run / num_layers,
         weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        * _loaded_dtype(checkpoint, dtype).itemsize,
-        activations=size * window_cache,
+        * _loaded_dtype(checkpoint, settings.dtype).itemsize,
+        activations=size * cache,
     )
 
 
@@ -332,23 +301,18 @@ def _evaluate(
 
 
 def measure(
-    calibration: Calibration,
-    *,
-    screen: float = SCREEN,
-    keep: float = KEEP,
-    objective: Objective = KL,
-    progress: Progress | None = None,
+    calibration: Calibration, *, objective: Objective = KL, progress: Progress | None = None
 ) -> Stats:
     """Measure every candidate alone and how layers depend on each other; write stats.safetensors.
 
-    screen: share of the batches that every candidate is measured on. keep: share of the stretches
-    of layers whose best wiring is then measured on the other batches: those best by the objective.
-    Both 1: everything is measured on everything. progress: as for `score`, of the current step.
-    Raises as `score`.
+    After a part of the text (`screen` in the settings) only the candidates best by the objective
+    (`keep`) are measured on the rest; both 1: everything on everything. progress: as for `score`,
+    of the current step. Raises as `score`.
     """
+    screen, keep = calibration.settings.screen, calibration.settings.keep
     if not (0 < screen <= 1 and 0 < keep <= 1):
         raise AbreastError(
-            f"screen and keep are shares, not {screen} and {keep}; use {SCREEN} and {KEEP}"
+            f"screen and keep are shares, not {screen} and {keep}; use 0.125 and 0.6"
         )
     arrays = _geometry(calibration)
     num_layers, batches = calibration.num_layers, calibration.batches
@@ -379,8 +343,6 @@ def measure(
 def saved_or_measured(
     calibration: Calibration,
     *,
-    screen: float = SCREEN,
-    keep: float = KEEP,
     objective: Objective = KL,
     step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
@@ -392,7 +354,7 @@ def saved_or_measured(
         if set(calibration.candidates) <= set(stats.groups):
             return stats
     step(f"measure {len(calibration.candidates)} groups alone")
-    return measure(calibration, screen=screen, keep=keep, objective=objective, progress=progress)
+    return measure(calibration, objective=objective, progress=progress)
 
 
 def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
@@ -423,11 +385,20 @@ def _loaded_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     return max((DTYPES[t.dtype] for t in checkpoint.tensors.values()), key=lambda d: d.itemsize)
 
 
-def _window_cache(checkpoint: Checkpoint, window: int, dtype: str) -> int:
+def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     """Bytes of the states and logits kept of one window."""
-    config, itemsize = checkpoint.config, _loaded_dtype(checkpoint, dtype).itemsize
+    config, itemsize = checkpoint.config, _loaded_dtype(checkpoint, settings.dtype).itemsize
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
-    return window_bytes(window, num_layers_of(config), hidden, itemsize, vocabulary)
+    return window_bytes(settings.window, num_layers_of(config), hidden, itemsize, vocabulary)
+
+
+def _candidates(config: dict[str, Any], settings: CalibrationSettings) -> tuple[Group, ...]:
+    return candidates(
+        config,
+        max_group=settings.max_group,
+        wirings=settings.wirings,
+        force=settings.force,
+    )
 
 
 def _num_screened(batches: int, screen: float) -> int:

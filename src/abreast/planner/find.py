@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from abreast.checkpoint import read_json, resolve, write
+from abreast.checkpoint import read_json, write
 from abreast.convert import convert
 from abreast.families import CONVERTIBLE, num_layers_of
 from abreast.model import decoder_layers, load
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import (
-    KEEP,
-    SCREEN,
     Calibration,
     Progress,
     full_forwards,
@@ -107,8 +105,6 @@ def find_plan(
     best: int = 1,
     per_group: int = PER_GROUP,
     beam: int = BEAM,
-    screen: float = SCREEN,
-    keep: float = KEEP,
     objective: Objective = KL,
     step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
@@ -117,16 +113,14 @@ def find_plan(
 
     out: the run folder; front.json there gets every plan measured. best: how many plans to return,
     the best and the next ones of its depth. per_group: plans measured per group at each depth; 0
-    measures the additive optima only. screen, keep: as for `measure`. objective: what candidates
+    measures the additive optima only. objective: what candidates
     and plans are ranked by. Nothing in the calibration's journal is measured again, so another
     budget takes seconds where the first search went deep enough. Raises AbreastError for a budget
     that no plan meets, naming the nearest.
     """
     deepest = check_depth(calibration, budget.depth)
     num_layers = calibration.num_layers
-    stats = saved_or_measured(
-        calibration, screen=screen, keep=keep, objective=objective, step=step, progress=progress
-    )
+    stats = saved_or_measured(calibration, objective=objective, step=step, progress=progress)
     costs = {group: objective.value(stats.groups[group]) for group in calibration.candidates}
     plans: dict[Plan, Cost] = {}
 
@@ -206,29 +200,27 @@ def baselines(
 
 
 def profile_here(
-    model: str | Path,
-    groups: Sequence[Group],
+    calibration: Calibration,
     out: str | Path,
     *,
-    dtype: str,
-    device: str,
-    seed: int,
     rounds: int = 12,
     context: int = 128,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
     step: Callable[[str], None] = lambda message: None,
 ) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
-    path = Path(out) / "profile.json"
-    settings = ProfileSettings(dtype, device, rounds, context, seed)
-    rests_on = {"kinds": sorted({kind_of(group) for group in groups}), **asdict(settings)}
+    path, groups, settings = (
+        Path(out) / "profile.json",
+        calibration.candidates,
+        calibration.settings,
+    )
+    timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
+    rests_on = {"kinds": sorted({kind_of(group) for group in groups}), **asdict(timing)}
     record = read_json(path) if path.is_file() else {}
     if record.get("rests_on") != rests_on:
         step("time each kind of stage")
-        folder, _ = resolve(model, revision=revision)
+        trust = settings.trust_remote_code
         profile = measured_profile(
-            folder, groups, Path(out), settings, trust_remote_code=trust_remote_code
+            calibration.checkpoint, groups, Path(out), timing, trust_remote_code=trust
         )
         record = {"rests_on": rests_on, "profile": asdict(profile)}
         write(path, json.dumps(record, indent=1) + "\n")

@@ -155,9 +155,13 @@ class Profile:
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How to measure groups of layers: arguments of `calibrate`, and of `measure` (screen, keep).
+    """How to measure groups of layers.
 
-    Fields with a help text are options of the verbs that measure.
+    window: in tokens, all but the first of which are scored. max_group, wirings, force: see
+    `candidates`. screen: share of the text that every candidate is measured on. keep: share of the
+    stretches of layers whose best wiring is then measured on the rest. batch_size: windows at once,
+    fewer where their hidden states and logits would exceed max_cache_bytes. Fields with a help text
+    are options of the verbs that measure.
     """
 
     data: str = field(
