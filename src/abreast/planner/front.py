@@ -87,11 +87,9 @@ class Stats:
                 arrays = {name: file.get_tensor(name) for name in (*_COST_ARRAYS, *GEOMETRY_ARRAYS)}
             num_layers = int(header["num_layers"])
             groups = [Plan.parse(name, num_layers).groups[0] for name in header["groups"]]
-            rows = zip(*(arrays[name].tolist() for name in _COST_ARRAYS), strict=True)
-            costs = {
-                group: Cost(*nats, tokens=int(tokens))
-                for group, (*nats, tokens) in zip(groups, rows, strict=True)
-            }
+            arrays["tokens"] = arrays["tokens"].astype(int)
+            columns = [arrays[name].tolist() for name in _COST_ARRAYS]
+            costs = dict(zip(groups, map(Cost, *columns), strict=True))
         except FileNotFoundError:
             raise AbreastError(f"no statistics at '{path}'; run `abreast measure` first") from None
         except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
