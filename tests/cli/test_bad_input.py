@@ -289,7 +289,7 @@ def test_no_tensors_at_all(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_dtype_that_cannot_be_folded(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     change(source, lambda tensors: tensors.update({MATRIX: tensors[MATRIX].to(dtype)}))
-    refused(source, tmp_path / "out", MATRIX, "cannot be folded")
+    refused(source, tmp_path / "out", MATRIX, "cannot be converted")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)

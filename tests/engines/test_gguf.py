@@ -237,7 +237,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
         ({"intermediate_size": 100}, "do not belong together"),
         ({"vocab_size": 130}, "do not belong together"),
-        ({"num_hidden_layers": 5}, "no place in a llama"),
+        ({"num_hidden_layers": 5}, "does not belong to a llama of 5 layers"),
         ({"num_hidden_layers": 7}, "is missing"),
         ({"max_position_embeddings": None}, "max_position_embeddings"),
     ],

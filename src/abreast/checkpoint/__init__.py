@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Checkpoint,
         NewTensor,
         TensorInfo,
+        check_tensors,
         lay_out,
         open_checkpoint,
         read_rows,

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +156,41 @@ def read_header(path: Path) -> list[TensorInfo]:
                 TensorInfo(name, path, entry["dtype"], shape, start + begin, end - begin)
             )
     return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def check_tensors(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Set[str],
+    model: str,
+) -> None:
+    """Raise CheckpointError unless a checkpoint holds the expected tensors, in floats.
+
+    expected: name -> shape. ignored: names that may be there as well. model: what config.json
+    describes, in words.
+    """
+    for name, shape in expected.items():
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            raise CheckpointError(
+                f"tensor '{name}' is missing from '{checkpoint.source}'; download it again"
+            )
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"tensor '{name}' has shape {list(tensor.shape)}, config.json says {list(shape)}; "
+                "weights and config do not belong together"
+            )
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor '{name}' has dtype {tensor.dtype}, which cannot be converted; "
+                "give the checkpoint in float32, bfloat16 or float16"
+            )
+    unknown = [name for name in checkpoint.tensors if name not in expected and name not in ignored]
+    if unknown:
+        raise CheckpointError(
+            f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a {model}; "
+            "weights and config do not belong together"
+        )
 
 
 def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:

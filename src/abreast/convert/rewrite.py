@@ -29,6 +29,7 @@ from abreast.checkpoint import (
     NewTensor,
     TensorInfo,
     check_free,
+    check_tensors,
     companions,
     hash_entry,
     lay_out,
@@ -295,29 +296,8 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
     dropped = {name for name in tensors if name.endswith(family.ignore)}
     if is_tied(config) and family.head in tensors:
         dropped.add(family.head)
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise CheckpointError(
-                f"tensor '{name}' is missing from '{checkpoint.source}'; download it again"
-            )
-        tensor = tensors[name]
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"tensor '{name}' has shape {list(tensor.shape)}, config.json says {list(shape)}; "
-                "weights and config do not belong together"
-            )
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"tensor '{name}' has dtype {tensor.dtype}, which cannot be folded; "
-                "give the checkpoint in float32, bfloat16 or float16"
-            )
-    unknown = [name for name in tensors if name not in expected and name not in dropped]
-    if unknown:
-        raise CheckpointError(
-            f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a "
-            f"{family.model_type} of {num_layers_of(config)} layers; "
-            "weights and config do not belong together"
-        )
+    model_type, count = family.model_type, num_layers_of(config)
+    check_tensors(checkpoint, expected, dropped, f"{model_type} of {count} layers")
     return tuple(sorted(dropped))
 
 

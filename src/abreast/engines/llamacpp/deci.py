@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from abreast.checkpoint import DTYPES, Checkpoint
+from abreast.checkpoint import DTYPES, Checkpoint, check_tensors
 from abreast.convert import attention_kinds
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import (
@@ -114,7 +114,10 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
     for index, own in enumerate(layers):
         for name, shape in layer_tensors(family, own).items():
             shapes[f"{family.layer_prefix}{index}.{name}"] = shape
-    _check_tensors(checkpoint, family, config, shapes)
+    ignored = {name for name in checkpoint.tensors if name.endswith(family.ignore)}
+    if is_tied(config):
+        ignored.add(family.head)
+    check_tensors(checkpoint, shapes, ignored, f"{family.model_type} of {len(layers)} layers")
     context, warnings = _context(family, config)
     with _named("rope_parameters"):
         theta, rope, factors = _rope(config, head_dim, context)
@@ -160,29 +163,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in known:
         raise ExportError(f"dtype '{name}' is not one of {', '.join(known)}")
     return known[name] if name else None
-
-
-def _check_tensors(
-    checkpoint: Checkpoint,
-    family: Family,
-    config: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    for name, shape in shapes.items():
-        tensor = checkpoint.tensors.get(name)
-        if tensor is None or tensor.shape != shape or tensor.dtype not in DTYPES:
-            has = f"{tensor.dtype} {list(tensor.shape)}" if tensor else "missing"
-            raise CheckpointError(
-                f"tensor '{name}' of '{checkpoint.source}' is {has} where config.json asks for "
-                f"floats {list(shape)}; weights and config do not belong together"
-            )
-    for name in checkpoint.tensors:
-        tied = name == family.head and is_tied(config)
-        if name not in shapes and not name.endswith(family.ignore) and not tied:
-            raise CheckpointError(
-                f"tensor '{name}' of '{checkpoint.source}' has no place in a {family.model_type}; "
-                "weights and config do not belong together"
-            )
 
 
 def _context(family: Family, config: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
