@@ -18,4 +18,4 @@ class CheckpointError(AbreastError):
 
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or the name of its class where it has no message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from abreast.checkpoint import files
-from abreast.checkpoint.files import publish, resolve, sha256_of
+from abreast.checkpoint.files import (
+    publish,
+    read_manifest,
+    replacing,
+    resolve,
+    sha256_of,
+    write,
+    write_manifest,
+)
 from abreast.checkpoint.tensors import (
     DTYPES,
     INDEX,
@@ -29,7 +37,8 @@ from abreast.checkpoint.tensors import (
     read_rows,
     write_shards,
 )
-from abreast.errors import CheckpointError
+from abreast.errors import CheckpointError, first_line
+from abreast.plan import Plan
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
@@ -332,3 +341,51 @@ def test_resolve_finds_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert resolve(tmp_path / "model") == (tmp_path / "model", None)
     with pytest.raises(CheckpointError, match="is a file"):
         resolve(tmp_path / "file")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write(path, "old ä")
+    assert path.read_text(encoding="utf-8") == "old ä"
+
+    def interrupted() -> None:
+        with replacing(path) as staging:
+            staging.write_bytes(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        interrupted()
+    assert path.read_text(encoding="utf-8") == "old ä"
+    write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan, entry = Plan.parse("1+2", 6), {"sha256": "0" * 64, "bytes": 1}
+    record = write_manifest(
+        tmp_path,
+        plan,
+        source={"name": "healed", "revision": None, "files": {"config.json": entry}},
+        files={"config.json": {**entry, "sha256": "1" * 64}},
+        architecture="AbreastLlamaForCausalLM",
+        warnings=(),
+        versions={},
+        healed={
+            "method": "refit",
+            "kl_before": float("nan"),
+            "source": {"name": "original", "revision": "abc", "files": {"config.json": entry}},
+        },
+    )
+    manifest = read_manifest(tmp_path)
+    assert (manifest.plan, manifest.source, manifest.revision) == (plan, "original", "abc")
+    assert manifest.files == {"config.json": "1" * 64}
+    assert manifest.source_files == manifest.healed_files == {"config.json": "0" * 64}
+    assert manifest.healed is not None
+    assert (manifest.healed["method"], manifest.healed["kl_before"]) == ("refit", None)
+    assert manifest.record.keys() == record.keys()
+
+
+def test_first_line_of_an_error() -> None:
+    assert first_line(ValueError("\n one \n two")) == "one"
+    assert first_line(ValueError()) == "ValueError"
