@@ -1,6 +1,6 @@
 """Find the best plan of a depth, convert the model under it, and measure the cost in quality.
 
-python examples/plan_and_convert.py [MODEL] [--depth 12] [--out converted]
+python examples/plan_and_convert.py [MODEL] [--depth 14] [--out converted]
 """
 
 from __future__ import annotations
