@@ -1,4 +1,4 @@
-"""How much of what a plan costs healing wins back, on the bundled model at depth 12 and 10.
+"""Share of a plan's cost that healing wins back, on the bundled model at depth 12 and 10.
 
 Targets, as the share of the loss increase that is gone on held-out text: refit 40 %, distil 75 %
 within 30 CPU minutes, both 85 %. Every number is measured on the converted checkpoint as written,
@@ -48,18 +48,21 @@ def share_removed(healed: np.ndarray, unhealed: np.ndarray) -> tuple[float, floa
     return 1 - ratio, math.sqrt(count / (count - 1) * float(np.square(rest).sum())) / abs(total)
 
 
-def row_of(found: Comparison, base: dict[str, Any] | None) -> dict[str, Any]:
+def as_row(comparison: Comparison, base: dict[str, Any] | None) -> dict[str, Any]:
     windows = {
-        "increase": (found.windows["nll"] - found.windows["reference_nll"]).tolist(),
-        "kl": found.windows["kl"].tolist(),
+        "increase": (comparison.windows["nll"] - comparison.windows["reference_nll"]).tolist(),
+        "kl": comparison.windows["kl"].tolist(),
     }
     row: dict[str, Any] = {
-        "perplexity": [found.model.perplexity, found.model.perplexity_stderr],
-        "reference_perplexity": [found.reference.perplexity, found.reference.perplexity_stderr],
-        "loss_increase": [found.nll_difference, found.nll_difference_stderr],
-        "kl": [found.kl, found.kl_stderr],
-        "top1_agreement": [found.top1_agreement, found.top1_agreement_stderr],
-        "tokens": found.num_tokens,
+        "perplexity": [comparison.model.perplexity, comparison.model.perplexity_stderr],
+        "reference_perplexity": [
+            comparison.reference.perplexity,
+            comparison.reference.perplexity_stderr,
+        ],
+        "loss_increase": [comparison.nll_difference, comparison.nll_difference_stderr],
+        "kl": [comparison.kl, comparison.kl_stderr],
+        "top1_agreement": [comparison.top1_agreement, comparison.top1_agreement_stderr],
+        "tokens": comparison.num_tokens,
         "windows": windows,
     }
     if base is not None:
@@ -111,9 +114,9 @@ def main() -> None:
                     heal(source, PLANS[name], out, method=method, recipe=recipe, work=work)
                 spent = time.process_time() - started
                 model, _ = load(out, dtype="float32")
-                found = compare(model, original, stream, window=256, stride=256, batch_size=8)
+                comparison = compare(model, original, stream, window=256, stride=256, batch_size=8)
                 base = folder / f"{name}-none.json"
-                row = row_of(found, json.loads(base.read_text()) if base.is_file() else None)
+                row = as_row(comparison, json.loads(base.read_text()) if base.is_file() else None)
                 row |= {"plan": PLANS[name], "method": method, "cpu_seconds": spent}
                 row |= {"steps": arguments.steps if method in ("distill", "both") else 0}
                 write(record, json.dumps(row) + "\n")

@@ -55,14 +55,17 @@ def pair(tiny_checkpoint):
 def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimizer):
     model, teacher = pair
     before = weights_of(model)
-    found = distill(
-        *(model, PLAN, words(), tmp_path),
+    result = distill(
+        model,
+        PLAN,
+        words(),
+        tmp_path,
         recipe=recipe(train=train, optimizer=optimizer),
         teacher=None if train == "lora" else teacher,
     )
-    assert found.after < found.before and found.best_step == 12
-    assert found.reason == "all steps done" and not found.diverged
-    assert [point.step for point in found.points] == [0, 4, 8, 12]
+    assert result.after < result.before and result.best_step == 12
+    assert result.reason == "all steps done" and not result.diverged
+    assert [point.step for point in result.points] == [0, 4, 8, 12]
     members = {f"layers.{layer}." for group in PLAN.groups for layer in group.layers}
     moved = changed(before, weights_of(model))
     for name in before:
@@ -77,15 +80,15 @@ def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimiz
         wanted = teacher(ids).logits
         with grouped(model, PLAN):
             got = model(ids).logits
-    assert float(divergence(got, wanted)) == pytest.approx(found.after, rel=0.02)
+    assert float(divergence(got, wanted)) == pytest.approx(result.after, rel=0.02)
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
 def test_the_language_model_loss_needs_no_teacher(pair, tmp_path):
     model, _ = pair
     ids = np.tile(np.arange(24), (44, 1))
-    found = distill(model, PLAN, ids, tmp_path, recipe=recipe(objective="lm"))
-    assert found.after < found.before - 0.1
+    result = distill(model, PLAN, ids, tmp_path, recipe=recipe(objective="lm"))
+    assert result.after < result.before - 0.1
 
 
 def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
@@ -95,8 +98,8 @@ def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
     ids = torch.from_numpy(words(40)[windows_of(0, 36, 4, seed=0)])
     states: dict[str, list[torch.Tensor]] = {"theirs": [], "ours": []}
 
-    def collector(found: list[torch.Tensor]):
-        return lambda _, __, output: found.append(
+    def collector(states: list[torch.Tensor]):
+        return lambda _, __, output: states.append(
             output[0] if isinstance(output, tuple) else output
         )
 
@@ -122,13 +125,16 @@ def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
     text = float(next_token_loss(logits["ours"], ids))
     assert min(*gaps, kl, text) > 1e-6
     for number, (hidden, lm) in enumerate([(0.0, 0.0), (1.0, 0.0), (20.0, 0.5)]):
-        found = distill(
-            *(copy.deepcopy(teacher), plan, words(40), tmp_path / str(number)),
+        result = distill(
+            copy.deepcopy(teacher),
+            plan,
+            words(40),
+            tmp_path / str(number),
             recipe=recipe(steps=1, hidden_weight=hidden, lm_weight=lm, bf16=False),
             teacher=teacher,
         )
         wanted = kl + hidden * sum(gaps) / 3 + lm * text
-        assert found.points[1].loss == pytest.approx(wanted, rel=1e-4)
+        assert result.points[1].loss == pytest.approx(wanted, rel=1e-4)
 
 
 def test_muon_trains_the_matrices_of_layers_only(pair):
@@ -163,16 +169,14 @@ def test_a_resumed_run_ends_with_the_same_bits(
 
     killed, teacher = start()
     with pytest.raises(KeyboardInterrupt):
-        distill(
-            *(killed, PLAN, words(), tmp_path / "cut"), teacher=teacher, progress=die, **options
-        )
+        distill(killed, PLAN, words(), tmp_path / "cut", teacher=teacher, progress=die, **options)
     torch.rand(7)  # whatever happens in between must not matter
     again, teacher = start()
     second = distill(again, PLAN, words(), tmp_path / "cut", teacher=teacher, **options)
     assert not changed(weights_of(whole), weights_of(again))
     lines = [
-        [(p.step, p.tokens, p.learning_rate, p.held_out) for p in found.points]
-        for found in (first, second)
+        [(p.step, p.tokens, p.learning_rate, p.held_out) for p in result.points]
+        for result in (first, second)
     ]
     assert lines[0] == lines[1]
     assert first.points[-1].loss == second.points[-1].loss
@@ -203,6 +207,20 @@ def test_only_the_last_two_checkpoints_stay(pair, tmp_path):
         "step-00000009",
         "step-00000012",
     ]
+    names = {path.name for path in (tmp_path / "step-00000012").iterdir()}
+    tensors = {f"{part}.safetensors" for part in ("weights", "best", "optimizer")}
+    assert names == {"state.json", *tensors}
+
+
+def test_checkpoints_of_an_earlier_format_are_refused(pair, tmp_path):
+    model, teacher = pair
+    options = {"recipe": recipe(steps=1), "teacher": teacher}
+    distill(model, PLAN, words(), tmp_path, **options)
+    record = json.loads((tmp_path / "training.json").read_text())
+    del record["identity"]["state format"]
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(AbreastError, match="with other state format; choose a new folder"):
+        distill(copy.deepcopy(teacher), PLAN, words(), tmp_path, **options)
 
 
 def test_a_gathered_batch_is_a_whole_one(pair, tmp_path):
@@ -210,7 +228,10 @@ def test_a_gathered_batch_is_a_whole_one(pair, tmp_path):
     other = copy.deepcopy(teacher)
     for name, each, micro in (("whole", model, 4), ("parts", other, 1)):
         distill(
-            *(each, PLAN, words(), tmp_path / name),
+            each,
+            PLAN,
+            words(),
+            tmp_path / name,
             recipe=recipe(micro_batch=micro, bf16=False, steps=3),
             teacher=teacher,
         )
@@ -223,7 +244,10 @@ def test_recomputing_activations_changes_nothing(pair, tmp_path):
     other = copy.deepcopy(teacher)
     for name, each, on in (("kept", model, False), ("recomputed", other, True)):
         distill(
-            *(each, PLAN, words(), tmp_path / name),
+            each,
+            PLAN,
+            words(),
+            tmp_path / name,
             recipe=recipe(checkpointing=on, bf16=False, steps=3),
             teacher=teacher,
         )
@@ -241,9 +265,9 @@ def test_nan_stops_the_run_and_keeps_the_last_good_weights(pair, tmp_path):
                 decoder_layers(model)[1].mlp.up_proj.weight[0, 0] = math.nan
 
     options = {"recipe": recipe(), "teacher": teacher}
-    found = distill(model, PLAN, words(), tmp_path, progress=poison, **options)
-    assert found.diverged and "nan" in found.reason and "step 10" in found.reason
-    assert found.best_step == 8
+    result = distill(model, PLAN, words(), tmp_path, progress=poison, **options)
+    assert result.diverged and "nan" in result.reason and "step 10" in result.reason
+    assert result.best_step == 8
     assert all(bool(p.isfinite().all()) for p in model.parameters())
     assert (tmp_path / "step-00000009").is_dir()
 
@@ -261,9 +285,9 @@ def test_a_rising_loss_stops_the_run(pair, tmp_path):
     before = weights_of(model)
     wild = recipe(train="all", learning_rate=1.0, warmup=0.0, clip=1e6)
     options = {"recipe": wild, "teacher": teacher}
-    found = distill(model, PLAN, words(), tmp_path, **options)
-    assert found.diverged and "rose from" in found.reason
-    assert found.best_step == 0 and found.after == found.before
+    result = distill(model, PLAN, words(), tmp_path, **options)
+    assert result.diverged and "rose from" in result.reason
+    assert result.best_step == 0 and result.after == result.before
     assert not changed(before, weights_of(model))
 
 
@@ -273,9 +297,9 @@ def test_patience_ends_a_run_that_wins_nothing(pair, tmp_path):
         "recipe": recipe(learning_rate=1e-30, patience=2, evaluate_every=1),
         "teacher": teacher,
     }
-    found = distill(model, PLAN, words(), tmp_path, **options)
-    assert found.reason == "no better in 2 evaluations on held-out text"
-    assert found.points[-1].step == 2 and not found.diverged
+    result = distill(model, PLAN, words(), tmp_path, **options)
+    assert result.reason == "no better in 2 evaluations on held-out text"
+    assert result.points[-1].step == 2 and not result.diverged
 
 
 def test_every_window_once_before_any_twice():
@@ -358,11 +382,11 @@ model, _ = load(job["folder"])
 teacher, _ = load(job["folder"])
 tokens = np.random.default_rng(0).integers(0, 128, (44, 24))
 recipe = Recipe(**job["recipe"])
-found = distill(model, Plan.parse("1+2 3|4:1", 6), tokens, job["work"], recipe=recipe,
+result = distill(model, Plan.parse("1+2 3|4:1", 6), tokens, job["work"], recipe=recipe,
                 teacher=teacher)
 if os.environ.get("RANK", "0") == "0":
     torch.save(model.state_dict(), job["out"])
-    print(json.dumps([found.before, found.after]))
+    print(json.dumps([result.before, result.after]))
 """
 
 
@@ -382,7 +406,7 @@ def test_two_processes_share_each_batch(tiny_checkpoint, tmp_path):
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         launch += [f"--nproc-per-node={count}", str(tmp_path / "worker.py"), json.dumps(job)]
         done = subprocess.run(
-            *(launch,),
+            launch,
             env={**os.environ, "PYTHONPATH": str(source), "ACCELERATE_USE_CPU": "true"},
             capture_output=True,
             text=True,

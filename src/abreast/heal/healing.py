@@ -44,7 +44,7 @@ from abreast.families import all_tensors, complete, family_of
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
 from abreast.heal.recipe import Recipe, is_main_process, processes
 from abreast.heal.student import full
-from abreast.heal.train import Distilled, Point, distill
+from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
 from abreast.plan import Plan
 from abreast.runs import model_hash, open_run, to_csv, token_stream, whole_windows
@@ -56,9 +56,7 @@ Method = Literal["refit", "distill", "both"]
 REFIT_TOKENS = 65_536
 CURVE, FIGURE = "heal.csv", "heal.png"
 _HELD_OUT_LOGITS = 2**28  # values kept of the original's predictions: 1 GiB in float32
-_HELD_OUT_TOKENS = 8192
 Draw = Callable[[Refit | None, Distilled | None, Path], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class _Text:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Setup:
     """What is healed and how. load: the original into memory; model: what it gave.
 
     tensors: name -> shape of the original's.
@@ -113,7 +111,7 @@ class _Job:
     work: Path
     seed: int
     step: Callable[[str], None]
-    progress: Progress | None
+    progress: Callable[[int, int], None] | None
 
 
 def heal(
@@ -140,7 +138,7 @@ def heal(
     revision: str | None = None,
     trust_remote_code: bool = False,
     step: Callable[[str], None] = lambda message: None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Healed:
     """Heal a model for running under a plan, and write the converted checkpoint `out`.
 
@@ -191,7 +189,7 @@ def heal(
             "this architecture cannot be healed with this version of transformers"
         )
     folder = Path(work) if work is not None else target.with_name(f"{target.name}.work")
-    job = _Job(
+    setup = _Setup(
         source=source,
         tensors=tensors,
         load=load_original,
@@ -203,7 +201,7 @@ def heal(
         step=step,
         progress=progress,
     )
-    text = _text(job, data, tokenizer, method, tokens, window)
+    text = _text(setup, data, tokenizer, method, tokens, window)
     identity = {
         "model": sha256,
         "plan": plan.shorthand,
@@ -220,8 +218,8 @@ def heal(
     held_out = torch.from_numpy(text.held_out)
     reference = logits_of(student, held_out, recipe.micro_batch)
     kl_before = kl_under(student, plan, held_out, reference)
-    solved = _refit(job, text.refit, refit_steps) if method != "distill" else None
-    trained = _distil(job, text.train, solved) if method != "refit" else None
+    solved = _refit(setup, text.refit, refit_steps) if method != "distill" else None
+    trained = _distil(setup, text.train, solved) if method != "refit" else None
     healed = Healed(
         out=str(target),
         plan=plan.shorthand,
@@ -237,12 +235,12 @@ def heal(
         warnings=(*planned.warnings, *_warnings(text, trained)),
     )
     if not is_main_process():
-        deque(_whole_tensors(job), maxlen=0)  # what is sharded, all processes gather together
+        deque(_whole_tensors(setup), maxlen=0)  # what is sharded, all processes gather together
         return healed
     step("write the converted checkpoint")
     weights = folder / "weights"
     shutil.rmtree(weights, ignore_errors=True)
-    stored = _write_weights(job, weights, healed, draw)
+    stored = _write_weights(setup, weights, healed, draw)
     convert(
         weights,
         plan,
@@ -251,7 +249,7 @@ def heal(
         prefill=prefill,
         dtype=out_dtype or stored,
         max_shard_bytes=max_shard_bytes,
-        healed=_record(job, healed),
+        healed=_manifest_entry(setup, healed),
     )
     if keep is not None:
         shutil.move(weights, keep)
@@ -260,27 +258,27 @@ def heal(
 
 
 def _text(
-    job: _Job,
+    setup: _Setup,
     data: str | TokenStream,
     tokenizer: Any,
     method: str,
     tokens: int | None,
     window: int,
 ) -> _Text:
-    config = job.model.config.get_text_config(decoder=True)
+    config = setup.model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
-    vocabulary = job.model.get_input_embeddings().weight.shape[0]
+    vocabulary = setup.model.get_input_embeddings().weight.shape[0]
     window = min(window, longest or window)
     if tokens is None:
         tokens = 0 if method == "distill" else REFIT_TOKENS
         if method != "refit":
-            tokens = max(tokens, job.recipe.steps * job.recipe.batch_size * window)
-        tokens += _HELD_OUT_TOKENS
-    stream = token_stream(data, tokenizer, job.source.source, max_tokens=tokens, seed=job.seed)
+            tokens = max(tokens, setup.recipe.steps * setup.recipe.batch_size * window)
+        tokens += HELD_OUT_TOKENS
+    stream = token_stream(data, tokenizer, setup.source.source, max_tokens=tokens, seed=setup.seed)
     size = min(len(stream), tokens)
     window = min(window, max(2, size // 8))
     windows = whole_windows(stream, size // window, window, longest=longest, vocabulary=vocabulary)
-    most = max(1, min(_HELD_OUT_TOKENS, _HELD_OUT_LOGITS // vocabulary) // window)
+    most = max(1, min(HELD_OUT_TOKENS, _HELD_OUT_LOGITS // vocabulary) // window)
     num_held_out = max(1, min(most, len(windows) // 10))
     about = {
         "source": stream.source,
@@ -293,55 +291,55 @@ def _text(
     return _Text(train[: max(1, REFIT_TOKENS // window)], train, held_out, about)
 
 
-def _refit(job: _Job, windows: np.ndarray, steps: Sequence[str]) -> Refit:
+def _refit(setup: _Setup, windows: np.ndarray, steps: Sequence[str]) -> Refit:
     """Refit, or take the matrices that an interrupted run left."""
-    job.step("refit: solve the grouped layers' matrices on calibration text")
-    record, weights = job.work / "refit.json", job.work / "refit.safetensors"
-    layers = decoder_layers(job.model)
+    setup.step("refit: solve the grouped layers' matrices on calibration text")
+    result, weights = setup.work / "refit.json", setup.work / "refit.safetensors"
+    layers = decoder_layers(setup.model)
     members = {
         f"{member}.{name}": parameter.detach()
-        for group in job.plan.groups
+        for group in setup.plan.groups
         for member in group.layers
         for name, parameter in layers[member].named_parameters()
     }
-    if record.is_file():
+    if result.is_file():
         stored = load_file(weights)
         for name, parameter in members.items():
             parameter.copy_(stored[name])
-        saved = json.loads(record.read_text(encoding="utf-8"))
+        saved = json.loads(result.read_text(encoding="utf-8"))
         fits = (Fit(**{**fit, "layers": tuple(fit["layers"])}) for fit in saved["fits"])
         return Refit(**{**saved, "fits": tuple(fits)})
     solved = refit(
-        job.model,
-        job.plan,
+        setup.model,
+        setup.plan,
         windows,
         steps=steps,
-        batch_size=job.recipe.micro_batch,
-        progress=job.progress,
+        batch_size=setup.recipe.micro_batch,
+        progress=setup.progress,
     )
     if is_main_process():
         save_file({n: p.cpu().contiguous() for n, p in members.items()}, weights)
-        write(record, json.dumps(asdict(solved)))
+        write(result, json.dumps(asdict(solved)))
     return solved
 
 
-def _distil(job: _Job, windows: np.ndarray, solved: Refit | None) -> Distilled:
+def _distil(setup: _Setup, windows: np.ndarray, solved: Refit | None) -> Distilled:
     """Distil, and write the curve as it grows, to TensorBoard as well where that is installed."""
-    job.step(f"distil: {job.recipe.steps} steps")
+    setup.step(f"distil: {setup.recipe.steps} steps")
     is_changed = solved is not None and not solved.kept
     teacher = None
-    if job.recipe.objective == "kl" and (is_changed or job.recipe.train != "lora"):
+    if setup.recipe.objective == "kl" and (is_changed or setup.recipe.train != "lora"):
         # Sharding moves it to the device piece by piece: there is no room for all of it there.
-        teacher, _ = job.load(device="cpu" if job.recipe.shard else job.model.device)
+        teacher, _ = setup.load(device="cpu" if setup.recipe.shard else setup.model.device)
     board: Any = None
     if is_main_process():
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(str(job.work / "tensorboard"))
+            board = SummaryWriter(str(setup.work / "tensorboard"))
 
     def write_curve(points: Sequence[Point]) -> None:
-        write(job.work / CURVE, to_csv(points, Point))
+        write(setup.work / CURVE, to_csv(points, Point))
         if board is not None:
             last = points[-1]
             for name in ("loss", "held_out", "learning_rate"):
@@ -349,40 +347,40 @@ def _distil(job: _Job, windows: np.ndarray, solved: Refit | None) -> Distilled:
             board.flush()
 
     return distill(
-        job.model,
-        job.plan,
+        setup.model,
+        setup.plan,
         windows,
-        job.work / "distill",
-        recipe=job.recipe,
+        setup.work / "distill",
+        recipe=setup.recipe,
         teacher=teacher,
-        seed=job.seed,
-        progress=job.progress,
+        seed=setup.seed,
+        progress=setup.progress,
         on_point=write_curve if is_main_process() else None,
     )
 
 
-def _whole_tensors(job: _Job) -> Iterator[torch.Tensor]:
+def _whole_tensors(setup: _Setup) -> Iterator[torch.Tensor]:
     """The weights as the original names them, one at a time, wherever they are."""
-    state = job.model.state_dict()
-    for name in job.tensors:
+    state = setup.model.state_dict()
+    for name in setup.tensors:
         yield full(state[name].detach())
 
 
-def _write_weights(job: _Job, folder: Path, healed: Healed, draw: Draw | None) -> str | None:
+def _write_weights(setup: _Setup, folder: Path, healed: Healed, draw: Draw | None) -> str | None:
     """The healed weights as a checkpoint like the original; returns the dtype to convert it with.
 
     float32, so that what conversion folds is rounded once; where the original mixes dtypes, each
     tensor keeps its own. Sharded weights never lie whole in memory, as for save_pretrained.
     """
-    source = job.source
-    dtypes = {source.tensors[name].dtype for name in job.tensors}
+    source = setup.source
+    dtypes = {source.tensors[name].dtype for name in setup.tensors}
     uniform = len(dtypes) == 1 and dtypes <= {"F32", "BF16", "F16"}
     layout = [
         NewTensor(name, "F32" if uniform else source.tensors[name].dtype, shape)
-        for name, shape in job.tensors.items()
+        for name, shape in setup.tensors.items()
     ]
     with publish(folder, needed_bytes=sum(tensor.nbytes for tensor in layout)) as staging:
-        pairs = zip(layout, _whole_tensors(job), strict=True)
+        pairs = zip(layout, _whole_tensors(setup), strict=True)
         stream = ((new.name, tensor.to("cpu", DTYPES[new.dtype])) for new, tensor in pairs)
         write_shards(staging, lay_out(layout), stream)
         for path in (source.folder / "config.json", *companions(source.folder)):
@@ -394,18 +392,18 @@ def _write_weights(job: _Job, folder: Path, healed: Healed, draw: Draw | None) -
     return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if uniform else None
 
 
-def _record(job: _Job, healed: Healed) -> dict[str, Any]:
+def _manifest_entry(setup: _Setup, healed: Healed) -> dict[str, Any]:
     """The manifest's entry "healed", and the source that the manifest names."""
     keys = ("method", "seed", "data", "kl_before", "kl_after", "refit", "distilled")
     return {
         "source": {
-            "name": job.source.source,
-            "revision": job.source.revision,
-            "files": hash_inputs(job.source),
+            "name": setup.source.source,
+            "revision": setup.source.revision,
+            "files": hash_inputs(setup.source),
             "dropped_tensors": [],
         },
         **{key: value for key, value in healed.to_dict().items() if key in keys},
-        "recipe": finite(job.recipe.to_dict()) if healed.distilled else None,
+        "recipe": finite(setup.recipe.to_dict()) if healed.distilled else None,
     }
 
 

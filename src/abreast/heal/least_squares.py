@@ -56,7 +56,7 @@ STEPS = ("qkv", "gate_up", "out")
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
 FOLDS = 3
 MIN_TOKENS = 512
-HELD_OUT_TOKENS = 4096
+CHECK_TOKENS = 4096
 Submodule = tuple[int, str]  # layer, name inside it
 Inputs = dict[Submodule, torch.Tensor]
 
@@ -140,7 +140,7 @@ class _Streams:
             inputs: Inputs = {}
             with ExitStack() as hooks:
                 for layer, name in recorded:
-                    hook = partial(_record, inputs, (layer, name))
+                    hook = partial(_note_input, inputs, (layer, name))
                     module = self.submodule(layer, name)
                     hooks.enter_context(module.register_forward_pre_hook(hook))
                 for step in steps:
@@ -148,7 +148,7 @@ class _Streams:
             yield x, inputs
 
 
-def _record(inputs: Inputs, key: Submodule, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+def _note_input(inputs: Inputs, key: Submodule, _: nn.Module, arguments: tuple[Any, ...]) -> None:
     inputs[key] = arguments[0]
 
 
@@ -177,13 +177,13 @@ def refit(
     layers = decoder_layers(model)
     config = model.config.get_text_config(decoder=True).to_dict()
     family = family_of(config)
-    _check(model, plan, tokens, steps)
+    _check_refit(model, plan, tokens, steps)
     if family.member_norms:
         steps = tuple(step for step in steps if step != "out")
     if "out" in steps and model.device.type == "cuda":
         _check_memory(model, config, plan)
     ids = torch.from_numpy(np.ascontiguousarray(tokens))
-    num_held_out = max(1, min(len(ids) // 10, HELD_OUT_TOKENS // ids.shape[1]))
+    num_held_out = max(1, min(len(ids) // 10, CHECK_TOKENS // ids.shape[1]))
     held_out, ids = ids[:num_held_out], ids[num_held_out:]
     readers = [matrix.name for matrix in family.matrices if matrix.join == "rows"]
     matrices = {
@@ -248,7 +248,9 @@ def memory_needed(
     return {**needs, "total": sum(needs.values())}
 
 
-def _check(model: PreTrainedModel, plan: Plan, tokens: np.ndarray, steps: Sequence[str]) -> None:
+def _check_refit(
+    model: PreTrainedModel, plan: Plan, tokens: np.ndarray, steps: Sequence[str]
+) -> None:
     plan.check_layers(len(decoder_layers(model)))
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HELD_OUT_TOKENS = 8192
-MIN_WINDOWS = 10
+MIN_TRAINING_WINDOWS = 10
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def distill(
     teacher of another model, or a work folder of another run.
     """
     recipe = recipe or Recipe()
-    _check(model, plan, tokens, recipe, teacher)
+    _check_training(model, plan, tokens, recipe, teacher)
     # Only where there are several processes, or a GPU would be taken that was not named.
     accelerator = need("accelerate").Accelerator(
         cpu=model.device.type == "cpu", device_placement=processes() > 1, mixed_precision="no"
@@ -447,7 +447,7 @@ class _Training:
         return dict(json.loads(json.dumps(identity)))
 
 
-def _check(
+def _check_training(
     model: PreTrainedModel,
     plan: Plan,
     tokens: np.ndarray,
@@ -459,10 +459,10 @@ def _check(
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     recipe.check()
-    if tokens.ndim != 2 or len(tokens) < MIN_WINDOWS or tokens.shape[1] < 2:
+    if tokens.ndim != 2 or len(tokens) < MIN_TRAINING_WINDOWS or tokens.shape[1] < 2:
         raise AbreastError(
             f"{tokens.size} tokens in {len(tokens)} windows are too little text to train on; "
-            f"give at least {MIN_WINDOWS} windows"
+            f"give at least {MIN_TRAINING_WINDOWS} windows"
         )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_tokens(tokens, vocabulary)
