@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 KIND = "measure"
 GEOMETRY = "geometry.safetensors"
-MIN_WINDOWS = 8
+MIN_CALIBRATION_WINDOWS = 8
 DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 
 
@@ -165,13 +165,13 @@ def calibrate(
     model: folder or Hugging Face id of an original of any family that can run grouped. stream:
     measure on this instead of the source in the settings.
 
-    Raises AbreastError for fewer than MIN_WINDOWS windows of text, a folder with a run on another
-    model, other text or sizes, or anything else in it, and as `load` and `load_tokens` do.
+    Raises AbreastError for fewer than MIN_CALIBRATION_WINDOWS windows of text, a folder with a run
+    on another model, other text or sizes, or anything else in it, and as `load` and `load_tokens`.
     """
     window = settings.window
     check_least(
         {
-            "the number of windows": (settings.num_windows, MIN_WINDOWS),
+            "the number of windows": (settings.num_windows, MIN_CALIBRATION_WINDOWS),
             "the window": (window, 2),
             "the batch size": (settings.batch_size, 1),
         }
@@ -197,10 +197,10 @@ def calibrate(
         longest=config.get("max_position_embeddings"),
         vocabulary=positive(config, "vocab_size"),
     )
-    if len(tokens) < MIN_WINDOWS:
+    if len(tokens) < MIN_CALIBRATION_WINDOWS:
         raise AbreastError(
             f"the data gives {len(tokens)} windows of {window} tokens, too few to tell plans "
-            f"apart; name a text of at least {MIN_WINDOWS * window} tokens"
+            f"apart; name a text of at least {MIN_CALIBRATION_WINDOWS * window} tokens"
         )
     num_layers, cache = num_layers_of(config), _window_cache(checkpoint, settings)
     size = min(len(tokens), settings.batch_size, windows_at_once(cache, settings.max_cache_bytes))

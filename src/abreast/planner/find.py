@@ -208,11 +208,8 @@ def profile_here(
     step: Callable[[str], None] = lambda message: None,
 ) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
-    path, groups, settings = (
-        Path(out) / "profile.json",
-        calibration.candidates,
-        calibration.settings,
-    )
+    path = Path(out) / "profile.json"
+    groups, settings = calibration.candidates, calibration.settings
     timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
     rests_on = {"kinds": sorted({kind_of(group) for group in groups}), **asdict(timing)}
     record = read_json(path) if path.is_file() else {}
