@@ -20,18 +20,19 @@ from abreast.errors import AbreastError
 from abreast.model.grouping import grouped, load
 from abreast.plan import Plan
 from abreast.planner.objective import Cost
-from abreast.report.choices import Choice, Choices, read_choices
-from abreast.report.playground.models import (
+from abreast.report.answers import (
     Answer,
+    Sampler,
     Segments,
     Settings,
     answers,
     encode,
-    first_difference,
     open_models,
+    parting,
     segments,
 )
-from abreast.report.playground.view import about, answer, complaint, front_picture, heading, verdict
+from abreast.report.playground import about, agreement, complaint, front_picture, heading, panel
+from abreast.report.records import Choice, Choices, read_choices
 
 PROMPT = "abc abc"
 
@@ -65,8 +66,8 @@ def last(models, choice, settings=None, prompt=PROMPT):
         ((1, 2), (1, 3, 2), 1),
     ],
 )
-def test_first_difference(left, right, place):
-    assert first_difference(left, right) == first_difference(right, left) == place
+def test_parting(left, right, place):
+    assert parting(left, right) == parting(right, left) == place
 
 
 def test_segments_never_cut_a_character():
@@ -109,10 +110,11 @@ def test_healed_conversions_and_other_plans_are_offered_and_a_profile_predicts(r
     healed = source.with_name("converted-both-0")
     shutil.copytree(source, healed)
     manifest = json.loads((healed / "abreast.json").read_text())
-    record = {"method": "both", "kl_before": 0.5, "kl_after": 0.25}
+    record = {"method": "both", "kl_before": 0.5, "kl_after": 0.25, "weights": manifest["files"]}
     (healed / "abreast.json").write_text(json.dumps({**manifest, "healed": record}))
     shutil.copytree(source, run / "plans" / "other" / "converted")
-    other = {**manifest, "shorthand": "1+2+3", "depth": 4}
+    groups = [{"layers": [1, 2, 3]}]
+    other = {**manifest, "plan": {"num_layers": 6, "groups": groups}}
     (run / "plans" / "other" / "converted" / "abreast.json").write_text(json.dumps(other))
     profile = {"about": "here", "single": 1.0, "groups": {"lp 2": 1.25}, "rest": 2.0}
     (run / "profile.json").write_text(json.dumps({"rests_on": {}, "profile": profile}))
@@ -134,7 +136,7 @@ def test_original_answers_as_generate_does(models):
         with grouped(models.original, choice.plan):
             expected = models.original.generate(ids, max_new_tokens=12, do_sample=False)
         assert list(other.tokens) == expected[0, ids.shape[1] :].tolist()
-    assert first_difference(original.tokens, other.tokens) is not None  # so grouping was seen
+    assert parting(original.tokens, other.tokens) is not None  # so grouping was seen
 
 
 def test_conversion_answers_as_the_plan_grouped(models):
@@ -166,11 +168,11 @@ def test_sampling_uses_the_same_noise_on_both_sides(models):
 
 
 def test_draws_follow_the_distribution(models):
-    from abreast.report.playground.models import _drawing
-
     logits = torch.tensor([0.0, 1.0, 2.0])
-    draw = _drawing(Settings(temperature=2.0))
-    counts = torch.bincount(torch.tensor([draw(logits) for _ in range(4000)]), minlength=3)
+    sampler = Sampler(Settings(temperature=2.0))
+    counts = torch.bincount(
+        torch.tensor([sampler.choose(logits) for _ in range(4000)]), minlength=3
+    )
     expected = (logits / 2).softmax(0)
     # four standard errors of a share of 4000 draws are at most 0.032
     assert torch.allclose(counts / 4000, expected, atol=0.032)
@@ -292,12 +294,12 @@ def spoil(run, how):
     ("how", "message"),
     [
         ("absent", "no folder '.*run'; give the folder that `abreast plan`"),
-        ("empty", "is no run folder; give the folder that `abreast plan`"),
+        ("empty", "is not a run: .*; give the folder that `abreast plan`"),
         ("no front", r"half finished, it has no front.json; go on with `abreast plan .*bold"),
         ("nothing measured", "go on with `abreast plan MODEL -o .* --depth N`"),
         ("no statistics", "no statistics at .* run `abreast measure` first"),
-        ("damaged", "front.json' is damaged; delete it and run `abreast plan` again"),
-        ("bad conversion", "abreast.json' is damaged; convert again"),
+        ("damaged", "front.json' is damaged; delete it and run the command"),
+        ("bad conversion", "abreast.json' is not the record of a conversion; convert again"),
         ("bad profile", "profile.json' is damaged; delete it"),
         ("other checkpoint", "is a checkpoint that abreast did not make"),
     ],
@@ -341,8 +343,8 @@ def test_everything_from_outside_is_escaped():
         heading(run),
         about(run, choice),
         complaint(evil),
-        answer("Original", "", found, Segments(evil, evil, evil), 1, running=False),
-        verdict((found, found), 1, (evil, evil), running=False),
+        panel("Original", "", found, Segments(evil, evil, evil), 1, running=False),
+        agreement((found, found), 1, (evil, evil), running=False),
     )
     for text in texts:
         assert "<script" not in text and "&lt;script" in text
@@ -380,7 +382,7 @@ def test_command_without_gradio_says_what_to_install(command, monkeypatch, playa
 
 def test_command_refuses_what_it_cannot_serve(command, tmp_path, playable_run):
     status, err = command(tmp_path)
-    assert status == 2 and err.count("\n") == 1 and "is no run folder" in err
+    assert status == 2 and err.count("\n") == 1 and "is not a run" in err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -16,9 +16,9 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect
 
-from abreast.report.choices import read_choices
-from abreast.report.playground.models import open_models
-from abreast.report.playground.page import gradio, page, serve
+from abreast.report.answers import open_models
+from abreast.report.playground import build_page, check_gradio, serve
+from abreast.report.records import read_choices
 
 pytestmark = pytest.mark.slow
 DONE = re.compile("Done")
@@ -48,8 +48,8 @@ def connections():
 
 @pytest.fixture(scope="module")
 def address(models, connections):
-    gradio()
-    blocks = page(models)
+    check_gradio()
+    blocks = build_page(models)
     yield serve(blocks)
     blocks.close(verbose=False)
 

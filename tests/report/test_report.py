@@ -17,11 +17,12 @@ from made_run import LAYERS, NAME, PLAN, SAMPLES, add_plan, make_run, save, spee
 from abreast.errors import AbreastError
 from abreast.evaluate.text import first_difference, sample
 from abreast.plan import Group, Plan
+from abreast.planner.objective import KL, Cost
 from abreast.report import page as reporting
 from abreast.report.charts import depth_chart, number, painted
 from abreast.report.diagram import describe, draw_plan, draw_stage
 from abreast.report.page import numbers, write_report
-from abreast.report.records import read_conversion, read_run
+from abreast.report.records import Measured, read_conversion, read_run
 from abreast.speed.timing import MIN_ROUNDS
 
 EVIL = "<script>alert(1)</script>"
@@ -195,7 +196,6 @@ def test_wrong_folders(tmp_path, run):
         ("baselines.json", '{"plans": [{"kl": "much"}]}'),
         (f"plans/{NAME}/quality.json", '{"result": 7}'),
         (f"plans/{NAME}/speed.json", '{"result": {}}'),
-        (f"plans/{NAME}/converted/abreast.json", "\x00"),
     ],
 )
 def test_damaged_files_are_named(run, name, text):
@@ -203,6 +203,12 @@ def test_damaged_files_are_named(run, name, text):
     with pytest.raises(AbreastError, match=f"{Path(name).name}' is damaged; delete it"):
         write_report(run)
     assert not (run / "report").exists()
+
+
+def test_a_damaged_manifest_is_named(run):
+    (run / "plans" / NAME / "converted" / "abreast.json").write_text("\x00")
+    with pytest.raises(AbreastError, match=r"abreast.json' cannot be read: not valid JSON"):
+        write_report(run)
 
 
 def test_the_other_plans_of_a_run(run, tmp_path):
@@ -274,8 +280,9 @@ def test_numbers_get_the_digits_that_their_error_allows(value, stderr, text):
 
 
 def test_a_bar_that_reaches_zero_stays_on_a_logarithmic_axis():
-    row = {"method": "planner", "depth": 5, "plan": "1+2", "kl": 0.01, "kl_stderr": 0.02}
-    chart = depth_chart([row, {**row, "kl": -1e-9, "kl_stderr": None}], "kl", "1+2")
+    costs = Cost(0.01, 0.02, 0.0, 0.0, 9), Cost(-1e-9, float("nan"), 0.0, 0.0, 9)
+    rows = [Measured("planner", Plan.parse("1+2", 6), cost) for cost in costs]
+    chart = depth_chart(rows, KL, "1+2")
     values = next(iter(chart.spec["datasets"].values())) if "datasets" in chart.spec else None
     values = values or chart.spec["layer"][0]["data"]["values"]
     assert [point["low"] > 0 for point in values] == [True, True]

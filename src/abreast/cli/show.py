@@ -139,14 +139,13 @@ def play(
     import threading
     import webbrowser
 
-    from abreast.report import read_choices
-    from abreast.report.playground import gradio, open_models, page, serve
+    from abreast.report import build_page, check_gradio, open_models, read_choices, serve
 
-    gradio()
+    check_gradio()
     choices = read_choices(run, against)
     console.say(f"load {choices.model}")
     models = open_models(choices, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    blocks = page(models)
+    blocks = build_page(models)
     address = serve(blocks, port=port)
     console.say(f"the playground is at {address} (Ctrl-C ends it)")
     if not no_browser:

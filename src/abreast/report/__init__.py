@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.report.card import write_card
-    from abreast.report.choices import Choice, Choices, read_choices
+    from abreast.report.answers import open_models
+    from abreast.report.card import prepare, push, write_card
     from abreast.report.drawings import (
         check_drawing,
         draw_bench,
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
         draw_losses,
         draw_study,
     )
-    from abreast.report.hub import prepare, push
     from abreast.report.page import PAGE, check_extra, numbers, write_report
-    from abreast.report.records import read_run
+    from abreast.report.playground import build_page, check_gradio, serve
+    from abreast.report.records import read_choices, read_run
 
 attach(__name__)

@@ -1,25 +1,28 @@
-"""The model card of a converted checkpoint: what it is, what it cost, how to use it; no torch."""
+"""The model card of a converted checkpoint, and the checkpoint's way to the Hub; no torch."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from abreast.checkpoint import read_json
-from abreast.errors import AbreastError
+from abreast.checkpoint import MANIFEST, damaged, read_json, write
+from abreast.errors import AbreastError, first_line
 from abreast.families import FAMILIES
 from abreast.report.diagram import describe
-from abreast.report.records import Conversion
+from abreast.report.metrics import METRICS
+from abreast.report.records import Conversion, read_conversion
 from abreast.targets import SERVERS, refusals
 
 MARK = "<!-- written by abreast, and written anew by it as long as this line stands here -->"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 def write_card(conversion: Conversion) -> Path | None:
@@ -30,9 +33,7 @@ def write_card(conversion: Conversion) -> Path | None:
     path = conversion.target / "README.md"
     if conversion.manifest is None or not may_write(path):
         return None
-    staging = path.with_name(".README.md.new")
-    staging.write_text(card(conversion), encoding="utf-8")
-    os.replace(staging, path)
+    write(path, card(conversion))
     return path
 
 
@@ -43,67 +44,51 @@ def may_write(path: Path) -> bool:
 
 def card(conversion: Conversion) -> str:
     """The card as Markdown with the Hub's metadata. Raises AbreastError without a manifest."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
-    manifest, plan = conversion.manifest, conversion.plan
+    manifest, plan, quality = conversion.manifest, conversion.plan, conversion.quality
     if manifest is None:
         raise AbreastError(f"'{conversion.target}' holds no conversion; convert first")
     source = str(conversion.source or "an unnamed model")
-    inherited = _original_metadata(source, manifest.get("source", {}).get("revision"))
     short = re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-.") or "model"
     name = f"{short}-abreast-{plan.depth}"
     wirings = sorted({f"{group.wiring}-wiring" for group in plan.groups})
-    data = ModelCardData(
+    metadata = ModelCardData(
         base_model=source if _on_hub(source) else None,
         library_name="transformers",
         tags=["abreast", "layer-parallelism", *wirings, *["healed"] * bool(conversion.healed)],
         model_name=name,
-        eval_results=_results(conversion) or None,
-        **{"pipeline_tag": "text-generation", **inherited},
+        eval_results=_eval_results(conversion) or None,
+        **{"pipeline_tag": "text-generation", **_original_metadata(source, manifest.revision)},
     )
-    body = "\n\n".join(_sections(conversion, name, source))
-    return f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{MARK}\n"
-
-
-def quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(measure, original, converted, difference) of an evaluation, as text."""
-
-    def pair(entry: Mapping[str, Any], key: str, digits: int) -> str:
-        if entry.get(key) is None:
-            return "not finite"
-        return f"{entry[key]:.{digits}f}{_error(entry.get(f'{key}_stderr'), digits)}"
-
-    ours, theirs = quality["model"], quality["reference"]
-    interval = quality.get("bootstrap") or {}
-    loss = f"{quality['nll_difference']:+.4f}{_error(quality['nll_difference_stderr'], 4)} nats"
-    finite = ours["perplexity"] is not None and theirs["perplexity"] is not None
-    ratio = f"{ours['perplexity'] / theirs['perplexity'] - 1:+.2%}" if finite else ""
-    kl = f"{quality['kl']:.4f}{_error(quality['kl_stderr'], 4)} nats"
-    top1 = f"{quality['top1_agreement']:.1%}"
-    if quality.get("top1_agreement_stderr") is not None:
-        top1 += f" ± {quality['top1_agreement_stderr']:.1%}"
-    return [
-        (
-            "perplexity",
-            pair(theirs, "perplexity", 2),
-            pair(ours, "perplexity", 2),
-            f"{ratio}{_interval(interval.get('perplexity_ratio'), 3, ' ratio')}",
-        ),
-        (
-            "loss, nats per token",
-            pair(theirs, "nll", 4),
-            pair(ours, "nll", 4),
-            f"{loss}{_interval(interval.get('nll_difference'), 4)}",
-        ),
-        ("KL divergence", "", "", f"{kl}{_interval(interval.get('kl'), 4)}"),
-        ("same top token", "", "", f"{top1}{_interval(interval.get('top1_agreement'), 3)}"),
-    ]
-
-
-def dtype_of(quality: Mapping[str, Any]) -> str:
-    """In what both models were evaluated, in words."""
-    named = str(quality.get("settings", {}).get("dtype", "auto"))
-    return "the dtype of the checkpoint" if named == "auto" else named
+    servers, notes = serving("OUT", conversion)
+    groups = [(stage, group) for stage in plan.stages if (group := plan.group_of(stage))]
+    text = ModelCard.from_template(
+        metadata,
+        template_str=files("abreast.report").joinpath("templates", "card.md.j2").read_text("utf-8"),
+        code=code,
+        plain=plain,
+        table=_table,
+        name=name,
+        source=source,
+        plan=plan,
+        healed=conversion.healed,
+        stages=[describe(stage, group) for stage, group in groups],
+        quality=quality,
+        data=conversion.data,
+        dtype=conversion.dtype,
+        quality_rows=[metric.row(quality) for metric in METRICS] if quality else [],
+        tasks=_task_rows(conversion),
+        speed=_speed_rows(conversion),
+        servers=servers,
+        notes=notes,
+        manifest=manifest.record,
+        revision=manifest.revision,
+        versions=", ".join(f"{k} {v}" for k, v in manifest.record.get("versions", {}).items()),
+        hashes=[(whose, code(file), code(sha)) for whose, file, sha in conversion.hashes],
+        mark=MARK,
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(text)).strip() + "\n"
 
 
 def serving(out: str, conversion: Conversion) -> tuple[list[tuple[str, str]], list[str]]:
@@ -122,127 +107,63 @@ def serving(out: str, conversion: Conversion) -> tuple[list[tuple[str, str]], li
 
 def code(text: object) -> str:
     """Text as a Markdown code span that nothing in it can end, also within a table."""
-    plain = " ".join(str(text).split()).replace("|", "\\|")
-    longest = max(map(len, re.findall("`+", plain)), default=0)
+    line = " ".join(str(text).split()).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
-    return f"{fence} {plain} {fence}" if longest else f"`{plain}`"
+    return f"{fence} {line} {fence}" if longest else f"`{line}`"
 
 
-def _sections(conversion: Conversion, name: str, source: str) -> list[str]:
-    manifest, plan = conversion.manifest or {}, conversion.plan
-    healed = conversion.healed
-    stages = [
-        f"- {describe(stage, group)}"
-        for stage in plan.stages
-        if (group := plan.group_of(stage)) is not None
-    ]
-    found = [
-        f"# {_plain(name)}",
-        f"{code(source)} with {plan.num_layers} layers run in {plan.depth} stages: groups of "
-        "neighbouring layers work side by side instead of one after another. All weights are "
-        "kept, but this is an approximation of that model and answers differently. Made with "
-        "abreast by [Layer Parallelism](https://arxiv.org/abs/2502.02790)."
-        + (f" Healed afterwards ({code(healed.get('method', 'yes'))})." if healed else ""),
-        "## Plan",
-        f"{code(plan.shorthand)}; layers count from 0, the others stay as they were.",
-        "\n".join(stages),
-        *_quality(conversion),
-        *_speed(conversion),
-        "## Load",
-        "`OUT` is this repository's id, or the folder.",
-        "```python\nimport abreast.modeling  # or: trust_remote_code=True, without abreast\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("OUT")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("OUT")\n```',
-        "## Serve",
-    ]
-    servers, notes = serving("OUT", conversion)
-    for engine, commands in servers:
-        found += [f"{engine}:", f"```sh\n{commands}\n```"]
-    found += notes
-    rows = [
-        ("converted", code(file), code(entry.get("sha256", "")))
-        for file, entry in manifest.get("files", {}).items()
-    ]
-    rows += [
-        ("original", code(file), code(entry.get("sha256", "")))
-        for file, entry in manifest.get("source", {}).get("files", {}).items()
-    ]
-    revision = manifest.get("source", {}).get("revision")
-    versions = ", ".join(f"{key} {value}" for key, value in manifest.get("versions", {}).items())
-    found += [
-        "## Limits",
-        "It inherits what the original is for, what it must not be used for, and its faults. "
-        "Quality was measured on the text named above only: measure it on yours. A speed-up "
-        "depends on machine, batch and engine; prefill and large batches gain little or nothing.",
-        "## Provenance",
-        f"Made {manifest.get('created', 'at an unknown time')} from {code(source)}"
-        + (f", revision {code(revision)}" if revision else "")
-        + f", with {_plain(versions)}. `abreast.json` has the whole record.",
-        _table(("", "file", "sha256"), rows),
-    ]
-    return found
+def plain(text: object) -> str:
+    """Text that Markdown and HTML leave as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
 
 
-def _quality(conversion: Conversion) -> list[str]:
-    quality, tasks = conversion.quality, conversion.tasks
-    found = ["## Quality"]
-    if quality is None and not tasks:
-        return [*found, "Not measured."]
-    if quality is not None:
-        settings = quality.get("settings", {})
-        found += [
-            f"On {quality['num_tokens']:,} tokens of {code(settings.get('data', 'held-out text'))} "
-            f"in windows of {quality['window']}, in {_plain(dtype_of(quality))}; "
-            "± is one standard error.",
-            _table(("", "original", "converted", "difference"), quality_rows(quality)),
-        ]
-    if tasks:
-        rows = [
-            (
-                code(task),
-                code(row.get("metric", "")),
-                *(f"{row[m]:.3f}{_error(row.get(f'{m}_stderr'), 3)}" for m in _MODELS),
-                f"{row['kept']:.1%}" if row.get("kept") is not None else "",
-            )
-            for task, row in tasks.get("tasks", {}).items()
-        ]
-        found.append(_table(("task", "metric", *_MODELS, "kept"), rows))
-    return found
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-_MODELS = ("original", "converted")
-
-
-def _speed(conversion: Conversion) -> list[str]:
-    if not conversion.speed:
-        return ["## Speed", "Not measured."]
+def _task_rows(conversion: Conversion) -> list[tuple[str, ...]]:
     rows = []
-    for phase, row in conversion.speed.items():
-        if phase != "settings":
-            about = f"batch {row['batch_size']}, context {row['context']}"
-            rows.append((phase, about, _plain(row["device"]), _plain(row["verdict"])))
-    found = _table(("phase", "", "device", "verdict"), rows)
-    return ["## Speed", "Where it was made, in PyTorch, against the original:", found]
+    for task, row in (conversion.tasks or {}).get("tasks", {}).items():
+        scores = []
+        for model in ("original", "converted"):
+            stderr = row.get(f"{model}_stderr")
+            scores.append(f"{row[model]:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else ""))
+        kept = f"{row['kept']:.1%}" if row.get("kept") is not None else ""
+        rows.append((code(task), code(row.get("metric", "")), *scores, kept))
+    return rows
 
 
-def _results(conversion: Conversion) -> list[Any]:
+def _speed_rows(conversion: Conversion) -> list[tuple[str, ...]]:
+    return [
+        (
+            phase,
+            f"batch {row['batch_size']}, context {row['context']}",
+            plain(row["device"]),
+            plain(row["verdict"]),
+        )
+        for phase, row in conversion.phases.items()
+    ]
+
+
+def _eval_results(conversion: Conversion) -> list[Any]:
     from huggingface_hub import EvalResult
 
-    found: list[Any] = []
+    def entry(data: str, metric: str, value: float | None, name: str | None = None) -> Any:
+        dataset = re.sub(r"[^\w./-]+", "-", data)
+        return EvalResult("text-generation", dataset, data, metric, value, metric_name=name)
 
-    def add(data: str, metric: str, value: float, **options: Any) -> None:
-        kind = re.sub(r"[^\w./-]+", "-", data)
-        found.append(EvalResult("text-generation", kind, data, metric, value, **options))
-
-    quality = conversion.quality
-    if quality is not None:
-        data = str(quality.get("settings", {}).get("data", "held-out text"))
-        add(data, "perplexity", quality["model"]["perplexity"], metric_name="perplexity")
-        add(data, "kl", quality["kl"], metric_name="KL divergence from the original, nats")
+    results = []
+    if (quality := conversion.quality) is not None:
+        for metric in METRICS:
+            own = metric.per_model
+            value = metric.value(quality) if own is None else quality["model"][own]
+            if metric.hub is not None:
+                results.append(entry(conversion.data, own or metric.key, value, metric.hub))
     for task, row in (conversion.tasks or {}).get("tasks", {}).items():
-        add(task, str(row.get("metric", "score")), row["converted"])
-    return found
+        results.append(entry(task, str(row.get("metric", "score")), row["converted"]))
+    return results
 
 
 def _original_metadata(source: str, revision: str | None) -> dict[str, Any]:
@@ -267,19 +188,85 @@ def _on_hub(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
-def _error(stderr: float | None, digits: int) -> str:
-    return f" ± {stderr:.{digits}f}" if stderr is not None else ""
+@dataclass(frozen=True)
+class Upload:
+    """What goes to the Hub. files: name -> bytes. left_out: what lies there and does not go."""
+
+    repo: str
+    private: bool
+    files: dict[str, int]
+    left_out: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "bytes": self.nbytes}
 
 
-def _interval(ends: Sequence[float] | None, digits: int, what: str = "") -> str:
-    return f"{what} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+def prepare(out: str | Path, repo: str, *, private: bool = False) -> Upload:
+    """Check a converted folder and a name on the Hub; list what would be uploaded. No network.
+
+    README.md is the model card as `push` will write it, or somebody's own. Raises AbreastError for
+    a name that cannot be one, and for a folder that is not a whole conversion: every file that the
+    manifest names must be there with its recorded hash.
+    """
+    from abreast.checkpoint import open_checkpoint
+
+    if not _HUB_ID.fullmatch(repo):
+        raise AbreastError(f"'{repo}' cannot be a repository on the Hub; write it as ORG/NAME")
+    folder = Path(out)
+    if not folder.is_dir():
+        raise AbreastError(f"no folder '{out}'; give one that abreast converted")
+    conversion = read_conversion(folder)
+    recorded = conversion.manifest.files if conversion.manifest else {}
+    for fault in damaged(folder, recorded):
+        raise AbreastError(f"'{out}' is not a whole conversion: {fault}; convert again")
+    open_checkpoint(folder)
+    sizes = {name: (folder / name).stat().st_size for name in (*recorded, MANIFEST)}
+    readme = folder / "README.md"
+    ours = may_write(readme)
+    sizes["README.md"] = len(card(conversion).encode()) if ours else readme.stat().st_size
+    here = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    return Upload(repo, private, dict(sorted(sizes.items())), tuple(sorted(here - set(sizes))))
 
 
-def _plain(text: object) -> str:
-    """Text that Markdown and HTML leave as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", " ".join(str(text).split()))
+def push(out: str | Path, repo: str, *, private: bool = False) -> str:
+    """Create the repository where it is missing and upload the conversion; return its address.
 
+    Arguments and errors as for `prepare`; also an AbreastError without a token or the network, and
+    where the Hub refuses. An interrupted upload goes on when called again.
+    """
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    if constants.is_offline_mode():
+        raise AbreastError("HF_HUB_OFFLINE is set; unset it to push")
+    if get_token() is None:
+        raise AbreastError("no token for the Hugging Face Hub; run `hf auth login` or set HF_TOKEN")
+    upload = prepare(out, repo, private=private)
+    write_card(read_conversion(out))
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=out,
+            allow_patterns=list(upload.files),
+            commit_message="Upload a conversion made with abreast",
+        )
+    except OfflineModeIsEnabled:
+        raise AbreastError("HF_HUB_OFFLINE is set; unset it to push") from None
+    except HfHubHTTPError as error:
+        raise AbreastError(f"the Hugging Face Hub refuses '{repo}': {first_line(error)}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AbreastError(f"'{repo}' was not uploaded: {first_line(error)}; try again") from None
+    except Exception as error:
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
+            raise
+        endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+        raise AbreastError(
+            f"no connection to {endpoint} ({first_line(error)}); try again"
+        ) from None
+    return str(address)

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from abreast.planner import Objective
+from abreast.report.records import Measured
+
 Row = Mapping[str, Any]
 
 LIGHT = {
@@ -31,7 +34,14 @@ METHODS = {
     "angular": "angular distance",
     "random": "random",
 }
-LEAST_KL = 1e-6  # what a logarithmic axis shows of costs that rounding made zero or negative
+LOSS = Objective(
+    name="loss",
+    label="loss increase over the original",
+    unit="nats per token",
+    value=lambda cost: cost.loss_increase,
+    stderr=lambda cost: cost.loss_stderr,
+)
+LEAST = 1e-6  # what a logarithmic axis shows of costs that rounding made zero or negative
 CONFIG = {
     "background": "var(--paper)",
     "font": "system-ui, sans-serif",
@@ -80,26 +90,25 @@ def png(spec: Mapping[str, Any]) -> bytes:
     return picture
 
 
-def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
-    """What the best plan of each depth costs, a line per way to choose.
+def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | None) -> Chart:
+    """The best plan of each depth by an objective, a line per way to choose.
 
-    rows: plan, depth, method, and the cost as in `Cost`. measure: "kl" (on a logarithmic axis) or
-    "loss_increase". chosen: the plan to mark.
+    The axis is logarithmic but for LOSS, which may be negative. chosen: the plan to mark.
     """
     import altair as alt
 
-    error = {"kl": "kl_stderr", "loss_increase": "loss_stderr"}[measure]
-    label = {"kl": "KL divergence", "loss_increase": "loss increase"}[measure]
-    points = [
+    label, logarithmic = objective.label, objective is not LOSS
+    points: list[dict[str, Any]] = [
         {
-            "method": METHODS.get(row["method"], row["method"]),
-            "depth": row["depth"],
-            "plan": row["plan"],
-            **error_bar(row[measure], row[error], logarithmic=measure == "kl"),
-            "exact": number(row[measure], row[error]),
-            "chosen": row["plan"] == chosen and row["method"] == "planner",
+            "method": METHODS.get(row.method, row.method),
+            "depth": row.plan.depth,
+            "plan": row.plan.shorthand,
+            **error_bar(value, stderr, logarithmic=logarithmic),
+            "exact": number(value, stderr),
+            "chosen": row.plan.shorthand == chosen and row.method == "planner",
         }
         for row in rows
+        for value, stderr in [(objective.value(row.cost), objective.stderr(row.cost))]
     ]
     methods = list(dict.fromkeys(point["method"] for point in points))
     picked = alt.selection_point(fields=["method"], bind="legend")
@@ -118,8 +127,8 @@ def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
         ],
     )
     shape = alt.Shape("method:N").scale(domain=methods)
-    axis = alt.Y("value:Q").title(f"{label} (nats per token)")
-    axis = axis.scale(type="log") if measure == "kl" else axis
+    axis = alt.Y("value:Q").title(f"{label} ({objective.unit})")
+    axis = axis.scale(type="log") if logarithmic else axis
     axis = axis.axis(format="~g", tickCount=6)
     drawn = alt.layer(
         # Vega-Lite makes a legend clickable for the first layer's parameters only
@@ -137,15 +146,15 @@ def depth_chart(rows: Sequence[Row], measure: str, chosen: str | None) -> Chart:
         f" The chosen plan, ringed, is at depth {mine['depth']}: {mine['exact']}." if mine else ""
     )
     return Chart(
-        name={"kl": "depth-kl", "loss_increase": "depth-loss"}[measure],
+        name=f"depth-{objective.key}",
         title=f"{label[0].upper()}{label[1:]} against depth",
         description=(
-            f"Line chart of the {label} from the original over effective depth, one line per way "
+            f"Line chart of the {label}, by effective depth, one line per way "
             f"to choose the plan: {', '.join(methods)}. Bars are two standard errors each way."
             f"{seen}"
         ),
         spec=_spec(drawn, 300),
-        columns=("chosen by", "depth", "plan", f"{label}, nats"),
+        columns=("chosen by", "depth", "plan", f"{label}, {objective.unit}"),
         rows=tuple((p["method"], str(p["depth"]), p["plan"], p["exact"]) for p in points),
     )
 
@@ -348,7 +357,7 @@ def number(value: float | None, stderr: float | None = None) -> str:
     """A number with its standard error, to as many digits as the error allows."""
     if value is None:
         return "unknown"
-    if not stderr:
+    if not stderr or not math.isfinite(stderr):
         return f"{value:.3g}"
     digits = max(0, 1 - int(f"{stderr:e}".partition("e")[2]))
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
@@ -359,7 +368,7 @@ def error_bar(value: float, stderr: float | None, *, logarithmic: bool = False) 
 
     On a logarithmic axis a bar that would reach zero ends at a tenth of the value.
     """
-    value = max(value, LEAST_KL) if logarithmic else value
+    value = max(value, LEAST) if logarithmic else value
     reach = 2 * stderr if stderr is not None and math.isfinite(stderr) else 0.0
     low, high = value - reach, value + reach
     return {"value": value, "low": max(low, value / 10) if logarithmic else low, "high": high}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import cache
@@ -18,12 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import finite
+from abreast.checkpoint import finite, write
 from abreast.errors import AbreastError
-from abreast.report.card import dtype_of, quality_rows, serving
+from abreast.planner import KL
+from abreast.report.card import serving
 from abreast.report.charts import (
     DARK,
     LIGHT,
+    LOSS,
     Chart,
     depth_chart,
     groups_chart,
@@ -34,6 +35,7 @@ from abreast.report.charts import (
     tasks_chart,
 )
 from abreast.report.diagram import describe, draw_plan, draw_stage, stage_size
+from abreast.report.metrics import METRICS, Metric
 from abreast.report.records import Conversion, Run, read_run
 from abreast.version import __version__
 
@@ -73,9 +75,9 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     page = render(found, charts)
     target.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
-        _replace(target / name, data)
-    _replace(target / "results.json", (json.dumps(numbers(found), indent=1) + "\n").encode())
-    _replace(target / PAGE, page.encode())
+        write(target / name, data)
+    write(target / "results.json", json.dumps(numbers(found), indent=1) + "\n")
+    write(target / PAGE, page)
     return target / PAGE
 
 
@@ -94,7 +96,7 @@ def render(run: Run, charts: list[Chart]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    last = run.last
+    last, (reason_columns, reasons) = run.last, _reasons(run)
     return jinja.get_template("report.html.j2").render(
         run=run,
         last=last,
@@ -109,17 +111,18 @@ def render(run: Run, charts: list[Chart]) -> str:
         light=LIGHT,
         dark=DARK,
         stages=_stages(last) if last is not None else [],
-        reasons=_reasons(run),
+        reason_columns=reason_columns,
+        reasons=reasons,
         tiles=_tiles(last) if last is not None else [],
-        dtype=dtype_of(last.quality) if last is not None and last.quality else None,
-        quality=quality_rows(last.quality) if last is not None and last.quality else [],
+        quality=[metric.row(last.quality) for metric in METRICS]
+        if last is not None and last.quality
+        else [],
         speed=speed_rows(last) if last is not None else [],
         tasks=task_rows(last) if last is not None else [],
         samples=_samples(last) if last is not None else [],
-        others=[_summary(each) for each in run.others],
-        out=str(last.target) if last is not None else None,
+        other_columns=_OTHER_COLUMNS,
+        others=[_summary(conversion) for conversion in run.others],
         serving=serving(str(last.target), last) if last is not None and last.manifest else None,
-        hashed=_hashes(last) if last is not None else [],
         number=number,
     )
 
@@ -131,11 +134,11 @@ def numbers(run: Run) -> dict[str, Any]:
             "model": run.model,
             "command": run.command,
             "environment": run.environment,
-            "missing": [each.what for each in run.missing()],
+            "missing": [part.what for part in run.missing()],
             "last": _numbers(run.last) if run.last is not None else None,
-            "others": [_numbers(each) for each in run.others],
-            "front": run.front,
-            "baselines": run.baselines,
+            "others": [_numbers(conversion) for conversion in run.others],
+            "front": [row.to_dict() for row in run.front],
+            "baselines": [row.to_dict() for row in run.baselines],
             "groups": group_rows(run),
         }
     )
@@ -144,9 +147,7 @@ def numbers(run: Run) -> dict[str, Any]:
 def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
     """Per phase that was timed: tokens per second of both, their ratio, the verdict."""
     found = []
-    for phase, row in (conversion.speed or {}).items():
-        if phase == "settings":
-            continue
+    for phase, row in conversion.phases.items():
         before, after = (row["timings"][name] for name in ("original", "converted"))
         found.append(
             {
@@ -192,10 +193,10 @@ def group_rows(run: Run) -> list[dict[str, Any]]:
 
 def _charts(run: Run) -> list[Chart]:
     last, charts = run.last, []
-    rows = run.baselines or tuple({**row, "method": "planner"} for row in run.front)
+    rows = run.baselines or run.front
     chosen = last.plan.shorthand if last is not None else None
     if rows:
-        charts += [depth_chart(rows, measure, chosen) for measure in ("kl", "loss_increase")]
+        charts += [depth_chart(rows, objective, chosen) for objective in (KL, LOSS)]
     if groups := group_rows(run):
         charts.append(groups_chart(groups))
     if last is not None:
@@ -228,37 +229,55 @@ def _tiles(conversion: Conversion) -> list[tuple[str, str, str]]:
     share = f"{plan.num_layers - plan.depth} of {plan.num_layers} steps fewer"
     found = [("effective depth", f"{plan.num_layers} → {plan.depth}", share)]
     if quality is not None:
-        for heading, key in (("loss increase", "nll_difference"), ("KL divergence", "kl")):
-            value, _, error = number(quality[key], quality[f"{key}_stderr"]).partition(" ± ")
-            found.append((heading, value, f"± {error} nats per token" if error else "nats"))
-        found.append(("same top token", f"{quality['top1_agreement']:.1%}", "of the predictions"))
+        for metric in METRICS:
+            if metric.tile is not None:
+                value, _, error = _short(metric, quality).partition(" ± ")
+                error = f"± {error} " if error else ""
+                found.append((metric.tile, value, f"{error}{metric.small_print}"))
     for row in speed_rows(conversion):
         ratio = f"{row['ratio']:.2f}x" if row["known"] else "unknown"
         found.append((f"{row['phase']} speed", ratio, row["verdict"]))
     return found
 
 
-def _reasons(run: Run) -> list[Mapping[str, Any]]:
-    """Why each group, where the last call's plan is the one that was planned."""
+def _reasons(run: Run) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Why each group, headings and rows, where the last call's plan is the one that was planned."""
     planned = (run.results or {}).get("planned", {})
     same = run.last is not None and planned.get("plan") == run.last.plan.shorthand
-    return planned.get("reasons", []) if same else []
+    rows = planned.get("reasons", []) if same else []
+    # the objective by which the plan was found names the columns: extra_kl, kl, kl_stderr
+    keys = [name.removeprefix("extra_") for row in rows for name in row if name[:6] == "extra_"]
+    key = keys[0] if keys else KL.key
+    name = KL.name if key == KL.key else key
+    headings = ("group", f"{name} alone", "rank", "inputs alike", "depends")
+    return (*headings, "best plan without it", f"{name} of that"), [
+        (
+            row["group"],
+            number(row[key], row[f"{key}_stderr"]),
+            f"{row['rank']} of {row['candidates']}",
+            f"{row['similarity']:.3f}",
+            f"{row['dependency']:.3f}",
+            row["without"] or "none measured",
+            f"{row[f'extra_{key}']:+.5f}" if row[f"extra_{key}"] is not None else "",
+        )
+        for row in rows
+    ]
 
 
 def _samples(conversion: Conversion) -> list[dict[str, Any]]:
     found = []
-    for each in (conversion.samples or {}).get("samples", []):
-        first, shared = each["first_difference"], each["shared"]
+    for sample in (conversion.samples or {}).get("samples", []):
+        first, shared = sample["first_difference"], sample["shared"]
         found.append(
             {
-                "prompt": each["prompt"],
+                "prompt": sample["prompt"],
                 "note": (
-                    f"Both wrote the same {each['new_tokens'][0]} tokens."
+                    f"Both wrote the same {sample['new_tokens'][0]} tokens."
                     if first is None
                     else f"The first difference, marked, is at token {first + 1}."
                 ),
                 "texts": [
-                    (model, each[model][:shared], each[model][shared:])
+                    (model, sample[model][:shared], sample[model][shared:])
                     for model in ("original", "converted")
                 ],
             }
@@ -266,34 +285,36 @@ def _samples(conversion: Conversion) -> list[dict[str, Any]]:
     return found
 
 
-def _summary(conversion: Conversion) -> dict[str, Any]:
-    """A line of the table of the other plans."""
+_OTHER_COLUMNS = (
+    *("depth", "plan", "healed"),
+    *(f"{metric.tile},{metric.unit}".rstrip(",") for metric in METRICS if metric.tile),
+    *("speed", "checkpoint"),
+)
+
+
+def _summary(conversion: Conversion) -> tuple[object, ...]:
+    """A line of the table of the other plans, see _OTHER_COLUMNS."""
     quality, timed = conversion.quality, speed_rows(conversion)
-    return {
-        "depth": conversion.plan.depth,
-        "plan": conversion.plan.shorthand or "none",
-        "healed": (conversion.healed or {}).get("method", ""),
-        "kl": number(quality["kl"], quality["kl_stderr"]) if quality else "not measured",
-        "loss": number(quality["nll_difference"], quality["nll_difference_stderr"])
-        if quality
-        else "not measured",
-        "speed": "; ".join(f"{r['phase']} {r['ratio']:.2f}x" for r in timed if r["known"]),
-        "folder": str(conversion.target) if conversion.manifest else "not converted",
-    }
+    return (
+        conversion.plan.depth,
+        conversion.plan.shorthand or "none",
+        (conversion.healed or {}).get("method", ""),
+        *(
+            _short(metric, quality) if quality else "not measured"
+            for metric in METRICS
+            if metric.tile
+        ),
+        "; ".join(f"{r['phase']} {r['ratio']:.2f}x" for r in timed if r["known"]),
+        str(conversion.target) if conversion.manifest else "not converted",
+    )
 
 
-def _hashes(conversion: Conversion) -> list[tuple[str, str, str]]:
-    """(whose, file, sha256) of all files of the original and of the conversion."""
-    manifest = conversion.manifest or {}
-    lists = {
-        "original": manifest.get("source", {}).get("files", {}),
-        "converted": manifest.get("files", {}),
-    }
-    return [
-        (whose, name, str(entry.get("sha256", "")))
-        for whose, listed in lists.items()
-        for name, entry in listed.items()
-    ]
+def _short(metric: Metric, quality: Mapping[str, Any]) -> str:
+    """The difference in a few digits, with its error."""
+    value = metric.value(quality)
+    if metric.spec.endswith("%") and value is not None:
+        return format(value, metric.spec)
+    return number(value, metric.stderr(quality))
 
 
 def _numbers(conversion: Conversion) -> dict[str, Any]:
@@ -328,9 +349,3 @@ def _svg_png(svg: str) -> bytes:
 
     found: bytes = vl_convert.svg_to_png(svg, scale=2)
     return found
-
-
-def _replace(path: Path, data: bytes) -> None:
-    staging = path.with_name(f".{path.name}.new")
-    staging.write_bytes(data)
-    os.replace(staging, path)

@@ -1,19 +1,27 @@
-"""What `abreast optimize` left in a run folder, read back, and what is missing; knows no torch."""
+"""A run folder read back: what `plan` and `optimize` left in it, what is missing, what can play.
+
+Knows no torch. The layout of the folder is described in optimize.py.
+"""
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from abreast.checkpoint import MANIFEST, Manifest, read_json, read_manifest, resolve
 from abreast.errors import AbreastError
+from abreast.families import num_layers_of
 from abreast.plan import Plan
-from abreast.planner import STATS_FILE, Stats
-from abreast.runs import damaged_record, read_record
+from abreast.planner import FRONT_FILE, KL, STATS_FILE, Cost, Profile, Stats
+from abreast.runs import damaged_record, model_hash, read_record
 
-MANIFEST = "abreast.json"
+LEFT_BY = "the folder that `abreast plan` or `abreast optimize` left"
+Record = Mapping[str, Any]
 _NEEDED = {  # without these a result is none
     "verify": {"ok", "faults", "healed", "uncached"},
     "quality": {"model", "reference", "nll_difference", "kl", "top1_agreement", "num_tokens"},
@@ -28,7 +36,7 @@ class Conversion:
     """One conversion of a run and what was found out about it, None for what was not.
 
     folder: plans/NAME. target: the checkpoint, which may not be there (then manifest is None).
-    suffix: of the healed ones' files, empty for one that is not healed. The other fields hold the
+    suffix: of a healed one's files, empty for one that is not healed. The other fields hold the
     results that the verbs write, with "settings" that they rest on.
     """
 
@@ -36,23 +44,59 @@ class Conversion:
     target: Path
     suffix: str
     plan: Plan
-    manifest: Mapping[str, Any] | None
-    verify: Mapping[str, Any] | None
-    quality: Mapping[str, Any] | None
-    speed: Mapping[str, Any] | None
-    samples: Mapping[str, Any] | None
-    tasks: Mapping[str, Any] | None
+    manifest: Manifest | None
+    verify: Record | None = None
+    quality: Record | None = None
+    speed: Record | None = None
+    samples: Record | None = None
+    tasks: Record | None = None
 
     @property
     def source(self) -> str | None:
-        """The model it was made from, as it was asked for."""
-        recorded = (self.manifest or {}).get("source", {}).get("name")
-        return recorded or self.plan.source
+        """The model it was made from, as it was named."""
+        return (self.manifest.source if self.manifest else None) or self.plan.source
 
     @property
-    def healed(self) -> Mapping[str, Any] | None:
+    def healed(self) -> Record | None:
         """How it was healed, None where it was not."""
-        return (self.manifest or {}).get("healed")
+        return self.manifest.healed if self.manifest else None
+
+    @property
+    def data(self) -> str:
+        """The text on which quality was measured."""
+        return str((self.quality or {}).get("settings", {}).get("data") or "held-out text")
+
+    @property
+    def dtype(self) -> str:
+        """The dtype in which both models were evaluated, in words."""
+        name = str((self.quality or {}).get("settings", {}).get("dtype", "auto"))
+        return "the dtype of the checkpoint" if name == "auto" else name
+
+    @property
+    def phases(self) -> dict[str, Record]:
+        """The timing of each phase."""
+        return {phase: row for phase, row in (self.speed or {}).items() if phase != "settings"}
+
+    @property
+    def hashes(self) -> list[tuple[str, str, str]]:
+        """(whose, file, sha256) of all files of the original and of the conversion."""
+        if self.manifest is None:
+            return []
+        lists = {"original": self.manifest.source_files, "converted": self.manifest.files}
+        return [(whose, *entry) for whose, hashes in lists.items() for entry in hashes.items()]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A plan that was measured as a whole. method: who chose it, "planner" or a published way."""
+
+    method: str
+    plan: Plan
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        names = {"plan": self.plan.shorthand, "depth": self.plan.depth, "method": self.method}
+        return {**names, **asdict(self.cost)}
 
 
 @dataclass(frozen=True)
@@ -67,25 +111,42 @@ class Missing:
 class Run:
     """A run folder. last: the conversion of the last call; others: the rest, deepest first.
 
-    results: that call's numbers, None where it did not come to its end. front, baselines: rows
-    with plan, depth, kl, kl_stderr, loss_increase, loss_stderr and tokens; baselines' have a
-    method as well.
+    plans: every plan that was measured, with its cost on the calibration text. baselines: the
+    planner's and the published ways' plans on held-out text. profile: predicts speed-ups. results:
+    the last call's numbers, None where it did not come to its end.
     """
 
     folder: Path
     stats: Stats | None
-    front: tuple[Mapping[str, Any], ...]
-    baselines: tuple[Mapping[str, Any], ...]
-    results: Mapping[str, Any] | None
-    environment: Mapping[str, Any] | None
+    plans: Mapping[Plan, Cost]
+    baselines: tuple[Measured, ...]
+    profile: Profile | None
+    results: Record | None
+    environment: Record | None
     last: Conversion | None
     others: tuple[Conversion, ...]
 
+    @cached_property
+    def front(self) -> tuple[Measured, ...]:
+        """The best plan of each depth on the calibration text, deepest first."""
+        best: dict[int, Measured] = {}
+        for plan, cost in sorted(
+            self.plans.items(), key=lambda item: (KL.value(item[1]), item[0].shorthand)
+        ):
+            best.setdefault(plan.depth, Measured("planner", plan, cost))
+        return tuple(best[depth] for depth in sorted(best, reverse=True))
+
+    @property
+    def conversions(self) -> tuple[Conversion, ...]:
+        """All conversions whose checkpoint is there."""
+        every = ([self.last] if self.last is not None else []) + list(self.others)
+        return tuple(conversion for conversion in every if conversion.manifest is not None)
+
     @property
     def model(self) -> str:
-        """The model as it was asked for, MODEL where nobody knows."""
-        found = self.last.source if self.last is not None else None
-        return found or (self.stats.source if self.stats is not None else None) or "MODEL"
+        """The model as it was named, MODEL where nobody knows."""
+        source = self.last.source if self.last is not None else None
+        return source or (self.stats.source if self.stats is not None else None) or "MODEL"
 
     @property
     def command(self) -> str:
@@ -97,20 +158,24 @@ class Run:
         words = ["abreast", "optimize", self.model, "-o", str(self.folder), "--depth", depth]
         return shlex.join(words)
 
+    def speedup(self, plan: Plan) -> float | None:
+        """Predicted speed-up of decoding, None where nothing predicts it."""
+        try:
+            return self.profile.speedup(plan) if self.profile is not None else None
+        except AbreastError:  # a kind of group that was not timed
+            return None
+
     def missing(self) -> tuple[Missing, ...]:
         """The parts that a complete run would have, in the order in which they are made."""
+        last = self.last
         parts: dict[str, Any] = {
             "what each group costs alone (calibration)": self.stats,
-            "the plans measured as a whole (front.json)": self.front,
+            "the plans measured as a whole (front.json)": self.plans,
             "the comparison with the published ways to choose (baselines.json)": self.baselines,
-        }
-        last = self.last
-        manifest, quality = (last.manifest, last.quality) if last is not None else (None, None)
-        parts |= {
             "a plan": last,
-            "the converted checkpoint": manifest,
+            "the converted checkpoint": last and last.manifest,
             "the verification of the conversion": last and last.verify,
-            "the quality on held-out text": quality,
+            "the quality on held-out text": last and last.quality,
             "the timing": last and last.speed,
             "text that both models wrote": last and last.samples,
             "the record of the machine and the command (environment.json)": self.environment,
@@ -125,26 +190,28 @@ def read_run(folder: str | Path) -> Run:
     """
     run = Path(folder)
     if not run.is_dir():
-        raise AbreastError(f"no folder '{folder}'; give the one that `abreast optimize -o` made")
-    signs = ("calibration/measure.json", "front.json", "results.json", "plans")
+        raise AbreastError(f"no folder '{folder}'; give {LEFT_BY}")
+    signs = ("calibration/measure.json", FRONT_FILE, "results.json", "plans")
     if not any((run / sign).exists() for sign in signs):
         raise AbreastError(
-            f"'{folder}' is not a run: it holds neither a calibration nor plans; "
-            "give the folder that `abreast optimize -o` made"
+            f"'{folder}' is not a run: it holds neither a calibration nor plans; give {LEFT_BY}"
         )
     results = read_record(run / "results.json")
-    found = sorted(_conversions(run / "plans"), key=lambda each: (each.plan.depth, each.target))
-    last = _last(found, results)
-    stats = run / "calibration" / STATS_FILE
+    conversions = sorted(_conversions(run / "plans"), key=lambda c: (c.plan.depth, c.target))
+    last = _last(conversions, results)
+    path = run / "calibration" / STATS_FILE
+    stats = Stats.load(path) if path.is_file() else None
+    num_layers = stats.num_layers if stats else last.plan.num_layers if last else None
     return Run(
         folder=run,
-        stats=Stats.load(stats) if stats.is_file() else None,
-        front=_rows(run / "front.json", last.plan.num_layers if last else None),
-        baselines=_rows(run / "baselines.json", None),
+        stats=stats,
+        plans={row.plan: row.cost for row in _measured(run / FRONT_FILE, num_layers)},
+        baselines=_measured(run / "baselines.json", num_layers),
+        profile=_profile(run / "profile.json"),
         results=results,
         environment=read_record(run / "environment.json"),
         last=last,
-        others=tuple(each for each in found if each is not last),
+        others=tuple(conversion for conversion in conversions if conversion is not last),
     )
 
 
@@ -154,84 +221,234 @@ def read_conversion(folder: str | Path) -> Conversion:
     Raises AbreastError where there is no conversion.
     """
     target = Path(folder)
-    manifest = read_record(target / MANIFEST)
-    if manifest is None:
+    if not (target / MANIFEST).is_file():
         raise AbreastError(f"'{folder}' holds no {MANIFEST}; give a folder that abreast converted")
     if (target.parent / "plan.yaml").is_file() and target.name.startswith("converted"):
         return _conversion(target.parent, target.name.removeprefix("converted"))
-    try:
-        plan = Plan.model_validate(manifest["plan"])
-    except (KeyError, ValueError):
-        raise damaged_record(target / MANIFEST) from None
-    return Conversion(target.parent, target, "", plan, manifest, *[None] * 5)
+    manifest = read_manifest(target)
+    return Conversion(target.parent, target, "", manifest.plan, manifest)
 
 
 def _conversions(plans: Path) -> Iterator[Conversion]:
-    for path in sorted(plans.glob("*/plan.yaml")):
-        folder = path.parent
-        targets = [each for each in folder.glob("converted*") if (each / MANIFEST).is_file()]
-        suffixes = sorted(each.name.removeprefix("converted") for each in targets)
-        for suffix in suffixes or [""]:
+    for folder in sorted(plans.glob("*/")):
+        targets = [path.parent.name for path in folder.glob(f"converted*/{MANIFEST}")]
+        suffixes = sorted(name.removeprefix("converted") for name in targets)
+        for suffix in suffixes or ([""] if (folder / "plan.yaml").is_file() else []):
             yield _conversion(folder, suffix)
 
 
 def _conversion(folder: Path, suffix: str) -> Conversion:
     target = folder / f"converted{suffix}"
-
-    def result(name: str) -> dict[str, Any] | None:
-        path = folder / f"{name}{suffix}.json"
-        found = read_record(path)
-        if found is None:
-            return None
-        inner, settings = found.get("result", found), found.get("rests_on", {})
-        if not isinstance(inner, dict) or not isinstance(settings, dict):
-            raise damaged_record(path)
-        if not inner.keys() >= _NEEDED.get(name, set()):
-            raise damaged_record(path)
-        settings = {key: settings[key] for key in settings if key not in ("model", "files")}
-        return {"settings": settings, **inner}
-
+    manifest = read_manifest(target) if (target / MANIFEST).is_file() else None
     return Conversion(
         folder=folder,
         target=target,
         suffix=suffix,
-        plan=Plan.load(folder / "plan.yaml"),
-        manifest=read_record(target / MANIFEST),
-        verify=result("verify"),
-        quality=result("quality"),
-        speed=result("speed"),
-        samples=result("samples"),
-        tasks=result("tasks"),
+        plan=manifest.plan if manifest else Plan.load(folder / "plan.yaml"),
+        manifest=manifest,
+        **{
+            name: _result(folder / f"{name}{suffix}.json", needed)
+            for name, needed in _NEEDED.items()
+        },
     )
 
 
-def _last(found: list[Conversion], results: Mapping[str, Any] | None) -> Conversion | None:
+def _result(path: Path, needed: set[str]) -> Record | None:
+    """One result of a conversion, with the settings that it rests on."""
+    record = read_record(path)
+    if record is None:
+        return None
+    result, settings = record.get("result", record), record.get("rests_on", {})
+    if not isinstance(result, dict) or not isinstance(settings, dict):
+        raise damaged_record(path)
+    if not result.keys() >= needed:
+        raise damaged_record(path)
+    settings = {key: settings[key] for key in settings if key not in ("model", "files")}
+    return {"settings": settings, **result}
+
+
+def _last(conversions: list[Conversion], results: Record | None) -> Conversion | None:
     if results is not None:
         # the paths in it are relative to where the command was given, which may be anywhere
-        named = [Path(str(results.get(key, ""))).name for key in ("folder", "converted")]
-        for each in found:
-            if [each.folder.name, each.target.name] == named:
-                return each
-    return max(found, key=lambda x: (x.folder / "plan.yaml").stat().st_mtime_ns, default=None)
+        names = [Path(str(results.get(key, ""))).name for key in ("folder", "converted")]
+        for conversion in conversions:
+            if [conversion.folder.name, conversion.target.name] == names:
+                return conversion
+
+    def planned(conversion: Conversion) -> int:
+        path = conversion.folder / "plan.yaml"
+        return path.stat().st_mtime_ns if path.is_file() else 0
+
+    return max(conversions, key=planned, default=None)
 
 
-def _rows(path: Path, num_layers: int | None) -> tuple[Mapping[str, Any], ...]:
-    """The rows of front.json, of each depth the best, or of baselines.json, all of them."""
+def _measured(path: Path, num_layers: int | None) -> tuple[Measured, ...]:
+    """The rows of front.json or baselines.json."""
     record = read_record(path)
     if record is None:
         return ()
+
+    def number(row: Record, key: str) -> float:
+        return math.nan if row.get(key) is None else float(row[key])
+
     try:
-        count = int(num_layers or record.get("identity", {}).get("num_layers", 0))
-        rows = [dict(row) for row in record["plans"]]
-        for row in rows:
-            float(row["kl"]), float(row["loss_increase"])
-            if "depth" not in row:
-                row["depth"] = Plan.parse(row["plan"], count).depth
+        count = int(num_layers or record["identity"]["num_layers"])
+        return tuple(
+            Measured(
+                method=row.get("method", "planner"),
+                plan=Plan.parse(row["plan"], count),
+                cost=Cost(
+                    kl=float(row["kl"]),
+                    kl_stderr=number(row, "kl_stderr"),
+                    loss_increase=float(row["loss_increase"]),
+                    loss_stderr=number(row, "loss_stderr"),
+                    tokens=int(row["tokens"]),
+                ),
+            )
+            for row in record["plans"]
+        )
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged_record(path) from None
-    if any("method" in row for row in rows):
-        return tuple(rows)
-    best: dict[int, dict[str, Any]] = {}
-    for row in sorted(rows, key=lambda row: (row["kl"], row["plan"])):
-        best.setdefault(row["depth"], row)
-    return tuple(best[depth] for depth in sorted(best, reverse=True))
+
+
+def _profile(path: Path) -> Profile | None:
+    record = read_record(path)
+    try:
+        return Profile(**record["profile"]) if record is not None else None
+    except (LookupError, TypeError):
+        raise damaged_record(path) from None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What may answer beside the original in the playground: a plan, and how it runs.
+
+    folder: the converted checkpoint, None to run the original's own weights grouped in memory.
+    cost: on the calibration text, None where it was not measured. speedup: of decoding, predicted.
+    healed: how the checkpoint was healed, with kl_before and kl_after.
+    """
+
+    plan: Plan
+    cost: Cost | None = None
+    speedup: float | None = None
+    folder: Path | None = None
+    healed: Record | None = None
+
+    @property
+    def way(self) -> str:
+        """How it runs, in a few words."""
+        if self.healed is not None:
+            return f"converted and healed ({self.healed.get('method', 'unknown method')})"
+        if self.folder is not None:
+            return "converted checkpoint"
+        return "grouped in memory" if self.plan.groups else "the original again"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The original, and what may answer beside it.
+
+    model: as it was named. choices: the original first, then by falling depth; within a depth the
+    conversions first, healed before others and those of the best plan before those of other plans,
+    and last the best plan grouped. speed: what the predicted speed-ups rest on, None without any.
+    """
+
+    model: str
+    choices: tuple[Choice, ...]
+    speed: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return self.choices[0].plan.num_layers
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Every depth there is, rising; the last one is the original's."""
+        return tuple(sorted({choice.plan.depth for choice in self.choices}))
+
+    @property
+    def first(self) -> int:
+        """The depth to begin with: the least that has a conversion, or the least of all."""
+        converted = [choice.plan.depth for choice in self.choices if choice.folder is not None]
+        return min(converted, default=self.depths[0])
+
+    def at(self, depth: float) -> tuple[Choice, ...]:
+        """The choices of the depth that is nearest."""
+        nearest = min(self.depths, key=lambda other: (abs(other - depth), other))
+        return tuple(choice for choice in self.choices if choice.plan.depth == nearest)
+
+
+def read_choices(folder: str | Path, against: str | None = None) -> Choices:
+    """What a run folder, or a converted checkpoint, offers to the playground.
+
+    against: where the original lies, if not where the run or the conversion says. A run's original
+    is compared with the hash in the run. Raises AbreastError for any other folder, a run without a
+    front, and an original that is gone or another one.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return _pair(folder, against)
+    run = read_run(folder)
+    if not (folder / FRONT_FILE).is_file():
+        raise AbreastError(
+            f"the run in '{folder}' is half finished, it has no {FRONT_FILE}; "
+            f"go on with `abreast plan {run.model} -o {folder} --depth N`"
+        )
+    stats = run.stats or Stats.load(folder / "calibration" / STATS_FILE)
+    model = against or stats.source
+    _check_original(model, stats.num_layers, "run", stats.identity.get("model"), folder)
+    converted: dict[Plan, list[Conversion]] = {}
+    for conversion in sorted(run.conversions, key=lambda c: c.target, reverse=True):
+        converted.setdefault(_bare(conversion.plan), []).append(conversion)
+    choices = [Choice(Plan(num_layers=stats.num_layers))]
+    for best in run.front:
+        same_depth = {plan for plan in converted if plan.depth == best.plan.depth}
+        for plan in (best.plan, *sorted(same_depth - {best.plan}, key=str)):
+            known = Choice(plan, run.plans.get(plan), run.speedup(plan))
+            choices += [
+                replace(known, folder=conversion.target, healed=conversion.healed)
+                for conversion in converted.get(plan, [])
+            ]
+        choices.append(Choice(best.plan, best.cost, run.speedup(best.plan)))
+    return Choices(model, tuple(choices), run.profile.about if run.profile else None)
+
+
+def _bare(plan: Plan) -> Plan:
+    """The plan without what it was made for, to compare it with others."""
+    return Plan(num_layers=plan.num_layers, groups=plan.groups)
+
+
+def _pair(folder: Path, against: str | None) -> Choices:
+    if not (folder / MANIFEST).is_file():
+        raise AbreastError(
+            f"'{folder}' is a checkpoint that abreast did not make; "
+            f"give {LEFT_BY}, or a converted checkpoint"
+        )
+    manifest = read_manifest(folder)
+    plan, model = _bare(manifest.plan), against or str(manifest.source)
+    _check_original(model, plan.num_layers, "conversion")
+    original = Choice(Plan(num_layers=plan.num_layers))
+    return Choices(model, (original, Choice(plan, folder=folder, healed=manifest.healed)))
+
+
+def _check_original(
+    model: str, num_layers: int, kind: str, sha256: str | None = None, run: Path | None = None
+) -> None:
+    """Raise AbreastError unless the model is there and is the original of the run or conversion."""
+    try:
+        folder, _ = resolve(model)
+    except AbreastError as error:
+        raise AbreastError(
+            f"the {kind}'s original is gone: {error}. Say where it is with --against MODEL"
+        ) from None
+    layers = num_layers_of(read_json(folder / "config.json"))
+    if layers != num_layers:
+        raise AbreastError(
+            f"'{model}' has {layers} layers, the {kind}'s original {num_layers}; "
+            "name the right one with --against"
+        )
+    if run is not None and model_hash(folder) != sha256:
+        raise AbreastError(
+            f"'{model}' is not the model of the run in '{run}', its weights differ; "
+            "name the right one with --against"
+        )

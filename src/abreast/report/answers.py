@@ -22,23 +22,40 @@ from abreast.errors import AbreastError
 from abreast.evaluate import check_tokenizers, shared
 from abreast.model import grouped, keeps_last, load
 from abreast.plan import Plan
-from abreast.report.choices import Choice, Choices
+from abreast.report.records import Choice, Choices
 
 
 @dataclass(frozen=True)
 class Models:
-    """What answers. of(choice): the model that a choice runs on, loaded when it is first asked for;
-    one converted checkpoint is held at a time. limit: tokens of prompt and answer together, None
-    for no limit. ends: tokens that end an answer. lock: held during every step.
+    """The models that answer.
+
+    limit: tokens of prompt and answer together, None for no limit. ends: tokens that end an answer.
+    options: of `load`. converted: the checkpoint that is in memory, at most one. lock: held during
+    every step.
     """
 
     run: Choices
     original: Any
     tokenizer: Any
-    of: Callable[[Choice], Any]
     limit: int | None
     ends: frozenset[int]
+    options: dict[str, Any]
+    converted: dict[Path, Any]
     lock: threading.RLock
+
+    def of(self, choice: Choice) -> Any:
+        """The model that a choice runs on, loaded when it is first needed."""
+        if choice.folder is None:
+            return self.original
+        with self.lock:
+            if choice.folder not in self.converted:
+                self.converted.clear()  # before loading, so that there are never two
+                model, tokenizer = load(choice.folder, **self.options)
+                if tokenizer is not None:
+                    check_tokenizers(tokenizer, self.tokenizer)
+                _warm(model)
+                self.converted[choice.folder] = model
+            return self.converted[choice.folder]
 
 
 def open_models(
@@ -54,36 +71,21 @@ def open_models(
     if tokenizer is None:
         raise AbreastError(f"'{run.model}' has no tokenizer; give a folder with its files")
     _warm(original)
-    held: dict[Path, Any] = {}
-    lock = threading.RLock()
-
-    def of(choice: Choice) -> Any:
-        if choice.folder is None:
-            return original
-        with lock:
-            if choice.folder not in held:
-                held.clear()  # before loading, so that there are never two
-                model, own = load(choice.folder, **options)
-                if own is not None:
-                    check_tokenizers(own, tokenizer)
-                _warm(model)
-                held[choice.folder] = model
-            return held[choice.folder]
-
     ends = getattr(original.generation_config, "eos_token_id", None)
     return Models(
         run=run,
         original=original,
         tokenizer=tokenizer,
-        of=of,
         limit=getattr(original.config.get_text_config(), "max_position_embeddings", None),
         ends=frozenset([ends] if isinstance(ends, int) else ends or ()),
-        lock=lock,
+        options=options,
+        converted={},
+        lock=threading.RLock(),
     )
 
 
 def _warm(model: Any) -> None:
-    """Reads the weights into memory and lets libraries set up, which is nobody's speed."""
+    """Read the weights into memory and let libraries set up, which is not to be timed."""
     with torch.inference_mode():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
@@ -98,13 +100,13 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, fine in (
+        for name, value, valid in (
             ("the number of new tokens", self.max_new_tokens, self.max_new_tokens >= 1),
             ("the temperature", self.temperature, 0 <= self.temperature <= 5),
             ("top-p", self.top_p, 0 < self.top_p <= 1),
             ("the seed", self.seed, 0 <= self.seed < 2**63),
         ):
-            if not fine:
+            if not valid:
                 raise AbreastError(f"{name} cannot be {value:g}; choose another")
 
 
@@ -180,70 +182,72 @@ def answers(
             (models.of(choice), choice.plan if choice.folder is None else None),
         )
     ]
-    found = [Answer(), Answer()]
+    original, converted = Answer(), Answer()
     while True:
-        grown = [next(side, None) for side in sides]
-        if grown == [None, None]:
+        longer = [next(side, None) for side in sides]
+        if longer == [None, None]:
             return
-        found = [new or old for new, old in zip(grown, found, strict=True)]
-        yield found[0], found[1]
+        original, converted = longer[0] or original, longer[1] or converted
+        yield original, converted
 
 
 def _steps(
     models: Models, model: Any, plan: Plan | None, ids: Sequence[int], settings: Settings
 ) -> Iterator[Answer]:
-    draw = _drawing(settings)
+    sampler = Sampler(settings)
     last = keeps_last(model, 1)
     answer, cache = Answer(), None
-    given = torch.tensor([list(ids)], device=model.device)
+    inputs = torch.tensor([list(ids)], device=model.device)
     while len(answer.tokens) < settings.max_new_tokens and not answer.ended:
         # grouped anew for every token, because the original takes its turns on the same weights
         under = grouped(model, plan) if plan is not None and plan.groups else nullcontext()
         with models.lock, torch.inference_mode(), under:
             start = time.perf_counter()
-            out = model(input_ids=given, past_key_values=cache, use_cache=True, **last)
-            token = draw(out.logits[0, -1])  # waits for the device
-            took = time.perf_counter() - start
-        cache, given = out.past_key_values, torch.tensor([[token]], device=model.device)
+            out = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last)
+            token = sampler.choose(out.logits[0, -1])  # waits for the device
+            seconds = time.perf_counter() - start
+        cache, inputs = out.past_key_values, torch.tensor([[token]], device=model.device)
         answer = Answer(
             tokens=(*answer.tokens, token),
-            prefill=answer.prefill if answer.tokens else took,
-            decode=answer.decode + took if answer.tokens else 0.0,
+            prefill=answer.prefill if answer.tokens else seconds,
+            decode=answer.decode + seconds if answer.tokens else 0.0,
             ended=token in models.ends,
         )
         yield answer
 
 
-def _drawing(settings: Settings) -> Callable[[torch.Tensor], int]:
-    """Chooses a token by its logits [vocabulary]. Raises AbreastError where they are not finite."""
-    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+class Sampler:
+    """Chooses tokens with its own random numbers."""
 
-    generator = torch.Generator().manual_seed(settings.seed)
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._generator = torch.Generator().manual_seed(settings.seed)
 
-    def draw(logits: torch.Tensor) -> int:
+    def choose(self, logits: torch.Tensor) -> int:
+        """A token by its logits [vocabulary]. Raises AbreastError where they are not finite."""
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
         highest, token = logits.max(dim=-1)
         if not math.isfinite(highest.item()):
             raise AbreastError(
                 "the model gives logits that are not finite (NaN or infinite); "
                 "start again with --dtype float32"
             )
-        if settings.temperature == 0:
+        if self._settings.temperature == 0:
             return int(token)
         scores = logits.float().cpu()[None]
-        scores = TemperatureLogitsWarper(float(settings.temperature))(None, scores)
-        if settings.top_p < 1:
-            scores = TopPLogitsWarper(float(settings.top_p))(None, scores)
-        # argmax of p / noise is a draw from p, and near p draw alike from the same noise
-        noise = torch.empty_like(scores).exponential_(generator=generator)
+        scores = TemperatureLogitsWarper(float(self._settings.temperature))(None, scores)
+        if self._settings.top_p < 1:
+            scores = TopPLogitsWarper(float(self._settings.top_p))(None, scores)
+        # argmax of p / noise is a draw from p, and like distributions draw alike from one noise
+        noise = torch.empty_like(scores).exponential_(generator=self._generator)
         return int((scores.softmax(dim=-1) / noise).argmax())
 
-    return draw
 
-
-def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
-    """Place of the first token in which two answers differ; None while one only goes further."""
+def parting(left: Sequence[int], right: Sequence[int]) -> int | None:
+    """Index of the first token in which two answers differ; None while one only goes further."""
     pairs = enumerate(zip(left, right, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), None)
+    return next((index for index, (one, other) in pairs if one != other), None)
 
 
 @dataclass(frozen=True)
@@ -256,15 +260,15 @@ class Segments:
 
 
 def segments(
-    decode: Callable[[Sequence[int]], str], tokens: Sequence[int], place: int | None
+    decode: Callable[[Sequence[int]], str], tokens: Sequence[int], index: int | None
 ) -> Segments:
-    """Cut an answer's text at the token of this place.
+    """Split an answer's text at the token of this index.
 
     A character whose bytes lie in several tokens goes to the part that completes it.
     """
     text = decode(tokens)
-    if place is None:
+    if index is None:
         return Segments(text)
-    same = shared(text, decode(tokens[:place]))
-    through = max(same, shared(text, decode(tokens[: place + 1])))
+    same = shared(text, decode(tokens[:index]))
+    through = max(same, shared(text, decode(tokens[: index + 1])))
     return Segments(text[:same], text[same:through], text[through:])
