@@ -296,7 +296,7 @@ def spoil(run, how):
         ("absent", "no folder '.*run'; give the folder that `abreast plan`"),
         ("empty", "is not a run: .*; give the folder that `abreast plan`"),
         ("no front", r"half finished, it has no front.json; go on with `abreast plan .*bold"),
-        ("nothing measured", "go on with `abreast plan MODEL -o .* --depth N`"),
+        ("nothing measured", "go on with `abreast plan .*bold.* -o .* --depth N`"),
         ("no statistics", "no statistics at .* run `abreast measure` first"),
         ("damaged", "front.json' is damaged; delete it and run the command"),
         ("bad conversion", "abreast.json' is not the record of a conversion; convert again"),
