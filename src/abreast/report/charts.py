@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,123 +105,101 @@ def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | No
             "depth": row.plan.depth,
             "plan": row.plan.shorthand,
             **error_bar(value, stderr, logarithmic=logarithmic),
-            "exact": number(value, stderr),
             "chosen": row.plan.shorthand == chosen and row.method == "planner",
         }
         for row in rows
         for value, stderr in [(objective.value(row.cost), objective.stderr(row.cost))]
     ]
     methods = list(dict.fromkeys(point["method"] for point in points))
-    picked = alt.selection_point(fields=["method"], bind="legend")
+    selection = alt.selection_point(fields=["method"], bind="legend")
     depth = alt.X("depth:Q").title("effective depth").scale(zero=False, padding=12)
     base = alt.Chart(alt.Data(values=points)).encode(
         x=depth.axis(tickMinStep=1, format="d"),
         color=alt.Color("method:N").scale(
             domain=methods, range=[f"var(--c{1 + i % 5})" for i in range(len(methods))]
         ),
-        opacity=alt.condition(picked, alt.value(1), alt.value(0.15)),
-        tooltip=[
-            alt.Tooltip("method:N", title="chosen by"),
-            alt.Tooltip("depth:Q", title="depth"),
-            alt.Tooltip("exact:N", title=label),
-            alt.Tooltip("plan:N", title="plan"),
-        ],
+        opacity=alt.condition(selection, alt.value(1), alt.value(0.15)),
+        tooltip=_tooltips(method="chosen by", depth="depth", exact=label, plan="plan"),
     )
     shape = alt.Shape("method:N").scale(domain=methods)
-    axis = alt.Y("value:Q").title(f"{label} ({objective.unit})")
-    axis = axis.scale(type="log") if logarithmic else axis
-    axis = axis.axis(format="~g", tickCount=6)
-    drawn = alt.layer(
+    axis = value_axis(alt.Y, f"{label} ({objective.unit})", logarithmic=logarithmic)
+    layers = alt.layer(
         # Vega-Lite makes a legend clickable for the first layer's parameters only
-        base.mark_rule(strokeWidth=1.2)
-        .encode(y=on_field(axis, "low:Q"), y2="high:Q")
-        .add_params(picked),
+        interval(base, axis).add_params(selection),
         base.mark_line(strokeWidth=1.8).encode(y=axis),
         base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
         alt.Chart(alt.Data(values=[point for point in points if point["chosen"]]))
         .mark_point(size=240, strokeWidth=2, color="var(--fg)")
         .encode(x=depth, y=axis),
     )
-    mine = next((point for point in points if point["chosen"]), None)
-    seen = (
-        f" The chosen plan, ringed, is at depth {mine['depth']}: {mine['exact']}." if mine else ""
+    marked = "".join(
+        f" The chosen plan, ringed, is at depth {point['depth']}: {point['exact']}."
+        for point in points
+        if point["chosen"]
     )
     return Chart(
         name=f"depth-{objective.key}",
         title=f"{label[0].upper()}{label[1:]} against depth",
         description=(
-            f"Line chart of the {label}, by effective depth, one line per way "
-            f"to choose the plan: {', '.join(methods)}. Bars are two standard errors each way."
-            f"{seen}"
+            f"Line chart of the {label}, by effective depth, one line per way to choose the plan: "
+            f"{', '.join(methods)}. Bars are two standard errors each way.{marked}"
         ),
-        spec=_spec(drawn, 300),
+        spec=_spec(layers, 300),
         columns=("chosen by", "depth", "plan", f"{label}, {objective.unit}"),
-        rows=tuple((p["method"], str(p["depth"]), p["plan"], p["exact"]) for p in points),
+        rows=_table(points, "method", "depth", "plan", "exact"),
     )
 
 
 def groups_chart(rows: Sequence[Row]) -> Chart:
-    """What every candidate group costs alone, over the place of its first layer.
+    """The cost of every candidate group alone, by its first layer.
 
     rows: group, first (layer), kl, kl_stderr, chosen.
     """
     import altair as alt
 
-    shifts: list[float] = []
-    beside: dict[int, int] = {}  # groups that begin at the same layer stand side by side
+    number_at: Counter[int] = Counter()  # groups that begin at the same layer stand side by side
+    points = []
     for row in rows:
-        beside[row["first"]] = beside.get(row["first"], -1) + 1
-        shifts.append(0.15 * beside[row["first"]])
-    points = [
-        {
-            "group": row["group"],
-            "first": row["first"] + shift,
-            **error_bar(row["kl"], row["kl_stderr"], logarithmic=True),
-            "exact": number(row["kl"], row["kl_stderr"]),
-            "use": "in the plan" if row["chosen"] else "not in the plan",
-        }
-        for row, shift in zip(rows, shifts, strict=True)
-    ]
-    axis = alt.Y("value:Q").title("KL alone (nats per token)").scale(type="log")
-    axis = axis.axis(format="~g", tickCount=6)
-    place = alt.X("first:Q").title("first layer of the group").scale(zero=False, padding=12)
+        points.append(
+            {
+                "group": row["group"],
+                "first": row["first"] + 0.15 * number_at[row["first"]],
+                **error_bar(row["kl"], row["kl_stderr"], logarithmic=True),
+                "use": "in the plan" if row["chosen"] else "not in the plan",
+            }
+        )
+        number_at[row["first"]] += 1
+    uses = ["in the plan", "not in the plan"]
+    first = alt.X("first:Q").title("first layer of the group").scale(zero=False, padding=12)
+    axis = value_axis(alt.Y, "KL alone (nats per token)", logarithmic=True)
     base = alt.Chart(alt.Data(values=points)).encode(
-        x=place.axis(tickMinStep=1, format="d"),
-        color=alt.Color("use:N").scale(
-            domain=["in the plan", "not in the plan"], range=["var(--c2)", "var(--c5)"]
-        ),
-        tooltip=[
-            alt.Tooltip("group:N", title="group"),
-            alt.Tooltip("exact:N", title="KL alone"),
-            alt.Tooltip("use:N", title="chosen"),
-        ],
+        x=first.axis(tickMinStep=1, format="d"),
+        color=alt.Color("use:N").scale(domain=uses, range=["var(--c2)", "var(--c5)"]),
+        tooltip=_tooltips(group="group", exact="KL alone", use="chosen"),
     )
-    shape = alt.Shape("use:N").scale(
-        domain=["in the plan", "not in the plan"], range=["diamond", "circle"]
-    )
-    drawn = alt.layer(
-        base.mark_rule(strokeWidth=1.2).encode(y=on_field(axis, "low:Q"), y2="high:Q"),
+    shape = alt.Shape("use:N").scale(domain=uses, range=["diamond", "circle"])
+    layers = alt.layer(
+        interval(base, axis),
         base.mark_point(filled=True, size=80, opacity=1).encode(y=axis, shape=shape),
     )
-    least = min(rows, key=lambda row: row["kl"])
-    most = max(rows, key=lambda row: row["kl"])
+    least = min(points, key=lambda point: point["value"])
+    most = max(points, key=lambda point: point["value"])
     return Chart(
         name="groups-kl",
-        title="What each group costs alone",
+        title="Cost of each group alone",
         description=(
             f"Point chart of the KL divergence with only one group formed, for {len(rows)} groups "
-            f"over their first layer. The cheapest is {least['group']} "
-            f"({number(least['kl'], least['kl_stderr'])}), the dearest {most['group']} "
-            f"({number(most['kl'], most['kl_stderr'])})."
+            f"by their first layer. The cheapest is {least['group']} ({least['exact']}), the most "
+            f"expensive {most['group']} ({most['exact']})."
         ),
-        spec=_spec(drawn, 260),
+        spec=_spec(layers, 260),
         columns=("group", "KL alone, nats", "chosen"),
-        rows=tuple((p["group"], p["exact"], p["use"]) for p in points),
+        rows=_table(points, "group", "exact", "use"),
     )
 
 
 def position_chart(rows: Sequence[Row]) -> Chart:
-    """KL over the position in the window. rows: start, end (exclusive), kl, stderr."""
+    """KL by the position in the window. rows: start, end (exclusive), kl, stderr."""
     import altair as alt
 
     points = [
@@ -228,82 +207,31 @@ def position_chart(rows: Sequence[Row]) -> Chart:
             "middle": (row["start"] + row["end"]) / 2,
             "span": f"{row['start']} to {row['end'] - 1}",
             **error_bar(row["kl"], row["stderr"]),
-            "exact": number(row["kl"], row["stderr"]),
         }
         for row in rows
     ]
-    axis = alt.Y("value:Q").title("KL divergence (nats per token)")
-    axis = axis.axis(format="~g", tickCount=6)
+    axis = value_axis(alt.Y, "KL divergence (nats per token)")
     base = alt.Chart(alt.Data(values=points)).encode(
         x=alt.X("middle:Q").title("position in the window (tokens)").scale(padding=8),
-        tooltip=[
-            alt.Tooltip("span:N", title="positions"),
-            alt.Tooltip("exact:N", title="KL"),
-        ],
+        color=alt.value("var(--c1)"),
+        tooltip=_tooltips(span="positions", exact="KL"),
     )
-    drawn = alt.layer(
-        base.mark_rule(color="var(--c1)").encode(y=on_field(axis, "low:Q"), y2="high:Q"),
-        base.mark_line(color="var(--c1)").encode(y=axis),
-        base.mark_point(color="var(--c1)", filled=True, size=52, opacity=1).encode(y=axis),
+    layers = alt.layer(
+        interval(base, axis),
+        base.mark_line().encode(y=axis),
+        base.mark_point(filled=True, size=52, opacity=1).encode(y=axis),
     )
     first, last = points[0], points[-1]
     return Chart(
         name="position-kl",
         title="KL divergence by position",
         description=(
-            "Line chart of the KL divergence over the position of the token in its window, from "
+            "Line chart of the KL divergence by the position of the token in its window, from "
             f"{first['exact']} at {first['span']} to {last['exact']} at {last['span']}."
         ),
-        spec=_spec(drawn, 240),
+        spec=_spec(layers, 240),
         columns=("positions", "KL, nats"),
-        rows=tuple((p["span"], p["exact"]) for p in points),
-    )
-
-
-def speed_chart(rows: Sequence[Row]) -> Chart:
-    """The ratio of speeds per phase. rows: phase, ratio, low, high, verdict."""
-    import altair as alt
-
-    axis = alt.X("ratio:Q").title("speed against the original (1 = the same)")
-    axis = axis.axis(tickCount=5)
-    base = alt.Chart(alt.Data(values=[dict(row) for row in rows])).encode(
-        y=alt.Y("phase:N").title(None).axis(ticks=False, domain=False),
-        tooltip=[
-            alt.Tooltip("phase:N", title="phase"),
-            alt.Tooltip("verdict:N", title="verdict"),
-        ],
-    )
-    one = alt.Chart(alt.Data(values=[{"one": 1}])).mark_rule(
-        color="var(--muted)", strokeDash=[4, 4]
-    )
-    drawn = alt.layer(
-        one.encode(x=alt.X("one:Q")),
-        base.mark_rule(color="var(--c1)", strokeWidth=2).encode(
-            x=on_field(axis, "low:Q"), x2="high:Q"
-        ),
-        base.mark_point(color="var(--c1)", filled=True, size=90, opacity=1).encode(
-            x=axis.scale(zero=False, padding=16)
-        ),
-    )
-    listed = "; ".join(f"{row['phase']}: {row['verdict']}" for row in rows)
-    return Chart(
-        name="speed",
-        title="Speed against the original",
-        description=(
-            "Point chart of the converted model's speed over the original's, with 95 % intervals "
-            f"of the paired ratio. {listed}."
-        ),
-        spec=_spec(drawn, 46 * len(rows)),
-        columns=("phase", "ratio", "95 % interval", "verdict"),
-        rows=tuple(
-            (
-                row["phase"],
-                f"{row['ratio']:.3f}x",
-                f"{row['low']:.3f} to {row['high']:.3f}",
-                row["verdict"],
-            )
-            for row in rows
-        ),
+        rows=_table(points, "span", "exact"),
     )
 
 
@@ -311,45 +239,74 @@ def tasks_chart(rows: Sequence[Row]) -> Chart:
     """Accuracy per task. rows: task, metric, original, original_stderr, converted, ..._stderr."""
     import altair as alt
 
-    points = [
-        {
-            "task": row["task"],
-            "model": model,
-            **error_bar(row[model], row[f"{model}_stderr"]),
-            "exact": number(row[model], row[f"{model}_stderr"]),
-        }
-        for row in rows
-        for model in ("original", "converted")
-    ]
-    axis = alt.X("value:Q").title("score")
     models = ["original", "converted"]
+    points = [
+        {"task": row["task"], "model": model, **error_bar(row[model], row[f"{model}_stderr"])}
+        for row in rows
+        for model in models
+    ]
+    axis = value_axis(alt.X, "score")
     base = alt.Chart(alt.Data(values=points)).encode(
         y=alt.Y("task:N").title(None).axis(ticks=False, domain=False, labelLimit=110),
         yOffset=alt.YOffset("model:N").scale(domain=models),
         color=alt.Color("model:N").scale(domain=models, range=["var(--c5)", "var(--c1)"]),
-        tooltip=[
-            alt.Tooltip("task:N", title="task"),
-            alt.Tooltip("model:N", title="model"),
-            alt.Tooltip("exact:N", title="score"),
-        ],
+        tooltip=_tooltips(task="task", model="model", exact="score"),
     )
-    drawn = alt.layer(
-        base.mark_rule(strokeWidth=2).encode(x=on_field(axis, "low:Q"), x2="high:Q"),
-        base.mark_point(filled=True, size=70, opacity=1).encode(x=axis),
+    layers = alt.layer(
+        interval(base, axis), base.mark_point(filled=True, size=70, opacity=1).encode(x=axis)
     )
-    listed = "; ".join(
-        f"{row['task']} {row['original']:.3f} and {row['converted']:.3f}" for row in rows
-    )
+    scores = (f"{row['task']} {row['original']:.3f} and {row['converted']:.3f}" for row in rows)
     return Chart(
         name="tasks",
         title="Task scores",
         description=(
             "Point chart of the score per task, original and converted, with two standard errors "
-            f"each way. {listed}."
+            f"each way. {'; '.join(scores)}."
         ),
-        spec=_spec(drawn, 44 * len(rows) + 10),
+        spec=_spec(layers, 44 * len(rows) + 10),
         columns=("task", "model", "score"),
-        rows=tuple((p["task"], p["model"], p["exact"]) for p in points),
+        rows=_table(points, "task", "model", "exact"),
+    )
+
+
+def speed_chart(rows: Sequence[Row]) -> Chart:
+    """The ratio of speeds per phase. rows: phase, ratio, low, high, verdict."""
+    import altair as alt
+
+    points = [
+        {
+            **row,
+            "value": row["ratio"],
+            "exact": f"{row['ratio']:.3f}x",
+            "interval": f"{row['low']:.3f} to {row['high']:.3f}",
+        }
+        for row in rows
+    ]
+    axis = value_axis(alt.X, "speed against the original (1 = the same)")
+    base = alt.Chart(alt.Data(values=points)).encode(
+        y=alt.Y("phase:N").title(None).axis(ticks=False, domain=False),
+        color=alt.value("var(--c1)"),
+        tooltip=_tooltips(phase="phase", verdict="verdict"),
+    )
+    same = alt.Chart(alt.Data(values=[{"value": 1}])).mark_rule(strokeDash=[4, 4])
+    layers = alt.layer(
+        same.encode(x="value:Q", color=alt.value("var(--muted)")),
+        interval(base, axis),
+        base.mark_point(filled=True, size=90, opacity=1).encode(
+            x=axis.scale(zero=False, padding=16)
+        ),
+    )
+    verdicts = "; ".join(f"{row['phase']}: {row['verdict']}" for row in rows)
+    return Chart(
+        name="speed",
+        title="Speed against the original",
+        description=(
+            "Point chart of the converted model's speed over the original's, with 95 % intervals "
+            f"of the paired ratio. {verdicts}."
+        ),
+        spec=_spec(layers, 46 * len(rows)),
+        columns=("phase", "ratio", "95 % interval", "verdict"),
+        rows=_table(points, "phase", "exact", "interval", "verdict"),
     )
 
 
@@ -363,22 +320,40 @@ def number(value: float | None, stderr: float | None = None) -> str:
     return f"{value:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def error_bar(value: float, stderr: float | None, *, logarithmic: bool = False) -> dict[str, float]:
-    """A value and its error bar, two standard errors each way.
+def error_bar(value: float, stderr: float | None, *, logarithmic: bool = False) -> dict[str, Any]:
+    """A value, exactly as text, and its error bar, two standard errors each way.
 
     On a logarithmic axis a bar that would reach zero ends at a tenth of the value.
     """
+    exact = number(value, stderr)
     value = max(value, LEAST) if logarithmic else value
     reach = 2 * stderr if stderr is not None and math.isfinite(stderr) else 0.0
-    low, high = value - reach, value + reach
-    return {"value": value, "low": max(low, value / 10) if logarithmic else low, "high": high}
+    low = max(value - reach, value / 10) if logarithmic else value - reach
+    return {"value": value, "low": low, "high": value + reach, "exact": exact}
 
 
-def on_field(channel: Any, field: str) -> Any:
-    """The same channel, reading another field."""
-    copied = channel.copy()
-    copied.shorthand = field
-    return copied
+def value_axis(channel: Any, title: str, *, logarithmic: bool = False) -> Any:
+    """The channel alt.X or alt.Y for the field "value"."""
+    axis = channel("value:Q").title(title).axis(format="~g", tickCount=6)
+    return axis.scale(type="log") if logarithmic else axis
+
+
+def interval(base: Any, axis: Any) -> Any:
+    """Rules from the field "low" to "high" along an axis."""
+    low = axis.copy()
+    low.shorthand = "low:Q"
+    end = "y2" if type(axis).__name__ == "Y" else "x2"
+    return base.mark_rule(strokeWidth=1.5).encode(low, **{end: "high:Q"})
+
+
+def _tooltips(**titles: str) -> list[Any]:
+    import altair as alt
+
+    return [alt.Tooltip(f"{field}:N", title=title) for field, title in titles.items()]
+
+
+def _table(points: Sequence[Row], *fields: str) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(str(point[field]) for field in fields) for point in points)
 
 
 def _spec(chart: Any, height: int) -> dict[str, Any]:

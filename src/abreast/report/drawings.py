@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import write
 from abreast.errors import AbreastError
-from abreast.report.charts import CONFIG, error_bar, on_field, png
+from abreast.report.charts import CONFIG, error_bar, interval, png, value_axis
 from abreast.study import best_by_depth
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def draw_bench(report: Report, path: str | Path) -> None:
     one = alt.Chart().mark_rule(color="var(--fg)").encode(y=alt.datum(1))
     layers = alt.layer(
         base.mark_bar().encode(y=axis, color=_colour(names)),
-        base.mark_rule(color="var(--fg)").encode(y=on_field(axis, "low:Q"), y2="high:Q"),
+        interval(base, axis),
         one,
         data=alt.Data(values=bars),
     )
@@ -159,8 +159,7 @@ def _lines(points: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: b
     names = list(dict.fromkeys(point["name"] for point in points))
     whole = all(float(point["x"]).is_integer() for point in points)
     x = alt.X("x:Q").title(xlabel).scale(zero=False, nice=False, padding=12)
-    y = alt.Y("value:Q").title(ylabel).scale(type="log" if log else "linear", zero=False)
-    y = y.axis(format="~g", tickCount=6)
+    y = value_axis(alt.Y, ylabel).scale(type="log" if log else "linear", zero=False)
     base = alt.Chart(alt.Data(values=list(points))).encode(
         x=x.axis(format="d", tickMinStep=1) if whole else x.axis(format=".2~f"),
         color=_colour(names),
@@ -172,7 +171,7 @@ def _lines(points: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: b
         ),
     ]
     if any("low" in point for point in points):
-        layers.insert(0, base.mark_rule().encode(y=on_field(y, "low:Q"), y2="high:Q"))
+        layers.insert(0, interval(base, y))
     return alt.layer(*layers).properties(height=380)
 
 
@@ -195,10 +194,10 @@ def _regressions(refit: Refit) -> Any:
         for name, value in (("before", fit.before), ("after", fit.after))
         if value > 0
     ]
-    axis = alt.Y("value:Q").title("squared error, as a fraction").scale(type="log")
+    axis = value_axis(alt.Y, "squared error, as a fraction", logarithmic=True)
     base = alt.Chart(alt.Data(values=fits)).encode(
         x=alt.X("fit:N").title("layers and step").sort(None).axis(labelLimit=200),
-        y=axis.axis(format="~g", tickCount=6),
+        y=axis,
     )
     return alt.layer(
         base.mark_line(color="var(--muted)").encode(detail="fit:N"),
