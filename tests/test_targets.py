@@ -18,6 +18,7 @@ from abreast.targets import (
     layers_of,
     planned_layers,
     refusals,
+    refused_by,
 )
 
 CONFIG = {
@@ -103,6 +104,12 @@ def test_reasons(target, family, plan, degree, reason):
         refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
     )
     assert reason in found[0] if reason else not found
+
+
+def test_servers_that_refuse_are_named():
+    config, row = {**CONFIG, "model_type": "arcee"}, FAMILIES["arcee"]
+    assert list(refused_by(config, row)) == ["llama.cpp"]
+    assert refused_by(CONFIG, FAMILIES["llama"]) == {}
 
 
 def test_an_incomplete_config_is_one_line():

@@ -151,6 +151,12 @@ def refusals(
     return target.refuse(Model(config, family, plan), degree)
 
 
+def refused_by(config: Mapping[str, Any], family: FamilyFacts | None) -> dict[str, str]:
+    """By name, the servers that will not load a checkpoint, each with its first reason."""
+    reasons = {server.name: next(refusals(server, config, family), None) for server in SERVERS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def _one_process(model: Model, degree: int) -> Iterator[str]:
     if degree > 1:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"

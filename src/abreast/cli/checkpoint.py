@@ -9,6 +9,7 @@ import click
 
 from abreast.cli import console
 from abreast.errors import AbreastError
+from abreast.targets import LLAMACPP
 
 
 @console.verb()
@@ -45,6 +46,7 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
             rows["fusion"] = "not for this family yet: its groups can only run grouped in memory"
         for first, second, reason in facts.refused[:8]:
             rows[f"refused {first}+{second}"] = reason
+    rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()}
     console.print_table(rows)
 
 
@@ -85,6 +87,8 @@ def convert(
     planned = preview(model, plan, **options)
     for warning in planned.warnings:
         console.say(f"warning: {warning}")
+    for engine, reason in planned.refused_by.items():
+        console.say(f"not for {engine}: {reason}")
     if dry_run:
         if as_json:
             return console.print_json(planned.to_dict())
@@ -191,7 +195,7 @@ def export(
         return console.print_json(record)
     kind = quantization or "not quantised"
     click.echo(f"{file}: {record['layers']} layers, {kind}, {console.bytes_text(record['bytes'])}")
-    click.echo(f"run it: llama-server -m {file} --flash-attn on")
+    click.echo(f"run it: {LLAMACPP.serve.format(file=file)}")
 
 
 @console.verb()

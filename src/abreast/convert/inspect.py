@@ -10,6 +10,7 @@ from typing import Any
 from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_manifest
 from abreast.convert.rules import attention_kinds, obstacle
 from abreast.families import CONVERTIBLE, FAMILIES, family_of, head_dim_of, is_tied, num_layers_of
+from abreast.targets import refused_by
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Inspection:
     fusable: model_type has a row of its own, so groups can be written to a checkpoint. stretches:
     maximal runs of layers, first to last, within which every consecutive group can be fused.
     refused: adjacent pairs that cannot, with the reason. edges: layers that need --force.
-    plan: that of a converted checkpoint, else None.
+    plan: that of a converted checkpoint, else None. refused_by: engines that will not load it, or
+    conversions of it, and why.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Inspection:
     edges: tuple[int, ...]
     plan: str | None
     original_layers: int | None
+    refused_by: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,6 +69,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
             if reason:
                 refused.append((first, first + 1, reason))
     heads = int(config["num_attention_heads"])
+    family = CONVERTIBLE.get(model_type.removeprefix("abreast_"))
     return Inspection(
         source=str(model),
         model_type=model_type,
@@ -89,6 +93,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         edges=(0, count - 1),
         plan=plan.shorthand if plan else None,
         original_layers=plan.num_layers if plan else None,
+        refused_by=refused_by(config, family) if plan or family else {},
     )
 
 

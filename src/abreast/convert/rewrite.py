@@ -53,6 +53,7 @@ from abreast.convert.rules import check_plan
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import Family, all_tensors, complete, family_of, is_tied, num_layers_of
 from abreast.plan import Plan
+from abreast.targets import refused_by
 from abreast.version import __version__
 
 CHUNK_BYTES = 2 << 20  # fits the cache; 16 MB was slower and took 5 times the memory
@@ -68,7 +69,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Preview:
-    """What a conversion would do. Sizes in bytes; peak_memory is over the interpreter's own."""
+    """What a conversion would do. Sizes in bytes; peak_memory is over the interpreter's own.
+
+    refused_by: the engines that will not load the result, and why.
+    """
 
     source: str
     family: str
@@ -83,6 +87,7 @@ class Preview:
     shards: tuple[str, ...]
     peak_memory: int
     warnings: tuple[str, ...]
+    refused_by: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,6 +140,7 @@ def preview(
         shards=tuple(job.shards),
         peak_memory=_peak_memory(job),
         warnings=job.warnings,
+        refused_by=refused_by(job.config, job.family),
     )
 
 

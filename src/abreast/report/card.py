@@ -18,7 +18,7 @@ from abreast.families import FAMILIES
 from abreast.report.diagram import describe
 from abreast.report.metrics import METRICS
 from abreast.report.records import Conversion, read_conversion
-from abreast.targets import SERVERS, refusals
+from abreast.targets import SERVERS, refused_by
 
 MARK = "<!-- written by abreast, and written anew by it as long as this line stands here -->"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -95,14 +95,9 @@ def serving(out: str, conversion: Conversion) -> tuple[list[tuple[str, str]], li
     """(engine, commands) that serve a converted checkpoint, and why other engines cannot."""
     config = read_json(conversion.target / "config.json")
     family = FAMILIES.get(str(config.get("model_type")).removeprefix("abreast_"))
-    commands, notes = [], []
-    for server in SERVERS:
-        reason = next(refusals(server, config, family), None)
-        if reason is None:
-            commands.append((server.name, server.commands(out)))
-        else:
-            notes.append(f"Not {server.name}: {reason}.")
-    return commands, notes
+    reasons = refused_by(config, family)
+    commands = [(s.name, s.commands(out)) for s in SERVERS if s.name not in reasons]
+    return commands, [f"Not {name}: {reason}." for name, reason in reasons.items()]
 
 
 def code(text: object) -> str:
