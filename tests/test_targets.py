@@ -107,9 +107,9 @@ def test_reasons(target, family, plan, degree, reason):
 
 
 def test_servers_that_refuse_are_named():
-    config, row = {**CONFIG, "model_type": "arcee"}, FAMILIES["arcee"]
+    config, row = {**CONFIG, "model_type": "arcee"}, CONVERTIBLE["arcee"]
     assert list(refused_by(config, row)) == ["llama.cpp"]
-    assert refused_by(CONFIG, FAMILIES["llama"]) == {}
+    assert refused_by(CONFIG, CONVERTIBLE["llama"]) == {}
 
 
 def test_an_incomplete_config_is_one_line():
