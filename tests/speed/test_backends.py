@@ -137,7 +137,6 @@ def test_tensor_parallel_job_comes_back_from_torchrun(converted):
     assert found.results[0].memory["m1"].kv_cache == 6 * 2 * 1 * 16 * 2 * 9 * 4
 
 
-@pytest.mark.slow
 def test_tensor_parallel_refusal_is_one_line(tiny_checkpoint, tmp_path):
     convert(tiny_checkpoint(), "1|2|3", tmp_path / "out")
     with pytest.raises(AbreastError, match=r"runs on 3 processes or a multiple of that, not on 2$"):

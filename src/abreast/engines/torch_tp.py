@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from abreast.checkpoint import open_checkpoint
+from abreast.checkpoint import Checkpoint, open_checkpoint
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
 from abreast.model import load, named_dtype
@@ -55,9 +55,8 @@ def load_parallel(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    checkpoint = open_checkpoint(model)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    check_degree(checkpoint.config, world)
+    checkpoint = open_for(model, world)
     if world == 1:
         return load(model, dtype=dtype, device=device)[0]
     if isinstance(dtype, str) and dtype != "auto":
@@ -87,6 +86,13 @@ def load_parallel(
         else:
             _keep_own_gains(layer, world)
     return loaded
+
+
+def open_for(model: str | Path, world: int) -> Checkpoint:
+    """The checkpoint, if `world` processes can share its layers. Raises AbreastError."""
+    checkpoint = open_checkpoint(model)
+    check_degree(checkpoint.config, world)
+    return checkpoint
 
 
 def check_degree(config: Mapping[str, Any], world: int) -> None:

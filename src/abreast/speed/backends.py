@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from abreast.engines.torch_tp import launched, load_parallel
+from abreast.engines.torch_tp import launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
 from abreast.model import apply, decoder_layers, load
@@ -85,6 +85,8 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
     if launched():
         yield from _as_rank(job)
         return
+    for contender in job.contenders:
+        open_for(contender.model, job.ranks)  # refuses before torchrun starts
     with tempfile.TemporaryDirectory(prefix="abreast-bench-") as folder:
         job_file, results = Path(folder) / "job.json", Path(folder) / "results"
         job_file.write_text(json.dumps(asdict(job)))
