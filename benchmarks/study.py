@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from abreast.demo import model_folder
-from abreast.model.programs import INTERVENTIONS, name_of, programs
+from abreast.model.programs import INTERVENTIONS, name_of, programs_under
 from abreast.report import draw_study
 from abreast.runs.folder import JOURNAL
 from abreast.study.sweep import Study, study, wins
@@ -38,7 +38,7 @@ def clear_wins(result: Study, folder: Path, first: str, second: str) -> tuple[in
     layers = result.num_layers
 
     def losses(intervention: str, start: int, end: int) -> np.ndarray:
-        name = name_of(programs(intervention, start, end, layers)[0])
+        name = name_of(programs_under(intervention, start, end, layers)[0])
         return np.concatenate([lines[name, batch]["nll"] for batch in batches])
 
     less = more = 0

@@ -98,7 +98,7 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
                 sys.executable,
                 *launcher,
                 "-m",
-                "abreast.speed.benchmark",
+                "abreast.speed.backends",
                 str(job_file),
                 str(results),
             ],
