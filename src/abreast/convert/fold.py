@@ -164,9 +164,9 @@ class _WideLayer:
                 folded[f"{norm}.bias"] = 0.0
             for name, fill in folded.items():
                 yield TensorRule(self.prefix + name, "fill", self._sources(name), fill=fill)
-        kept = {norm: sizes(self.config)[s] // head_dim for norm, s in family.head_norms}
-        kept |= dict.fromkeys((*family.member_norms, *(n for n, _ in family.flat_norms)), 1)
-        for norm, heads in kept.items():
+        repeats = {norm: sizes(self.config)[s] // head_dim for norm, s in family.head_norms}
+        repeats |= dict.fromkeys((*family.member_norms, *(n for n, _ in family.flat_norms)), 1)
+        for norm, heads in repeats.items():
             name = f"{norm}.weight"
             yield TensorRule(self.prefix + name, "heads", self._sources(name), heads=heads)
         for norm, _ in family.wide_norms if self.config.get("use_qk_norm") else ():
