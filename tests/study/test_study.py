@@ -25,7 +25,7 @@ from abreast.model.programs import (
     cost_of,
     name_of,
     planned,
-    programs,
+    programs_under,
     run_programs,
     shared_steps,
     split,
@@ -135,7 +135,7 @@ def naive_loss(model: nn.Module, intervention: str, start: int, end: int) -> flo
     layers = list(decoder_layers(model))
     if intervention == "shuffle":
         losses = []
-        for program in programs("shuffle", start, end, LAYERS, permutations=2, seed=0):
+        for program in programs_under("shuffle", start, end, LAYERS, permutations=2, seed=0):
             assert sorted(program) == list(range(LAYERS))
             assert list(program) != list(range(LAYERS))
             changed = with_layers(model, list(program), [layers[i] for i in program])
@@ -198,7 +198,7 @@ def test_a_layer_takes_its_own_mask_along(folder):
 
 def test_programs_by_hand():
     def name(intervention: str, start: int, end: int) -> str:
-        return name_of(programs(intervention, start, end, 7)[0])
+        return name_of(programs_under(intervention, start, end, 7)[0])
 
     assert name("prune", 1, 3) == "0 4 5 6"
     assert name("prune", 0, 6) == ""
@@ -212,12 +212,12 @@ def test_programs_by_hand():
 
 
 def test_shuffles_are_seeded_distinct_and_as_many_as_there_are():
-    assert programs("shuffle", 2, 3, 6, permutations=3) == ((0, 1, 3, 2, 4, 5),)
-    assert len(programs("shuffle", 0, 2, 6, permutations=99)) == 5
-    found = programs("shuffle", 0, 5, 6, permutations=3, seed=1)
+    assert programs_under("shuffle", 2, 3, 6, permutations=3) == ((0, 1, 3, 2, 4, 5),)
+    assert len(programs_under("shuffle", 0, 2, 6, permutations=99)) == 5
+    found = programs_under("shuffle", 0, 5, 6, permutations=3, seed=1)
     assert len(set(found)) == 3
-    assert found == programs("shuffle", 0, 5, 6, permutations=3, seed=1)
-    assert found != programs("shuffle", 0, 5, 6, permutations=3, seed=2)
+    assert found == programs_under("shuffle", 0, 5, 6, permutations=3, seed=1)
+    assert found != programs_under("shuffle", 0, 5, 6, permutations=3, seed=2)
 
 
 def test_costs():
@@ -418,8 +418,8 @@ def test_layers_of_unlike_shape_do_not_merge(folder):
     mlp.down_proj = nn.Linear(8, 32, bias=False)
     ids = torch.zeros(1, WINDOW, dtype=torch.long)
     with pytest.raises(AbreastError, match="layers 2 and 3 have weights of different shape"):
-        list(run_programs(model, ids, programs("merge", 2, 3, LAYERS)))
-    assert list(run_programs(model, ids, programs("parallel", 2, 3, LAYERS)))
+        list(run_programs(model, ids, programs_under("merge", 2, 3, LAYERS)))
+    assert list(run_programs(model, ids, programs_under("parallel", 2, 3, LAYERS)))
 
 
 def test_grouped_model_is_refused_and_the_model_left_as_it_was(folder):
