@@ -10,10 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lm_eval
 import numpy as np
 import pytest
-from lm_eval.tasks import TaskManager
 
 from abreast.cli.main import main
 from abreast.convert.rewrite import convert
@@ -56,6 +54,9 @@ def no_list_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def theirs(folder: Path, task: str, limit: int, batch_size: int) -> dict[str, Any]:
     """What the harness gets with its own `hf` model, nothing of ours but the task files."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     found = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
@@ -132,6 +133,8 @@ def test_a_comparison_of_a_model_with_itself(folder: Path, tmp_path: Path) -> No
 
 
 def test_what_is_recorded(folder: Path, tmp_path: Path) -> None:
+    import lm_eval
+
     tasks = find_tasks(["python_entry", "python_brackets"], num_fewshot=2, limit=3)
     options: dict[str, Any] = {"against": folder, "out": tmp_path, "batch_size": 2}
     found = evaluate_tasks(folder, tasks, plan=PLAN, add_bos=False, **options).to_dict()
@@ -207,6 +210,8 @@ def test_resumes_per_task_and_shares_the_original(
 
 
 def test_local_files_groups_and_folders(folder: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
     for path in FOLDER.glob("*brackets*"):
         shutil.copy(path, tmp_path)
     text = (tmp_path / "python_brackets.yaml").read_text()
