@@ -270,6 +270,10 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
     members, bypass, hidden = config.abreast_members, config.abreast_bypass, config.hidden_size
     attention, mlp = layer.self_attn, layer.mlp
     norms = next(order for order in ORDERS if order[2] is None or hasattr(layer, order[2]))
+    unknown = {name for name, _ in layer.named_children() if name.endswith("norm")}
+    unknown -= {"input_layernorm", *filter(None, norms)}
+    if unknown:
+        raise ValueError(f"no order of norms has {min(unknown)}: add the family's to ORDERS")
     sandwiched = norms[2] is not None
     for name in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
         norm = getattr(attention, name, None)

@@ -567,3 +567,17 @@ def test_remote_code_without_abreast(converted, tmp_path):
         written = json.loads((tmp_path / "again" / family / "config.json").read_text())
         assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
         assert (tmp_path / "again" / family / "modeling.py").is_file()
+
+
+def test_a_norm_that_no_order_has_is_an_error():
+    """Otherwise a new family's FFN would run without its norm, silently."""
+    from types import SimpleNamespace
+
+    from abreast.modeling import _keep_members
+
+    layer = torch.nn.Module()
+    for name in ("input_layernorm", "pre_feedforward_layernorm", "self_attn", "mlp"):
+        setattr(layer, name, torch.nn.Identity())
+    config = SimpleNamespace(abreast_members=2, abreast_bypass=0, hidden_size=8)
+    with pytest.raises(ValueError, match="pre_feedforward_layernorm"):
+        _keep_members(layer, config)

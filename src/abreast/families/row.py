@@ -82,9 +82,10 @@ class Family:
     means something else than off. ignore: suffixes of tensors that old checkpoints carry and no
     engine reads.
 
-    window_period: every so many layers the attention is full and slides in those between, unless
-    config.json lists the kinds. rope_period: every so many layers q and k are not rotated, unless
-    no_rope_layers says otherwise. slides: all layers slide as soon as config has a sliding_window.
+    window_period: the last of every so many layers has full attention, the others slide, unless
+    config.json lists the kinds. rope_period: the last of every so many layers does not rotate q and
+    k, unless no_rope_layers says otherwise. slides: all layers slide as soon as config has a
+    sliding_window.
 
     vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
     deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
