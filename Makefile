@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean compiler
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ $(VENV)/.browser: $(VENV)/.dev
 compiler:
 	@scripts/need.sh compiler
 
+vllm-parts:
+	@scripts/need.sh vllm
+
 .venv-gguf/.ready: pyproject.toml constraints.txt tests/real_engines/llamacpp.txt | compiler
 	@scripts/need.sh python
 	"$(PYTHON)" -m venv .venv-gguf
@@ -89,7 +92,7 @@ compiler:
 	@touch $@
 
 # The packages taken out are builds for CUDA and break `import transformers` on a CPU.
-.venv-vllm/.ready: pyproject.toml tests/real_engines/vllm.txt | compiler
+.venv-vllm/.ready: pyproject.toml tests/real_engines/vllm.txt | compiler vllm-parts
 	@scripts/need.sh python
 	"$(PYTHON)" -m venv .venv-vllm
 	.venv-vllm/bin/python $(INSTALL) "pip>=22.3"

