@@ -138,7 +138,7 @@ def numbers(run: Run) -> dict[str, Any]:
             "last": _numbers(run.last) if run.last is not None else None,
             "others": [_numbers(conversion) for conversion in run.others],
             "front": [row.to_dict() for row in run.front],
-            "baselines": [row.to_dict() for row in run.baselines],
+            "baselines": [{"method": row.method, **row.to_dict()} for row in run.baselines],
             "groups": group_rows(run),
         }
     )

@@ -95,8 +95,7 @@ class Measured:
     cost: Cost
 
     def to_dict(self) -> dict[str, Any]:
-        names = {"plan": self.plan.shorthand, "depth": self.plan.depth, "method": self.method}
-        return {**names, **asdict(self.cost)}
+        return {"plan": self.plan.shorthand, "depth": self.plan.depth, **asdict(self.cost)}
 
 
 @dataclass(frozen=True)
