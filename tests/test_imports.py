@@ -193,6 +193,11 @@ def test_starts_without_torch(arguments):
     assert not loaded & {"torch", "transformers"}
 
 
+def test_help_imports_no_schema_library():
+    """Together they take longer than everything else that --help does."""
+    assert not loaded_by("-m", "abreast", "--help") & {"pydantic", "yaml", "numpy"}
+
+
 def test_missing_laziness_would_be_seen():
     assert "torch" in loaded_by("-c", "import torch")
 

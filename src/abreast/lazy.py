@@ -7,7 +7,6 @@ checkers and import-linter see them, and calls `attach(__name__)`.
 from __future__ import annotations
 
 import ast
-import inspect
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -44,7 +43,8 @@ def attach(package: str) -> None:
     """Make the names that `package` imports under TYPE_CHECKING its lazy attributes."""
     module = sys.modules[package]
     homes = {}
-    for block in ast.parse(inspect.getsource(module)).body:
+    loader: Any = module.__loader__
+    for block in ast.parse(loader.get_source(package)).body:
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
             for node in block.body:
                 if isinstance(node, ast.ImportFrom) and node.module is not None:

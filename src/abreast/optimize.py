@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import MANIFEST, read_json, write
+from abreast.checkpoint import read_json, read_manifest, write
 from abreast.convert import convert, verify
 from abreast.data import CALIBRATION, HELD_OUT, TokenStream, load_tokens
 from abreast.errors import AbreastError
@@ -207,7 +207,7 @@ class _Job:
         healed: dict[str, dict[str, float]] = {}
         for plan in (self.planned.plan, *self.planned.others[: healing.candidates - 1]):
             targets[plan] = self.heal(plan, healing)
-            record = read_json(targets[plan] / MANIFEST)["healed"]
+            record = read_manifest(targets[plan]).healed or {}
             healed[plan.shorthand] = {key: record[key] for key in ("kl_before", "kl_after")}
         best = min(targets, key=lambda plan: (healed[plan.shorthand]["kl_after"], plan.shorthand))
         self.step(f"the best after healing is {best.shorthand}")
@@ -232,7 +232,7 @@ class _Conversion:
         self.suffix = target.name.removeprefix("converted")
         self.rests_on = {
             "model": job.planned.front.stats.identity["model"],
-            "files": read_json(target / MANIFEST)["files"],
+            "files": read_manifest(target).record["files"],
             **self._settings("dtype", "device", "seed"),
         }
 

@@ -9,7 +9,6 @@ import click
 
 from abreast.cli import console
 from abreast.errors import AbreastError
-from abreast.targets import LLAMACPP
 
 
 @console.verb()
@@ -179,6 +178,7 @@ def export(
 ) -> None:
     """Export the checkpoint OUT, converted or not, for another engine."""
     from abreast.engines.llamacpp import export as run
+    from abreast.targets import LLAMACPP
 
     with console.progress_bar("export", as_json) as progress:
         record = run(
