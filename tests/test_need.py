@@ -20,11 +20,15 @@ for name; do case $name in
     make | chromium) touch bin/$name; chmod +x bin/$name ;;
     python3.*-venv) touch ensurepip ;;
     libatomic1) touch libatomic ;;
+    libnuma1) touch libnuma ;;
+    python3-dev) touch headers ;;
 esac; done
 """
 PYTHON = """
 case $2 in
     *ensurepip*) [ -e ensurepip ] ;;
+    *libnuma*) [ -e libnuma ] ;;
+    *Python.h*) [ -e headers ] ;;
     *print*) echo python3.11-venv ;;
     pip) exit 1 ;;
     *sync_playwright*) [ -e libnss3 ] ;;
@@ -92,23 +96,30 @@ def machine(tmp_path: Path) -> Machine:
 def test_what_is_there_stays(machine: Machine, browser: str) -> None:
     machine.becomes_debian()
     machine.has_playwright()
-    machine.has_file("ensurepip", "libatomic")
+    machine.has_file("ensurepip", "libatomic", "libnuma", "headers")
     for name in ("make", "c++", browser):
         machine.has(name)
-    assert machine.need("make", "python", "compiler", "browser") == (0, "")
+    assert machine.need("make", "python", "compiler", "vllm", "browser") == (0, "")
     assert machine.apt_calls() == []
 
 
 def test_root_with_apt_installs(machine: Machine) -> None:
     machine.becomes_debian()
     machine.has_playwright()
-    code, output = machine.need("make", "python", "compiler", "browser")
+    code, output = machine.need("make", "python", "compiler", "vllm", "browser")
     assert code == 0, output
     calls = machine.apt_calls()
     assert calls.count("update -qq") == 1
-    packages = ("make", "python3.11-venv", "g++", "libatomic1", "chromium fonts-liberation")
+    packages = (
+        "make",
+        "python3.11-venv",
+        "g++",
+        "libnuma1 python3-dev",
+        "libatomic1",
+        "chromium fonts-liberation",
+    )
     assert [call.split("recommends ")[1] for call in calls[1:]] == list(packages)
-    assert output.count("\n") == 5
+    assert output.count("\n") == 6
     assert "need: the tests against real engines need a C++ compiler: installing g++" in output
     assert "need: the tests of the HTML pages need a browser: installing chromium" in output
 
@@ -119,6 +130,7 @@ def test_root_with_apt_installs(machine: Machine) -> None:
         ("make", ["sudo apt-get install make"]),
         ("python", ["sudo apt-get install python3.11-venv", "make PYTHON="]),
         ("compiler", ["sudo apt-get install g++", "dnf install gcc-c++", "xcode-select"]),
+        ("vllm", ["sudo apt-get install libnuma1 python3-dev", "dnf install numactl-libs"]),
         ("browser", ["sudo apt-get install libatomic1", "libatomic.so.1: cannot open"]),
     ],
 )
@@ -133,7 +145,7 @@ def test_others_are_told_what_to_type(
     assert code == 1
     for words in told:
         assert words in output
-    if name in ("compiler", "browser"):
+    if name in ("compiler", "vllm", "browser"):
         assert "make test-fast runs without" in output
 
 
