@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm lint bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-real lint bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environ
 
 test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment of their own
 	$(IN_VLLM) -m pytest tests/real_engines/test_vllm*.py tests/real_engines/test_transformers_serve.py
+
+test-real: $(VENV)/.dev ## run the tests on two real models, which it downloads once (330 MB)
+	$(PYTEST) tests/real_models
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
