@@ -45,7 +45,7 @@ def complete(
     from vllm.distributed.parallel_state import GroupCoordinator
 
     (name,) = llm.apply_model(lambda model: type(model).__module__)
-    assert native is None or (name == "abreast.engines.vllm_models") == native, name
+    assert native is None or (name == "abreast.engines.vllm.models") == native, name
 
     def ask(prompts: list[list[int]], count: int) -> Any:
         how = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
