@@ -42,7 +42,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     family: any model_type that transformers knows. One folder per set of arguments, shared by the
     whole session: copy it before changing it. Gains and biases are far from 1 and 0, so that a
     wrong fold shows. biases: every bias that the family knows. sharded: several files with an
-    index. config: any other key of the config class.
+    index. tokenizer: with one that knows 128 single bytes, and no token that ends a text.
+    config: any other key of the config class.
     """
     made: dict[str, Path] = {}
 
@@ -56,9 +57,11 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
         num_layers: int = 6,
         biases: bool = False,
         seed: int = 0,
+        tokenizer: bool = False,
         **config: Any,
     ) -> Path:
-        arguments = (family, dtype, tied, head_dim, sharded, num_layers, biases, seed, config)
+        arguments = (family, dtype, tied, head_dim, sharded, num_layers, biases, seed, tokenizer)
+        arguments += (config,)
         key = json.dumps(arguments, sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp(f"tiny-{family}")
@@ -77,6 +80,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 **config,
             }
             _save(family, settings, dtype, seed, sharded, folder)
+            if tokenizer:
+                _save_tokenizer(folder)
             made[key] = folder
         return made[key]
 
@@ -104,15 +109,27 @@ def _save(
     )
 
 
+def _save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text("{}")
+
+
 @pytest.fixture(scope="session")
 def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder as `abreast plan` leaves it: six random layers, a front of two depths.
 
     The cheapest plan of depth 4 has a conversion, that of depth 5 has none. The model's name holds
-    HTML, and its tokenizer knows 128 single bytes. Copy the folder before changing it.
+    HTML. Copy the folder before changing it.
     """
     import numpy as np
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from abreast.convert.rewrite import convert
     from abreast.data import TokenStream
@@ -122,15 +139,7 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
 
     root = tmp_path_factory.mktemp("play")
     model, run = root / "a <b>bold ${1+1}", root / "run"
-    shutil.copytree(tiny_checkpoint(), model)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:128]
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    (model / "tokenizer.json").write_text(tokenizer.to_str())
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    (model / "generation_config.json").write_text("{}")  # no token ends a text
+    shutil.copytree(tiny_checkpoint(tokenizer=True), model)
     tokens = np.random.default_rng(0).integers(128, size=256)
     found = calibrate(
         model,

@@ -198,10 +198,12 @@ def test_help_imports_no_schema_library():
     assert not loaded_by("-m", "abreast", "--help") & {"pydantic", "yaml", "numpy"}
 
 
+@pytest.mark.slow
 def test_missing_laziness_would_be_seen():
     assert "torch" in loaded_by("-c", "import torch")
 
 
+@pytest.mark.slow
 def test_a_function_wins_over_the_module_of_its_name():
     code = (
         "import abreast, abreast.convert.rewrite, abreast.heal, abreast.study\n"

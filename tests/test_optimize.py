@@ -202,6 +202,7 @@ def test_profile_of_other_hardware(folder):
         estimated_profile(folder, kinds, "9xABACUS")
 
 
+@pytest.mark.slow
 def test_profile_adds_up(folder, tmp_path):
     kinds = [Group(layers=(1, 2)), Group(layers=(3, 4)), Group(layers=(1, 2), wiring="cqil")]
     settings = ProfileSettings("float32", "cpu", rounds=6, context=8, seed=0)
@@ -228,16 +229,13 @@ class Counted:
         return call
 
 
-def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
-    from abreast.demo import model_folder
-
+def test_whole_job_resumes_from_its_files(tiny_checkpoint, tmp_path, monkeypatch):
+    model = tiny_checkpoint(tokenizer=True)
     counted = Counted(monkeypatch, "convert", "verify", "compare", "bench")
-    made = calibrate(
-        model_folder(), tmp_path / "calibration", CalibrationSettings(num_windows=8, window=32)
-    )
-    planned = find_plan(made, tmp_path, Budget(depth=14), per_group=1)
+    made = calibrate(model, tmp_path / "calibration", CalibrationSettings(num_windows=8, window=32))
+    planned = find_plan(made, tmp_path, Budget(depth=5), per_group=1)
     options = {"checks": QUICK, "command": ["abreast", "optimize", "and so on"]}
-    result = optimize(model_folder(), tmp_path, planned, **options)
+    result = optimize(model, tmp_path, planned, **options)
     assert counted.calls == ["convert", "verify", "compare", "bench", "bench"]
     found = read_run(tmp_path)
     assert found.last is not None and not found.others and found.command.endswith("'and so on'")
@@ -248,10 +246,10 @@ def test_whole_job_resumes_from_its_files(tmp_path, monkeypatch):
     assert result.verification["ok"] is True
     assert Plan.load(f"{result.folder}/plan.yaml").groups == planned.plan.groups
     assert "# Why" in next((tmp_path / "plans").rglob("why.md")).read_text()
-    again = optimize(model_folder(), tmp_path, planned, **options)
+    again = optimize(model, tmp_path, planned, **options)
     assert counted.calls[5:] == [] and again.to_dict() == result.to_dict()
     assert json.loads((tmp_path / "results.json").read_text())["quality"] == result.quality
-    optimize(model_folder(), tmp_path, planned, checks=replace(QUICK, max_tokens=400))
+    optimize(model, tmp_path, planned, checks=replace(QUICK, max_tokens=400))
     assert counted.calls[5:] == ["compare"]
 
 

@@ -44,6 +44,7 @@ def demo() -> Path:
     return model_folder()
 
 
+@pytest.mark.slow
 def test_the_whole_way_through(run, demo, tmp_path):
     out = tmp_path / "out"
     status, text, _ = run("inspect", demo)
@@ -122,6 +123,7 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     code = (
         "import importlib, time; c = importlib.import_module('abreast.convert.rewrite');"

@@ -469,12 +469,9 @@ def test_auto_model_loads_the_body(converted, family):
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    [
-        (FAMILIES[0], "aot_eager"),
-        *(pytest.param(f, "aot_eager", marks=pytest.mark.slow) for f in FAMILIES[1:]),
-        *(pytest.param(f, "inductor", marks=pytest.mark.slow) for f in FAMILIES),
-    ],
+    [(family, backend) for family in FAMILIES for backend in ("aot_eager", "inductor")],
 )
+@pytest.mark.slow
 def test_torch_compile(converted, family, backend):
     model, reference = pair(converted(family, "1+2", num_layers=4), "1+2")
     torch._dynamo.reset()
@@ -524,6 +521,7 @@ torch.save(results, job["results"])
 """
 
 
+@pytest.mark.slow
 def test_remote_code_without_abreast(converted, tmp_path):
     """Trusted, the checkpoint alone is enough; not trusted, none of its code runs."""
     folders = {family: converted(family)[1] for family in FAMILIES}

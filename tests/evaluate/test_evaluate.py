@@ -440,6 +440,7 @@ def test_one_window_has_no_interval_and_the_json_says_so(
     assert several["kl_by_position"][-1]["end"] == 31
 
 
+@pytest.mark.slow
 def test_several_texts_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

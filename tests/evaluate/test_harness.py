@@ -85,6 +85,7 @@ def same_as_the_harness(folder: Path, out: Path, limit: int, batch_size: int) ->
                 assert values["converted_stderr"] == pytest.approx(stderr)
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_harness_item_for_item(folder: Path, tmp_path: Path) -> None:
     same_as_the_harness(folder, tmp_path, limit=4, batch_size=3)
 

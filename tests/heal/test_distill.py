@@ -50,8 +50,22 @@ def pair(tiny_checkpoint):
     return model, copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("train", ["lora", "groups", "all"])
+@pytest.mark.parametrize(
+    ("train", "optimizer"),
+    [
+        ("lora", "adamw"),
+        ("groups", "muon"),
+        *(
+            pytest.param(train, optimizer, marks=pytest.mark.slow)
+            for train, optimizer in (
+                ("lora", "muon"),
+                ("groups", "adamw"),
+                ("all", "adamw"),
+                ("all", "muon"),
+            )
+        ),
+    ],
+)
 def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimizer):
     model, teacher = pair
     before = weights_of(model)
@@ -84,6 +98,7 @@ def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimiz
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_language_model_loss_needs_no_teacher(pair, tmp_path):
     model, _ = pair
     ids = np.tile(np.arange(24), (44, 1))
@@ -150,7 +165,12 @@ def test_muon_trains_the_matrices_of_layers_only(pair):
 
 @pytest.mark.parametrize(
     ("train", "optimizer", "dies_after"),
-    [("groups", "adamw", 1), ("all", "adamw", 7), ("lora", "adamw", 11), ("all", "muon", 8)],
+    [
+        ("groups", "adamw", 1),
+        pytest.param("all", "adamw", 7, marks=pytest.mark.slow),
+        pytest.param("lora", "adamw", 11, marks=pytest.mark.slow),
+        pytest.param("all", "muon", 8, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(
     tiny_checkpoint, tmp_path, train, optimizer, dies_after
@@ -182,6 +202,7 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert first.points[-1].loss == second.points[-1].loss
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_not_used(pair, tmp_path):
     model, teacher = pair
     fresh = copy.deepcopy(teacher)
@@ -200,6 +221,7 @@ def test_a_half_written_checkpoint_is_not_used(pair, tmp_path):
     assert not changed(weights_of(model), weights_of(again))
 
 
+@pytest.mark.slow
 def test_only_the_last_two_checkpoints_stay(pair, tmp_path):
     model, teacher = pair
     distill(model, PLAN, words(), tmp_path, recipe=recipe(), teacher=teacher)
@@ -239,6 +261,7 @@ def test_a_gathered_batch_is_a_whole_one(pair, tmp_path):
         assert torch.allclose(one, two, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_nothing(pair, tmp_path):
     model, teacher = pair
     other = copy.deepcopy(teacher)

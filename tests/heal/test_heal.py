@@ -14,7 +14,6 @@ from abreast.cli.quality import heal as heal_verb
 from abreast.convert.rewrite import convert
 from abreast.convert.verification import verify
 from abreast.data import TokenStream
-from abreast.demo import model_folder
 from abreast.errors import AbreastError, CheckpointError
 from abreast.heal.healing import heal
 from abreast.heal.recipe import Recipe
@@ -47,9 +46,9 @@ def manifest_of(out) -> dict:
     ("family", "method", "dtype"),
     [
         ("llama", "both", "bfloat16"),
-        ("llama", "refit", "float32"),
-        ("qwen3", "distill", "float32"),
-        ("olmo2", "both", "float32"),
+        pytest.param("llama", "refit", "float32", marks=pytest.mark.slow),
+        pytest.param("qwen3", "distill", "float32", marks=pytest.mark.slow),
+        pytest.param("olmo2", "both", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_a_healed_model_is_an_ordinary_converted_one(
@@ -101,6 +100,7 @@ def test_verify_sees_a_damaged_or_foreign_healed_checkpoint(tiny_checkpoint, tmp
     assert not found.ok and "generation_config.json" in found.faults[0]
 
 
+@pytest.mark.slow
 def test_adapters_after_refit_learn_from_the_original(tiny_checkpoint, tmp_path):
     """The refitted weights cannot teach: what the first look measures is the distance left."""
     recipe = Recipe(**{**SHORT.to_dict(), "train": "lora", "lora_rank": 4, "bf16": False})
@@ -200,17 +200,18 @@ def test_converted_and_broken_originals_are_refused(tiny_checkpoint, tmp_path):
         quick(broken, tmp_path / "out")
 
 
-def test_command_line(tmp_path):
+def test_command_line(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
-    arguments = [str(model_folder()), "--plan", "7+8", "-o", str(out), "--json"]
+    model = tiny_checkpoint(tokenizer=True)
+    arguments = [str(model), "--plan", "2+3", "-o", str(out), "--json"]
     arguments += ["--tokens", "2600", "--window", "128", "--steps", "2", "--batch-size", "2"]
     arguments += ["--optimizer", "muon", "--hidden-weight", "5", "--lm-weight", "0.1"]
     done = CliRunner().invoke(heal_verb, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     found = json.loads(done.stdout)
-    assert found["plan"] == "7+8" and found["kl_after"] < found["kl_before"]
+    assert found["plan"] == "2+3" and found["kl_after"] < found["kl_before"]
     assert found["data"]["source"] == "stdlib-train"
     recipe = manifest_of(out)["healed"]["recipe"]
     assert [recipe[key] for key in ("optimizer", "hidden_weight", "lm_weight")] == ["muon", 5, 0.1]
     model, tokenizer = load(out)
-    assert tokenizer is not None and model.config.num_hidden_layers == 15
+    assert tokenizer is not None and model.config.num_hidden_layers == 5

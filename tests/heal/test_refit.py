@@ -128,6 +128,7 @@ def test_a_group_that_equals_the_original_has_nothing_to_learn(tiny_checkpoint, 
     assert found.fits[0].before < 1e-6
 
 
+@pytest.mark.slow
 def test_few_tokens_do_no_harm():
     """1,000 tokens of calibration: the KL on other, held-out text must not rise."""
     plan = Plan.parse("5+6 7+8", 16)

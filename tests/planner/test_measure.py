@@ -200,6 +200,7 @@ def planted(folder, independent: list[tuple[int, int]]):
     return model
 
 
+@pytest.mark.slow
 def test_planted_independent_pairs_are_found(tiny_checkpoint, tmp_path):
     from abreast.planner.find import find_plan
     from abreast.planner.front import Budget

@@ -380,6 +380,7 @@ def test_command_without_gradio_says_what_to_install(command, monkeypatch, playa
     assert status == 2 and err.count("\n") == 1 and "pip install 'abreast[play]'" in err
 
 
+@pytest.mark.slow
 def test_command_refuses_what_it_cannot_serve(command, tmp_path, playable_run):
     status, err = command(tmp_path)
     assert status == 2 and err.count("\n") == 1 and "is not a run" in err

@@ -338,6 +338,7 @@ def test_first_difference(ours, theirs, place):
     assert first_difference(ours, theirs) == place
 
 
+@pytest.mark.slow
 def test_samples_of_two_models():
     from abreast.data import load_tokens
     from abreast.demo import model_folder
