@@ -25,6 +25,50 @@ from abreast.errors import AbreastError, first_line
 HELD_OUT = "stdlib"
 CALIBRATION = "stdlib-train"
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".text", ".csv"})
+# What tokenizers that look equal read differently.
+TRICKY = (
+    *("", " ", "a", " a", "a ", "   a   b", "\t\ta", "\n\n\n", " \n \n", "a\r\n\r\nb"),
+    "def f(x):\n\treturn x ** 2  # comment\n\n    pass\n",
+    "  leading, trailing  ",
+    "It's we'RE they'Ve I'll 'quoted' don''t ’s",
+    *("0", "12 123 1234 12345.678", "1,000,000 0x1F 1e-9", "½ ³ ٣ Ⅷ 一二三"),
+    *("Grüße, naïve façade", "e\u0301 and o\u0308, not composed", "ﬁne ﬀ ™ ａｂ"),
+    *("Ελληνικά, Русский, עברית", "中文字符 日本語 ひらがな 한국어", "ไทย हिन्दी ខ្មែរ"),
+    *(
+        "🚀 👩\u200d👩\u200d👧 🏳️\u200d🌈",
+        "hard\u00a0space, em\u2003space, zero\u200bwidth",
+        "\ufeffmark",
+    ),
+    *("x\u0000y\u0007", "\u2581 \u2581a a\u2581\u2581b", "Ġ Ċ <0x41> <0x0A> [PAD5]"),
+    *("<unk> <s> </s> <pad> <mask>", "<|endoftext|> <|im_end|> [INST] <bos> <eos>"),
+    "a" * 40 + " " * 17 + "=" * 33 + "\t" * 5,
+    "camelCaseHTTPServer __init__ snake_case/path-like\\thing",
+    '{"key": [1, -2.5e3, null], "k2": "v\\n"}',
+    "<div class='a'>&amp;<br/></div>  <!-- no -->",
+    "https://example.com/a?b=c&d=%20e#f",
+    "... --- *** ### $$$ @@@ !!! ?!",
+    "SHOUTING, Title Case, mIxEd; and: so (on)",
+    *("end of a line.\n  Next one.", "\u202eright to left\u202c"),
+)
+_TURNS = (  # what user and assistant say in turn
+    ("Hi",),
+    ("  Hi \n",),
+    ("\nWhat is 12 * 34?\n\n", "408"),
+    ("Say it's done.", " It's done! ", "Thanks"),
+    ("def f(x):\n    return x\n", "```python\nf(1)\n```", "  and now?"),
+    ("Grüße, 中文 🚀", "naïve", "ça va"),
+    ("a", "b", "c", "d", "e"),
+    ("<|im_end|> </s> [INST]", "no", "yes"),
+    ("1,000,000\t0x1F", "1e-9", "..."),
+    ("one\n\ntwo\n\n\nthree", "four.", " five"),
+)
+CHATS = tuple(
+    [
+        {"role": "assistant" if place % 2 else "user", "content": text}
+        for place, text in enumerate(turns)
+    ]
+    for turns in _TURNS
+)
 
 
 class DataError(AbreastError):
@@ -205,3 +249,27 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
         raise
     except Exception as error:  # the Hub client raises many kinds; all mean "not available"
         raise DataError(f"data set '{name}' cannot be read: {first_line(error)}") from None
+
+
+def tricky_texts(tokenizer: Any) -> list[str]:
+    """`TRICKY`, and every token that was added to a tokenizer, with text and spaces around it."""
+    return [*TRICKY, *(f"x{token}y {token} \n z" for token in tokenizer.get_added_vocab())]
+
+
+def check_tokenizers(tokenizer: Any, reference: Any) -> None:
+    """Raise AbreastError unless two tokenizers share one vocabulary and read texts alike."""
+    ours, theirs = tokenizer.get_vocab(), reference.get_vocab()
+    if ours != theirs:
+        differing = len(set(ours.items()) ^ set(theirs.items()))
+        raise AbreastError(
+            f"the two models have different tokenizers ({differing} entries differ), so their "
+            "token probabilities cannot be compared; compare bits_per_byte of each instead"
+        )
+    texts = tricky_texts(reference)
+    pairs = (read(texts, verbose=False)["input_ids"] for read in (tokenizer, reference))
+    for text, own, other in zip(texts, *pairs, strict=True):
+        if own != other:
+            raise AbreastError(
+                f"the two models read {text!r} as different tokens, so they cannot be compared; "
+                "give both the tokenizer of one, or convert again"
+            )

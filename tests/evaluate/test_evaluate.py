@@ -8,7 +8,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from abreast.data import TokenStream
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate.statistics import bootstrap, mcnemar, ratio_of_means, sign_flips
-from abreast.evaluate.text import check_tokenizers, compare, perplexity, sliding_windows
+from abreast.evaluate.text import compare, perplexity, sliding_windows
 from abreast.model import scores as scoring
 from abreast.model.scores import token_scores
 
@@ -325,15 +324,6 @@ def test_senseless_sizes_are_refused(
 def test_a_stream_of_one_token_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(AbreastError, match="1 tokens"):
         perplexity(model, stream_of(1))
-
-
-def test_tokenizers_must_share_their_vocabulary() -> None:
-    def tokenizer(**vocabulary: int) -> SimpleNamespace:
-        return SimpleNamespace(get_vocab=lambda: vocabulary)
-
-    check_tokenizers(tokenizer(a=0, b=1), tokenizer(b=1, a=0))
-    with pytest.raises(AbreastError, match="different tokenizers"):
-        check_tokenizers(tokenizer(a=0, b=1), tokenizer(a=1, b=0))
 
 
 def test_bootstrap_agrees_with_the_standard_error() -> None:

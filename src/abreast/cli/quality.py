@@ -78,8 +78,8 @@ def evaluate(
     With --against, also how far it is from that model: KL divergence and loss increase with
     standard errors and intervals, or the share of accuracy kept and a test on the same items.
     """
-    from abreast.data import load_tokens
-    from abreast.evaluate import check_tokenizers, compare, perplexity
+    from abreast.data import check_tokenizers, load_tokens
+    from abreast.evaluate import compare, perplexity
     from abreast.model import load
 
     loading: dict[str, Any] = {

@@ -1,13 +1,17 @@
-"""The config.json of a converted checkpoint."""
+"""The config.json and the tokenizer files of a converted checkpoint."""
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from abreast.checkpoint import read_json
 from abreast.convert.rules import attention_kinds, ffn_inputs_differ, keeps_members, rope_layers
 from abreast.families import Family, head_dim_of
+from abreast.model import load_tokenizer
 from abreast.plan import Group, Plan
 
 # save_pretrained writes the file back under the name of its module: keep the two the same.
@@ -97,3 +101,29 @@ def _per_stage_lists(config: Mapping[str, Any], plan: Plan) -> dict[str, list[An
     if rotated is not None:
         lists["no_rope_layers"] = [int(rotated[layer]) for layer in firsts]
     return lists
+
+
+def write_tokenizer(source: Path, folder: Path) -> None:
+    """Make the tokenizer files in `folder` give the ids that transformers reads in `source`.
+
+    transformers picks a tokenizer's class by model_type, and some classes build another tokenizer
+    than tokenizer.json says. So what was built is written down, with the class that reads it as it
+    is. Raises CheckpointError for a tokenizer that cannot be loaded.
+    """
+    tokenizer = load_tokenizer(source)
+    if not getattr(tokenizer, "is_fast", False):
+        return
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    for key in ("auto_map", "fix_mistral_regex"):  # code that stays behind; a repair that is done
+        settings.pop(key, None)
+    defaults = {
+        key: getattr(tokenizer, key)
+        for key in ("padding_side", "truncation_side", "model_input_names")
+    }
+    names = {key: value for key, value in tokenizer.special_tokens_map.items() if value is not None}
+    settings = {**defaults, **names, **settings, "tokenizer_class": "TokenizersBackend"}
+    path.write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8"
+    )

@@ -39,7 +39,7 @@ from abreast.checkpoint import (
     write_manifest,
     write_shards,
 )
-from abreast.convert.config import REMOTE_CODE, converted_config
+from abreast.convert.config import REMOTE_CODE, converted_config, write_tokenizer
 from abreast.convert.fold import (
     TensorRule,
     fold_gain,
@@ -175,6 +175,7 @@ def convert(
     check_free(target)
     job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
+        _write_companions(job, staging)
         stop = threading.Event()
         with _threads_to_spare(), ThreadPoolExecutor(1) as hasher:
             inputs = hasher.submit(hash_inputs, job.checkpoint, stop)
@@ -184,7 +185,6 @@ def convert(
             except BaseException:
                 stop.set()
                 raise
-        _write_companions(job, staging)
         for path in sorted(p for p in staging.rglob("*") if p.is_file()):
             name = path.relative_to(staging).as_posix()
             if name not in outputs:
@@ -431,6 +431,7 @@ def _write_companions(job: _Job, staging: Path) -> None:
     (staging / "config.json").write_text(text, encoding="utf-8")
     if "auto_map" in job.config:
         shutil.copyfile(str(files("abreast") / "modeling.py"), staging / REMOTE_CODE)
+        write_tokenizer(job.checkpoint.folder, staging)
 
 
 def _peak_memory(job: _Job) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from abreast.checkpoint import damaged, read_json, read_manifest, resolve
+from abreast.data import check_tokenizers
 from abreast.errors import CheckpointError
 from abreast.model import grouped, load
 from abreast.plan import Plan
@@ -81,7 +82,8 @@ def verify(
     conversion also cast to a narrower dtype, the original's weights are rounded to it first.
     A healed checkpoint is compared so with the healed weights it was made from, if these were kept;
     against the model that was healed, files are checked and differences reported, not judged.
-    Raises AbreastError when `out` is no conversion, or `against` is not its original.
+    Raises AbreastError when `out` is no conversion, `against` is not its original, or the two read
+    text differently.
     """
     folder, _ = resolve(out)
     original, _ = resolve(against, revision=revision)
@@ -103,8 +105,10 @@ def verify(
     )
     if faults:
         return result
-    converted, _ = load(folder, dtype="float32", device=device)
-    reference, _ = load(original, dtype="float32", device=device)
+    converted, tokenizer = load(folder, dtype="float32", device=device)
+    reference, original_tokenizer = load(original, dtype="float32", device=device)
+    if tokenizer is not None and original_tokenizer is not None:
+        check_tokenizers(tokenizer, original_tokenizer)
     for parameter in reference.parameters():
         parameter.data = parameter.data.to(stored).float()
     generator = torch.Generator().manual_seed(seed)

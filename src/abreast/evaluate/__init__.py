@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from abreast.evaluate.text import (
         Comparison,
         Perplexity,
-        check_tokenizers,
         compare,
         first_difference,
         perplexity,

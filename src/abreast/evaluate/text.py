@@ -154,8 +154,8 @@ def compare(
 
     Arguments as for `perplexity`; the window is clipped to what both models can hold. seed: of the
     bootstrap. The two may differ in device and dtype, but must share the tokenizer, see
-    `check_tokenizers`. Both logits of a batch are held at once, their float32 log-softmax only a
-    chunk at a time.
+    `abreast.data.check_tokenizers`. Both logits of a batch are held at once, their float32
+    log-softmax only a chunk at a time.
 
     Raises AbreastError as `perplexity` does, naming the model, and for unequal vocabularies.
     """
@@ -265,17 +265,6 @@ def shared(*sequences: Sequence[Any]) -> int:
     """How many items, or characters of text, all sequences begin with."""
     columns = zip(*sequences, strict=False)
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-
-
-def check_tokenizers(tokenizer: Any, reference: Any) -> None:
-    """Raise AbreastError unless two tokenizers share one vocabulary (token -> id)."""
-    ours, theirs = tokenizer.get_vocab(), reference.get_vocab()
-    if ours != theirs:
-        differing = len(set(ours.items()) ^ set(theirs.items()))
-        raise AbreastError(
-            f"the two models have different tokenizers ({differing} entries differ), so their "
-            "token probabilities cannot be compared; compare bits_per_byte of each instead"
-        )
 
 
 def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from abreast.data import check_tokenizers
 from abreast.errors import AbreastError
-from abreast.evaluate import check_tokenizers, shared
+from abreast.evaluate import shared
 from abreast.model import grouped, keeps_last, load
 from abreast.plan import Plan
 from abreast.report.records import Choice, Choices
