@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from abreast import load, verify
 from abreast.cli.main import main
+from abreast.plan import Plan
 
 OLD = Path(__file__).with_name("old")
 CHECKPOINTS = sorted(path.name for path in (OLD / "checkpoints").iterdir())
@@ -52,6 +53,7 @@ def test_old_code_in_a_checkpoint_agrees_with_ours(name, tmp_path, monkeypatch):
 def test_old_run_resumes_without_doing_anything_again(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     shutil.copytree(OLD / "run", run)
+    front = run / "out" / "front.json"
     made = {path: path.read_bytes() for path in sorted((run / "out").rglob("*")) if path.is_file()}
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.chdir(run)
@@ -65,5 +67,11 @@ def test_old_run_resumes_without_doing_anything_again(tmp_path, monkeypatch, cap
     result = json.loads(printed)
     assert result["plan"] == json.loads(made[run / "out" / "results.json"])["plan"]
     rewritten = {"environment.json", "README.md", "why.md", "results.json"}
+    more = {"front.json", "plan.yaml"}  # than earlier versions wrote
     for path, content in made.items():
-        assert path.name in rewritten or path.read_bytes() == content, path
+        assert path.name in rewritten | more or path.read_bytes() == content, path
+    before, now = (json.loads(text) for text in (made[front], front.read_bytes()))
+    assert all(row in now["plans"] for row in before["plans"])
+    plan = next((run / "out" / "plans").glob("*/plan.yaml"))
+    assert Plan.load(plan).sha256 == now["identity"]["model"]
+    assert set(made[plan].splitlines()) <= set(plan.read_bytes().splitlines())

@@ -218,7 +218,7 @@ class _Job:
         folder = self.out / "plans" / f"depth-{plan.depth}-{_digest(plan.shorthand)}"
         folder.mkdir(parents=True, exist_ok=True)
         front = self.planned.front
-        recorded = plan.model_copy(update={"source": front.stats.source})
+        recorded = front.stats.on_record(plan)
         recorded.save(folder / "plan.yaml")
         write(folder / "why.md", explain(plan, front))
         return folder, recorded

@@ -149,8 +149,8 @@ class Group(BaseModel):
 class Plan(BaseModel):
     """An ordered partition of num_layers layers: the groups; every other layer stands alone.
 
-    source, revision and sha256 say what the plan was made for; they are for the record, and None
-    where nobody knows.
+    source, revision and sha256 say what model the plan was made for, and are None where nobody
+    knows. sha256: of config and weights, see `checkpoint.model_hash`; `check_model` compares it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -245,6 +245,18 @@ class Plan(BaseModel):
                 f"the plan is for {self.num_layers} layers, the model has {num_layers}; "
                 "make a plan for this model"
             )
+
+    def check_model(self, sha256: str, model: str) -> None:
+        """Raise PlanError where the plan was made for another model than that of this hash."""
+        if self.sha256 not in (None, sha256):
+            raise PlanError(
+                f"the plan was made for another model ({self.source or 'unknown'}) than '{model}'; "
+                f"make one for this model, or give its groups alone: --plan '{self.shorthand}'"
+            )
+
+    def made_for(self, source: str, revision: str | None, sha256: str | None) -> Plan:
+        """The same plan with this model on record."""
+        return self.model_copy(update={"source": source, "revision": revision, "sha256": sha256})
 
     @classmethod
     def _build(cls, data: dict[str, Any], where: str) -> Plan:

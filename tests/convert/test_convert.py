@@ -16,10 +16,15 @@ from made_tokenizers import save
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from abreast.checkpoint import open_checkpoint
 from abreast.convert import rewrite
 from abreast.convert.rewrite import convert, preview
 from abreast.convert.rules import FoldError
-from abreast.plan import Plan
+from abreast.evaluate import Tasks, evaluate_tasks
+from abreast.heal import heal
+from abreast.model import load
+from abreast.plan import Plan, PlanError
+from abreast.speed import Case, Contender, Job, run
 
 TinyCheckpoint = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -264,7 +269,8 @@ def test_manifest(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     assert set(manifest["source"]["files"]) == read
     assert manifest["source"]["name"] == str(source)
     assert manifest["source"]["revision"] is None
-    assert Plan.model_validate(manifest["plan"]) == Plan.parse(PLAN, 6)
+    record = {"source": str(source), "revision": None, "sha256": open_checkpoint(source).sha256}
+    assert Plan.model_validate(manifest["plan"]) == Plan.parse(PLAN, 6, **record)
     assert (manifest["shorthand"], manifest["num_layers"], manifest["depth"]) == (PLAN, 6, 4)
     assert manifest["architecture"] == "AbreastLlamaForCausalLM"
     assert manifest["warnings"] == []
@@ -527,3 +533,30 @@ def test_config_is_carried_over(tiny_checkpoint: TinyCheckpoint, tmp_path: Path)
     assert new["abreast"] == {"num_layers": 6, "plan": PLAN}
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_plan_made_for_another_model_meets_none(tiny_checkpoint, tmp_path):
+    """Its hash is in the plan file; the groups by themselves go with any model."""
+    model, other, file = tiny_checkpoint(), tiny_checkpoint(seed=1), str(tmp_path / "plan.yaml")
+    manifest = convert(model, PLAN, tmp_path / "out")
+    plan = Plan.model_validate(manifest["plan"])
+    assert plan.source == str(model) and plan.sha256 == open_checkpoint(model).sha256
+    plan.save(file)
+    case = Case("prefill", 1, 4, 0)
+    bench = lambda folder: run(  # noqa: E731
+        Job((Contender("original", str(folder)), Contender("new", str(folder), file)), (case,))
+    )
+    none = Tasks({}, {}, {}, None, 0)
+    for meet in (
+        lambda folder: convert(folder, file, tmp_path / "new"),
+        lambda folder: heal(folder, file, tmp_path / "new", method="refit"),
+        lambda folder: load(folder, plan=file),
+        lambda folder: evaluate_tasks(folder, none, plan=file),
+        bench,
+    ):
+        with pytest.raises(PlanError, match=rf"another model \({model}\) .*: --plan '1\+2 3\+4'$"):
+            meet(other)
+    assert not (tmp_path / "new").exists()
+    load(model, plan=file)
+    again = convert(other, plan.shorthand, tmp_path / "new")
+    assert again["plan"]["sha256"] == open_checkpoint(other).sha256 != plan.sha256

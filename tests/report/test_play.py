@@ -96,6 +96,16 @@ def test_run_offers_original_conversion_and_grouped_plans(playable_run, models):
         assert choice.cost.kl == cheapest
 
 
+def test_a_conversion_is_offered_whether_its_depth_is_in_the_front_or_not(run):
+    rows = json.loads((run / "front.json").read_text())
+    rows["plans"] = [row for row in rows["plans"] if len(row["plan"].split()) == 1]
+    (run / "front.json").write_text(json.dumps(rows))
+    found = read_choices(run)
+    assert found.depths == (4, 5, 6) and found.first == 4
+    assert [choice.way for choice in found.at(4)] == ["converted checkpoint", "grouped in memory"]
+    assert found.at(4)[0].cost is None
+
+
 def test_depths_without_a_plan_give_the_nearest():
     plans = [Plan(num_layers=8), Plan.parse("2+3+4", 8), Plan.parse("1+2+3 4+5+6", 8)]
     run = Choices("m", tuple(Choice(plan) for plan in plans))
@@ -323,11 +333,13 @@ def test_a_model_that_moved_is_asked_for(run, tmp_path, playable_run, tiny_check
         read_choices(run, str(tiny_checkpoint(seed=1)))
 
 
-def test_a_conversion_without_a_run_is_played_against_its_source(run):
+def test_a_conversion_without_a_run_is_played_against_its_source(run, tiny_checkpoint):
     folder = run / "plans" / "depth-4-x" / "converted"
     found = read_choices(folder)
     assert found.depths == (4, 6) and found.at(4)[0].folder == folder
     assert found.model == read_choices(run).model
+    with pytest.raises(AbreastError, match="is not the original of the conversion, its weights"):
+        read_choices(folder, str(tiny_checkpoint(seed=1)))
     models = open_models(found)
     assert last(models, found.at(4)[0])[1].tokens
     assert front_picture(found, found.at(4)[0]) == ""

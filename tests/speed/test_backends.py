@@ -233,6 +233,35 @@ def test_vllm_is_asked_in_turns_and_its_times_are_taken_apart(tmp_path):
     assert asked[:4] == ["slow", "fast", "fast", "slow"]
 
 
+def test_a_difference_below_zero_keeps_the_finished_cases(tmp_path):
+    script = tmp_path / "vllm.py"
+    noisy = FAKE_VLLM.replace("(new - 1) * 1e-2", "(1 - new) * 1e-4")
+    script.write_text(noisy.replace("LOG", repr(str(tmp_path / "log"))))
+    job = Job(
+        (Contender("original", "slow"), Contender("converted", "fast")),
+        (Case("prefill", 2, 100, 5), Case("decode", 2, 100, 5), Case("prefill", 1, 100, 5)),
+        backend="vllm",
+        rounds=2,
+        vllm=(sys.executable, str(script)),
+    )
+    found = run(job)
+    assert [result.batch_size for result in found.results] == [2, 1]
+    assert found.failures == (
+        Failure(
+            "decode at batch 2, context 100",
+            "noise hides what 5 tokens take 'original'; raise --steps",
+        ),
+    )
+
+
+def test_a_case_that_a_model_cannot_hold_keeps_the_finished_ones(tiny_checkpoint):
+    cases = (Case("prefill", 1, 4, 0), Case("prefill", 1, 600, 0), Case("prefill", 1, 8, 0))
+    found = run(Job((Contender("original", str(tiny_checkpoint())),), cases, rounds=1))
+    assert [result.context for result in found.results] == [4, 8]
+    (failure,) = found.failures
+    assert failure.case == "prefill at batch 1, context 600" and "512 tokens" in failure.reason
+
+
 FAILING_VLLM = """
 import sys
 print("ModuleNotFoundError: No module named 'some.plugin'", file=sys.stderr)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         damaged,
         finite,
         hash_entry,
+        model_hash,
         publish,
         read_json,
         read_manifest,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
         check_tensors,
         lay_out,
         open_checkpoint,
+        plan_for,
         read_rows,
         write_shards,
     )

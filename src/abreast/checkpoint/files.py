@@ -95,6 +95,12 @@ def hash_entry(path: Path, *, stop: threading.Event | None = None) -> dict[str, 
     return {"sha256": sha256_of(path, stop=stop), "bytes": path.stat().st_size}
 
 
+def model_hash(files: Mapping[str, str]) -> str:
+    """Hash of a model: of its config and every shard. files: name -> sha256, at least of these."""
+    names = ["config.json", *sorted(name for name in files if name.endswith(".safetensors"))]
+    return hashlib.sha256("".join(f"{n} {files[n]}\n" for n in names).encode()).hexdigest()
+
+
 def companions(folder: Path) -> list[Path]:
     """What travels with the weights: tokenizer, chat templates, generation config, licence.
 

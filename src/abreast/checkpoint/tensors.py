@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from abreast.checkpoint.files import read_json, resolve
+from abreast.checkpoint.files import model_hash, read_json, resolve, sha256_of
 from abreast.errors import CheckpointError, first_line
+from abreast.plan import Plan
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,6 +78,24 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the whole content of the config and every shard, see `model_hash`."""
+        names = ("config.json", *self.shards)
+        return model_hash({name: sha256_of(self.folder / name) for name in names})
+
+
+def plan_for(checkpoint: Checkpoint, plan: Plan | str, num_layers: int) -> Plan:
+    """A plan for this model, read where it is text, see `Plan.read`.
+
+    Raises PlanError for a plan of another number of layers, or one made for another model.
+    """
+    plan = Plan.read(plan, num_layers) if isinstance(plan, str) else plan
+    plan.check_layers(num_layers)
+    if plan.sha256 is not None:
+        plan.check_model(checkpoint.sha256, checkpoint.source)
+    return plan
 
 
 def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:

@@ -115,7 +115,7 @@ def plan(
 
     planned = _find(model, Path(out), budget, calibration, search, baselines, as_json)
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
-    planned.plan.model_copy(update={"source": model}).save(plan_file)
+    planned.front.stats.on_record(planned.plan).save(plan_file)
     reasons.write_text(explain(planned.plan, planned.front), encoding="utf-8")
     if as_json:
         return console.print_json(planned.to_dict())
@@ -262,6 +262,7 @@ def _find(
 ) -> Planned:
     """Calibrate, profile where speed matters, search, compare with baselines, draw."""
     from abreast.planner import (
+        NoisyTiming,
         baselines,
         calibrate,
         check_depth,
@@ -283,7 +284,12 @@ def _find(
         groups, revision = calibration.candidates, settings.revision
         profile = estimated_profile(model, groups, search.hardware, revision=revision)
     elif timed or budget.speedup is not None:
-        profile = profile_here(calibration, out, step=console.say)
+        try:
+            profile = profile_here(calibration, out, step=console.say)
+        except NoisyTiming as error:
+            if budget.speedup is not None:
+                raise
+            console.say(f"no speed is predicted: {error}")
     with console.progress_bar("plan", as_json) as progress:
         planned = find_plan(
             calibration,

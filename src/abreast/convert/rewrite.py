@@ -33,6 +33,7 @@ from abreast.checkpoint import (
     companions,
     hash_entry,
     lay_out,
+    model_hash,
     open_checkpoint,
     publish,
     read_rows,
@@ -182,6 +183,11 @@ def convert(
             try:
                 outputs = write_shards(staging, job.shards, _stream(job, progress))
                 source_files = inputs.result()
+                source, plan = job.checkpoint, job.plan
+                if healed is None:  # else `heal` has done so with the true original
+                    sha256 = model_hash({name: row["sha256"] for name, row in source_files.items()})
+                    plan.check_model(sha256, source.source)
+                    plan = plan.made_for(source.source, source.revision, sha256)
             except BaseException:
                 stop.set()
                 raise
@@ -191,10 +197,10 @@ def convert(
                 outputs[name] = hash_entry(path)
         return write_manifest(
             staging,
-            job.plan,
+            plan,
             source={
-                "name": job.checkpoint.source,
-                "revision": job.checkpoint.revision,
+                "name": source.source,
+                "revision": source.revision,
                 "files": source_files,
                 "dropped_tensors": list(job.dropped),
             },

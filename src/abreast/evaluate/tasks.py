@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from abreast.checkpoint import open_checkpoint, resolve, sha256_of, write
+from abreast.checkpoint import open_checkpoint, plan_for, resolve, sha256_of, write
 from abreast.errors import AbreastError
 from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
 from abreast.evaluate.statistics import metric_stderr
 from abreast.families import num_layers_of
 from abreast.model import inference, load
 from abreast.plan import Plan
-from abreast.runs import model_hash, open_run, versions_of
+from abreast.runs import open_run, versions_of
 
 OFFLINE = "offline"
 FOLDER = Path(__file__).with_name("offline")
@@ -264,7 +264,7 @@ class _Subject:
         files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
         paths = {name: self.folder / name for name in files}
         identity = {
-            "model": model_hash(self.folder),
+            "model": open_checkpoint(self.folder).sha256,
             "tokenizer": {n: sha256_of(path) for n, path in paths.items() if path.is_file()},
             "plan": None if self.plan is None else self.plan.shorthand,
             **self.settings,
@@ -386,10 +386,11 @@ def _shots(task: Any) -> int:
 
 def _plan(folder: Path, plan: Plan | str | None) -> Plan | None:
     """The plan itself: a file's name says nothing about what is in it."""
-    if not isinstance(plan, str):
-        return plan
-    config = open_checkpoint(folder).config
-    return Plan.read(plan, num_layers_of(config.get("text_config", config)))
+    if plan is None:
+        return None
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    return plan_for(checkpoint, plan, num_layers_of(config.get("text_config", config)))
 
 
 def _run_task(

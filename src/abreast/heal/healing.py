@@ -33,6 +33,7 @@ from abreast.checkpoint import (
     finite,
     lay_out,
     open_checkpoint,
+    plan_for,
     publish,
     write,
     write_shards,
@@ -47,7 +48,7 @@ from abreast.heal.student import full
 from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
 from abreast.plan import Plan
-from abreast.runs import model_hash, open_run, to_csv, token_stream, whole_windows
+from abreast.runs import open_run, to_csv, token_stream, whole_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,14 +170,8 @@ def heal(
         check_free(Path(keep))
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
     source = open_checkpoint(model, revision=revision)
-    if isinstance(plan, str):
-        plan = Plan.read(plan, planned.num_layers)
-    sha256 = model_hash(source.folder)
-    if plan.sha256 not in (None, sha256):
-        raise AbreastError(
-            f"the plan was made for another model ({plan.source}) than '{model}'; "
-            "make one for this model"
-        )
+    plan = plan_for(source, plan, planned.num_layers)
+    plan = plan.made_for(source.source, source.revision, source.sha256)
     if device == "cuda" and processes() > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     load_original = partial(load, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -203,7 +198,7 @@ def heal(
     )
     text = _text(setup, data, tokenizer, method, tokens, window)
     identity = {
-        "model": sha256,
+        "model": source.sha256,
         "plan": plan.shorthand,
         "method": method,
         "data": text.about,

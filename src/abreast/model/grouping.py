@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from abreast.checkpoint import open_checkpoint, resolve
+from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
-from abreast.families import FAMILIES, Branches
+from abreast.families import FAMILIES, Branches, num_layers_of
 from abreast.plan import Group, Plan
 
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ def load(
     import abreast.modeling  # noqa: F401  registers the converted architectures
 
     folder, _ = resolve(model, revision=revision)
-    open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
+    if plan is not None:
+        config = checkpoint.config
+        plan = plan_for(checkpoint, plan, num_layers_of(config.get("text_config", config)))
     try:
         target = torch.device(device)
     except RuntimeError:
@@ -76,8 +79,6 @@ def load(
     _check_loaded(folder, report)
     loaded = loaded.to(target).eval()
     if plan is not None:
-        if isinstance(plan, str):
-            plan = Plan.read(plan, len(decoder_layers(loaded)))
         apply(loaded, plan)
     return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 

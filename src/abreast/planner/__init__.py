@@ -7,6 +7,7 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.planner.calibration import Calibration, calibrate, expect, measure
     from abreast.planner.find import (
+        NoisyTiming,
         Planned,
         Series,
         baselines,

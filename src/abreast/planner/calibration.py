@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +67,8 @@ DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 class Calibration:
     """A model and the windows that its plans are measured on; made by `calibrate`.
 
-    folder: of the run; checkpoint: of the model, named `source` by the user. tokens: int64
+    folder: of the run; checkpoint: of the model, named `source` by the user, of this revision where
+    it comes from the Hub. tokens: int64
     [num_windows, window]. size: windows at once. candidates: the groups to measure.
     """
 
@@ -79,6 +80,7 @@ class Calibration:
     candidates: tuple[Group, ...]
     identity: dict[str, Any]
     settings: CalibrationSettings
+    revision: str | None = None
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -213,7 +215,17 @@ def calibrate(
         dtype=settings.dtype,
     )
     run = open_run(Path(out), KIND, identity)
-    return Calibration(run, checkpoint.folder, str(model), tokens, size, groups, identity, settings)
+    return Calibration(
+        folder=run,
+        checkpoint=checkpoint.folder,
+        source=str(model),
+        tokens=tokens,
+        size=size,
+        candidates=groups,
+        identity=identity,
+        settings=settings,
+        revision=checkpoint.revision,
+    )
 
 
 def expect(model: str | Path, settings: CalibrationSettings) -> Expected:
@@ -278,6 +290,24 @@ def score(
     return [_cost(_sums(lines, program, chosen), calibration.scored) for program in programs]
 
 
+def measured_plans(calibration: Calibration, *, least: int | None = None) -> dict[Plan, Cost]:
+    """The cost of every plan in the journal, the deepest first, whatever call it was measured for.
+
+    least: also plans that were measured on so many batches only; None: those on the whole text.
+    """
+    lines = read_journal(calibration.folder)
+    batches_of: dict[str, list[int]] = {}
+    for program, batch in sorted(lines):
+        batches_of.setdefault(program, []).append(batch)
+    costs = {}
+    for program, batches in batches_of.items():
+        if len(batches) >= (least or len(calibration.batches)):
+            groups = " ".join(word for word in program.split() if not word.isdigit())
+            plan = Plan.parse(groups, calibration.num_layers)
+            costs[plan] = _cost(_sums(lines, _program(plan), batches), calibration.scored)
+    return dict(sorted(costs.items(), key=lambda item: (-item[0].depth, item[0].shorthand)))
+
+
 def _evaluate(
     calibration: Calibration, batch: int, programs: Sequence[Program]
 ) -> Iterator[dict[str, Any]]:
@@ -305,9 +335,9 @@ def measure(
 ) -> Stats:
     """Measure every candidate alone and how layers depend on each other; write stats.safetensors.
 
-    After a part of the text (`screen` in the settings) only the candidates best by the objective
-    (`keep`) are measured on the rest; both 1: everything on everything. progress: as for `score`,
-    of the current step. Raises as `score`.
+    The file also has the groups that earlier calls measured. After a part of the text (`screen` in
+    the settings) only the candidates best by the objective (`keep`) are measured on the rest; both
+    1: everything on everything. progress: as for `score`, of the current step. Raises as `score`.
     """
     screen, keep = calibration.settings.screen, calibration.settings.keep
     if not (0 < screen <= 1 and 0 < keep <= 1):
@@ -324,15 +354,17 @@ def measure(
     costs = dict(zip(alone, part, strict=True))
     promising = _promising(costs, keep, objective)
     plans = [alone[group] for group in promising]
-    costs |= zip(promising, score(calibration, plans, progress=progress), strict=True)
+    score(calibration, plans, progress=progress)
+    measured = measured_plans(calibration, least=len(screened))
     original_nll = _sums(read_journal(calibration.folder), _program(plans[0]), batches)[:, 1]
     stats = Stats(
         identity=calibration.identity,
         source=calibration.source,
         num_layers=num_layers,
         loss=float(original_nll.mean()) / calibration.scored,
-        groups=costs,
+        groups={plan.groups[0]: c for plan, c in measured.items() if len(plan.groups) == 1},
         full_forwards=sum(full_forwards(calibration).values()),
+        revision=calibration.revision,
         **{name: arrays[name] for name in GEOMETRY_ARRAYS},
     )
     stats.check()
@@ -352,7 +384,7 @@ def saved_or_measured(
     if path.is_file():
         stats = Stats.load(path)
         if set(calibration.candidates) <= set(stats.groups):
-            return stats
+            return replace(stats, source=calibration.source, revision=calibration.revision)
     step(f"measure {len(calibration.candidates)} groups alone")
     return measure(calibration, objective=objective, progress=progress)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import read_json, write
 from abreast.convert import convert
+from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, num_layers_of
 from abreast.model import decoder_layers, load
 from abreast.plan import Group, Plan
@@ -18,6 +19,7 @@ from abreast.planner.calibration import (
     Calibration,
     Progress,
     full_forwards,
+    measured_plans,
     saved_or_measured,
     score,
 )
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
 
 PROFILED_TOKENS = 16  # decoded per round of a profile
 Series = Mapping[str, Mapping[Plan, Cost]]
+
+
+class NoisyTiming(AbreastError):
+    """Timings that tell nothing about the speed of a stage."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ def find_plan(
 ) -> Planned:
     """Measure what has not been measured, search as deep as the budget goes, choose.
 
-    out: the run folder; front.json there gets every plan measured. best: how many plans to return,
+    out: the run folder; front.json there gets every plan that this and earlier calls measured, of
+    which one is chosen that consists of candidates. best: how many plans to return,
     the best and the next ones of its depth. per_group: plans measured per group at each depth; 0
     measures the additive optima only. objective: what candidates
     and plans are ranked by. Nothing in the calibration's journal is measured again, so another
@@ -143,8 +150,9 @@ def find_plan(
         )
         if budget.exhausted({plan: plans[plan] for plan in values}, profile):
             break
-    front = Front(stats, plans, full_forwards(calibration), objective)
-    write(Path(out) / FRONT_FILE, json.dumps(front.to_dict(), indent=1) + "\n")
+    measured = Front(stats, measured_plans(calibration), full_forwards(calibration), objective)
+    write(Path(out) / FRONT_FILE, json.dumps(measured.to_dict(), indent=1) + "\n")
+    front = measured.among(calibration.candidates)
     chosen, *others = front.choose(budget, profile, best=best)
     return Planned(chosen, tuple(others), front.plans[chosen], front, profile)
 
@@ -207,21 +215,28 @@ def profile_here(
     context: int = 128,
     step: Callable[[str], None] = lambda message: None,
 ) -> Profile:
-    """The profile in out/profile.json, measured now (see `measured_profile`) where it has none."""
+    """The profile in out/profile.json, measured now (see `measured_profile`) where it has none.
+
+    One with more kinds of stage than are needed will do.
+    """
     path = Path(out) / "profile.json"
     groups, settings = calibration.candidates, calibration.settings
     timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
-    rests_on = {"kinds": sorted({kind_of(group) for group in groups}), **asdict(timing)}
+    kinds = {kind_of(group) for group in groups}
     record = read_json(path) if path.is_file() else {}
-    if record.get("rests_on") != rests_on:
-        step("time each kind of stage")
-        trust = settings.trust_remote_code
-        profile = measured_profile(
-            calibration.checkpoint, groups, Path(out), timing, trust_remote_code=trust
-        )
-        record = {"rests_on": rests_on, "profile": asdict(profile)}
-        write(path, json.dumps(record, indent=1) + "\n")
-    return Profile(**record["profile"])
+    about = record.get("rests_on", {})
+    if kinds <= {*about.get("kinds", ())} and about == {**about, **asdict(timing)}:
+        saved = Profile(**record["profile"])
+        if saved.impossible() is None:
+            return saved
+    step("time each kind of stage")
+    trust = settings.trust_remote_code
+    profile = measured_profile(
+        calibration.checkpoint, groups, Path(out), timing, trust_remote_code=trust
+    )
+    rests_on = {"kinds": sorted(kinds), **asdict(timing)}
+    write(path, json.dumps({"rests_on": rests_on, "profile": asdict(profile)}, indent=1) + "\n")
+    return profile
 
 
 def estimated_profile(
@@ -272,8 +287,8 @@ def measured_profile(
 
     Timed in turn: the model, the model with half of its layers, and for each kind among `groups` a
     conversion (grouped in memory for families that cannot be converted) with as many groups of that
-    kind as fit one after another. work: folder for the conversions. Raises AbreastError as
-    `convert`, `load` and `bench` do.
+    kind as fit one after another. work: folder for the conversions. Raises NoisyTiming where noise
+    leaves no time for a kind of stage, and as `convert`, `load` and `bench` do.
     """
 
     def loaded(checkpoint: Path, plan: Plan | None = None) -> PreTrainedModel:
@@ -308,9 +323,10 @@ def measured_profile(
             seed=settings.seed,
         ).timings
     seconds = {name: timing.median / PROFILED_TOKENS for name, timing in timings.items()}
-    single = (seconds["whole"] - seconds["half"]) / (count - half)
-    rest = max(0.0, seconds["whole"] - count * single)
-    return Profile(
+    # What lies outside the layers takes no less than nothing; the layers then take all there is.
+    rest = max(0.0, (count * seconds["half"] - half * seconds["whole"]) / (count - half))
+    single = (seconds["whole"] - rest) / count
+    profile = Profile(
         about=f"decode at context {settings.context}, {settings.dtype}, {settings.device}, "
         f"median of {settings.rounds} rounds",
         single=single,
@@ -321,6 +337,12 @@ def measured_profile(
         },
         rest=rest,
     )
+    if (stage := profile.impossible()) is not None:
+        raise NoisyTiming(
+            f"the timing is too noisy to predict speed: {stage} would take no time; "
+            "try again when this machine is quiet, or name one with --hardware"
+        )
+    return profile
 
 
 def _plans_by_kind(groups: Sequence[Group], num_layers: int) -> dict[str, Plan]:

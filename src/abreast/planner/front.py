@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Stats:
     [L, L], entry (i, j) for i < j the mean cosine distance of layer j's contribution with and
     without layer i (FFN Fusion, arXiv 2503.18908, section 3); 0 elsewhere.
     full_forwards: cost of measuring, in forward passes of the whole model over the whole
-    calibration text, counted in layers actually run.
+    calibration text, counted in layers actually run. revision: of a model from the Hub.
     """
 
     identity: Mapping[str, Any]
@@ -58,6 +58,11 @@ class Stats:
     influence: np.ndarray
     dependency: np.ndarray
     full_forwards: float
+    revision: str | None = None
+
+    def on_record(self, plan: Plan) -> Plan:
+        """The plan with the model that was measured on record."""
+        return plan.made_for(self.source, self.revision, self.identity.get("model"))
 
     def save(self, path: str | Path) -> None:
         """Write the file that `load` reads, as a whole or not at all."""
@@ -65,6 +70,7 @@ class Stats:
         header = {
             "identity": dict(self.identity),
             "source": self.source,
+            "revision": self.revision,
             "num_layers": self.num_layers,
             "loss": self.loss,
             "groups": names,
@@ -103,6 +109,7 @@ class Stats:
             loss=header["loss"],
             groups=costs,
             full_forwards=header["full_forwards"],
+            revision=header.get("revision"),
             **{name: arrays[name] for name in GEOMETRY_ARRAYS},
         )
         stats.check()
@@ -120,7 +127,7 @@ class Stats:
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of a forward pass: per stage, by kind, and for the rest.
+    """Seconds of a forward pass: per stage, by kind, and for the rest; none below zero.
 
     single: one layer. groups: by kind, see `kind_of`. rest: embedding, head and whatever else does
     not depend on the plan. about: where the numbers come from.
@@ -130,6 +137,11 @@ class Profile:
     single: float
     groups: Mapping[str, float]
     rest: float
+
+    def impossible(self) -> str | None:
+        """A kind of stage that takes no time, as noise can make it; None where all take some."""
+        stages = {"one layer": self.single, **self.groups}
+        return next((kind for kind, seconds in stages.items() if not seconds > 0), None)
 
     def latency(self, plan: Plan) -> float:
         """Predicted seconds of one forward pass. Raises AbreastError for a kind not in it."""
@@ -262,6 +274,12 @@ class Front:
     plans: Mapping[Plan, Cost]
     full_forwards: Mapping[int, float]
     objective: Objective = KL
+
+    def among(self, groups: Iterable[Group]) -> Front:
+        """The front with the plans that consist of these groups only."""
+        known = set(groups)
+        plans = {plan: cost for plan, cost in self.plans.items() if known.issuperset(plan.groups)}
+        return replace(self, plans=plans)
 
     def rank(self, plan: Plan) -> tuple[float, str]:
         """Sort key of a measured plan, the best first."""

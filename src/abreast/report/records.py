@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import MANIFEST, Manifest, read_json, read_manifest, resolve
+from abreast.checkpoint import MANIFEST, Manifest, model_hash, read_manifest
 from abreast.errors import AbreastError
 from abreast.families import num_layers_of
 from abreast.plan import Plan
 from abreast.planner import FRONT_FILE, KL, STATS_FILE, Cost, Profile, Stats
-from abreast.runs import damaged_record, model_hash, read_record
+from abreast.runs import damaged_record, read_record
 
 LEFT_BY = "the folder that `abreast plan` or `abreast optimize` left"
 Record = Mapping[str, Any]
@@ -313,7 +313,9 @@ def _measured(path: Path, num_layers: int | None) -> tuple[Measured, ...]:
 def _profile(path: Path) -> Profile | None:
     record = read_record(path)
     try:
-        return Profile(**record["profile"]) if record is not None else None
+        profile = Profile(**record["profile"]) if record is not None else None
+        # Earlier versions wrote what noise had made negative.
+        return profile if profile is not None and profile.impossible() is None else None
     except (LookupError, TypeError):
         raise damaged_record(path) from None
 
@@ -395,20 +397,22 @@ def read_choices(folder: str | Path, against: str | None = None) -> Choices:
         )
     stats = run.stats or Stats.load(folder / "calibration" / STATS_FILE)
     model = against or stats.source
-    _check_original(model, stats.num_layers, "run", stats.identity.get("model"), folder)
+    _check_original(model, stats.num_layers, "run", stats.identity.get("model"))
     converted: dict[Plan, list[Conversion]] = {}
     for conversion in sorted(run.conversions, key=lambda c: c.target, reverse=True):
         converted.setdefault(_bare(conversion.plan), []).append(conversion)
     choices = [Choice(Plan(num_layers=stats.num_layers))]
-    for best in run.front:
-        same_depth = {plan for plan in converted if plan.depth == best.plan.depth}
-        for plan in (best.plan, *sorted(same_depth - {best.plan}, key=str)):
-            known = Choice(plan, run.plans.get(plan), run.speedup(plan))
-            choices += [
-                replace(known, folder=conversion.target, healed=conversion.healed)
-                for conversion in converted.get(plan, [])
-            ]
-        choices.append(Choice(best.plan, best.cost, run.speedup(best.plan)))
+    best = {measured.plan.depth: [measured.plan] for measured in run.front}
+    for depth in sorted({*best, *(plan.depth for plan in converted)}, reverse=True):
+        others = (plan for plan in converted if plan.depth == depth and [plan] != best.get(depth))
+        plans = [*best.get(depth, ()), *sorted(others, key=str)]
+        known = [Choice(plan, run.plans.get(plan), run.speedup(plan)) for plan in plans]
+        choices += [
+            replace(choice, folder=conversion.target, healed=conversion.healed)
+            for choice in known
+            for conversion in converted.get(choice.plan, [])
+        ]
+        choices.append(known[0])
     return Choices(model, tuple(choices), run.profile.about if run.profile else None)
 
 
@@ -425,29 +429,29 @@ def _pair(folder: Path, against: str | None) -> Choices:
         )
     manifest = read_manifest(folder)
     plan, model = _bare(manifest.plan), against or str(manifest.source)
-    _check_original(model, plan.num_layers, "conversion")
+    _check_original(model, plan.num_layers, "conversion", model_hash(manifest.source_files))
     original = Choice(Plan(num_layers=plan.num_layers))
     return Choices(model, (original, Choice(plan, folder=folder, healed=manifest.healed)))
 
 
-def _check_original(
-    model: str, num_layers: int, kind: str, sha256: str | None = None, run: Path | None = None
-) -> None:
+def _check_original(model: str, num_layers: int, kind: str, sha256: str | None) -> None:
     """Raise AbreastError unless the model is there and is the original of the run or conversion."""
+    from abreast.checkpoint import open_checkpoint
+
     try:
-        folder, _ = resolve(model)
+        checkpoint = open_checkpoint(model)
     except AbreastError as error:
         raise AbreastError(
             f"the {kind}'s original is gone: {error}. Say where it is with --against MODEL"
         ) from None
-    layers = num_layers_of(read_json(folder / "config.json"))
+    layers = num_layers_of(checkpoint.config)
     if layers != num_layers:
         raise AbreastError(
             f"'{model}' has {layers} layers, the {kind}'s original {num_layers}; "
             "name the right one with --against"
         )
-    if run is not None and model_hash(folder) != sha256:
+    if checkpoint.sha256 != sha256:
         raise AbreastError(
-            f"'{model}' is not the model of the run in '{run}', its weights differ; "
+            f"'{model}' is not the original of the {kind}, its weights differ; "
             "name the right one with --against"
         )

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         damaged_record,
         hardware,
         identity_of,
-        model_hash,
         open_run,
         read_journal,
         read_record,

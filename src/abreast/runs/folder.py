@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint import finite, sha256_of, write
+from abreast.checkpoint import finite, write
 from abreast.data import TokenStream, load_tokens
 from abreast.errors import AbreastError
 from abreast.version import __version__
@@ -102,8 +102,10 @@ def identity_of(
     model: Path, tokens: np.ndarray, *, num_layers: int, batch: int, seed: int, dtype: str
 ) -> dict[str, Any]:
     """What the numbers measured on windows of tokens, [num_windows, window], depend on."""
+    from abreast.checkpoint import open_checkpoint
+
     return {
-        "model": model_hash(model),
+        "model": open_checkpoint(model).sha256,
         "tokens": tokens_hash(tokens),
         "num_layers": num_layers,
         "num_windows": len(tokens),
@@ -112,15 +114,6 @@ def identity_of(
         "seed": seed,
         "dtype": dtype,
     }
-
-
-def model_hash(folder: Path) -> str:
-    """Hash of the whole content of the config and every shard."""
-    from abreast.checkpoint import open_checkpoint
-
-    names = ["config.json", *open_checkpoint(folder).shards]
-    listed = "".join(f"{name} {sha256_of(folder / name)}\n" for name in names)
-    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def tokens_hash(tokens: np.ndarray) -> str:

@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from abreast.checkpoint import open_checkpoint, plan_for
 from abreast.engines.torch_tp import launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
 from abreast.model import apply, decoder_layers, load
-from abreast.plan import Plan
 from abreast.runs import hardware
 from abreast.speed.benchmark import bench
 from abreast.speed.timing import (
@@ -140,6 +140,10 @@ def vllm(job: Job) -> Iterator[BenchResult | Failure]:
         rows = case.context if case.task == "prefill" else case.new_tokens
         names = [contender.name for contender in job.contenders]
         arrays = {name: np.array(times) for name, times in seconds.items()}
+        if noisy := [name for name in names if not (arrays[name] > 0).all()]:
+            reason = f"noise hides what {case.new_tokens} tokens take '{noisy[0]}'; raise --steps"
+            yield Failure(case.name, reason)
+            continue
         measured = Measurement(arrays, dict.fromkeys(names, case.batch_size * rows))
         yield BenchResult(
             task=case.task,
@@ -217,7 +221,8 @@ def _load_models(job: Job) -> dict[str, Any]:
             # A second set of modules over the same weights: grouping one leaves the other alone.
             shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, memo=shared)
-            apply(model, Plan.read(contender.plan, len(decoder_layers(model))))
+            checkpoint = open_checkpoint(contender.model)
+            apply(model, plan_for(checkpoint, contender.plan, len(decoder_layers(model))))
         models[contender.name] = model
     return models
 
@@ -247,6 +252,10 @@ def _time_cases(
                 ranks=job.ranks if job.backend == "tp" else 1,
                 barrier=barrier,
             )
+        except AbreastError as error:  # such as a context that a model cannot hold
+            if job.backend == "tp":
+                raise
+            yield Failure(case.name, str(error))
         except (RuntimeError, MemoryError) as error:
             # Alone, a rank cannot go on where the others do not; torchrun ends them all.
             if not _is_out_of_memory(f"{type(error).__name__}: {error}") or job.backend == "tp":
