@@ -74,6 +74,7 @@ ELSEWHERE = {
     "make demo": f"{TARGET}; what it calls: tests/cli/test_cli.py::test_demo",
     "make test": TARGET,
     "make test-fast": TARGET,
+    "make test-real": TARGET,
     "make lint": TARGET,
     "make bench": TARGET,
     "make docs": f"{TARGET}; what it calls: tests/test_docs_run.py::test_site_is_built",
@@ -107,6 +108,7 @@ ELSEWHERE = {
     "abreast bench ORIGINAL CONVERTED --backend tp --ranks 2": (
         "tests/speed/test_backends.py::test_tensor_parallel_job_comes_back_from_torchrun"
     ),
+    "abreast import MODEL.gguf -o MODEL": "needs a file: tests/engines/test_import.py writes some",
     "abreast export OUT --gguf model-q4.gguf --quantize Q4_K_M": (
         f"needs llama.cpp's quantiser: {LLAMACPP}"
     ),

@@ -1,4 +1,4 @@
-"""The verbs that read and write checkpoints: inspect, convert, verify, export, push."""
+"""The verbs that read and write checkpoints: inspect, import, convert, verify, export, push."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import click
 
 from abreast.cli import console
 from abreast.errors import AbreastError
+
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, help="Check everything and report, but write nothing."
+)
+shard_option = click.option(
+    "--max-shard-size", default="5GB", help="Largest weight file, e.g. 2GB."
+)
 
 
 @console.verb()
@@ -49,13 +56,58 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     console.print_table(rows)
 
 
+@console.verb(name="import")
+@click.argument("file", metavar="MODEL.gguf")
+@click.option("-o", "--out", required=True, help="New folder for the checkpoint.")
+@dry_run_option
+@click.option(
+    "--dtype",
+    help="float32, bfloat16 or float16. Default: as stored, bfloat16 if quantised.",
+)
+@shard_option
+@console.revision_option
+@console.json_option
+def import_gguf(
+    file: str,
+    out: str,
+    dry_run: bool,
+    dtype: str | None,
+    max_shard_size: str,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Make a checkpoint of a GGUF file, for those who have no other.
+
+    MODEL.gguf is a file, or ORG/NAME:FILE.gguf on the Hugging Face Hub.
+    """
+    from abreast.engines.llamacpp import import_gguf as run
+
+    size = console.parse_size(max_shard_size)
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_shard_bytes": size}
+    record = run(file, out, **options, dry_run=dry_run)
+    if record["quantized"]:
+        console.say(
+            f"the weights were quantised ({', '.join(record['kinds'])}) and are now numbers again, "
+            "but not those before: what is measured from here on is relative to this file, not to "
+            "the model that it was made from; start from that model's safetensors if you can"
+        )
+    if as_json:
+        return console.print_json(record)
+    click.echo(
+        f"{out}: {record['family']} of {record['layers']} layers, {record['dtype']}, "
+        f"{console.bytes_text(record['bytes'])}, {record['tokens']} tokens, "
+        f"{'with a' if record['chat_template'] else 'no'} chat template"
+        f"{' (dry run: nothing was written)' if dry_run else ''}"
+    )
+
+
 @console.verb()
 @click.argument("model")
 @console.plan_option
 @click.option("-o", "--out", required=True, help="New folder for the converted checkpoint.")
-@click.option("--dry-run", is_flag=True, help="Check everything and report, but write nothing.")
+@dry_run_option
 @click.option("--dtype", help="Cast to float32, bfloat16 or float16. Default: no cast.")
-@click.option("--max-shard-size", default="5GB", help="Largest weight file, e.g. 2GB.")
+@shard_option
 @console.prefill_option
 @console.force_option
 @console.revision_option

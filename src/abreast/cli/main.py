@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import click
 
-from abreast.cli.checkpoint import convert, export, inspect, push, verify
+from abreast.cli.checkpoint import convert, export, import_gguf, inspect, push, verify
 from abreast.cli.plan import measure, optimize, plan
 from abreast.cli.quality import evaluate, heal, study
 from abreast.cli.show import demo, play, report
@@ -29,7 +29,7 @@ def cli() -> None:
 
 
 for command in (
-    *(inspect, convert, verify, export, push),
+    *(inspect, import_gguf, convert, verify, export, push),
     *(evaluate, study, heal),
     *(measure, plan, optimize),
     *(bench, estimate),

@@ -198,7 +198,7 @@ def _rope(
         return theta, {"type": "linear", "factor": factor}, ()
     original = settings.get("original_max_position_embeddings") or context
     if kind == "llama3":
-        return theta, {}, _llama3_factors(theta, head_dim, settings, original)
+        return theta, {}, llama3_factors(theta, head_dim, settings, original)
     usual = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
     odd = [key for key, value in usual.items() if (settings.get(key) or value) != value]
     if settings.get("truncate") is False:
@@ -216,7 +216,7 @@ def _rope(
     return theta, rope, ()
 
 
-def _llama3_factors(
+def llama3_factors(
     theta: float, head_dim: int, settings: Mapping[str, Any], original: int
 ) -> tuple[float, ...]:
     """What Llama 3.1's scaling divides every frequency by; transformers' modeling_rope_utils."""
