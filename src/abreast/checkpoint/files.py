@@ -9,10 +9,13 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from fnmatch import fnmatchcase
+from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +25,13 @@ from abreast.errors import CheckpointError, first_line
 from abreast.plan import Plan
 
 MANIFEST = "abreast.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 HASH_CHUNK = 2 << 20
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+_TEMPLATES = "additional_chat_templates"
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")  # fetched with weights
 _NOT_COPIED = {"config.json", MANIFEST, "README.md", "plan.yaml"}
 
 
@@ -31,29 +39,106 @@ def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, st
     """Local folder of a model, downloaded from the Hugging Face Hub if `model` is a hub id.
 
     model: a folder, or ``ORG/NAME``. Returns (folder, revision); the revision of a local folder is
-    None. Only safetensors, JSON, tokenizer and text files are fetched; remote code is not.
-    Raises CheckpointError when there is no such folder and the Hub has, or gives, no such model.
+    None. Raises as `locate`.
+    """
+    folder, revision, _ = locate(model, revision=revision)
+    return folder, revision
+
+
+def locate(
+    model: str | Path, *, revision: str | None = None, weights: bool = True
+) -> tuple[Path, str | None, tuple[str, ...]]:
+    """As `resolve`, and the names of the weight files that are only on the Hub.
+
+    Of a model on the Hub, the safetensors files that its index names (or the single one) are
+    fetched, unless weights is False, and of the rest tokenizer, configs, licence and card; other
+    formats and copies of the weights, other folders and code are not. Without the Hub what its
+    cache holds will do. Raises CheckpointError when there is no such folder and the Hub has, or
+    gives, no such model.
     """
     folder = Path(os.path.expanduser(model))
     if str(model) and os.path.isdir(folder):
-        return folder, None
+        return folder, None, ()
     if os.path.isfile(folder):
         raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json")
     name = str(model)
     parts = name.split("/")
     if len(parts) > 2 or name.startswith((".", "~", "/")) or not all(parts):
         raise CheckpointError(f"no model at '{model}'; give a folder or a Hugging Face id ORG/NAME")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
     try:
-        path = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        folder, there = _download(name, revision)
+        shards = weight_files(folder, there)[0] if there else ()
+        absent = tuple(shard for shard in shards if not (folder / shard).is_file())
+        if weights and absent:
+            _download(name, folder.name, absent)
+    except CheckpointError:
+        raise
     except Exception as error:  # the client raises many kinds; all mean that it is not available
         raise CheckpointError(
             f"no folder '{model}', and the Hugging Face Hub does not give it "
             f"({first_line(error)}); check the name, the connection, or HF_TOKEN"
         ) from None
-    return path, path.name
+    return folder, folder.name, () if weights else absent
+
+
+def _download(
+    name: str, revision: str | None, files: tuple[str, ...] = ()
+) -> tuple[Path, frozenset[str]]:
+    """Fetch these files, or else what is small; return the folder and the names on the Hub.
+
+    No names where the Hub is out of reach and the folder is what its cache holds.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    get = partial(snapshot_download, name, revision=revision)
+    try:
+        # snapshot_download asks the same, but waits for minutes where nobody answers.
+        timeout = constants.HF_HUB_ETAG_TIMEOUT
+        info = HfApi().model_info(name, revision=revision, timeout=timeout)
+    except Exception:
+        cached = {"local_files_only": True, "ignore_patterns": ["*/*", "*.index.json"]}
+        with suppress(Exception):
+            return Path(get(allow_patterns=files or _SMALL, **cached)), frozenset()
+        raise
+    there = frozenset(entry.rfilename for entry in info.siblings or ())
+    small = [n for n in there if any(map(partial(fnmatchcase, n), _SMALL))]
+    small = [n for n in small if n.startswith(_TEMPLATES) or "/" not in n]
+    small = [n for n in small if n == INDEX or not n.endswith(".index.json")]
+    return Path(get(allow_patterns=[*map(escape, files or small)])), there
+
+
+def weight_files(
+    folder: Path, elsewhere: Set[str] = frozenset()
+) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """The safetensors files of a model, and its index, tensor -> file, None for a single file.
+
+    elsewhere: names that count as if they lay in the folder. Raises CheckpointError for weights in
+    pickles only, names that leave the folder, and files that are neither here nor elsewhere.
+    """
+    here = {path.name for path in folder.iterdir() if path.is_file()} | elsewhere
+    if SINGLE in here:
+        return (SINGLE,), None
+    if INDEX not in here:
+        if any(Path(name).suffix in _PICKLES for name in here):
+            raise CheckpointError(
+                f"'{folder}' holds pickled weights only, which can run code when opened; "
+                "save it as safetensors first (model.save_pretrained does)"
+            )
+        raise CheckpointError(f"'{folder}' holds no {SINGLE} and no {INDEX}; give a model folder")
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{folder / INDEX}' has no weight_map; download it again")
+    for name in weight_map.values():
+        safe = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
+        if not safe or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{INDEX} names shard {name!r}, which is not a plain .safetensors file name; "
+                "do not trust this checkpoint"
+            )
+    for shard in (shards := tuple(sorted(set(weight_map.values())))):
+        if shard not in here:
+            raise CheckpointError(f"shard '{shard}' is missing from '{folder}'; download it")
+    return shards, weight_map
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,7 +200,7 @@ def companions(folder: Path) -> list[Path]:
         and path.name not in _NOT_COPIED
         and not path.name.endswith(".index.json")
     ]
-    templates = folder / "additional_chat_templates"
+    templates = folder / _TEMPLATES
     return files + ([templates] if templates.is_dir() else [])
 
 

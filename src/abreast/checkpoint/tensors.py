@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,12 +25,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from abreast.checkpoint.files import model_hash, read_json, resolve, sha256_of
+from abreast.checkpoint.files import (
+    INDEX,
+    SINGLE,
+    locate,
+    model_hash,
+    read_json,
+    sha256_of,
+    weight_files,
+)
 from abreast.errors import CheckpointError, first_line
 from abreast.plan import Plan
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 
 DTYPES: dict[str, torch.dtype] = {
@@ -40,7 +45,6 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 
 
 @dataclass(frozen=True)
@@ -98,19 +102,25 @@ def plan_for(checkpoint: Checkpoint, plan: Plan | str, num_layers: int) -> Plan:
     return plan
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path, *, revision: str | None = None, weights: bool = True
+) -> Checkpoint:
     """Open a checkpoint and check every header: names, shapes, sizes, shard list.
 
+    weights: False asks the Hub for the headers of files that are not here, and downloads none; the
+    tensors then cannot be read.
     Raises CheckpointError for a missing or broken config, pickle-only weights, a missing, truncated
     or overlapping shard, shard names that leave the folder, and an index that does not agree with
     the shards.
     """
-    folder, resolved = resolve(model, revision=revision)
+    folder, resolved, absent = locate(model, revision=revision, weights=weights)
     config = read_json(folder / "config.json")
-    shards, index = _shard_names(folder)
+    shards, index = weight_files(folder, {*absent})
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for tensor in read_header(folder / shard):
+        far = shard in absent
+        header = _header_on_hub(str(model), folder, shard) if far else read_header(folder / shard)
+        for tensor in header:
             if tensor.name in tensors:
                 first = tensors[tensor.name].file.name
                 raise CheckpointError(f"tensor '{tensor.name}' is in both {first} and {shard}")
@@ -124,33 +134,6 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         if name not in tensors:
             raise CheckpointError(f"tensor '{name}' is in {INDEX} but in no shard; download again")
     return Checkpoint(folder, config, tensors, shards, str(model), resolved or revision)
-
-
-def _shard_names(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    if (folder / SINGLE).is_file():
-        return (SINGLE,), None
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"'{folder / INDEX}' has no weight_map; download it again")
-        for name in weight_map.values():
-            safe = isinstance(name, str) and name == os.path.basename(name) and "\\" not in name
-            if not safe or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{INDEX} names shard {name!r}, which is not a plain .safetensors file name; "
-                    "do not trust this checkpoint"
-                )
-        shards = tuple(sorted(set(weight_map.values())))
-        for shard in shards:
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"shard '{shard}' is missing from '{folder}'; download it")
-        return shards, weight_map
-    if any(path.suffix in _PICKLES for path in folder.iterdir()):
-        raise CheckpointError(
-            f"'{folder}' holds pickled weights only, which can run code when opened; "
-            "save it as safetensors first (model.save_pretrained does)"
-        )
-    raise CheckpointError(f"'{folder}' holds no {SINGLE} and no {INDEX}; give a model folder")
 
 
 def read_header(path: Path) -> list[TensorInfo]:
@@ -175,6 +158,24 @@ def read_header(path: Path) -> list[TensorInfo]:
             tensors.append(
                 TensorInfo(name, path, entry["dtype"], shape, start + begin, end - begin)
             )
+    return sorted(tensors, key=lambda tensor: tensor.offset)
+
+
+def _header_on_hub(name: str, folder: Path, shard: str) -> list[TensorInfo]:
+    """As `read_header`, of a file that only the Hub has, by ranges; offsets are in its data."""
+    from huggingface_hub import HfApi
+
+    try:
+        header = HfApi().parse_safetensors_file_metadata(name, shard, revision=folder.name)
+    except Exception as error:  # of many kinds
+        raise CheckpointError(
+            f"the Hub does not give the header of {shard} in '{name}' ({first_line(error)})"
+        ) from None
+    tensors = [
+        TensorInfo(n, folder / shard, t.dtype, tuple(t.shape), begin, end - begin)
+        for n, t in header.tensors.items()
+        for begin, end in (t.data_offsets,)
+    ]
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 

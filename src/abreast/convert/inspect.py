@@ -54,7 +54,7 @@ class Inspection:
 
 def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Read a checkpoint's config and headers. Raises AbreastError for one that is broken."""
-    checkpoint = open_checkpoint(model, revision=revision)
+    checkpoint = open_checkpoint(model, revision=revision, weights=False)
     config = checkpoint.config
     model_type = str(config.get("model_type"))
     converted = (checkpoint.folder / MANIFEST).is_file()

@@ -126,7 +126,8 @@ def preview(
 
     Arguments and errors as for `convert`.
     """
-    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
+    checkpoint = open_checkpoint(model, revision=revision, weights=False)
+    job = _prepare(checkpoint, plan, force, dtype, prefill, max_shard_bytes)
     return Preview(
         source=job.checkpoint.source,
         family=job.family.model_type,
@@ -174,7 +175,8 @@ def convert(
     """
     target = Path(out)
     check_free(target)
-    job = _prepare(model, plan, revision, force, dtype, prefill, max_shard_bytes)
+    checkpoint = open_checkpoint(model, revision=revision)
+    job = _prepare(checkpoint, plan, force, dtype, prefill, max_shard_bytes)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         _write_companions(job, staging)
         stop = threading.Event()
@@ -228,15 +230,13 @@ def _threads_to_spare() -> Iterator[None]:
 
 
 def _prepare(
-    model: str | Path,
+    checkpoint: Checkpoint,
     plan: Plan | str,
-    revision: str | None,
     force: bool,
     dtype: str | None,
     prefill: str,
     max_shard_bytes: int,
 ) -> _Job:
-    checkpoint = open_checkpoint(model, revision=revision)
     family = family_of(checkpoint.config)
     config = complete(checkpoint.config)
     checkpoint = replace(checkpoint, config=config)

@@ -233,7 +233,7 @@ def expect(model: str | Path, settings: CalibrationSettings) -> Expected:
 
     full_forwards is an upper limit: as if the candidates that take longest were kept.
     """
-    checkpoint = open_checkpoint(model, revision=settings.revision)
+    checkpoint = open_checkpoint(model, revision=settings.revision, weights=False)
     groups = _candidates(checkpoint.config, settings)
     num_layers, cache = num_layers_of(checkpoint.config), _window_cache(checkpoint, settings)
     num_windows, at_once = settings.num_windows, windows_at_once(cache, settings.max_cache_bytes)
