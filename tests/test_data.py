@@ -6,6 +6,7 @@ import hashlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,20 +19,151 @@ from abreast.data import (
     documents,
     is_held_out,
     load_tokens,
+    prefix_of,
     stdlib_files,
 )
+from abreast.demo import model_folder
 from abreast.errors import AbreastError
+from abreast.model import load_tokenizer
 
 
 class ByteTokenizer:
-    """One token per UTF-8 byte, end of text 256 (or none)."""
+    """One token per UTF-8 byte, end of text 256 (or none); it counts what it reads."""
+
+    bos_token_id = None
 
     def __init__(self, eos_token_id: int | None = 256) -> None:
         self.eos_token_id = eos_token_id
+        self.bytes_read = 0
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list]:
-        assert not add_special_tokens
-        return {"input_ids": list(text.encode())}
+        ids = list(text.encode())
+        self.bytes_read += len(ids)
+        return {"input_ids": ids}
+
+
+TEXTS = ["Some words, and a few more.", "12 34", "  two spaces", "ünïcode 世界", "\n\n", "a"]
+SPECIAL = {"<s>": 0, "</s>": 1, "<unk>": 2, "[G]": 3}
+TEMPLATES = {  # before the text, after it
+    "nothing": ((), ()),
+    "bos": (("<s>",), ()),
+    "eos": ((), ("</s>",)),
+    "both": (("<s>",), ("</s>",)),
+    "twice": (("<s>", "<s>"), ("</s>", "<s>")),
+    "glm": (("[G]", "<s>"), ()),
+}
+
+
+def trained(kind: str, before: tuple[str, ...], after: tuple[str, ...]) -> Any:
+    """A tokenizer trained on the spot that puts special tokens before and after a text."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"special_tokens": list(SPECIAL), "vocab_size": 300, "show_progress": False}
+    if kind == "Unigram":
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **special)
+    elif kind == "SentencePiece BPE":  # no pre-tokenizer: pieces may cross spaces
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+        replace = normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
+        trainer = trainers.BpeTrainer(**special)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **special)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    template = processors.TemplateProcessing(
+        single=[*before, "$A", *after], special_tokens=list(SPECIAL.items())
+    )
+    processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    tokenizer.post_processor = processor if kind == "byte-level BPE" else template
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte-level BPE", "SentencePiece BPE", "Unigram"])
+def test_prefix_is_what_stands_before_any_text(kind: str, template: str) -> None:
+    before, after = TEMPLATES[template]
+    tokenizer = trained(kind, before, after)
+    prefix = prefix_of(tokenizer)
+    assert prefix == tuple(SPECIAL[token] for token in before)
+    for text in TEXTS:
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer(text)["input_ids"] == [*prefix, *plain, *(SPECIAL[t] for t in after)]
+    assert prefix_of(tokenizer, False) == ()
+    assert prefix_of(tokenizer, True) == (prefix or (0,))
+
+
+def test_an_unknown_word_does_not_hide_the_prefix() -> None:
+    def unknown(text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list]:
+        ids = [2] * len(text.split())
+        return {"input_ids": [0, *ids, 2] if add_special_tokens else ids}
+
+    assert prefix_of(unknown) == (0,)
+
+
+def test_prefixes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(DataError, match="no beginning-of-text token; leave out --add-bos"):
+        prefix_of(ByteTokenizer(), True)
+
+    def other(text: str, *, add_special_tokens: bool, verbose: bool) -> dict[str, list]:
+        return {"input_ids": [1, 2, 3] if add_special_tokens else [2, 4]}
+
+    with pytest.raises(DataError, match="use --no-add-bos"):
+        prefix_of(other)
+    assert prefix_of(other, False) == ()
+
+
+def test_a_stream_carries_its_prefix_and_hashes_it(folder: Path) -> None:
+    tokenizer = trained("byte-level BPE", ("<s>",), ("</s>",))
+    natural, forced, without = (
+        load_tokens(tokenizer, str(folder), add_bos=add) for add in (None, True, False)
+    )
+    assert (natural.prefix, without.prefix) == ((0,), ())
+    assert natural.sha256 == forced.sha256
+    assert (natural.tokens == without.tokens).all()
+    assert natural.sha256 != without.sha256
+    assert 0 not in natural.tokens  # between documents there is the end of text only
+
+
+def test_a_large_text_is_read_as_far_as_needed(tmp_path: Path) -> None:
+    path = tmp_path / "large.txt"
+    with path.open("wb") as file:
+        file.write("ä and so on\n".encode() * 300_000)
+        file.write(b"\xff")  # reading it would fail
+    tokenizer = ByteTokenizer()
+    stream = load_tokens(tokenizer, str(path), max_tokens=1000)
+    assert bytes(stream.tokens.astype(np.uint8)) == ("ä and so on\n".encode() * 90)[:1000]
+    assert abs(stream.num_bytes - 1000) <= 1
+    assert tokenizer.bytes_read < 30_000
+    with pytest.raises(DataError, match="not UTF-8"):
+        load_tokens(tokenizer, str(path))
+
+
+def test_documents_behind_the_cut_are_not_read(folder: Path) -> None:
+    (folder / "sub" / "9.txt").write_bytes(b"x" * 20_000 + b"\xff")
+    for seed in range(5):
+        first = list(np.random.default_rng(seed).permutation(9))
+        if first.index(8) > 1:
+            assert len(load_tokens(ByteTokenizer(), str(folder), max_tokens=20, seed=seed)) == 20
+
+
+def test_white_space_before_the_text_does_not_hide_it(tmp_path: Path) -> None:
+    path = tmp_path / "late.txt"
+    path.write_text(" " * 100_000 + "word")
+    assert len(load_tokens(ByteTokenizer(None), str(path))) == 100_004
+
+
+def test_what_is_read_in_part_gives_the_tokens_of_the_whole(tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "long.txt", load_tokenizer(model_folder())
+    path.write_text("".join(stdlib_files()[f"{n}.py"].read_text() for n in ("ast", "argparse")))
+    whole = load_tokens(tokenizer, str(path)).tokens
+    for most in (*range(2, 2000, 397), len(whole) - 1, len(whole), len(whole) + 1):
+        part = load_tokens(tokenizer, str(path), max_tokens=most)
+        assert (part.tokens == whole[:most]).all()
 
 
 @pytest.fixture
@@ -136,34 +268,80 @@ def test_too_short_a_text_is_refused(tmp_path: Path) -> None:
         load_tokens(ByteTokenizer(None), str(tmp_path))
 
 
-def fake_datasets(monkeypatch: pytest.MonkeyPatch, **members: object) -> None:
+def fake_datasets(
+    monkeypatch: pytest.MonkeyPatch, load_dataset: object, offline: bool = True
+) -> SimpleNamespace:
     module = ModuleType("datasets")
-    vars(module).update(members)
+    config = SimpleNamespace(HF_HUB_OFFLINE=offline)
+    vars(module).update(load_dataset=load_dataset, config=config)
     monkeypatch.setitem(sys.modules, "datasets", module)
+    return config
 
 
 def test_hub_data_set_is_read_by_split_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = SimpleNamespace()
 
-    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        asked.name, asked.split = name, split
+    def load_dataset(
+        name: str, config: str | None, *, split: str, streaming: bool
+    ) -> list[dict[str, str]]:
+        asked.name, asked.config, asked.split = name, config, split
         return [{"body": "one"}, {"body": " "}, {"body": "two"}]
 
     fake_datasets(monkeypatch, load_dataset=load_dataset)
     assert [text for _, text in documents("hub:org/name:train:body")] == ["one", "two"]
-    assert (asked.name, asked.split) == ("org/name", "train")
+    assert (asked.name, asked.config, asked.split) == ("org/name", None, "train")
+    list(documents("hub:org/name@large-v1:train:body"))
+    assert (asked.name, asked.config, asked.split) == ("org/name", "large-v1", "train")
+    with pytest.raises(DataError, match="use hub:org/name@large-v1:test:COLUMN"):
+        list(documents("hub:org/name@large-v1"))
     with pytest.raises(DataError, match="no column 'text'; it has body"):
         list(documents("hub:org/name"))
     assert asked.split == "test"
 
 
 def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, *, split: str, streaming: bool) -> None:
-        raise ConnectionError("offline\nlong trace")
+    raised: list[Exception] = [RuntimeError("odd\nlong trace")]
+
+    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> None:
+        raise raised[-1]
 
     fake_datasets(monkeypatch, load_dataset=load_dataset)
-    with pytest.raises(DataError, match=r"'x' cannot be read: offline$"):
+    with pytest.raises(DataError, match=r"'x' cannot be read: odd$"):
+        list(documents("hub:x"))
+    missing = "Config name is missing.\nPlease pick one: ['a', 'b']\nExample of usage:\n\tx"
+    raised.append(ValueError(missing))
+    with pytest.raises(DataError, match=r"pick one: \['a', 'b'\]: use hub:x@CONFIG$"):
         list(documents("hub:x"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install 'abreast"):
         list(documents("hub:x"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    class Session:
+        def head(self, address: str, *, timeout: float) -> None:
+            asked.append(timeout)
+            raise OSError("Name or service not known")
+
+    def load_dataset(name: str, of: str | None, *, split: str, streaming: bool) -> list[dict]:
+        assert config.HF_HUB_OFFLINE  # else it would retry for minutes
+        if not cached:
+            raise ConnectionError(f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)")
+        return [{"text": "one"}]
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    config = fake_datasets(monkeypatch, load_dataset, offline=False)
+    if cached:
+        assert list(documents("hub:x")) == [("0", "one")]
+    else:
+        with pytest.raises(DataError, match="not in the cache, and the Hugging Face Hub is out of"):
+            list(documents("hub:x"))
+    assert len(asked) == 1 and asked[0] <= 10
+    assert not config.HF_HUB_OFFLINE

@@ -1,10 +1,14 @@
 """Token streams: seeded, hashed, and available offline.
 
-A *source* names text: a file, a folder, ``hub:NAME[:SPLIT[:COLUMN]]`` for a data set on the
-Hugging Face Hub, or ``stdlib`` (the default). ``stdlib`` is real text that every Python has: the
-modules of the running interpreter's own standard library. One module in twenty, chosen by the hash
-of its name, is *held out*: the bundled model never saw it, so it can be evaluated on it. The others
-(``stdlib-train``) serve for calibration, and the two never overlap.
+A *source* names text: a file, a folder, ``hub:NAME[@CONFIG][:SPLIT[:COLUMN]]`` for a data set on
+the Hugging Face Hub, or ``stdlib`` (the default). ``stdlib`` is real text that every Python has:
+the modules of the running interpreter's own standard library. One module in twenty, chosen by the
+hash of its name, is *held out*: the bundled model never saw it, so it can be evaluated on it. The
+others (``stdlib-train``) serve for calibration, and the two never overlap.
+
+What a tokenizer puts before a text, its *prefix*, is most often a beginning-of-text token, and
+models trained with it predict badly without it. Text is cut into windows, and every window is the
+prefix, then text: the prefix is context and is never scored.
 
 At import this module needs the standard library and numpy only.
 """
@@ -14,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +74,11 @@ CHATS = tuple(
     ]
     for turns in _TURNS
 )
+PROBE = "The first words of a text, and 12 more."
+# Tokens read beyond those that are used: where a text is cut, tokenizers see its last ones
+# differently.
+MARGIN = 256
+HUB_SECONDS = 10
 
 
 class DataError(AbreastError):
@@ -81,21 +91,52 @@ class TokenStream:
 
     tokens: int64 array of shape [num_tokens]. source: its name, as the caller gave it.
     num_documents: how many documents went into it. num_bytes: UTF-8 bytes of the text that the
-    tokens stand for.
+    tokens stand for. prefix: token ids that every window cut from the stream begins with.
     """
 
     tokens: np.ndarray
     source: str
     num_documents: int
     num_bytes: int
+    prefix: tuple[int, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Hash of the token ids: two results with the same hash rest on the same data."""
-        return hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes()).hexdigest()
+        """Hash of tokens and prefix: two results with the same hash rest on the same data."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.tokens, dtype="<i8").tobytes())
+        if self.prefix:
+            digest.update(f"prefix {self.prefix}".encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
+
+
+def prefix_of(tokenizer: Any, add_bos: bool | None = None) -> tuple[int, ...]:
+    """Ids of the tokens that a transformers tokenizer puts before a text; what follows one is not.
+
+    add_bos: False for none; True for the beginning-of-text token where the tokenizer would put
+    nothing. Raises DataError where there is no such token, and for a tokenizer that reads a text
+    otherwise when it adds special tokens.
+    """
+    if add_bos is False:
+        return ()
+    plain, full = (
+        list(tokenizer(PROBE, add_special_tokens=special, verbose=False)["input_ids"])
+        for special in (False, True)
+    )
+    starts = range(len(full) - len(plain) + 1 if plain else 0)
+    start = next((i for i in starts if full[i : i + len(plain)] == plain), None)
+    if start is None:
+        raise DataError(
+            "what the tokenizer puts before a text cannot be told, because it reads the text "
+            "differently then; use --no-add-bos"
+        )
+    if start or not add_bos:
+        return tuple(full[:start])
+    if tokenizer.bos_token_id is None:
+        raise DataError("the tokenizer has no beginning-of-text token; leave out --add-bos")
+    return (tokenizer.bos_token_id,)
 
 
 def is_held_out(name: str) -> bool:
@@ -125,6 +166,74 @@ def documents(source: str = HELD_OUT) -> Iterator[tuple[str, str]]:
     Raises DataError when the source does not exist, holds no text, or needs a package that is not
     installed.
     """
+    for name, document in _documents(source):
+        yield name, _read(document)
+
+
+def load_tokens(
+    tokenizer: Any,
+    source: str = HELD_OUT,
+    *,
+    max_tokens: int | None = None,
+    seed: int = 0,
+    add_bos: bool | None = None,
+) -> TokenStream:
+    """Tokenise a source into one stream, its documents in seeded random order.
+
+    tokenizer: a transformers tokenizer. Each document is followed by the end-of-text token if the
+    tokenizer has one; add_bos: see `prefix_of`. max_tokens cuts the stream, and nothing is read
+    that lies far behind the cut; a Hub data set is never shuffled. The order depends on the seed
+    and the documents' number only, so the same source, tokenizer and seed give the same stream.
+    Raises DataError when fewer than 2 tokens come out, and as `prefix_of`.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise DataError(f"{max_tokens} tokens are too few; ask for at least 2")
+    prefix = prefix_of(tokenizer, add_bos)
+    pieces: list[np.ndarray] = []
+    total = num_bytes = 0
+    for document in _shuffled(source, seed):
+        ids, size = _encode(tokenizer, document, None if max_tokens is None else max_tokens - total)
+        pieces.append(np.asarray(ids, dtype=np.int64))
+        total += len(ids)
+        num_bytes += size
+        if max_tokens is not None and total >= max_tokens:
+            break
+    tokens = np.concatenate(pieces)
+    if len(tokens) < 2:
+        raise DataError(f"data source '{source}' gives {len(tokens)} tokens; name a longer text")
+    return TokenStream(tokens, source, len(pieces), num_bytes, prefix)
+
+
+def _encode(tokenizer: Any, document: str | Path, most: int | None) -> tuple[list[int], int]:
+    """The first `most` tokens of a document, its end-of-text token included, and their bytes."""
+    characters = -1 if most is None else 8 * (most + MARGIN)
+    while True:
+        text = _read(document, characters)
+        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        whole = characters < 0 or len(text) < characters
+        if whole and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        if whole or len(ids) >= (most or 0) + MARGIN:
+            break
+        characters *= 4
+    size = len(text.encode())
+    if most is None or len(ids) <= most:
+        return ids, size
+    return ids[:most], round(size * most / len(ids))
+
+
+def _shuffled(source: str, seed: int) -> Iterator[str | Path]:
+    if source.startswith("hub:"):
+        # A data set may be far larger than memory: it is read as far as needed, in its own order.
+        yield from (document for _, document in _documents(source))
+        return
+    found = [document for _, document in _documents(source)]
+    for index in np.random.default_rng(seed).permutation(len(found)):
+        yield found[index]
+
+
+def _documents(source: str) -> Iterator[tuple[str, str | Path]]:
+    """(name, text) of every document of a source, or the path of its file."""
     if not source:
         raise DataError(f"the data source is empty; name a text file, a folder or '{HELD_OUT}'")
     if source in (HELD_OUT, CALIBRATION):
@@ -135,49 +244,17 @@ def documents(source: str = HELD_OUT) -> Iterator[tuple[str, str]]:
         yield from _file_documents(Path(source).expanduser())
 
 
-def load_tokens(
-    tokenizer: Any, source: str = HELD_OUT, *, max_tokens: int | None = None, seed: int = 0
-) -> TokenStream:
-    """Tokenise a source into one stream, its documents in seeded random order.
-
-    tokenizer: a transformers tokenizer. Each document is followed by the end-of-text token if the
-    tokenizer has one; no beginning-of-text token is inserted. max_tokens cuts the stream; a Hub
-    data set is then read no further, and never shuffled. The order
-    depends on the seed and the documents' number only, so the same source, tokenizer and seed give
-    the same stream. Raises DataError when fewer than 2 tokens come out.
-    """
-    if max_tokens is not None and max_tokens < 2:
-        raise DataError(f"{max_tokens} tokens are too few; ask for at least 2")
-    eos = tokenizer.eos_token_id
-    pieces: list[np.ndarray] = []
-    total = num_bytes = 0
-    for _, text in _shuffled(source, seed):
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        if eos is not None:
-            ids.append(eos)
-        size = len(text.encode())
-        if max_tokens is not None and total + len(ids) > max_tokens:
-            size = round(size * (max_tokens - total) / len(ids))
-            ids = ids[: max_tokens - total]
-        pieces.append(np.asarray(ids, dtype=np.int64))
-        total += len(ids)
-        num_bytes += size
-        if max_tokens is not None and total >= max_tokens:
-            break
-    tokens = np.concatenate(pieces)
-    if len(tokens) < 2:
-        raise DataError(f"data source '{source}' gives {len(tokens)} tokens; name a longer text")
-    return TokenStream(tokens, source=source, num_documents=len(pieces), num_bytes=num_bytes)
-
-
-def _shuffled(source: str, seed: int) -> Iterator[tuple[str, str]]:
-    if source.startswith("hub:"):
-        # A data set may be far larger than memory: it is read as far as needed, in its own order.
-        yield from documents(source)
-        return
-    docs = list(documents(source))
-    for index in np.random.default_rng(seed).permutation(len(docs)):
-        yield docs[index]
+def _read(document: str | Path, characters: int = -1) -> str:
+    """A document's text, or its first characters where that is no negative number."""
+    if isinstance(document, str):
+        return document if characters < 0 else document[:characters]
+    try:
+        with document.open(encoding="utf-8") as file:
+            return file.read(characters)
+    except UnicodeDecodeError:
+        raise DataError(f"'{document}' is not UTF-8 text; convert it or leave it out") from None
+    except OSError as error:
+        raise DataError(f"'{document}' cannot be read: {error.strerror}") from None
 
 
 def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:
@@ -197,7 +274,7 @@ def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:
         )
 
 
-def _file_documents(path: Path) -> Iterator[tuple[str, str]]:
+def _file_documents(path: Path) -> Iterator[tuple[str, Path]]:
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -212,21 +289,25 @@ def _file_documents(path: Path) -> Iterator[tuple[str, str]]:
         )
     empty = True
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise DataError(f"'{file}' is not UTF-8 text; convert it or leave it out") from None
-        except OSError as error:
-            raise DataError(f"'{file}' cannot be read: {error.strerror}") from None
-        if text.strip():
+        if _holds_text(file):
             empty = False
-            yield file.name if path.is_file() else file.relative_to(path).as_posix(), text
+            yield file.name if path.is_file() else file.relative_to(path).as_posix(), file
     if empty:
         raise DataError(f"data source '{path}' holds no text; name a longer text")
 
 
+def _holds_text(file: Path) -> bool:
+    characters = 4096
+    while not (text := _read(file, characters)).strip():
+        if len(text) < characters:
+            return False
+        characters *= 16
+    return True
+
+
 def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
-    name, _, rest = source.removeprefix("hub:").partition(":")
+    whole, _, rest = source.removeprefix("hub:").partition(":")
+    name, _, config = whole.partition("@")
     split, _, column = rest.partition(":")
     split, column = split or "test", column or "text"
     try:
@@ -236,19 +317,49 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
             "reading a Hub data set needs the 'datasets' package: pip install 'abreast[eval]'"
         ) from None
     try:
-        rows = load_dataset(name, split=split, streaming=True)
+        with hub_or_cache():
+            rows = load_dataset(name, config or None, split=split, streaming=True)
         for number, row in enumerate(rows):
             if column not in row:
                 raise DataError(
                     f"data set '{name}' has no column '{column}'; it has {', '.join(row)}: "
-                    f"use hub:{name}:{split}:COLUMN"
+                    f"use hub:{whole}:{split}:COLUMN"
                 )
             if row[column].strip():
                 yield str(number), row[column]
     except DataError:
         raise
+    except ConnectionError:
+        raise DataError(
+            f"data set '{name}' is not in the cache, and the Hugging Face Hub is out of reach; "
+            "go online, or name a text file"
+        ) from None
     except Exception as error:  # the Hub client raises many kinds; all mean "not available"
-        raise DataError(f"data set '{name}' cannot be read: {first_line(error)}") from None
+        reason = first_line(error)
+        if "Config name" in reason:  # and the next line has the names
+            reason = f"{str(error).partition(chr(10) + 'Example')[0]}: use hub:{name}@CONFIG"
+        raise DataError(f"data set '{name}' cannot be read: {reason}") from None
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Let `datasets` go straight to its cache where the Hub does not answer, instead of retrying.
+
+    Raises nothing: where the cache lacks the data, the error is that of `datasets`.
+    """
+    from datasets import config
+    from huggingface_hub import constants, get_session
+
+    before = config.HF_HUB_OFFLINE
+    if not before:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception:  # of whichever HTTP library it uses
+            config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def tricky_texts(tokenizer: Any) -> list[str]:

@@ -64,6 +64,8 @@ class Checks:
 
     data, max_tokens, window: of the evaluation against the original. rounds, context, new_tokens:
     of the timing, at batch 1. tasks: from `find_tasks`, to evaluate both models on as well.
+    add_bos: whether texts, those of healing and tasks included, begin with a beginning-of-text
+    token, see `prefix_of`.
     """
 
     data: str = HELD_OUT
@@ -73,6 +75,7 @@ class Checks:
     context: int = 128
     new_tokens: int = 64
     tasks: Tasks | None = None
+    add_bos: bool | None = None
     dtype: str = "auto"
     device: str = "cpu"
     revision: str | None = None
@@ -189,6 +192,7 @@ class _Job:
                 target,
                 method=healing.method,
                 data=healing.data,
+                add_bos=self.checks.add_bos,
                 tokens=healing.tokens,
                 recipe=healing.recipe,
                 seed=self.checks.seed,
@@ -257,6 +261,7 @@ class _Conversion:
             against=job.model,
             out=job.out / "tasks",
             batch_size=8,
+            add_bos=checks.add_bos,
             against_revision=checks.revision,
             trust_remote_code=checks.trust_remote_code,
             dtype=checks.dtype,
@@ -290,7 +295,13 @@ class _Conversion:
     @cached_property
     def stream(self) -> TokenStream:
         checks, (_, _, tokenizer) = self.checks, self.models
-        return load_tokens(tokenizer, checks.data, max_tokens=checks.max_tokens, seed=checks.seed)
+        return load_tokens(
+            tokenizer,
+            checks.data,
+            max_tokens=checks.max_tokens,
+            seed=checks.seed,
+            add_bos=checks.add_bos,
+        )
 
     def verify(self) -> dict[str, Any]:
         self.job.step("verify against the original weights run under the same plan")

@@ -35,6 +35,11 @@ dtype_option = click.option("--dtype", default="auto", help="float32, bfloat16 o
 remote_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow code inside the checkpoint to run."
 )
+bos_option = click.option(
+    "--add-bos/--no-add-bos",
+    default=None,
+    help="Start texts with the BOS token. Default: as the tokenizer does.",
+)
 PLAN_HELP = 'Groups such as "5+6 7+8" (lp), "7|8" (cqil), "7|8:1" (bypass 1), or a plan file.'
 plan_option = click.option("--plan", required=True, help=PLAN_HELP)
 prefill_option = click.option(
@@ -117,8 +122,9 @@ def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> 
     elif get_origin(kind) is tuple:
         parse, default = _words, ",".join(default) or None
     if kind is bool:
-        options |= {"is_flag": True, "default": default, "flag_value": not default}
-        options["show_default"] = False
+        options |= {"is_flag": True, "default": default, "show_default": False}
+        if default is not None:
+            options["flag_value"] = not default
     elif default is not MISSING:
         options["default"] = default
     if parse is not None:

@@ -191,6 +191,7 @@ def optimize(
         window=calibration.window,
         rounds=rounds,
         tasks=loaded_tasks,
+        add_bos=calibration.add_bos,
         dtype=calibration.dtype,
         device=calibration.device,
         revision=calibration.revision,

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     "--data",
     multiple=True,
     default=("stdlib",),
-    help="Text file, folder, hub:DATASET[:SPLIT[:COLUMN]], stdlib (held out) or stdlib-train. "
-    "May be repeated.",
+    help="Text file, folder, hub:DATASET[@CONFIG][:SPLIT[:COLUMN]], stdlib (held out) or "
+    "stdlib-train. May be repeated.",
 )
 @click.option("--max-tokens", default=100_000, help="Tokens to score.")
 @click.option("--window", default=1024, help="Context length in tokens.")
@@ -41,11 +41,7 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=int, help="With --tasks: items of each task. Default: all.")
 @click.option("--include-path", multiple=True, help="With --tasks: folder with more task files.")
-@click.option(
-    "--add-bos/--no-add-bos",
-    default=None,
-    help="With --tasks: start prompts with the BOS token. Default: as the tokenizer does.",
-)
+@console.bos_option
 @click.option("-o", "--out", help="With --tasks: keep every answer here, and resume from there.")
 @click.option("--batch-size", default=1, help="Windows or prompts per forward pass.")
 @console.dtype_option
@@ -63,6 +59,7 @@ def evaluate(
     window: int,
     stride: int,
     per_window: bool,
+    add_bos: bool | None,
     tasks: str | None,
     batch_size: int,
     dtype: str,
@@ -90,7 +87,14 @@ def evaluate(
     if tasks is not None:
         loading |= {"plan": plan, "revision": revision, "batch_size": batch_size}
         return _on_tasks(
-            model, tasks, as_json, seed=seed, against=against, **task_options, **loading
+            model,
+            tasks,
+            as_json,
+            seed=seed,
+            against=against,
+            add_bos=add_bos,
+            **task_options,
+            **loading,
         )
     for name, value in task_options.items():
         if value not in (None, ()):
@@ -103,7 +107,8 @@ def evaluate(
         raise AbreastError(f"'{model}' has no tokenizer; copy the original's files into its folder")
     if reference_tokenizer is not None:
         check_tokenizers(tokenizer, reference_tokenizer)
-    streams = [load_tokens(tokenizer, name, max_tokens=max_tokens, seed=seed) for name in data]
+    reading: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "add_bos": add_bos}
+    streams = [load_tokens(tokenizer, name, **reading) for name in data]
     sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
     results: list[Comparison | Perplexity] = []
     for stream in streams:
@@ -120,6 +125,7 @@ def evaluate(
                     "source": stream.source,
                     "sha256": stream.sha256,
                     "documents": stream.num_documents,
+                    "prefix": list(stream.prefix),
                 },
                 "result": result.to_dict(windows=per_window),
             }
@@ -268,6 +274,7 @@ def _score(value: float | None, stderr: float | None) -> str:
 @click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
 @click.option("--interventions", help="Comma-separated. Default: all.")
 @click.option("--data", default="stdlib", help="Text to score; as in eval.")
+@console.bos_option
 @click.option("--windows", default=16, help="Number of windows to score.")
 @click.option("--window", default=256, help="Tokens per window.")
 @click.option("--max-length", type=int, help="Longest stretch of layers. Default: all layers.")
@@ -286,6 +293,7 @@ def study(
     out: str,
     interventions: str | None,
     data: str,
+    add_bos: bool | None,
     windows: int,
     window: int,
     max_length: int | None,
@@ -312,6 +320,7 @@ def study(
             model,
             out,
             data=data,
+            add_bos=add_bos,
             interventions=interventions.split(",") if interventions else INTERVENTIONS,
             max_length=max_length,
             permutations=permutations,
@@ -351,6 +360,7 @@ def study(
     help="Closed form, training, or one after the other.",
 )
 @click.option("--data", default="stdlib-train", help="Text to heal on; as in eval.")
+@console.bos_option
 @click.option("--tokens", type=int, help="Tokens to heal on. Default: what the method needs.")
 @click.option("--window", default=1024, help="Context length in tokens.")
 @click.option("--refit-steps", default="qkv,gate_up,out", help="Refit these, in order.")
@@ -373,6 +383,7 @@ def heal(
     out: str,
     method: str,
     data: str,
+    add_bos: bool | None,
     tokens: int | None,
     window: int,
     refit_steps: str,
@@ -403,6 +414,7 @@ def heal(
             out,
             method=method,
             data=data,
+            add_bos=add_bos,
             tokens=tokens,
             window=window,
             recipe=replace(recipe, lora_alpha=recipe.lora_rank),

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from abreast.checkpoint import open_checkpoint, plan_for, resolve, sha256_of, write
+from abreast.data import hub_or_cache
 from abreast.errors import AbreastError
 from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
 from abreast.evaluate.statistics import metric_stderr
@@ -98,12 +99,14 @@ def find_tasks(
         if _is_file_name(name) and not Path(name).is_file():
             raise AbreastError(f"no task file '{name}'; check the path")
     paths = [str(FOLDER), *map(str, include_path)]
-    with _quiet():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_quiet())
         _seeded(seed)
         manager = manager_class(include_path=paths, include_defaults=False)
         # Reading the harness's 14,000 task files takes seconds; often none of them is needed.
         if not all(_is_local(name, manager) for name in names):
             manager = manager_class(include_path=paths)
+            stack.enter_context(hub_or_cache())
         loaded: dict[str, Any] = {}
         rows: dict[str, tuple[str, ...]] = {}
         for name in (match for pattern in names for match in _matches(pattern, manager)):

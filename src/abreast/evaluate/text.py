@@ -126,15 +126,15 @@ def perplexity(
     """Perplexity of a causal language model over a token stream, by a sliding window.
 
     The scheme of https://huggingface.co/docs/transformers/perplexity (see `sliding_windows`), with
-    the mean weighted by tokens. window is clipped to the model's max_position_embeddings, and
-    stride then in proportion. batch_size: full windows per forward pass. progress: called with
-    (windows done, windows in all). The model runs where it lies and in its own dtype; softmax is
-    float32, sums are float64. Its training mode is restored.
+    the mean weighted by tokens. window, the stream's prefix included, is clipped to the model's
+    max_position_embeddings, and stride then in proportion. batch_size: full windows per forward
+    pass. progress: called with (windows done, windows in all). The model runs where it lies and in
+    its own dtype; softmax is float32, sums are float64. Its training mode is restored.
 
     Raises AbreastError for sizes that make no sense, a stream of fewer than 2 tokens, token ids
     outside the model's vocabulary, and logits that are not finite.
     """
-    window, stride = _clip(window, stride, model)
+    window, stride = _clip(window, stride, stream, model)
     scores, counts = _score([model], stream, window, stride, batch_size, progress)
     return _summarise(_window_sums(scores[:, 0], counts), counts, stream, window, stride)
 
@@ -159,7 +159,7 @@ def compare(
 
     Raises AbreastError as `perplexity` does, naming the model, and for unequal vocabularies.
     """
-    window, stride = _clip(window, stride, model, reference)
+    window, stride = _clip(window, stride, stream, model, reference)
     scores, counts = _score([model, reference], stream, window, stride, batch_size, progress)
     nll, reference_nll, kl, agreement = (_window_sums(column, counts) for column in scores.T)
     difference, difference_stderr = ratio_of_means(nll - reference_nll, counts)
@@ -191,7 +191,7 @@ def compare(
         top1_agreement=mean_agreement,
         top1_agreement_stderr=agreement_stderr,
         bootstrap=intervals,
-        kl_by_position=_by_position(scores[:, 2], counts, len(stream), window, stride),
+        kl_by_position=_by_position(scores[:, 2], counts, stream, window, stride),
         windows_worse=float((nll > reference_nll).mean()),
         num_tokens=int(counts.sum()),
         window=window,
@@ -218,13 +218,16 @@ def sample(
 ) -> list[dict[str, Any]]:
     """Let both models continue `count` prompts, taken from evenly spaced places in the stream.
 
-    Prompts begin at the beginning of a line where there is one near. Both models decode greedily
+    Prompts begin with the stream's prefix, and then at the beginning of a line where there is one
+    near. Both models decode greedily
     and stop at the end of text. Per prompt: prompt, original, converted (text), new_tokens (how
     many each wrote), first_difference: the position, from 0, of the first token that differs, None
     where all agree; shared: how many characters of text both begin with up to there. Shorter where
     a model cannot hold so many tokens.
     """
-    room = _clip_to_context(prompt_tokens + new_tokens, original, converted)
+    prefix = list(stream.prefix)
+    room = _clip_to_context(len(prefix) + prompt_tokens + new_tokens, original, converted)
+    room -= len(prefix)
     prompt_tokens = min(prompt_tokens, room // 2)
     new_tokens = min(new_tokens, room - prompt_tokens)
     count = min(count, len(stream) // max(1, prompt_tokens))
@@ -235,7 +238,7 @@ def sample(
     with inference(original, converted):
         for start in range(0, count * step, step):
             ids = _prompt(tokenizer, stream.tokens[start:], prompt_tokens)
-            ours, theirs = (_continue(m, ids, new_tokens) for m in (original, converted))
+            ours, theirs = (_continue(m, prefix + ids, new_tokens) for m in (original, converted))
             texts = [tokenizer.decode(part, skip_special_tokens=True) for part in (ours, theirs)]
             first = first_difference(ours, theirs)
             agreed = tokenizer.decode(ours[:first], skip_special_tokens=True)
@@ -267,19 +270,23 @@ def shared(*sequences: Sequence[Any]) -> int:
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-def sliding_windows(num_tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+def sliding_windows(
+    num_tokens: int, window: int, stride: int, prefix: int = 0
+) -> list[tuple[int, int, int]]:
     """Cut a stream into (begin, end, scored): of tokens[begin:end] the last `scored` count.
 
     Windows begin every `stride` tokens and each scores what no earlier one covered, so a token is
     scored once, with at least window - stride tokens before it except at the stream's beginning.
-    The very first token is never scored, and neither is any window's first where stride == window:
-    nothing in the window precedes it. All windows but the last have `window` tokens.
+    Without a prefix the very first token is never scored, and neither is any window's first where
+    stride == window: nothing in the window precedes it. All windows but the last have `window`
+    tokens, the `prefix` that precedes the stream's own included.
     """
+    window -= prefix
     spans = []
     covered = 0
     for begin in range(0, num_tokens, stride):
         end = min(begin + window, num_tokens)
-        scored = end - max(covered, begin + 1)
+        scored = end - max(covered, begin if prefix else begin + 1)
         if scored > 0:
             spans.append((begin, end, scored))
         covered = end
@@ -298,14 +305,17 @@ def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
     return record
 
 
-def _clip(window: int, stride: int, *models: PreTrainedModel) -> tuple[int, int]:
-    """Window and stride that every model can hold."""
-    if window < 2:
-        raise AbreastError(f"window is {window}; it needs at least 2 tokens")
+def _clip(
+    window: int, stride: int, stream: TokenStream, *models: PreTrainedModel
+) -> tuple[int, int]:
+    """Window and stride that every model can hold, with the stream's prefix."""
+    prefix = len(stream.prefix)
+    clipped = _clip_to_context(window, *models)
+    if clipped < max(2, prefix + 1):
+        raise AbreastError(f"window is {clipped}; it needs at least {max(2, prefix + 1)} tokens")
     if not 1 <= stride <= window:
         raise AbreastError(f"stride is {stride}; choose one from 1 to the window, {window}")
-    clipped = _clip_to_context(window, *models)
-    return clipped, max(1, stride * clipped // window)
+    return clipped, max(1, min(stride * clipped // window, clipped - prefix))
 
 
 def _clip_to_context(num_tokens: int, *models: PreTrainedModel) -> int:
@@ -321,11 +331,12 @@ def _window_sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _by_position(
-    kl: np.ndarray, counts: np.ndarray, num_tokens: int, window: int, stride: int
+    kl: np.ndarray, counts: np.ndarray, stream: TokenStream, window: int, stride: int
 ) -> tuple[PositionKL, ...]:
     """kl: of every scored token, in the order of `sliding_windows`; counts: how many in each."""
-    spans = sliding_windows(num_tokens, window, stride)
-    positions = np.concatenate([np.arange(e - b - n, e - b) for b, e, n in spans])
+    prefix = len(stream.prefix)
+    spans = sliding_windows(len(stream), window, stride, prefix)
+    positions = prefix + np.concatenate([np.arange(e - b - n, e - b) for b, e, n in spans])
     clusters = np.repeat(np.arange(len(counts)), counts)
     width = -(-window // BUCKETS)
     buckets = []
@@ -379,16 +390,17 @@ def _score(
     names = ["the model", "the reference model"][: len(models)]
     for name, model in zip(names, models, strict=True):
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        if stream.tokens.min() < 0 or stream.tokens.max() >= vocabulary:
+        if stream.tokens.min() < 0 or max(stream.tokens.max(), *stream.prefix, 0) >= vocabulary:
             raise AbreastError(
                 f"the data has token ids outside the vocabulary of {name} ({vocabulary} tokens); "
                 "tokenise the data with that model's own tokenizer"
             )
-    spans = sliding_windows(len(stream), window, stride)
+    spans = sliding_windows(len(stream), window, stride, len(stream.prefix))
     scores: list[np.ndarray] = []
     with inference(*models):
         for batch in _batches(spans, batch_size):
-            ids = torch.from_numpy(np.stack([stream.tokens[begin:end] for begin, end, _ in batch]))
+            rows = [[*stream.prefix, *stream.tokens[begin:end]] for begin, end, _ in batch]
+            ids = torch.from_numpy(np.array(rows))
             longest = max(scored for _, _, scored in batch)
             logits = [_logits(model, ids, longest) for model in models]
             sizes = [str(model_logits.shape[-1]) for model_logits in logits]

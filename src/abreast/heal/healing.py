@@ -88,11 +88,15 @@ class Healed:
 
 @dataclass(frozen=True)
 class _Text:
-    """The healing text as windows [n, window]: for the regression, for training, for neither."""
+    """The healing text as windows [n, window]: for the regression, for training, for neither.
+
+    prefix: tokens before the text of every window.
+    """
 
     refit: np.ndarray
     train: np.ndarray
     held_out: np.ndarray
+    prefix: tuple[int, ...]
     about: dict[str, Any]
 
 
@@ -122,6 +126,7 @@ def heal(
     *,
     method: str = "both",
     data: str | TokenStream = CALIBRATION,
+    add_bos: bool | None = None,
     tokens: int | None = None,
     window: int = 1024,
     recipe: Recipe | None = None,
@@ -145,7 +150,8 @@ def heal(
 
     model: the original, folder or Hugging Face id, of a family that can be converted. method:
     "refit" (closed form, see least_squares.py), "distill" (training, see train.py), or "both" in
-    that order. data: text to heal on, never the text to evaluate on. tokens: read at most so many;
+    that order. data: text to heal on, never the text to evaluate on; add_bos: see `prefix_of`.
+    tokens: read at most so many;
     None: what the recipe's steps need, or 65,536 for refit alone. Refit takes the first 65,536.
     window: tokens the model sees at once, clipped to what it can hold, and to an eighth of a short
     text. dtype: in which the model is healed; float32 is right for training weights themselves.
@@ -196,7 +202,7 @@ def heal(
         step=step,
         progress=progress,
     )
-    text = _text(setup, data, tokenizer, method, tokens, window)
+    text = _text(setup, data, tokenizer, method, tokens, window, add_bos)
     identity = {
         "model": source.sha256,
         "plan": plan.shorthand,
@@ -206,15 +212,16 @@ def heal(
         "refit_steps": list(refit_steps) if method != "distill" else None,
         "seed": seed,
         "dtype": dtype,
+        **({"prefix": text.prefix} if text.prefix else {}),
     }
     if is_main_process():
         open_run(folder, "heal", json.loads(json.dumps(identity)))
 
-    held_out = torch.from_numpy(text.held_out)
-    reference = logits_of(student, held_out, recipe.micro_batch)
-    kl_before = kl_under(student, plan, held_out, reference)
-    solved = _refit(setup, text.refit, refit_steps) if method != "distill" else None
-    trained = _distil(setup, text.train, solved) if method != "refit" else None
+    held_out, prefix = torch.from_numpy(text.held_out), len(text.prefix)
+    reference = logits_of(student, held_out, recipe.micro_batch, prefix)
+    kl_before = kl_under(student, plan, held_out, reference, prefix)
+    solved = _refit(setup, text, refit_steps) if method != "distill" else None
+    trained = _distil(setup, text, solved) if method != "refit" else None
     healed = Healed(
         out=str(target),
         plan=plan.shorthand,
@@ -223,7 +230,7 @@ def heal(
         seed=seed,
         data=text.about,
         kl_before=kl_before,
-        kl_after=kl_under(student, plan, held_out, reference),
+        kl_after=kl_under(student, plan, held_out, reference, prefix),
         refit=solved,
         distilled=trained,
         kept=str(keep) if keep is not None else None,
@@ -259,6 +266,7 @@ def _text(
     method: str,
     tokens: int | None,
     window: int,
+    add_bos: bool | None,
 ) -> _Text:
     config = setup.model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
@@ -269,7 +277,14 @@ def _text(
         if method != "refit":
             tokens = max(tokens, setup.recipe.steps * setup.recipe.batch_size * window)
         tokens += HELD_OUT_TOKENS
-    stream = token_stream(data, tokenizer, setup.source.source, max_tokens=tokens, seed=setup.seed)
+    stream = token_stream(
+        data,
+        tokenizer,
+        setup.source.source,
+        max_tokens=tokens,
+        seed=setup.seed,
+        add_bos=add_bos,
+    )
     size = min(len(stream), tokens)
     window = min(window, max(2, size // 8))
     windows = whole_windows(stream, size // window, window, longest=longest, vocabulary=vocabulary)
@@ -281,12 +296,14 @@ def _text(
         "tokens": int(windows.size),
         "window": window,
         "held_out_tokens": num_held_out * window,
+        **({"prefix": list(stream.prefix)} if stream.prefix else {}),
     }
     train, held_out = windows[:-num_held_out], windows[-num_held_out:]
-    return _Text(train[: max(1, REFIT_TOKENS // window)], train, held_out, about)
+    few = train[: max(1, REFIT_TOKENS // window)]
+    return _Text(few, train, held_out, stream.prefix, about)
 
 
-def _refit(setup: _Setup, windows: np.ndarray, steps: Sequence[str]) -> Refit:
+def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
     """Refit, or take the matrices that an interrupted run left."""
     setup.step("refit: solve the grouped layers' matrices on calibration text")
     result, weights = setup.work / "refit.json", setup.work / "refit.safetensors"
@@ -307,7 +324,8 @@ def _refit(setup: _Setup, windows: np.ndarray, steps: Sequence[str]) -> Refit:
     solved = refit(
         setup.model,
         setup.plan,
-        windows,
+        text.refit,
+        prefix=len(text.prefix),
         steps=steps,
         batch_size=setup.recipe.micro_batch,
         progress=setup.progress,
@@ -318,7 +336,7 @@ def _refit(setup: _Setup, windows: np.ndarray, steps: Sequence[str]) -> Refit:
     return solved
 
 
-def _distil(setup: _Setup, windows: np.ndarray, solved: Refit | None) -> Distilled:
+def _distil(setup: _Setup, text: _Text, solved: Refit | None) -> Distilled:
     """Distil, and write the curve as it grows, to TensorBoard as well where that is installed."""
     setup.step(f"distil: {setup.recipe.steps} steps")
     is_changed = solved is not None and not solved.kept
@@ -344,8 +362,9 @@ def _distil(setup: _Setup, windows: np.ndarray, solved: Refit | None) -> Distill
     return distill(
         setup.model,
         setup.plan,
-        windows,
+        text.train,
         setup.work / "distill",
+        prefix=len(text.prefix),
         recipe=setup.recipe,
         teacher=teacher,
         seed=setup.seed,

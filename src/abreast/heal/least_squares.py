@@ -19,6 +19,11 @@ calibration windows; "keep the weights as they are" is one of the choices. Only 
 activations are kept, so memory does not depend on the amount of text, except for the two residual
 streams, which wait in host memory. The idea of a linear map fitted to a model's own activations is
 that of ReplaceMe (arXiv 2505.02819), which removes layers instead.
+
+The tokens before a text, most often one beginning-of-text token, are attended to from everywhere,
+and their residual stream can be a thousand times as large as any other. ``out`` leaves them out:
+their squared errors would outweigh all the text's. ``qkv`` and ``gate_up`` take them as one token
+among others: their inputs are normalised, and all attention rests on the keys that they make.
 """
 
 from __future__ import annotations
@@ -111,11 +116,14 @@ class _Moments:
 class _Streams:
     """The residual streams of all calibration batches, in host memory, at one depth of the model.
 
-    original: those of the original model; arriving: those under the plan, refitted so far.
+    original: those of the original model; arriving: those under the plan, refitted so far. prefix:
+    how many tokens of each window are there before the text.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> None:
-        self.model, self.layers = model, decoder_layers(model)
+    def __init__(
+        self, model: PreTrainedModel, ids: torch.Tensor, batch_size: int, prefix: int
+    ) -> None:
+        self.model, self.layers, self.prefix = model, decoder_layers(model), prefix
         self.arguments: dict[int, list[dict[str, Any]]] = {}  # of the layers, by size of the batch
         self.original = []
         # At least as many batches as folds, for a fold is made of whole batches.
@@ -157,6 +165,7 @@ def refit(
     plan: Plan,
     tokens: np.ndarray,
     *,
+    prefix: int = 0,
     steps: Sequence[str] = STEPS,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
@@ -164,7 +173,8 @@ def refit(
     """Refit the grouped layers of `model` in place, for running under `plan`.
 
     model: the original, not grouped, on any device; it must be of a family that can be converted.
-    tokens: calibration windows, ids of shape [windows, window]. steps: some of `STEPS`; a family
+    tokens: calibration windows, ids of shape [windows, window]; prefix: how many of each are there
+    before the text. steps: some of `STEPS`; a family
     with norms after its branches (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4, GLM 4) has no linear
     ``out`` and goes without. progress: called with (stages done, stages).
     One window in ten, at least one, is kept from the regressions; if the KL divergence from the
@@ -200,19 +210,19 @@ def refit(
     ]
     old = [weight.detach().to("cpu", copy=True) for weight in weights]
     with inference(model):
-        reference = logits_of(model, held_out, batch_size)
-        kl_before = kl_under(model, plan, held_out, reference)
+        reference = logits_of(model, held_out, batch_size, prefix)
+        kl_before = kl_under(model, plan, held_out, reference, prefix)
         try:
-            streams = _Streams(model, ids, batch_size)
+            streams = _Streams(model, ids, batch_size, prefix)
             fits = _walk(streams, plan, [(step, matrices[step]) for step in steps], progress)
-            kl_after = kl_under(model, plan, held_out, reference)
+            kl_after = kl_under(model, plan, held_out, reference, prefix)
         except BaseException:
             _restore(weights, old)
             raise
         won = kl_after < kl_before
         if not won:
             _restore(weights, old)
-    return Refit(fits, kl_before, kl_after, kept=not won, num_tokens=int(ids.numel()))
+    return Refit(fits, kl_before, kl_after, kept=not won, num_tokens=int(ids[:, prefix:].numel()))
 
 
 def memory_needed(
@@ -346,7 +356,8 @@ def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
         target = streams.original[number].to(start.device).float()
         missing = target - streams.arriving[number].to(start.device).float()
         joined = torch.cat([inputs[output].float() for output in outputs], dim=-1)
-        folds[number % FOLDS].add(joined, missing / scale - bias)
+        text, targets = slice(streams.prefix, None), missing / scale - bias
+        folds[number % FOLDS].add(joined[:, text], targets[:, text])
     solution, ridge, before, after = _solve(folds, start)
     if ridge is not None:
         widths = [weight.shape[1] for weight in weights]

@@ -100,6 +100,7 @@ def distill(
     tokens: np.ndarray,
     work: str | Path,
     *,
+    prefix: int = 0,
     recipe: Recipe | None = None,
     teacher: PreTrainedModel | None = None,
     seed: int = 0,
@@ -108,13 +109,14 @@ def distill(
 ) -> Distilled:
     """Train `model` in place until it predicts, run under `plan`, what `teacher` predicts.
 
-    model: not grouped, on one device; in float32 unless adapters are trained. tokens: ids of
-    shape [windows, window]; the last tenth (at most 8,192 tokens) is held out, the rest trained on
-    in seeded random order, again and again if it is short. work: folder of the checkpoints; a later
-    call with the same arguments goes on from the last one and, on a CPU, ends with the very bits
-    of an uninterrupted one. teacher: the original; left out, it is `model` itself with adapters and
-    plan switched off, which needs recipe.train "lora". progress: called with (steps done, steps).
-    on_point: called with the curve so far at every new point.
+    model: not grouped, on one device; in float32 unless adapters are trained. tokens: ids of shape
+    [windows, window]; the last tenth (at most 8,192 tokens) is held out, the rest trained on in
+    seeded random order, again and again if it is short. prefix: how many tokens of each window are
+    there before the text: context, on which no loss is taken. work: folder of the checkpoints; a
+    later call with the same arguments goes on from the last one and, on a CPU, ends with the very
+    bits of an uninterrupted one. teacher: the original; left out, it is `model` itself with
+    adapters and plan switched off, which needs recipe.train "lora". progress: called with (steps
+    done, steps). on_point: called with the curve so far at every new point.
 
     The model ends with the weights that were best on the held-out text, adapters merged. A loss or
     gradient that is not finite ends the run, and so does a held-out measure far above the one
@@ -157,6 +159,7 @@ def distill(
                 plan=plan,
                 windows=windows[:-num_held_out],
                 held_out=windows[-num_held_out:],
+                prefix=prefix,
                 recipe=recipe,
                 seed=seed,
                 optimizers=optimizers,
@@ -194,9 +197,9 @@ class _Training:
     """A run: its parts and how far it is.
 
     student: `model`, or peft's wrapper of it; wrapped: the student as accelerate wants it called.
-    windows, held_out: token ids [n, window]. began: processor time, less that of earlier calls.
-    step: steps done. losses: of the steps since the last point. best: the weights of best_point, on
-    the CPU.
+    windows, held_out: token ids [n, window], each with a prefix of so many. began: processor time,
+    less that of earlier calls. step: steps done. losses: of the steps since the last point. best:
+    the weights of best_point, on the CPU.
     """
 
     accelerator: Accelerator
@@ -207,6 +210,7 @@ class _Training:
     plan: Plan
     windows: torch.Tensor
     held_out: torch.Tensor
+    prefix: int
     recipe: Recipe
     seed: int
     optimizers: list[Any]
@@ -348,20 +352,26 @@ class _Training:
                     torch.no_grad(),
                     self._recorded_stages(teacher, targets),
                 ):
-                    reference = teacher(input_ids=ids, use_cache=False).logits
+                    reference = self._scored(teacher(input_ids=ids, use_cache=False).logits)
             self.student.train()
             with self._recorded_stages(self.model, states):
-                logits = self.wrapped(input_ids=ids, use_cache=False).logits
+                logits = self._scored(self.wrapped(input_ids=ids, use_cache=False).logits)
+            ids = self._scored(ids)
             if not is_taught:
                 return next_token_loss(logits, ids)
             loss = divergence(logits, reference, recipe.temperature)
             if recipe.lm_weight:
                 loss = loss + next_token_loss(logits, ids) * recipe.lm_weight
             for state, target in zip(states, targets, strict=True):
-                gap = (state.float() - target.float()).square().sum(-1)
-                gap = gap / target.float().square().sum(-1)
+                target = target[:, self.prefix :].float()
+                gap = (state[:, self.prefix :].float() - target).square().sum(-1)
+                gap = gap / target.square().sum(-1)
                 loss = loss + gap.mean() * recipe.hidden_weight / len(targets)
         return loss
+
+    def _scored(self, windows: torch.Tensor) -> torch.Tensor:
+        """Of ids or logits [batch, window, ...] those from the prefix's last token on."""
+        return windows[:, max(0, self.prefix - 1) :]
 
     def _held_out_loss(self) -> float:
         """KL(original || grouped), or the language-model loss, in nats on the held-out windows."""
@@ -370,13 +380,13 @@ class _Training:
             for ids in self.held_out.split(self.recipe.micro_batch):
                 ids = ids.to(self.model.device)
                 self.student.eval()
-                logits = self.model(input_ids=ids, use_cache=False).logits
+                logits = self._scored(self.model(input_ids=ids, use_cache=False).logits)
                 if self.recipe.objective == "lm":
-                    loss = next_token_loss(logits, ids)
+                    loss = next_token_loss(logits, self._scored(ids))
                 else:
                     with self._teaching() as teacher:
                         reference = teacher(input_ids=ids, use_cache=False).logits
-                    loss = divergence(logits, reference)
+                    loss = divergence(logits, self._scored(reference))
                 losses.append((float(loss), len(ids)))
         return self._mean(weighted_mean(losses))
 
@@ -443,6 +453,7 @@ class _Training:
             "weights": start.hexdigest(),
             "seed": self.seed,
             "processes": self.accelerator.num_processes,
+            **({"prefix length": self.prefix} if self.prefix else {}),
         }
         return dict(json.loads(json.dumps(identity)))
 

@@ -119,18 +119,20 @@ def run_programs(
     ids: torch.Tensor,
     programs: Iterable[Program],
     *,
+    prefix: int = 0,
     reference: Program | None = None,
 ) -> Iterator[tuple[Program, np.ndarray, int]]:
     """Yield (program, sums, evaluated) of each program, in the order that shares most work.
 
-    ids: token ids of shape [batch, window]. sums: `token_scores` of each window, summed over all
-    its tokens but the first: float64 [batch, 1], the negative log-likelihood in nats. With a
-    reference, a program that then runs first, [batch, 4] against it. evaluated: layers run for it.
-    A layer keeps its own mask and positions wherever it runs; a merged one has those of its first
-    layer. Held in memory: one state [batch, window, hidden] in the model's dtype per step of the
-    current program and one more, one merged layer, and the reference's logits
-    [batch, window, vocab]. Raises AbreastError for layers of different shape, which cannot be
-    merged, and as `apply`.
+    ids: token ids of shape [batch, window]. prefix: how many of them, at the beginning of every
+    window, are there before the text. sums: `token_scores` of each window, summed over all tokens
+    of its text, without a prefix over all but the first: float64 [batch, 1], the negative
+    log-likelihood in nats. With a reference, a program that then runs first, [batch, 4] against it.
+    evaluated: layers run for it. A layer keeps its own mask and positions wherever it runs; a
+    merged one has those of its first layer. Held in memory: one state [batch, window, hidden] in
+    the model's dtype per step of the current program and one more, one merged layer, and the
+    reference's logits [batch, window, vocab]. Raises AbreastError for layers of different shape,
+    which cannot be merged, and as `apply`.
     """
     layers = decoder_layers(model)
     if any("forward" in vars(layer) for layer in layers):
@@ -148,8 +150,8 @@ def run_programs(
             states.append(advance(model, layers, arguments, step, states[-1]))
         previous = program
         if program == reference:
-            logits = list(_logits(model, layers, states[-1], ids))
-        sums = _score(model, layers, states[-1], ids, logits)
+            logits = list(_logits(model, layers, states[-1], ids, prefix))
+        sums = _score(model, layers, states[-1], ids, prefix, logits)
         yield program, sums, cost_of(program[shared:])
 
 
@@ -285,9 +287,13 @@ def _rows(model: PreTrainedModel, ids: torch.Tensor) -> int:
 
 
 def _logits(
-    model: PreTrainedModel, layers: nn.ModuleList, state: torch.Tensor, ids: torch.Tensor
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    state: torch.Tensor,
+    ids: torch.Tensor,
+    prefix: int,
 ) -> Iterator[torch.Tensor]:
-    """Logits of all tokens but the first from the last layer's output, a few windows at a time.
+    """Logits of all scored tokens from the last layer's output, a few windows at a time.
 
     The model runs with every layer replaced, so norm, head and whatever a family does around them
     (scaling, soft caps) are its own.
@@ -295,7 +301,7 @@ def _logits(
     rows = _rows(model, ids)
     for part, part_ids in zip(state.split(rows), ids.split(rows), strict=True):
         with _replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
-            yield model(input_ids=part_ids, use_cache=False).logits[:, :-1]
+            yield model(input_ids=part_ids, use_cache=False).logits[:, max(prefix, 1) - 1 : -1]
 
 
 def _score(
@@ -303,24 +309,27 @@ def _score(
     layers: nn.ModuleList,
     state: torch.Tensor,
     ids: torch.Tensor,
+    prefix: int,
     reference: list[torch.Tensor | None],
 ) -> np.ndarray:
     """Sums per window as `run_programs` yields; reference: logits from `_logits`, or empty."""
-    targets = ids[:, 1:].split(_rows(model, ids))
+    targets = ids[:, max(prefix, 1) :].split(_rows(model, ids))
     others = reference or [None] * len(targets)
-    parts = zip(_logits(model, layers, state, ids), targets, others, strict=True)
+    parts = zip(_logits(model, layers, state, ids, prefix), targets, others, strict=True)
     return np.concatenate([token_scores(*part).sum(1) for part in parts])
 
 
 @torch.inference_mode()
 def geometry(
-    model: PreTrainedModel, tokens: np.ndarray, batch_size: int, few: int
+    model: PreTrainedModel, tokens: np.ndarray, batch_size: int, few: int, prefix: int = 0
 ) -> dict[str, np.ndarray]:
     """Similarity of the layers' inputs, and how much layers depend on each other.
 
     tokens: ids, int64 [windows, window]; the dependencies, which take most of the work, are of the
-    first `few` windows only. Returns similarity, angular, influence and dependency as in
-    `planner.Stats`, and layers, shape [1]: the layers run, windows times layers.
+    first `few` windows only. prefix: positions at the beginning of every window that do not count;
+    streams there can be a thousand times as large as elsewhere. Returns similarity, angular,
+    influence and dependency as in `planner.Stats`, and layers, shape [1]: the layers run, windows
+    times layers.
     """
     layers = decoder_layers(model)
     num_layers = len(layers)
@@ -335,31 +344,32 @@ def geometry(
         for layer in range(num_layers):
             states.append(advance(model, layers, arguments, layer, states[-1]))
         evaluated += num_layers * len(ids)
-        unit = [nn.functional.normalize(state.float(), dim=-1) for state in states]
+        unit = [nn.functional.normalize(state[:, prefix:].float(), dim=-1) for state in states]
         for i, j in combinations_with_replacement(range(num_layers + 1), 2):
             cosines = (unit[i] * unit[j]).sum(-1).clamp(-1, 1).double()
             cosine[i, j] += cosines.sum().cpu()
             angle[i, j] += cosines.arccos().sum().cpu() / math.pi
         if begin < few:
             rows = min(few - begin, len(ids))
-            apart += _dependencies(model, ids[:rows], [state[:rows] for state in states])
+            apart += _dependencies(model, ids[:rows], [state[:rows] for state in states], prefix)
             evaluated += rows * num_layers * (num_layers - 1) // 2
-    cosine, angle = (table / tokens.size for table in (cosine, angle))
+    counted = tokens.shape[1] - prefix
+    cosine, angle = (table / (len(tokens) * counted) for table in (cosine, angle))
     cosine, angle = (table + table.triu(1).T for table in (cosine, angle))
     arrays = {
         "similarity": cosine.numpy(),
         "angular": angle.numpy(),
         "influence": 1 - np.diagonal(cosine.numpy(), offset=1),
-        "dependency": (apart / (few * tokens.shape[1])).numpy(),
+        "dependency": (apart / (few * counted)).numpy(),
         "layers": np.array([float(evaluated)]),
     }
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
 def _dependencies(
-    model: PreTrainedModel, ids: torch.Tensor, states: Sequence[torch.Tensor]
+    model: PreTrainedModel, ids: torch.Tensor, states: Sequence[torch.Tensor], prefix: int
 ) -> torch.Tensor:
-    """Cosine distance of layer j's contribution with and without layer i, summed over tokens.
+    """Cosine distance of layer j's contribution with and without layer i, summed over the text.
 
     Shape [layers, layers], the first index i. states: hidden states before each layer and after
     the last, [batch, window, hidden] each.
@@ -373,6 +383,6 @@ def _dependencies(
             after = advance(model, layers, arguments, layer, state)
             contribution = (states[layer + 1] - states[layer]).float()
             cosine = nn.functional.cosine_similarity(contribution, (after - state).float(), dim=-1)
-            distances[left_out, layer] = (1 - cosine).double().sum().cpu()
+            distances[left_out, layer] = (1 - cosine[:, prefix:]).double().sum().cpu()
             state = after
     return distances

@@ -76,21 +76,32 @@ def weighted_mean(values: Iterable[tuple[float, int]]) -> float:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> list[torch.Tensor]:
-    """Logits [at most batch_size, window, vocab] of windows ids [windows, window], on the CPU."""
+def logits_of(
+    model: PreTrainedModel, ids: torch.Tensor, batch_size: int, prefix: int = 0
+) -> list[torch.Tensor]:
+    """Logits [at most batch_size, window, vocab] of windows ids [windows, window], on the CPU.
+
+    prefix: tokens at the beginning of every window; there are no logits before its last one's.
+    """
     return [
-        model(input_ids=batch.to(model.device), use_cache=False).logits.cpu()
+        model(input_ids=batch.to(model.device), use_cache=False)
+        .logits[:, max(0, prefix - 1) :]
+        .cpu()
         for batch in ids.split(batch_size)
     ]
 
 
 def kl_under(
-    model: PreTrainedModel, plan: Plan, ids: torch.Tensor, reference: Sequence[torch.Tensor]
+    model: PreTrainedModel,
+    plan: Plan,
+    ids: torch.Tensor,
+    reference: Sequence[torch.Tensor],
+    prefix: int = 0,
 ) -> float:
-    """Mean KL(reference || model under plan) in nats; reference: from `logits_of`, on these ids."""
+    """Mean KL(reference || model under plan) in nats; reference: as `logits_of` gives for them."""
     pairs = []
     with grouped(model, plan):
         for batch, theirs in zip(ids.split([*map(len, reference)]), reference, strict=True):
-            (ours,) = logits_of(model, batch, len(batch))
+            (ours,) = logits_of(model, batch, len(batch), prefix)
             pairs.append((float(divergence(ours, theirs)), batch.numel()))
     return weighted_mean(pairs)

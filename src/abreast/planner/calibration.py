@@ -94,9 +94,14 @@ class Calibration:
         return model
 
     @property
+    def prefix(self) -> int:
+        """How many tokens at the beginning of every window are there before the text."""
+        return len(self.identity.get("prefix", ()))
+
+    @property
     def scored(self) -> int:
-        """Scored tokens per window: all but the first."""
-        return int(self.tokens.shape[1]) - 1
+        """Scored tokens per window: those of the text, without a prefix all but the first."""
+        return int(self.tokens.shape[1]) - max(self.prefix, 1)
 
     @property
     def num_layers(self) -> int:
@@ -191,6 +196,7 @@ def calibrate(
         str(model),
         max_tokens=settings.num_windows * window,
         seed=settings.seed,
+        add_bos=settings.add_bos,
     )
     tokens = whole_windows(
         stream,
@@ -209,6 +215,7 @@ def calibrate(
     identity = identity_of(
         checkpoint.folder,
         tokens,
+        stream.prefix,
         num_layers=num_layers,
         batch=size,
         seed=settings.seed,
@@ -316,7 +323,7 @@ def _evaluate(
     ids = torch.from_numpy(calibration.tokens[batch * calibration.size :][: calibration.size])
     layers_run = 0
     for program, sums, evaluated in run_programs(
-        calibration.model, ids, programs, reference=original
+        calibration.model, ids, programs, prefix=calibration.prefix, reference=original
     ):
         name = name_of(program)
         if not np.isfinite(sums).all():
@@ -477,7 +484,9 @@ def _geometry(calibration: Calibration) -> dict[str, np.ndarray]:
     if path.is_file():
         return dict(load_file(path))
     few = math.ceil(len(calibration.tokens) / DEPENDENCY_SHARE)
-    arrays = geometry(calibration.model, calibration.tokens, calibration.size, few)
+    arrays = geometry(
+        calibration.model, calibration.tokens, calibration.size, few, calibration.prefix
+    )
     with replacing(path) as staging:
         save_file(arrays, staging)
     return arrays

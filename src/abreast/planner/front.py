@@ -167,7 +167,8 @@ class Profile:
 class CalibrationSettings:
     """How to measure groups of layers.
 
-    window: in tokens, all but the first of which are scored. max_group, wirings, force: see
+    window: in tokens, of which those of the text are scored, and without a prefix all but the
+    first. add_bos: see `prefix_of`. max_group, wirings, force: see
     `candidates`. screen: share of the text that every candidate is measured on. keep: share of the
     stretches of layers whose best wiring is then measured on the rest. batch_size: windows at once,
     fewer where their hidden states and logits would exceed max_cache_bytes. Fields with a help text
@@ -176,6 +177,13 @@ class CalibrationSettings:
 
     data: str = field(
         default=CALIBRATION, metadata={"help": "Text to measure on; sources as for eval."}
+    )
+    add_bos: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Start texts with the BOS token. Default: as the tokenizer does.",
+            "option": "--add-bos/--no-add-bos",
+        },
     )
     num_windows: int = field(
         default=128, metadata={"help": "Number of windows of text.", "option": "--windows"}

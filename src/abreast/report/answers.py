@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from abreast.data import check_tokenizers
+from abreast.data import check_tokenizers, prefix_of
 from abreast.errors import AbreastError
 from abreast.evaluate import shared
 from abreast.model import grouped, keeps_last, load
@@ -150,9 +150,11 @@ def encode(models: Models, prompt: str, *, chat: bool = False) -> list[int]:
         except (TemplateError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise AbreastError(f"the chat template refuses it ({reason}); switch it off") from None
-    ids: list[int] = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
+    ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     if not ids:
         raise AbreastError("the tokenizer makes no token of this prompt; write another")
+    if not chat:  # a template writes it itself
+        ids = [*prefix_of(tokenizer), *ids]
     if models.limit is not None and len(ids) >= models.limit:
         raise AbreastError(
             f"the prompt has {len(ids):,} tokens, the model holds {models.limit:,} with the "

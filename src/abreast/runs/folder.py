@@ -35,15 +35,22 @@ def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
     """Make folder `out` with KIND.json, or check that the run there has the same identity.
 
     Raises AbreastError where it has another, naming what differs, and for a folder with something
-    else in it.
+    else in it. "prefix" in an identity: the tokens before every text, none where it is left out.
     """
     record = out / f"{kind}.json"
     if record.is_file():
         try:
             recorded = json.loads(record.read_text(encoding="utf-8"))["identity"]
             differing = [key for key in identity if recorded.get(key) != identity[key]]
+            before, now = recorded.get("prefix", []), identity.get("prefix", [])
         except (ValueError, LookupError, AttributeError, TypeError):
             raise AbreastError(f"'{record}' is damaged; choose a new folder") from None
+        if before != now and {*differing} <= {"prefix", "tokens", "data"}:
+            option = "--add-bos" if before else "--no-add-bos"
+            raise AbreastError(
+                f"'{out}' holds a {kind} on texts that begin {_beginning(before)}, and now they "
+                f"would begin {_beginning(now)}; choose a new folder, or go on with {option}"
+            )
         if differing:
             raise AbreastError(
                 f"'{out}' holds a {kind} with other {', '.join(differing)}; choose a new folder"
@@ -54,6 +61,11 @@ def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     write(record, json.dumps({"identity": identity}, indent=2) + "\n")
     return out
+
+
+def _beginning(prefix: Sequence[int]) -> str:
+    tokens = ", ".join(map(str, prefix))
+    return f"with token {tokens}" if prefix else "without a beginning-of-text token"
 
 
 def read_journal(out: Path) -> Journal:
@@ -99,9 +111,19 @@ def damaged_record(path: Path) -> AbreastError:
 
 
 def identity_of(
-    model: Path, tokens: np.ndarray, *, num_layers: int, batch: int, seed: int, dtype: str
+    model: Path,
+    tokens: np.ndarray,
+    prefix: Sequence[int],
+    *,
+    num_layers: int,
+    batch: int,
+    seed: int,
+    dtype: str,
 ) -> dict[str, Any]:
-    """What the numbers measured on windows of tokens, [num_windows, window], depend on."""
+    """What the numbers measured on windows of tokens, [num_windows, window], depend on.
+
+    prefix: what each window begins with.
+    """
     from abreast.checkpoint import open_checkpoint
 
     return {
@@ -113,6 +135,7 @@ def identity_of(
         "batch": batch,
         "seed": seed,
         "dtype": dtype,
+        **({"prefix": list(prefix)} if prefix else {}),
     }
 
 
@@ -129,37 +152,50 @@ def check_least(sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def token_stream(
-    data: str | TokenStream, tokenizer: Any, model: str, *, max_tokens: int, seed: int
+    data: str | TokenStream,
+    tokenizer: Any,
+    model: str,
+    *,
+    max_tokens: int,
+    seed: int,
+    add_bos: bool | None,
 ) -> TokenStream:
     """`data` itself if it is a stream, else the source of this name in the model's tokens.
 
-    tokenizer: the model's; None, where it has none, is an AbreastError for a source.
+    tokenizer: the model's; None, where it has none, is an AbreastError for a source. add_bos: see
+    `prefix_of`; a stream has its own prefix.
     """
     if isinstance(data, TokenStream):
         return data
     if tokenizer is None:
         raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
-    return load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed)
+    return load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed, add_bos=add_bos)
 
 
 def whole_windows(
     stream: TokenStream, num_windows: int, window: int, *, longest: int | None, vocabulary: int
 ) -> np.ndarray:
-    """The stream's first whole windows, int64 [at most num_windows, window].
+    """The stream's first whole windows, int64 [at most num_windows, window], prefix included.
 
     longest: how many tokens the model holds, None for no limit. vocabulary: size of the model's.
-    Raises AbreastError where there is no whole window, where it is too long for the model, and for
-    token ids outside the vocabulary.
+    Raises AbreastError where there is no whole window, where it is too long for the model or holds
+    no token to score, and for token ids outside the vocabulary.
     """
     if window > (longest or window):
         raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
-    count = min(num_windows, len(stream) // window)
+    text = window - len(stream.prefix)
+    if text < 1 or window < 2:
+        raise AbreastError(
+            f"the window is {window} with {len(stream.prefix)} tokens before the text; lengthen it"
+        )
+    count = min(num_windows, len(stream) // text)
     if not count:
         raise AbreastError(
-            f"the data has {len(stream)} tokens, less than one window of {window}; "
+            f"the data has {len(stream)} tokens, less than one window of {text}; "
             "name a longer text or use a shorter window"
         )
-    tokens = stream.tokens[: count * window].reshape(count, window)
+    before = np.tile(np.asarray(stream.prefix, dtype=np.int64), (count, 1))
+    tokens = np.hstack([before, stream.tokens[: count * text].reshape(count, text)])
     check_tokens(tokens, vocabulary)
     return tokens
 

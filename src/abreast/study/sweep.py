@@ -121,10 +121,14 @@ class Study:
 
 @dataclass(frozen=True)
 class _Share:
-    """One worker's programs per batch, in `size` windows of tokens [num_windows, window]."""
+    """One worker's programs per batch, in `size` windows of tokens [num_windows, window].
+
+    prefix: tokens before the text of every window.
+    """
 
     folder: Path
     tokens: np.ndarray
+    prefix: int
     size: int
     work: tuple[tuple[int, tuple[Program, ...]], ...]
     journal: Path
@@ -147,6 +151,7 @@ def study(
     out: str | Path,
     *,
     data: str | TokenStream = HELD_OUT,
+    add_bos: bool | None = None,
     interventions: Sequence[str] = INTERVENTIONS,
     max_length: int | None = None,
     num_windows: int = 16,
@@ -164,8 +169,9 @@ def study(
     """Run the interventions on every stretch; write study.csv and study.json to folder `out`.
 
     model: folder or Hugging Face id of any family that can run grouped. data: a source as for
-    `load_tokens`, or a stream; cut into num_windows windows of `window` tokens that do not overlap,
-    of which all but the first token are scored. max_length: longest stretch, in layers.
+    `load_tokens`, or a stream; add_bos: see `prefix_of`. It is cut into num_windows windows of
+    `window` tokens, prefix and text, that do not overlap; the text is scored, without a prefix all
+    but its first token. max_length: longest stretch, in layers.
     permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
     each; name "cpu" twice for two. batch_size: windows at once, fewer where the hidden states kept
     for reuse, (layers + 1) x batch x window x hidden values, would exceed max_cache_bytes per
@@ -183,7 +189,14 @@ def study(
     loaded, tokenizer = load(
         folder, dtype=dtype, device=devices[0], trust_remote_code=trust_remote_code
     )
-    data = token_stream(data, tokenizer, str(model), max_tokens=num_windows * window, seed=seed)
+    data = token_stream(
+        data,
+        tokenizer,
+        str(model),
+        max_tokens=num_windows * window,
+        seed=seed,
+        add_bos=add_bos,
+    )
     config = loaded.config.get_text_config()
     tokens = whole_windows(
         data,
@@ -196,7 +209,7 @@ def study(
     window_cache = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
     size = min(len(tokens), batch_size, windows_at_once(window_cache, max_cache_bytes))
     identity = identity_of(
-        folder, tokens, num_layers=num_layers, batch=size, seed=seed, dtype=dtype
+        folder, tokens, data.prefix, num_layers=num_layers, batch=size, seed=seed, dtype=dtype
     )
     changed = cases(
         num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
@@ -214,6 +227,7 @@ def study(
         _Share(
             folder,
             tokens,
+            len(data.prefix),
             size,
             work=tuple((b, tuple(p for p in part if (b, p) in todo)) for b in batches),
             journal=out / JOURNAL.format(number),
@@ -232,7 +246,8 @@ def study(
         for program, name in names.items()
     }
     spent = sum(done[name, b]["evaluated"] for name in names.values() for b in batches)
-    result = _collect(changed, every, nll, window - 1, len(batches), spent, identity, out)
+    scored = window - max(1, len(data.prefix))
+    result = _collect(changed, every, nll, scored, len(batches), spent, identity, out)
     write(out / CSV, to_csv(result.rows, StudyRow))
     summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
     write(out / RECORD, json.dumps(summary, indent=2) + "\n")
@@ -422,7 +437,9 @@ def _work(
         with open(share.journal, "a", encoding="utf-8") as journal:
             for batch, programs in share.work:
                 ids = torch.from_numpy(share.tokens[batch * share.size :][: share.size])
-                for program, sums, evaluated in run_programs(model, ids, programs):
+                for program, sums, evaluated in run_programs(
+                    model, ids, programs, prefix=share.prefix
+                ):
                     line = {"program": name_of(program), "batch": batch, "evaluated": evaluated}
                     journal.write(json.dumps({**line, "nll": sums[:, 0].tolist()}) + "\n")
                     journal.flush()
