@@ -25,7 +25,7 @@ ONLY = {
     "data": {"numpy"},
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
 }
-ONLY_LAZILY = {"data": {"datasets"}}
+ONLY_LAZILY = {"data": {"datasets", "huggingface_hub"}}
 # Read without torch: what a run folder holds, estimates, and the search.
 NO_TORCH = {
     *(
