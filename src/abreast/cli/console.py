@@ -30,7 +30,11 @@ force_option = click.option(
     "--force", is_flag=True, help="Allow groups with the first or last layer."
 )
 seed_option = click.option("--seed", default=0, help="Random seed.")
-device_option = click.option("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+device_option = click.option(
+    "--device",
+    default="cpu",
+    help="cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk.",
+)
 dtype_option = click.option("--dtype", default="auto", help="float32, bfloat16 or float16.")
 remote_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow code inside the checkpoint to run."

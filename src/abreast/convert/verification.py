@@ -19,7 +19,7 @@ import torch
 from abreast.checkpoint import damaged, read_json, read_manifest, resolve
 from abreast.data import check_tokenizers
 from abreast.errors import CheckpointError
-from abreast.model import grouped, load
+from abreast.model import device_of, grouped, load
 from abreast.plan import Plan
 
 # Largest allowed logit difference as a fraction of the range of the original's logits. In float32
@@ -113,7 +113,7 @@ def verify(
         parameter.data = parameter.data.to(stored).float()
     generator = torch.Generator().manual_seed(seed)
     vocab = reference.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device)
+    ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device_of(reference))
     return _compare_models(converted, reference, plan, ids, new_tokens, result)
 
 

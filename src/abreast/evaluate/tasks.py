@@ -31,7 +31,7 @@ from abreast.errors import AbreastError
 from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
 from abreast.evaluate.statistics import metric_stderr
 from abreast.families import num_layers_of
-from abreast.model import inference, load
+from abreast.model import device_of, inference, load
 from abreast.plan import Plan
 from abreast.runs import open_run, versions_of
 
@@ -258,6 +258,7 @@ class _Subject:
                 batch_size=self.settings["batch_size"],
                 add_bos_token=self.settings["add_bos"],
             )
+        wrapped._device = device_of(model)  # also of a model that is spread over several
         for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(wrapped, name, functools.partial(getattr(wrapped, name), disable_tqdm=True))
         return wrapped

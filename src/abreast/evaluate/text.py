@@ -20,7 +20,7 @@ from abreast.checkpoint import finite
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate.statistics import bootstrap, ratio_of_means
-from abreast.model import inference, keeps_last, token_scores
+from abreast.model import device_of, inference, keeps_last, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -439,7 +439,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Ten
     # Overlapping windows score only some of their positions, and the head is a large part of the
     # work where the vocabulary is large.
     options: dict[str, Any] = {"use_cache": False, **keeps_last(model, scored + 1)}
-    logits: torch.Tensor = model(input_ids=ids.to(model.device), **options).logits
+    logits: torch.Tensor = model(input_ids=ids.to(device_of(model)), **options).logits
     return logits[:, -scored - 1 : -1]
 
 
@@ -454,7 +454,7 @@ def _prompt(tokenizer: Any, tokens: Any, prompt_tokens: int) -> list[int]:
 
 
 def _continue(model: PreTrainedModel, ids: list[int], new_tokens: int) -> list[int]:
-    prompt = torch.tensor([ids], device=model.device)
+    prompt = torch.tensor([ids], device=device_of(model))
     generate: Any = model.generate
     text = generate(
         prompt,

@@ -178,10 +178,17 @@ def heal(
     source = open_checkpoint(model, revision=revision)
     plan = plan_for(source, plan, planned.num_layers)
     plan = plan.made_for(source.source, source.revision, source.sha256)
+    if device == "auto" and (recipe.shard or processes() > 1):
+        raise AbreastError("--device auto is for one process without --shard; name a device")
     if device == "cuda" and processes() > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     load_original = partial(load, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     student, tokenizer = load_original(device=device)
+    if any(parameter.is_meta for parameter in student.parameters()):
+        raise AbreastError(
+            f"'{model}' is larger than the devices here, and healing changes weights where they "
+            "compute; use --device cpu, more devices, or several processes with --shard"
+        )
     config = complete(source.config)
     tensors = all_tensors(family_of(config), config)
     for name in sorted(tensors.keys() - student.state_dict().keys()):
@@ -343,7 +350,9 @@ def _distil(setup: _Setup, text: _Text, solved: Refit | None) -> Distilled:
     teacher = None
     if setup.recipe.objective == "kl" and (is_changed or setup.recipe.train != "lora"):
         # Sharding moves it to the device piece by piece: there is no room for all of it there.
-        teacher, _ = setup.load(device="cpu" if setup.recipe.shard else setup.model.device)
+        spread = hasattr(setup.model, "_hf_hook")
+        device = "auto" if spread else setup.model.device
+        teacher, _ = setup.load(device="cpu" if setup.recipe.shard else device)
     board: Any = None
     if is_main_process():
         with suppress(ImportError):

@@ -156,8 +156,8 @@ class _Streams:
             yield x, inputs
 
 
-def _note_input(inputs: Inputs, key: Submodule, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-    inputs[key] = arguments[0]
+def _note_input(inputs: Inputs, key: Submodule, module: Any, arguments: tuple[Any, ...]) -> None:
+    inputs[key] = arguments[0].to(module.weight.device)
 
 
 def refit(
@@ -348,14 +348,15 @@ def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
     outputs = [(member, name) for member in group.layers for name in names]
     modules = [streams.submodule(member, name) for member, name in outputs]
     weights = [module.weight for module in modules]
-    start = torch.cat([weight.double() for weight in weights], dim=1)
+    device = weights[0].device
+    start = torch.cat([weight.double().to(device) for weight in weights], dim=1)
     scale = _scale(streams.model, group)
-    bias = sum(m.bias.float() for m in modules if m.bias is not None)
+    bias = sum(m.bias.float().to(device) for m in modules if m.bias is not None)
     folds = [_Moments(start.shape[1], start.shape[0], start.device) for _ in range(FOLDS)]
     for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs)):
-        target = streams.original[number].to(start.device).float()
-        missing = target - streams.arriving[number].to(start.device).float()
-        joined = torch.cat([inputs[output].float() for output in outputs], dim=-1)
+        target = streams.original[number].to(device).float()
+        missing = target - streams.arriving[number].to(device).float()
+        joined = torch.cat([inputs[output].float().to(device) for output in outputs], dim=-1)
         text, targets = slice(streams.prefix, None), missing / scale - bias
         folds[number % FOLDS].add(joined[:, text], targets[:, text])
     solution, ridge, before, after = _solve(folds, start)

@@ -363,10 +363,10 @@ class _Training:
             if recipe.lm_weight:
                 loss = loss + next_token_loss(logits, ids) * recipe.lm_weight
             for state, target in zip(states, targets, strict=True):
-                target = target[:, self.prefix :].float()
+                target = target[:, self.prefix :].float().to(state.device)
                 gap = (state[:, self.prefix :].float() - target).square().sum(-1)
-                gap = gap / target.square().sum(-1)
-                loss = loss + gap.mean() * recipe.hidden_weight / len(targets)
+                gap = (gap / target.square().sum(-1)).mean().to(loss.device)
+                loss = loss + gap * recipe.hidden_weight / len(targets)
         return loss
 
     def _scored(self, windows: torch.Tensor) -> torch.Tensor:

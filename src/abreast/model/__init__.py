@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from abreast.model.grouping import (
         apply,
         branches_of,
+        check_device,
         decoder_layers,
+        device_of,
         grouped,
         inference,
         keeps_last,

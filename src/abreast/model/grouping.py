@@ -10,9 +10,10 @@ hooks and caches stay untouched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -41,7 +42,7 @@ def load(
     plan: Plan | str | None = None,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Mapping[str, Any] = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
@@ -49,8 +50,10 @@ def load(
 
     model: folder or Hugging Face id of an original or a converted checkpoint. plan: run it grouped
     under this plan, which may also be the path of a plan file. dtype: "auto" keeps that of the
-    checkpoint. Code inside the checkpoint never runs unless trust_remote_code is set; converted
-    checkpoints need none of it here.
+    checkpoint. device: one device; "auto" spreads a model larger than one over all there are and,
+    where these do not suffice, memory and disk; or transformers' device_map. Code inside the
+    checkpoint never runs unless trust_remote_code is set; converted checkpoints need none of it
+    here.
     Raises AbreastError for whatever the user can fix.
     """
     import transformers
@@ -62,25 +65,44 @@ def load(
     if plan is not None:
         config = checkpoint.config
         plan = plan_for(checkpoint, plan, num_layers_of(config.get("text_config", config)))
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise CheckpointError(f"device '{device}' is unknown; use cpu, cuda or cuda:1") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise CheckpointError("no CUDA device here; use --device cpu")
+    spread = device == "auto" or isinstance(device, Mapping)
+    if not spread:
+        check_device(device)
+    elif find_spec("accelerate") is None:
+        raise CheckpointError("--device auto needs accelerate: pip install accelerate")
     if isinstance(dtype, str) and dtype != "auto":
         dtype = named_dtype(dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options |= {"device_map": device} if spread else {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     _check_loaded(folder, report)
-    loaded = loaded.to(target).eval()
+    loaded = loaded.eval() if spread else loaded.to(device).eval()
     if plan is not None:
         apply(loaded, plan)
     return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def check_device(name: Any) -> None:
+    """Raise CheckpointError unless there is this device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(
+            f"device '{name}' is unknown; use cpu, cuda, cuda:1 or auto"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        kind = "CUDA device" if device.index is None else f"device '{name}'"
+        raise CheckpointError(f"no {kind} here; use --device cpu")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs, also where accelerate spread it and its weights wait."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -158,7 +180,8 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
         raise GroupingError(f"prefill '{prefill}' is not one of {', '.join(get_args(Prefill))}")
     if hasattr(model, _MARK):
         raise GroupingError("the model is grouped already; remove that plan first")
-    if any(parameter.is_meta for parameter in model.parameters()):
+    unloaded = (module for module in model.modules() if not hasattr(module, "_hf_hook"))
+    if any(tensor.is_meta for module in unloaded for tensor in module.parameters(recurse=False)):
         raise GroupingError("the model is on the meta device and has no weights; load it first")
     branches = branches_of(model)
     for group in plan.groups:
@@ -285,7 +308,8 @@ def _run(
     attended: list[torch.Tensor] = []
     for member, sees, kwargs in zip(members, group.attention_sees, arguments, strict=True):
         read.append(_plus(x, attended, sees))
-        attended.append(_attend(member, branches, read[-1], kwargs))
+        # Members may compute on different devices; each one's submodules fetch their inputs.
+        attended.append(_attend(member, branches, read[-1], kwargs).to(x.device))
     everything = (True,) * len(members)
     sums = {everything: _plus(x, attended, everything)}
     out = sums[everything]
@@ -294,7 +318,7 @@ def _run(
             y = read[index]
         else:
             y = sums[sees] if sees in sums else sums.setdefault(sees, _plus(x, attended, sees))
-        out = out + _feed(member, branches, y)
+        out = out + _feed(member, branches, y).to(x.device)
     return out
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.model.grouping import by_name, decoder_layers, grouped
+from abreast.model.grouping import by_name, decoder_layers, device_of, grouped
 from abreast.model.scores import token_scores
 from abreast.plan import WIRING_NAMES, Group, Plan
 
@@ -135,9 +135,9 @@ def run_programs(
     which cannot be merged, and as `apply`.
     """
     layers = decoder_layers(model)
-    if any("forward" in vars(layer) for layer in layers):
+    if any("forward" in vars(layer) and not hasattr(layer, "_hf_hook") for layer in layers):
         raise AbreastError("the model's layers run under a plan or hooks; remove them first")
-    ids = ids.to(model.device)
+    ids = ids.to(device_of(model))
     embedded, arguments = capture(model, layers, ids)
     first = [] if reference is None else [reference]
     previous: Program = ()
@@ -229,13 +229,16 @@ def capture(
 def _replaced(
     layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., torch.Tensor]]
 ) -> Iterator[None]:
+    before = [vars(layer).get("forward") for layer in layers]  # accelerate's, where it spread them
     for index, layer in enumerate(layers):
         layer.forward = forward_of(index)  # type: ignore[assignment,unused-ignore]
     try:
         yield
     finally:
-        for layer in layers:
+        for layer, forward in zip(layers, before, strict=True):
             del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @torch.inference_mode()
@@ -246,15 +249,20 @@ def advance(
     step: Step,
     x: torch.Tensor,
 ) -> torch.Tensor:
-    """The hidden state after a step, from the one before it; both [batch, window, hidden]."""
+    """The hidden state after a step, from the one before it; both [batch, window, hidden].
+
+    Wherever the step runs, both lie on one device.
+    """
+    device = x.device
     if isinstance(step, Merged):
-        return _result(_mean_layer(layers, step.layers)(x, **arguments[step.layers[0]]))
+        merged = _mean_layer(layers, step.layers)
+        return _result(merged(x, **arguments[step.layers[0]])).to(device)
     if isinstance(step, Group):
         with grouped(model, Plan(num_layers=len(layers), groups=(step,))):
             for layer in step.layers:  # all but the last pass x through
                 x = layers[layer](x, **arguments[layer])
-            return x
-    return _result(layers[step](x, **arguments[step]))
+            return x.to(device)
+    return _result(layers[step](x, **arguments[step])).to(device)
 
 
 def _result(returned: Any) -> torch.Tensor:
@@ -264,6 +272,11 @@ def _result(returned: Any) -> torch.Tensor:
 def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
     """A new layer, each weight the mean of the members' weights, taken in float32."""
     weights = [dict(layers[member].named_parameters()) for member in members]
+    if any(weight.is_meta for own in weights for weight in own.values()):
+        raise AbreastError(
+            "layers whose weights wait in memory or on disk cannot be merged; leave merge out of "
+            "--interventions, or name a device that holds the model"
+        )
     shapes = [{name: weight.shape for name, weight in own.items()} for own in weights]
     for member, shape in zip(members, shapes, strict=True):
         if shape != shapes[0]:
@@ -275,7 +288,7 @@ def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
     for name, weight in merged.named_parameters():
         total = weight.float()
         for other in weights[1:]:
-            total = total + other[name]
+            total = total + other[name].to(total.device)
         weight.copy_(total / len(members))
     return merged
 
@@ -339,7 +352,7 @@ def geometry(
     evaluated = 0
     for begin in range(0, len(tokens), batch_size):
         ids = torch.from_numpy(tokens[begin : begin + batch_size])
-        entering, arguments = capture(model, layers, ids.to(model.device))
+        entering, arguments = capture(model, layers, ids.to(device_of(model)))
         states = [entering]
         for layer in range(num_layers):
             states.append(advance(model, layers, arguments, layer, states[-1]))
@@ -375,7 +388,7 @@ def _dependencies(
     the last, [batch, window, hidden] each.
     """
     layers = decoder_layers(model)
-    _, arguments = capture(model, layers, ids.to(model.device))
+    _, arguments = capture(model, layers, ids.to(device_of(model)))
     distances = torch.zeros(len(layers), len(layers), dtype=torch.float64)
     for left_out in range(len(layers)):
         state = states[left_out]

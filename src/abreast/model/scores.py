@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from abreast.model.grouping import grouped
+from abreast.model.grouping import device_of, grouped
 from abreast.plan import Plan
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def logits_of(
     prefix: tokens at the beginning of every window; there are no logits before its last one's.
     """
     return [
-        model(input_ids=batch.to(model.device), use_cache=False)
+        model(input_ids=batch.to(device_of(model)), use_cache=False)
         .logits[:, max(0, prefix - 1) :]
         .cpu()
         for batch in ids.split(batch_size)

@@ -218,7 +218,10 @@ class CalibrationSettings:
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow code inside the checkpoint to run."}
     )
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
+    device: str = field(
+        default="cpu",
+        metadata={"help": "cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk."},
+    )
     seed: int = field(default=0, metadata={"help": "Random seed."})
 
 

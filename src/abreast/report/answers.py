@@ -21,7 +21,7 @@ import torch
 from abreast.data import check_tokenizers, prefix_of
 from abreast.errors import AbreastError
 from abreast.evaluate import shared
-from abreast.model import grouped, keeps_last, load
+from abreast.model import device_of, grouped, keeps_last, load
 from abreast.plan import Plan
 from abreast.report.records import Choice, Choices
 
@@ -88,7 +88,7 @@ def open_models(
 def _warm(model: Any) -> None:
     """Read the weights into memory and let libraries set up, which is not to be timed."""
     with torch.inference_mode():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device_of(model)))
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _steps(
     sampler = Sampler(settings)
     last = keeps_last(model, 1)
     answer, cache = Answer(), None
-    inputs = torch.tensor([list(ids)], device=model.device)
+    inputs = torch.tensor([list(ids)], device=device_of(model))
     while len(answer.tokens) < settings.max_new_tokens and not answer.ended:
         # grouped anew for every token, because the original takes its turns on the same weights
         under = grouped(model, plan) if plan is not None and plan.groups else nullcontext()
@@ -209,7 +209,7 @@ def _steps(
             out = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last)
             token = sampler.choose(out.logits[0, -1])  # waits for the device
             seconds = time.perf_counter() - start
-        cache, inputs = out.past_key_values, torch.tensor([[token]], device=model.device)
+        cache, inputs = out.past_key_values, torch.tensor([[token]], device=device_of(model))
         answer = Answer(
             tokens=(*answer.tokens, token),
             prefill=answer.prefill if answer.tokens else seconds,

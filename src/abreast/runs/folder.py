@@ -279,7 +279,7 @@ def hardware(device: str) -> dict[str, Any]:
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         machine["cpu"] = next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
-    if device.startswith("cuda") and torch.cuda.is_available():
-        machine["gpu"] = torch.cuda.get_device_name(device)
+    if device.startswith(("cuda", "auto")) and torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name(None if device == "auto" else device)
         machine["cuda"] = torch.version.cuda
     return machine

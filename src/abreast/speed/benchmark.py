@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from abreast.errors import AbreastError
-from abreast.model import inference, keeps_last
+from abreast.model import device_of, inference, keeps_last
 from abreast.speed.timing import BenchResult, Footprint, Task, measure, timings
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def compiled(model: PreTrainedModel, length: int, task: Task) -> Steps:
 
     options = keeps_last(model, 1)
     cache = StaticCache(config=model.config, max_cache_len=length)
-    graphs = model.device.type == "cuda"
+    graphs = device_of(model).type == "cuda"
 
     def forward(token: torch.Tensor) -> torch.Tensor:
         output = model(input_ids=token, past_key_values=cache, use_cache=True, **options)
@@ -245,7 +245,7 @@ def _common_ground(models: Mapping[str, PreTrainedModel], length: int) -> tuple[
                 "use a shorter context"
             )
     return (
-        _shared({name: str(model.device) for name, model in models.items()}, "devices"),
+        _shared({name: str(device_of(model)) for name, model in models.items()}, "devices"),
         _shared({name: str(model.dtype) for name, model in models.items()}, "dtypes"),
         _shared(
             {name: len(model.get_input_embeddings().weight) for name, model in models.items()},
@@ -270,8 +270,9 @@ def _footprint(
     """Memory that one more, untimed run takes."""
     held.clear()
     weights = sum(_nbytes(parameter) for parameter in model.parameters())
-    on_cpu = model.device.type == "cpu"
-    with _peaks(model.device) as peaks:
+    place = device_of(model)
+    on_cpu = place.type == "cpu"
+    with _peaks(place) as peaks:
         start()
         run()
     device, host = peaks

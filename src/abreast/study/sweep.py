@@ -36,6 +36,7 @@ from abreast.model import (
     INTERVENTIONS,
     Program,
     cases,
+    check_device,
     cost_of,
     decoder_layers,
     load,
@@ -222,7 +223,7 @@ def study(
     done = read_journal(out)
     todo = {(b, p) for b in batches for p in names if (names[p], b) not in done}
     parts = split({program for _, program in todo}, original, len(devices))
-    cpus = max(1, sum(torch.device(device).type == "cpu" for device in devices))
+    cpus = max(1, sum(device.partition(":")[0] == "cpu" for device in devices))
     shares = [
         _Share(
             folder,
@@ -371,12 +372,10 @@ def _check_devices(devices: Sequence[str]) -> None:
     if not devices:
         raise AbreastError("no device is named; give at least one, such as cpu or cuda:0")
     for name in devices:
-        try:
-            device = torch.device(name)
-        except RuntimeError:
-            raise AbreastError(f"device '{name}' is unknown; write cpu or cuda:0") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise AbreastError(f"there is no device '{name}' here; use cpu or fewer devices")
+        if name != "auto":
+            check_device(name)
+    if "auto" in devices and len(devices) > 1:
+        raise AbreastError("auto takes all devices for one worker; name it alone")
 
 
 def _run_shares(
