@@ -14,8 +14,10 @@ from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
+from click.testing import CliRunner
 
 from abreast.checkpoint import open_checkpoint, resolve
+from abreast.cli.main import cli
 from abreast.convert import convert, inspect_model, preview
 from abreast.errors import CheckpointError
 from abreast.planner import CalibrationSettings
@@ -220,3 +222,18 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
 def test_offline_is_said_at_once():
     with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):  # set for all tests
         resolve(NAME)
+
+
+def test_eval_takes_the_revision_of_the_original(monkeypatch, tmp_path):
+    """Of a conversion in a folder: the folder has none."""
+    asked = []
+
+    def load(model, *, revision=None, **_):
+        asked.append((str(model), revision))
+        if model == NAME:
+            raise CheckpointError("that will do")
+        return None, None
+
+    monkeypatch.setattr("abreast.model.load", load)
+    CliRunner().invoke(cli, ["eval", str(tmp_path), "--against", NAME, "--revision", "v1"])
+    assert asked == [(str(tmp_path), "v1"), (NAME, "v1")]

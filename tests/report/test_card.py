@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -285,6 +287,18 @@ def test_no_network(out, monkeypatch):
     online(monkeypatch, "http://127.0.0.1:9")
     with pytest.raises(AbreastError, match=r"127\.0\.0\.1:9|was not uploaded"):
         call("push", out, "org/name")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(out, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        online(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
+        start = time.monotonic()
+        with pytest.raises(AbreastError, match=r"no connection to http://127.* try again|was not"):
+            call("push", out, "org/name")
+        assert time.monotonic() - start < 10
 
 
 def test_offline(out):

@@ -84,8 +84,11 @@ def evaluate(
         "device": device,
         "trust_remote_code": trust_remote_code,
     }
+    # A folder has none: then it is the original that comes from the Hub.
+    against_revision = revision if os.path.isdir(model) else None
     if tasks is not None:
         loading |= {"plan": plan, "revision": revision, "batch_size": batch_size}
+        loading["against_revision"] = against_revision
         return _on_tasks(
             model,
             tasks,
@@ -101,7 +104,9 @@ def evaluate(
             option = name.replace("_", "-")
             raise AbreastError(f"--{option} goes with --tasks; name some, or leave it out")
     loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
-    reference, reference_tokenizer = load(against, **loading) if against else (None, None)
+    reference, reference_tokenizer = None, None
+    if against:
+        reference, reference_tokenizer = load(against, revision=against_revision, **loading)
     tokenizer = tokenizer or reference_tokenizer
     if tokenizer is None:
         raise AbreastError(f"'{model}' has no tokenizer; copy the original's files into its folder")

@@ -235,6 +235,7 @@ def push(out: str | Path, repo: str, *, private: bool = False) -> str:
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
 
     if constants.is_offline_mode():
         raise AbreastError("HF_HUB_OFFLINE is set; unset it to push")
@@ -244,6 +245,8 @@ def push(out: str | Path, repo: str, *, private: bool = False) -> str:
     write_card(read_conversion(out))
     api = HfApi()
     try:
+        # Creating a repository waits for minutes where nobody answers.
+        get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=repo,
