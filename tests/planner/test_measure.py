@@ -8,6 +8,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
@@ -257,6 +259,19 @@ def test_statistics_of_something_else_are_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(AbreastError, match="with other seed"):
         run(tiny_checkpoint(), tmp_path / "run", seed=1)
     run(tiny_checkpoint(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["identity", "source", "num_layers", "loss", "groups", None])
+def test_statistics_whose_header_lacks_something_are_refused(tmp_path, key):
+    square, path = np.zeros((5, 5)), tmp_path / "stats.safetensors"
+    Stats({}, "model", 4, 3.0, {}, square, square, square[0], square[:4, :4], 1.0).save(path)
+    with safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()["abreast"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header.pop(key, None)
+    save_file(arrays, path, metadata={"abreast": json.dumps(header)} if key else None)
+    with pytest.raises(AbreastError, match=r"is damaged .*; delete it and measure again"):
+        Stats.load(path)
 
 
 def test_statistics_that_are_not_numbers_are_refused(tiny_checkpoint, tmp_path):

@@ -96,22 +96,22 @@ class Stats:
             arrays["tokens"] = arrays["tokens"].astype(int)
             columns = [arrays[name].tolist() for name in _COST_ARRAYS]
             costs = dict(zip(groups, map(Cost, *columns), strict=True))
+            stats = cls(
+                identity=header["identity"],
+                source=header["source"],
+                num_layers=num_layers,
+                loss=header["loss"],
+                groups=costs,
+                full_forwards=header["full_forwards"],
+                revision=header.get("revision"),
+                **{name: arrays[name] for name in GEOMETRY_ARRAYS},
+            )
         except FileNotFoundError:
             raise AbreastError(f"no statistics at '{path}'; run `abreast measure` first") from None
         except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
             raise AbreastError(
                 f"'{path}' is damaged ({first_line(error)}); delete it and measure again"
             ) from None
-        stats = cls(
-            identity=header["identity"],
-            source=header["source"],
-            num_layers=num_layers,
-            loss=header["loss"],
-            groups=costs,
-            full_forwards=header["full_forwards"],
-            revision=header.get("revision"),
-            **{name: arrays[name] for name in GEOMETRY_ARRAYS},
-        )
         stats.check()
         return stats
 
