@@ -96,9 +96,15 @@ class Target:
 def layers_of(config: Mapping[str, Any]) -> tuple[Layer, ...]:
     """The layers that a config.json describes, of an original or a converted checkpoint."""
     own = config.get("per_layer_config") or {}
-    entries = dict(enumerate(own)) if isinstance(own, list) else {int(k): v for k, v in own.items()}
+    try:
+        entries = {int(k): v for k, v in (enumerate(own) if isinstance(own, list) else own.items())}
+        own_configs = {index: {**config, **entry} for index, entry in entries.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise AbreastError(
+            "config.json: per_layer_config makes no sense; convert or download it again"
+        ) from None
     count = _size(config, "num_hidden_layers")
-    return tuple(_layer({**config, **entries.get(index, {})}) for index in range(count))
+    return tuple(_layer(own_configs.get(index, config)) for index in range(count))
 
 
 def _layer(config: Mapping[str, Any]) -> Layer:

@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from abreast.checkpoint import files
 from abreast.checkpoint.tensors import INDEX, open_checkpoint
 from abreast.convert import rewrite
+from abreast.convert.inspect import inspect_model
 from abreast.convert.rewrite import convert, preview
 from abreast.errors import AbreastError
 from abreast.plan import Plan
@@ -659,3 +661,17 @@ def test_edges_can_be_forced_with_a_warning(source: Path, tmp_path: Path, plan: 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float64", "F32", "", "torch.float32"])
 def test_unknown_dtype(source: Path, tmp_path: Path, dtype: str) -> None:
     refused(source, tmp_path / "out", f"dtype '{dtype}'", "float32, bfloat16, float16", dtype=dtype)
+
+
+@pytest.mark.parametrize("value", [None, [], "x", 7, {}, {"a": 1}, math.nan], ids=repr)
+def test_inspect_a_conversion_whose_records_are_damaged(source: Path, value: Any) -> None:
+    """Every key of its manifest and of its config, one after the other: JSON or one line."""
+    out = source.with_name("out")
+    convert(source, PLAN, out)
+    for name in ("abreast.json", "config.json"):
+        whole = (out / name).read_text()
+        for key in json.loads(whole):
+            (out / name).write_text(json.dumps({**json.loads(whole), key: value}))
+            with suppress(AbreastError):
+                json.dumps(inspect_model(out).to_dict(), allow_nan=False)
+        (out / name).write_text(whole)

@@ -276,22 +276,29 @@ def test_manifest(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     assert manifest["warnings"] == []
 
 
-def test_companions(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+def test_only_what_belongs_to_the_model_travels(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
     source = copied(tiny_checkpoint(), tmp_path / "source")
     travels = {
         *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-        *("vocab.txt", "merges.txt", "chat_template.jinja", "LICENSE"),
-        *("additional_chat_templates/rag.jinja", "additional_chat_templates/tools.jinja"),
+        *("vocab.txt", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+        *("additional_chat_templates/rag.jinja", "chat_templates/tools.jinja"),
+        *("preprocessor_config.json", "processor_config.json", "added_tokens.json"),
+        *("LICENSE", "LICENSE.txt", "Notice.txt", "USE_POLICY.md", "tokenizer.model.v3"),
     }
-    stays = {
-        *("README.md", "modeling_tiny.py", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-        *("model.safetensors.index.json", "tf_model.h5", "model.gguf", "other.safetensors"),
-        *("flax_model.msgpack", ".gitattributes", "abreast.json", "original/params.json"),
-        *("plan.yaml", "training.log"),
+    leftovers = {
+        *("modeling_tiny.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "hf_token.txt"),
+        *("tf_model.h5", "model.gguf", "other.safetensors", "adapter_model.safetensors"),
+        *("flax_model.msgpack", "original/params.json", "plan.yaml", "training.log"),
+        *("trainer_state.json", "training_args.bin", "optimizer.pt", "rng_state.pth", "token"),
+        *("events.out.tfevents.1.host", "quantize_config.json", "backup.tar.gz", "notes.txt"),
+        *("checkpoint-10/trainer_state.json", "license_key.txt", "vocab.json.bak", "wandb.json"),
     }
-    for name in travels | stays:
+    silent = {"README.md", ".gitattributes", "abreast.json", "model.safetensors.index.json"}
+    for name in travels | leftovers | silent:
         (source / name).parent.mkdir(exist_ok=True)
-        (source / name).write_text("{}" if name.endswith("map.json") else f"this is {name}")
+        (source / name).write_text("{}" if name.endswith(".json") else f"this is {name}")
     save("gpt-2", source)
     convert(source, PLAN, tmp_path / "out")
     written = files(tmp_path / "out")
@@ -300,6 +307,13 @@ def test_companions(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     ours = {"config.json", "model.safetensors", "abreast.json", "modeling.py"}
     assert set(written) == travels | ours | {"generation_config.json"}
     assert not written["abreast.json"].startswith(b"this is")
+    (warning,) = preview(source, PLAN).warnings
+    named = warning.split(": ")[1].split(", ")
+    assert named[0] == "adapter_model.safetensors" and "backup.tar.gz" in named
+    assert named[-1].endswith(f"and {len(leftovers) - 9} more")
+    (source / "hf_token.txt").rename(source / "a_token.txt")
+    assert preview(source, PLAN).warnings[0].split(": ")[1].startswith("a_token.txt, adapter_model")
+    assert "a_token" not in (tmp_path / "out" / "abreast.json").read_text()
 
 
 def test_uniform_plan_gives_a_stock_model(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abreast.convert.rewrite import convert
-from abreast.convert.verification import TOLERANCE, Verification, verify
+from abreast.convert.verification import Verification, verify
+from abreast.demo import model_folder
 from abreast.errors import AbreastError
+from abreast.families.table import CONVERTIBLE
 
 FAMILIES = ("llama", "mistral", "qwen2")
+CORE = ("phi3", "gemma3_text", "nemotron")
+# One kind of attention, where a family mixes them otherwise.
+FULL = {"layer_types": ["full_attention"] * 6}
+ALIKE = {
+    "smollm3": {"no_rope_layers": [1] * 6},
+    "cohere": {"use_qk_norm": True},
+    **dict.fromkeys(("gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4"), FULL),
+}
+MIXED = "1+2 3|4:1"
 PLAN = "1+2 3+4"  # stages 0, 1+2, 3+4, 5: the groups are layers 1 and 2 of the conversion
 Weights = dict[str, torch.Tensor]
 
@@ -80,6 +92,7 @@ def swap_gains(original: Path, stage: str, members: tuple[int, int], names: list
 
 def refuted(result: Verification) -> None:
     assert not result.ok and not result.to_dict()["ok"]
+    assert any("not what the original's fold to" in f for f in result.faults), result.faults
     assert any(f.startswith("logits without cache differ by") for f in result.faults), result.faults
     assert any(f.startswith("logits with cache differ by") for f in result.faults), result.faults
     assert result.uncached > result.tolerance and result.cached > result.tolerance
@@ -92,12 +105,12 @@ def test_a_good_conversion_passes(made, family, dtype):
     result = checked(out, original)
     assert result.ok, result.faults
     assert (result.plan, result.dtype) == (PLAN, dtype)
-    assert 0 < result.uncached < result.tolerance == TOLERANCE[getattr(torch, dtype)]
-    assert 0 < result.cached < result.tolerance
-    assert -1e-6 < result.kl < (1e-6 if dtype == "float32" else 1e-2)
+    assert 0 < result.uncached < result.tolerance
+    assert 0 < result.cached < result.tolerance < 1e-5
+    assert result.tensors == len(load_file(out / "model.safetensors"))
+    assert -1e-6 < result.kl < 1e-6
     assert (result.num_tokens, result.generated_tokens) == (48, 8)
-    if dtype == "float32":
-        assert result.same_tokens == 8
+    assert result.same_tokens == 8
     assert json.loads(json.dumps(result.to_dict()))["ok"] is True
 
 
@@ -106,7 +119,40 @@ def test_a_cast_conversion_is_held_to_its_own_dtype(tiny_checkpoint, tmp_path):
     convert(original, PLAN, tmp_path / "out", dtype="bfloat16")
     result = checked(tmp_path / "out", original)
     assert result.ok and result.dtype == "bfloat16", result.faults
-    assert TOLERANCE[torch.float32] < result.uncached < TOLERANCE[torch.bfloat16]
+    assert 0 < result.uncached < result.tolerance < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "family",
+    [f if f in CORE else pytest.param(f, marks=pytest.mark.slow) for f in CONVERTIBLE],
+)
+def test_every_family_passes(tiny_checkpoint, tmp_path, family, dtype):
+    """The noise that is allowed is of the size of the difference: not less, not many times it."""
+    original = tiny_checkpoint(family, dtype=dtype, **ALIKE.get(family, {}))
+    convert(original, MIXED, tmp_path / "out")
+    result = verify(tmp_path / "out", original, num_tokens=24, new_tokens=4)
+    assert result.ok, result.faults
+    assert result.tolerance < 1e-4
+    assert result.tolerance / 60 < max(result.uncached, result.cached) < result.tolerance / 1.5
+
+
+def test_not_a_number_is_valid_json(made):
+    original, out = made()
+    (out / "generation_config.json").unlink()
+    text = json.dumps(checked(out, original).to_dict(), allow_nan=False)
+    assert json.loads(text)["uncached"] is None
+
+
+@pytest.mark.parametrize("name", ["mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj"])
+def test_trained_weights_with_one_members_norm_mixed_up(tmp_path, name):
+    """Of the logits' range this changes as little as 5e-3."""
+    original, out = model_folder(), tmp_path / "out"
+    convert(original, "5+6", out)
+    spoil(out, swap_gains(original, "model.layers.5.", (5, 6), [name]))
+    result = verify(out, original, num_tokens=32, new_tokens=2)
+    assert any(f"model.layers.5.{name}.weight" in fault for fault in result.faults)
+    assert result.uncached > result.tolerance
 
 
 def test_it_is_seeded(made):
@@ -203,12 +249,25 @@ def test_widths_that_do_not_fit_the_weights_are_an_error_in_words(made):
         checked(out, original)
 
 
-def test_a_tensor_that_is_gone_is_an_error_in_words(made):
-    """transformers would make one up."""
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "up_proj.weight' is missing"),
+        (lambda w: w.update(more=torch.ones(1)), "'more' is none of the original's"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(3)}), r"has shape \[3\], not \[64\]"),
+        (
+            lambda w: w.update({"model.norm.weight": w["model.norm.weight"].bfloat16()}),
+            "has dtype BF16, not F32",
+        ),
+    ],
+    ids=["gone", "more", "shape", "dtype"],
+)
+def test_tensors_that_do_not_fit(made, change, fault):
+    """transformers would make one up, leave one out, or cast."""
     original, out = made()
-    spoil(out, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-    with pytest.raises(AbreastError, match=r"'model.layers.1.mlp.up_proj.weight' is missing"):
-        checked(out, original)
+    spoil(out, change)
+    (found,) = checked(out, original).faults
+    assert re.search(fault, found)
 
 
 @pytest.mark.parametrize("where", [0.3, 0.9])
@@ -268,7 +327,7 @@ def test_no_conversion_at_all(made):
 def test_a_plan_edited_in_the_manifest(made, groups):
     original, out = made()
     edit_plan(out, lambda plan: plan.update(groups=groups))
-    refuted(checked(out, original))
+    assert not checked(out, original).ok
 
 
 @pytest.mark.parametrize(

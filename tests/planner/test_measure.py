@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
@@ -281,6 +281,14 @@ def test_statistics_that_are_not_numbers_are_refused(tiny_checkpoint, tmp_path):
     broken = {**stats.groups, group: type(stats.groups[group])(float("nan"), 0, 0, 0, 1)}
     type(stats)(**{**stats.__dict__, "groups": broken}).save(path)
     with pytest.raises(AbreastError, match=r"cost of group 1\+2 is not finite; measure again"):
+        Stats.load(path)
+    for header in ({}, {"num_layers": 6, "groups": []}, [], "x"):
+        arrays = load_file(path)
+        save_file(arrays, path, metadata={"abreast": json.dumps(header)})
+        with pytest.raises(AbreastError, match=r"is damaged .*; delete it and measure again"):
+            Stats.load(path)
+    save_file(arrays, path)
+    with pytest.raises(AbreastError, match=r"is damaged .*; delete it and measure again"):
         Stats.load(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(AbreastError, match=r"is damaged .*; delete it and measure again"):

@@ -19,6 +19,7 @@ import yaml
 from click.testing import CliRunner
 from made_run import LAYERS, NAME, TASKS, make_run
 
+from abreast.checkpoint.files import hash_entry
 from abreast.cli.main import cli
 from abreast.errors import AbreastError
 from abreast.report.card import MARK, card, code, serving, write_card
@@ -156,6 +157,19 @@ def test_dry_run_lists_what_would_go(out):
     assert "org/name (public)" in call("push", out, "org/name", "--dry-run")
     write_card(read_conversion(out))
     assert found["files"]["README.md"] == (out / "README.md").stat().st_size
+
+
+def test_what_older_versions_copied_does_not_go(out):
+    """They recorded every file that lay beside the original's weights."""
+    (out / "hf_token.txt").write_text("hf_secret")
+    manifest = json.loads((out / "abreast.json").read_text())
+    manifest["files"]["hf_token.txt"] = hash_entry(out / "hf_token.txt")
+    manifest["files"]["../hf_token.txt"] = hash_entry(out / "hf_token.txt")
+    (out / "abreast.json").write_text(json.dumps(manifest))
+    found = json.loads(call("push", out, "org/name", "--dry-run", "--json"))
+    assert "model.safetensors" in found["files"] and "generation_config.json" in found["files"]
+    assert not any("token" in name for name in found["files"])
+    assert found["left_out"] == ["hf_token.txt"]
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,11 +29,22 @@ MANIFEST = "abreast.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HASH_CHUNK = 2 << 20
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _TEMPLATES = "additional_chat_templates"
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")  # fetched with weights
-_NOT_COPIED = {"config.json", MANIFEST, "README.md", "plan.yaml"}
+# What may travel with the weights; nobody can list what may not: access tokens, training state,
+# adapters, and all else that people keep in a model's folder.
+_TRAVELS = re.compile(
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|tekken|generation_config"
+    r"|chat_template|processor_config|(video_)?preprocessor_config)\.json"
+    r"|(tokenizer|spiece|spm|sentencepiece(\.bpe)?)\.model|tokenizer\.model\.v\d+\w*|\w+\.tiktoken"
+    r"|(vocab|merges)\.txt|vocab\.bpe|chat_template\.jinja|(additional_)?chat_templates/[\w.-]+\.jinja"
+    r"|(?i:licen[cs]e|notice|copying|use_policy)(-[\w.-]+|\.(txt|md|rst))?"
+    r"|heal\.(csv|png)"
+)
+_MADE_HERE = re.compile(
+    r"config\.json|modeling\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
 
 
 def resolve(model: str | Path, *, revision: str | None = None) -> tuple[Path, str | None]:
@@ -186,22 +198,30 @@ def model_hash(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{n} {files[n]}\n" for n in names).encode()).hexdigest()
 
 
-def companions(folder: Path) -> list[Path]:
-    """What travels with the weights: tokenizer, chat templates, generation config, licence.
-
-    Weights of any kind, code, plans, logs, config.json and the model card stay behind.
+def companions(folder: Path) -> list[str]:
+    """Names of the files that travel with the weights: tokenizer, chat templates, those in a folder
+    of their own included, generation and processor configs, licence and notices.
     """
-    files = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.suffix not in _WEIGHTS | {".py", ".log"}
-        and path.name not in _NOT_COPIED
-        and not path.name.endswith(".index.json")
-    ]
-    templates = folder / _TEMPLATES
-    return files + ([templates] if templates.is_dir() else [])
+    paths = (*folder.iterdir(), *folder.glob("*chat_templates/*"))
+    names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    return sorted(filter(_TRAVELS.fullmatch, names))
+
+
+def copy_companions(folder: Path, target: Path) -> None:
+    for name in companions(folder):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+
+
+def left_behind(folder: Path, read: Collection[str]) -> list[str]:
+    """Names of the files and folders that do not travel, but for the files that are `read`."""
+    travels = {name.split("/")[0] for name in companions(folder)}
+    travels |= {"config.json", "README.md", MANIFEST}
+    return sorted(
+        path.name + "/" * path.is_dir()
+        for path in folder.iterdir()
+        if path.name not in travels | set(read) and not path.name.startswith(".")
+    )
 
 
 @contextmanager
@@ -311,6 +331,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{name} holds no valid plan: {reason}; convert again") from None
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{name} is not the record of a conversion; convert again") from None
+    # Older versions copied, and recorded, whatever lay beside the weights.
+    files = {n: h for n, h in files.items() if _TRAVELS.fullmatch(n) or _MADE_HERE.fullmatch(n)}
     complete = [files, source_files] if healed is None else [files, source_files, healed_files]
     if not all("config.json" in names for names in complete):
         raise CheckpointError(f"{name} does not record all files; convert again")

@@ -14,9 +14,9 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -35,9 +35,13 @@ from abreast.checkpoint.files import (
     weight_files,
 )
 from abreast.errors import CheckpointError, first_line
+from abreast.families import Family, all_tensors, is_tied, num_layers_of
 from abreast.plan import Plan
 
+ADAPTER = "adapter_config.json"
+_MERGE = "merge it into its base model first (merge_and_unload and save_pretrained of peft)"
 MAX_SHARD_BYTES = 5_000_000_000
+COMPARE_BYTES = 2 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -69,7 +73,9 @@ class Checkpoint:
     """An opened checkpoint: headers and config are read, weights are not.
 
     tensors: name -> TensorInfo, in the order of the shards. shards: file names. source and
-    revision: as the caller named them, for the record.
+    revision: as the caller named them, for the record. absent: names that the index lists and no
+    shard has. dropped: tensors that `as_loaded` left out. warnings: what it found, one sentence
+    each.
     """
 
     folder: Path
@@ -78,6 +84,9 @@ class Checkpoint:
     shards: tuple[str, ...]
     source: str
     revision: str | None
+    absent: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -110,16 +119,18 @@ def open_checkpoint(
     weights: False asks the Hub for the headers of files that are not here, and downloads none; the
     tensors then cannot be read.
     Raises CheckpointError for a missing or broken config, pickle-only weights, a missing, truncated
-    or overlapping shard, shard names that leave the folder, and an index that does not agree with
-    the shards.
+    or overlapping shard, shard names that leave the folder, and a shard with a tensor that the
+    index places elsewhere.
     """
-    folder, resolved, absent = locate(model, revision=revision, weights=weights)
+    folder, resolved, far = locate(model, revision=revision, weights=weights)
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise CheckpointError(f"'{model}' is an adapter without its model; {_MERGE}")
     config = read_json(folder / "config.json")
-    shards, index = weight_files(folder, {*absent})
+    shards, index = weight_files(folder, {*far})
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        far = shard in absent
-        header = _header_on_hub(str(model), folder, shard) if far else read_header(folder / shard)
+        away = shard in far
+        header = _header_on_hub(str(model), folder, shard) if away else read_header(folder / shard)
         for tensor in header:
             if tensor.name in tensors:
                 first = tensors[tensor.name].file.name
@@ -130,10 +141,8 @@ def open_checkpoint(
                     "download the checkpoint again"
                 )
             tensors[tensor.name] = tensor
-    for name in index or ():
-        if name not in tensors:
-            raise CheckpointError(f"tensor '{name}' is in {INDEX} but in no shard; download again")
-    return Checkpoint(folder, config, tensors, shards, str(model), resolved or revision)
+    absent = tuple(name for name in index or () if name not in tensors)
+    return Checkpoint(folder, config, tensors, shards, str(model), resolved or revision, absent)
 
 
 def read_header(path: Path) -> list[TensorInfo]:
@@ -179,39 +188,112 @@ def _header_on_hub(name: str, folder: Path, shard: str) -> list[TensorInfo]:
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
-def check_tensors(
-    checkpoint: Checkpoint,
-    expected: Mapping[str, tuple[int, ...]],
-    ignored: Set[str],
-    model: str,
-) -> None:
-    """Raise CheckpointError unless a checkpoint holds the expected tensors, in floats.
+def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint as transformers loads it: config complete, tensors by the model's own names.
 
-    expected: name -> shape. ignored: names that may be there as well. model: what config.json
-    describes, in words.
+    Names may lack the prefix of the base model, or have it twice. Where config.json ties the head
+    to the embedding, a head of the same values is dropped, one of others unties them, and one
+    without an embedding is both (`tie_weights` in transformers/modeling_utils.py). Whatever else
+    config.json does not describe, or the shards lack, raises CheckpointError with its name, and so
+    does an adapter, which transformers would add to the weights.
     """
+    source, tensors = checkpoint.source, dict[str, TensorInfo]()
+    if (checkpoint.folder / ADAPTER).is_file():
+        raise CheckpointError(
+            f"'{source}' holds an adapter beside its weights ({ADAPTER}), which transformers adds "
+            f"to them; {_MERGE}, or move it away"
+        )
+    config = {**dict(family.defaults), **checkpoint.config}
+    if num_layers_of(config) > len(checkpoint.tensors):  # also spares us a list of absurd length
+        raise CheckpointError(
+            f"config.json says {num_layers_of(config)} layers, '{source}' holds only "
+            f"{len(checkpoint.tensors)} tensors; weights and config do not belong together"
+        )
+    for name in checkpoint.absent:  # old versions of transformers list the heads of tied models
+        if not ((is_tied(config) and name == family.head) or name.endswith(family.ignore)):
+            raise CheckpointError(
+                f"tensor '{name}' is in {INDEX} but in no shard of '{source}'; download it again"
+            )
+    known = all_tensors(family, {**config, "tie_word_embeddings": False})
+    prefix = family.layer_prefix.split(".")[0] + "."
+    for name, tensor in checkpoint.tensors.items():
+        short = name.removeprefix(prefix)
+        full = short if short in known else prefix + name if prefix + name in known else name
+        if full in tensors:
+            raise CheckpointError(
+                f"'{source}' holds tensor '{full}' twice, also as '{tensors[full].name}'; "
+                "nobody can tell which is meant"
+            )
+        tensors[full] = tensor
+    dropped = {name for name in tensors if name.endswith(family.ignore)}
+    warnings = []
+    if is_tied(config) and (head := tensors.get(family.head)) is not None:
+        if family.embedding not in tensors:
+            tensors[family.embedding] = tensors.pop(family.head)
+        elif not all(tensors[n].file.is_file() for n in (family.head, family.embedding)):
+            warnings.append(
+                f"config.json ties '{head.name}' to the embedding; whether it holds other values "
+                "is seen only when it is downloaded"
+            )
+            dropped.add(family.head)
+        elif _same_values(head, tensors[family.embedding]):
+            dropped.add(family.head)
+        else:
+            config["tie_word_embeddings"] = False
+            warnings.append(
+                f"config.json ties '{head.name}' to the embedding, but it holds other values: it "
+                "stays a head of its own, as in transformers"
+            )
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    described = f"{family.model_type} of {num_layers_of(config)} layers"
+    _check_tensors(source, tensors, all_tensors(family, config), described)
+    return replace(
+        checkpoint,
+        config=config,
+        tensors=tensors,
+        dropped=tuple(sorted(dropped)),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_tensors(
+    source: str,
+    tensors: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+    described: str,
+) -> None:
     for name, shape in expected.items():
-        tensor = checkpoint.tensors.get(name)
+        tensor = tensors.get(name)
         if tensor is None:
             raise CheckpointError(
-                f"tensor '{name}' is missing from '{checkpoint.source}'; download it again"
+                f"tensor '{name}' is missing from '{source}': config.json describes it, no shard "
+                "has it; download the checkpoint again, or correct config.json"
             )
         if tensor.shape != shape:
             raise CheckpointError(
-                f"tensor '{name}' has shape {list(tensor.shape)}, config.json says {list(shape)}; "
-                "weights and config do not belong together"
+                f"tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
+                f"{list(shape)}; weights and config do not belong together"
             )
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
-                f"tensor '{name}' has dtype {tensor.dtype}, which cannot be converted; "
+                f"tensor '{tensor.name}' has dtype {tensor.dtype}, which cannot be converted; "
                 "give the checkpoint in float32, bfloat16 or float16"
             )
-    unknown = [name for name in checkpoint.tensors if name not in expected and name not in ignored]
+    unknown = [tensor.name for name, tensor in tensors.items() if name not in expected]
     if unknown:
         raise CheckpointError(
-            f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a {model}; "
+            f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a {described}; "
             "weights and config do not belong together"
         )
+
+
+def _same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold equal numbers; those of unlike shape or dtype never do."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES:
+        return False
+    step = max(1, COMPARE_BYTES // max(1, one.row_bytes))
+    spans = ((start, min(one.shape[0], start + step)) for start in range(0, one.shape[0], step))
+    return all(read_rows(one, *span).equal(read_rows(other, *span)) for span in spans)
 
 
 def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:

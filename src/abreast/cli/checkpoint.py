@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -27,6 +28,8 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
     from abreast.convert import inspect_model
 
     facts = inspect_model(model, revision=revision)
+    for warning in facts.warnings:
+        console.say(f"warning: {warning}")
     if as_json:
         return console.print_json(facts.to_dict())
     files = len(facts.shards)
@@ -125,9 +128,12 @@ def convert(
     as_json: bool,
 ) -> None:
     """Rewrite MODEL so that the layers of each group run side by side."""
+    from abreast.checkpoint import check_free
     from abreast.convert import convert as run
     from abreast.convert import preview
 
+    if not dry_run:
+        check_free(Path(out))
     options: dict[str, Any] = {
         "revision": revision,
         "force": force,
@@ -194,7 +200,7 @@ def verify(
     if as_json:
         console.print_json(result.to_dict())
     else:
-        judged = f"(allowed {result.tolerance:.0e} for {result.dtype})"
+        judged = f"(allowed {result.tolerance:.1e}, by the noise of float32)"
         console.print_table(
             {
                 "plan": result.plan,

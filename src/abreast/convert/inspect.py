@@ -7,21 +7,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import MANIFEST, Checkpoint, open_checkpoint, read_manifest
+from abreast.checkpoint import MANIFEST, as_loaded, open_checkpoint, read_manifest
 from abreast.convert.rules import attention_kinds, obstacle
-from abreast.families import CONVERTIBLE, FAMILIES, family_of, head_dim_of, is_tied, num_layers_of
+from abreast.families import (
+    CONVERTIBLE,
+    FAMILIES,
+    family_of,
+    head_dim_of,
+    is_tied,
+    num_layers_of,
+    positive,
+)
 from abreast.targets import refused_by
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """One checkpoint. parameters counts stored ones; nbytes are those of the weights.
+    """One checkpoint, as transformers loads it. parameters and nbytes count stored weights.
 
     fusable: model_type has a row of its own, so groups can be written to a checkpoint. stretches:
     maximal runs of layers, first to last, within which every consecutive group can be fused.
     refused: adjacent pairs that cannot, with the reason. edges: layers that need --force.
     plan: that of a converted checkpoint, else None. refused_by: engines that will not load it, or
-    conversions of it, and why.
+    conversions of it, and why. warnings: where config.json and tensors differ.
     """
 
     source: str
@@ -47,6 +55,7 @@ class Inspection:
     plan: str | None
     original_layers: int | None
     refused_by: dict[str, str]
+    warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -61,6 +70,10 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     plan = read_manifest(checkpoint.folder).plan if converted else None
     if plan is None and model_type not in FAMILIES:
         family_of(config)
+    family = CONVERTIBLE.get(model_type.removeprefix("abreast_"))
+    if plan is None and family and not config.get("quantization_config"):
+        checkpoint = as_loaded(checkpoint, family)
+        config = checkpoint.config
     count = num_layers_of(config)
     refused = []
     if plan is None:
@@ -68,22 +81,22 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
             reason = obstacle(config, (first, first + 1))
             if reason:
                 refused.append((first, first + 1, reason))
-    heads = int(config["num_attention_heads"])
-    family = CONVERTIBLE.get(model_type.removeprefix("abreast_"))
+    names = config.get("architectures")
+    heads = positive(config, "num_attention_heads")
     return Inspection(
         source=str(model),
         model_type=model_type,
-        architecture=str((config.get("architectures") or ["unknown"])[0]),
+        architecture=str(names[0]) if isinstance(names, list) and names else "unknown",
         num_layers=count,
-        hidden_size=int(config["hidden_size"]),
+        hidden_size=positive(config, "hidden_size"),
         num_attention_heads=heads,
-        num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+        num_key_value_heads=positive(config, "num_key_value_heads", heads),
         head_dim=head_dim_of(config),
-        intermediate_size=int(config["intermediate_size"]),
-        vocab_size=int(config["vocab_size"]),
+        intermediate_size=positive(config, "intermediate_size"),
+        vocab_size=positive(config, "vocab_size"),
         tied=is_tied(config),
         dtypes=tuple(sorted({tensor.dtype for tensor in checkpoint.tensors.values()})),
-        parameters=_parameters(checkpoint),
+        parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
         nbytes=checkpoint.nbytes,
         shards=checkpoint.shards,
         fusable=plan is None and model_type in CONVERTIBLE,
@@ -94,11 +107,8 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         plan=plan.shorthand if plan else None,
         original_layers=plan.num_layers if plan else None,
         refused_by=refused_by(config, family) if plan or family else {},
+        warnings=checkpoint.warnings,
     )
-
-
-def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
 
 
 def _stretches(kinds: tuple[str, ...]) -> tuple[tuple[int, int], ...]:

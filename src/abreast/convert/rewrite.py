@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ from abreast.checkpoint import (
     Checkpoint,
     NewTensor,
     TensorInfo,
+    as_loaded,
     check_free,
-    check_tensors,
     companions,
+    copy_companions,
     hash_entry,
     lay_out,
+    left_behind,
     model_hash,
     open_checkpoint,
     publish,
@@ -52,7 +54,7 @@ from abreast.convert.fold import (
 )
 from abreast.convert.rules import check_plan
 from abreast.errors import AbreastError, CheckpointError
-from abreast.families import Family, all_tensors, complete, family_of, is_tied, num_layers_of
+from abreast.families import Family, all_tensors, family_of, num_layers_of
 from abreast.plan import Plan
 from abreast.targets import refused_by
 from abreast.version import __version__
@@ -104,7 +106,6 @@ class _Job:
     config: dict[str, Any]
     work: tuple[tuple[TensorRule, NewTensor], ...]
     shards: dict[str, list[NewTensor]]
-    dropped: tuple[str, ...]
     warnings: tuple[str, ...]
 
     @property
@@ -141,7 +142,7 @@ def preview(
         bytes_written=job.bytes_written,
         shards=tuple(job.shards),
         peak_memory=_peak_memory(job),
-        warnings=job.warnings,
+        warnings=(*job.warnings, *_left_behind(job.checkpoint)),
         refused_by=refused_by(job.config, job.family),
     )
 
@@ -204,7 +205,7 @@ def convert(
                 "name": source.source,
                 "revision": source.revision,
                 "files": source_files,
-                "dropped_tensors": list(job.dropped),
+                "dropped_tensors": list(job.checkpoint.dropped),
             },
             files=outputs,
             architecture=job.config["architectures"][0],
@@ -238,14 +239,13 @@ def _prepare(
     max_shard_bytes: int,
 ) -> _Job:
     family = family_of(checkpoint.config)
-    config = complete(checkpoint.config)
-    checkpoint = replace(checkpoint, config=config)
-    num_layers = num_layers_of(config)
+    num_layers = num_layers_of(checkpoint.config)
     if isinstance(plan, str):
         plan = Plan.read(plan, num_layers)
     plan.check_layers(num_layers)
-    dropped = _check_tensors(checkpoint, family)
-    warnings = check_plan(config, plan, force=force, prefill=prefill)
+    checkpoint = read_original(checkpoint, family)
+    config = checkpoint.config
+    warnings = [*checkpoint.warnings, *check_plan(config, plan, force=force, prefill=prefill)]
     cast = _cast_name(dtype)
     expected = all_tensors(family, config)
     work = tuple(
@@ -263,7 +263,6 @@ def _prepare(
         config=converted_config(config, family, plan, dtype=main, prefill=prefill),
         work=work,
         shards=lay_out([tensor for _, tensor in work], max_shard_bytes),
-        dropped=dropped,
         warnings=tuple(warnings),
     )
 
@@ -277,40 +276,29 @@ def _cast_name(dtype: str | None) -> str | None:
     return known[dtype]
 
 
-def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
-    """Compare a checkpoint with what its config promises; return the tensors to be dropped."""
-    config, tensors = checkpoint.config, checkpoint.tensors
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"'{checkpoint.source}' is quantised, its weights cannot be folded; "
-            "convert the unquantised original and quantise the result"
-        )
-    if "abreast" in config:
-        raise CheckpointError(
-            f"'{checkpoint.source}' is converted already; give the original that it was made from"
-        )
-    if config.get("per_layer_config"):
-        raise CheckpointError(
-            f"'{checkpoint.source}' has layers of different shape already (per_layer_config), "
-            "which cannot be joined; give a model whose layers are all alike"
-        )
-    if config.get("auto_map"):
-        raise CheckpointError(
-            f"'{checkpoint.source}' brings its own code (auto_map in config.json), which is not "
-            "run here; only stock architectures can be converted"
-        )
-    if num_layers_of(config) > len(tensors):  # also spares us a list of absurd length
-        raise CheckpointError(
-            f"config.json says {num_layers_of(config)} layers, '{checkpoint.source}' holds only "
-            f"{len(tensors)} tensors; weights and config do not belong together"
-        )
-    expected = all_tensors(family, config)
-    dropped = {name for name in tensors if name.endswith(family.ignore)}
-    if is_tied(config) and family.head in tensors:
-        dropped.add(family.head)
-    model_type, count = family.model_type, num_layers_of(config)
-    check_tensors(checkpoint, expected, dropped, f"{model_type} of {count} layers")
-    return tuple(sorted(dropped))
+def _left_behind(checkpoint: Checkpoint) -> Iterator[str]:
+    read = (*checkpoint.shards, "model.safetensors.index.json")
+    if names := left_behind(checkpoint.folder, read):
+        more = f" and {len(names) - 9} more" if len(names) > 9 else ""
+        yield f"left behind as no part of the model: {', '.join(names[:9])}{more}"
+
+
+def read_original(checkpoint: Checkpoint, family: Family) -> Checkpoint:
+    """The checkpoint as transformers loads it. Raises CheckpointError for what cannot be folded."""
+    config, source = checkpoint.config, f"'{checkpoint.source}'"
+    reasons = {
+        "quantization_config": "is quantised, its weights cannot be folded; "
+        "convert the unquantised original and quantise the result",
+        "abreast": "is converted already; give the original that it was made from",
+        "per_layer_config": "has layers of different shape already (per_layer_config), "
+        "which cannot be joined; give a model whose layers are all alike",
+        "auto_map": "brings its own code (auto_map in config.json), which is not "
+        "run here; only stock architectures can be converted",
+    }
+    for key, reason in reasons.items():
+        if config.get(key):
+            raise CheckpointError(f"{source} {reason}")
+    return as_loaded(checkpoint, family)
 
 
 def _new_tensor(
@@ -417,22 +405,13 @@ def hash_inputs(
     checkpoint: Checkpoint, stop: threading.Event | None = None
 ) -> dict[str, dict[str, Any]]:
     """sha256 and bytes of every file of a checkpoint that conversion reads or copies."""
-    paths = [checkpoint.folder / "config.json"]
-    paths += [checkpoint.folder / shard for shard in checkpoint.shards]
-    for path in companions(checkpoint.folder):
-        paths += [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    entries = {}
-    for path in paths:
-        entries[path.relative_to(checkpoint.folder).as_posix()] = hash_entry(path, stop=stop)
-    return entries
+    folder = checkpoint.folder
+    names = ("config.json", *checkpoint.shards, *companions(folder))
+    return {name: hash_entry(folder / name, stop=stop) for name in names}
 
 
 def _write_companions(job: _Job, staging: Path) -> None:
-    for path in companions(job.checkpoint.folder):
-        if path.is_dir():
-            shutil.copytree(path, staging / path.name)
-        else:
-            shutil.copyfile(path, staging / path.name)
+    copy_companions(job.checkpoint.folder, staging)
     text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
     if "auto_map" in job.config:

@@ -1,12 +1,16 @@
-"""Prove a converted checkpoint: against the original, run ungrouped under the same plan.
+"""Prove a converted checkpoint: its tensors against the original's, then its outputs.
 
-The two share no code beyond the plan: one side is the folded checkpoint in stock layers, the other
-the original weights executed member by member. Agreement shows that folding, file layout and
-configuration are right; it says nothing about quality, which the plan decides.
+Every number is folded again from the original, from the mathematics alone and in numpy, without
+fold.py's rules and arithmetic, and must come out with the same bits. That proves the tensors; that
+they are read as meant (layout, widths, wiring, configuration) the outputs show: those of the
+converted checkpoint in stock layers against the original weights executed member by member, with
+the one rounding that folding brings. What is left is the noise of float32 arithmetic, which is
+measured. It all says nothing about quality, which the plan decides.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 from collections.abc import Iterator
@@ -16,35 +20,46 @@ from typing import Any
 
 import torch
 
-from abreast.checkpoint import damaged, read_json, read_manifest, resolve
+from abreast.checkpoint import (
+    as_loaded,
+    damaged,
+    finite,
+    open_checkpoint,
+    read_manifest,
+    resolve,
+)
+from abreast.convert.refold import Refold, main_dtype
 from abreast.data import check_tokenizers
 from abreast.errors import CheckpointError
-from abreast.model import device_of, grouped, load
-from abreast.plan import Plan
+from abreast.families import family_of, num_layers_of, sizes
+from abreast.model import device_of, grouped, load, load_tokenizer
 
-# Largest allowed logit difference as a fraction of the range of the original's logits. In float32
-# only the order of summation differs. A half-precision checkpoint stores W diag(g) rounded once,
-# half a unit in the last place per weight; the logits of a correct fold then stay within a few
-# units of that type's epsilon, those of a wrong one (a norm mixed up, say) within none.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+# The logits may differ by so many times what the noise of float32 arithmetic, put on the original's
+# weights at random, changes in them.
+NOISE_FACTOR = 4.0
+# How large it is: sums run in another order in wider layers, and a dot product rounds many times.
+ARITHMETIC = 2.0**-21
 
 
 @dataclass(frozen=True)
 class Verification:
     """Result of `verify`. Differences are fractions of the range of the original's logits.
 
-    uncached: one forward over all tokens. cached: a prefill of half of them, then one at a time.
-    prefill: for a checkpoint with sequential prefill, one forward against the original in its own
-    order; else None. kl: mean KL(original under the plan || converted) in nats per position.
-    same_tokens: how many of generated_tokens greedy ones agree before the first that differs.
-    healed: the weights are healed ones and `against` the model they were healed from, so that only
-    files were checked and the differences, which no tolerance bounds, tell how far healing and plan
-    have led. faults: one sentence each, none when the checkpoint is right.
+    tensors: how many tensors were folded again and compared bit by bit. tolerance: the largest
+    difference that passes, NOISE_FACTOR times what rounding noise makes in the original's logits.
+    uncached: one forward over all tokens. cached: a prefill, then the last 32, but at most half of
+    them, one at a time. prefill: for a checkpoint with sequential prefill, one forward against the
+    original in its own order; else None. kl: mean KL(original under the plan || converted) in nats
+    per position. same_tokens: how many of generated_tokens greedy ones agree before the first that
+    differs. healed: the weights are healed ones and `against` the model they were healed from, so
+    that only files were checked and the differences, which no tolerance bounds, tell how far
+    healing and plan have led. faults: one sentence each, none when the checkpoint is right.
     """
 
     plan: str
     dtype: str
-    tolerance: float
+    tensors: int = 0
+    tolerance: float = math.nan
     uncached: float = math.nan
     cached: float = math.nan
     prefill: float | None = None
@@ -60,7 +75,8 @@ class Verification:
         return not self.faults
 
     def to_dict(self) -> dict[str, Any]:
-        return {"ok": self.ok, **asdict(self)}
+        """The result as JSON-ready values (NaN and infinity become None)."""
+        return finite({"ok": self.ok, **asdict(self)})
 
 
 def verify(
@@ -73,13 +89,13 @@ def verify(
     new_tokens: int = 32,
     seed: int = 0,
 ) -> Verification:
-    """Reload a converted checkpoint and its original and compare them, in float32.
+    """Fold the original's tensors again, and compare the outputs of both models, in float32.
 
     out: the converted folder, with abreast.json. against: the original it was made from (Hugging
-    Face id or folder). Every file of `out` is compared with the recorded hash; both models read
-    num_tokens seeded random tokens, and generate new_tokens from 16 of them. Greedy tokens must
-    agree for float32 checkpoints; for half-precision ones the number is reported. Where the
-    conversion also cast to a narrower dtype, the original's weights are rounded to it first.
+    Face id or folder). Every file of `out` is compared with the recorded hash, every number of its
+    tensors with what the original's fold to. Then both models, one after the other in memory, read
+    num_tokens seeded random tokens, and generate new_tokens from 16 of them, the same ones. What
+    folding and casting round is rounded in the original's weights, too.
     A healed checkpoint is compared so with the healed weights it was made from, if these were kept;
     against the model that was healed, files are checked and differences reported, not judged.
     Raises AbreastError when `out` is no conversion, `against` is not its original, or the two read
@@ -95,61 +111,82 @@ def verify(
         raise CheckpointError(
             f"'{out}' was not made from '{against}': {name}; name the original it was made from"
         )
-    stored = _stored_dtype(folder)
-    result = Verification(
-        plan=plan.shorthand,
-        dtype=str(stored).removeprefix("torch."),
-        tolerance=TOLERANCE[stored],
-        faults=tuple(faults),
-        healed=healed,
-    )
+    stored = main_dtype(folder)
+    result = Verification(str(plan.shorthand), str(stored).removeprefix("torch."), healed=healed)
     if faults:
-        return result
-    converted, tokenizer = load(folder, dtype="float32", device=device)
-    reference, original_tokenizer = load(original, dtype="float32", device=device)
-    if tokenizer is not None and original_tokenizer is not None:
-        check_tokenizers(tokenizer, original_tokenizer)
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.to(stored).float()
+        return replace(result, faults=tuple(faults))
+    tokenizers = [load_tokenizer(path) for path in (folder, original)]
+    if None not in tokenizers:
+        check_tokenizers(*tokenizers)
+    source = open_checkpoint(original)
+    family = family_of(source.config)
+    source = as_loaded(source, family)
+    plan.check_layers(num_layers_of(source.config))
+    refold = Refold(open_checkpoint(folder), source, family, plan)
+    if not healed:
+        if faults := list(refold.misfits()):
+            return replace(result, faults=tuple(faults))
+        result = replace(result, tensors=len(refold.made.tensors), faults=tuple(refold.faults()))
     generator = torch.Generator().manual_seed(seed)
-    vocab = reference.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, vocab, (1, num_tokens), generator=generator).to(device_of(reference))
-    return _compare_models(converted, reference, plan, ids, new_tokens, result)
+    shape = (1, num_tokens)
+    ids = torch.randint(0, sizes(source.config)["V"], shape, generator=generator)
+    return _compare_models(refold, ids, device, new_tokens, result)
 
 
 def _compare_models(
-    converted: Any,
-    reference: Any,
-    plan: Plan,
-    ids: torch.Tensor,
-    new_tokens: int,
-    result: Verification,
+    refold: Refold, ids: torch.Tensor, device: str, new_tokens: int, result: Verification
 ) -> Verification:
     """Fill a result in with what both models make of ids [1, length]."""
-    sequential = getattr(converted.config, "abreast_prefill", None) == "sequential"
-    converted.config.abreast_prefill = "grouped"  # the plan is to be checked on long inputs, too
-    prefill = None
+    plan, prefill = refold.plan, None
     with torch.inference_mode():
-        ours = _Outputs.of(converted, ids, new_tokens)
-        with grouped(reference, plan):
-            theirs = _Outputs.of(reference, ids, new_tokens)
+        model: Any = load(refold.made.folder, dtype="float32", device=device)[0]
+        ids = ids.to(device_of(model))
+        sequential = getattr(model.config, "abreast_prefill", None) == "sequential"
+        model.config.abreast_prefill = "grouped"  # the plan is to be checked on long inputs, too
+        ours = _Outputs.of(model, ids, new_tokens)
         if sequential:
-            converted.config.abreast_prefill = "sequential"
-            stock = reference(ids, use_cache=False).logits[0].float()
-            prefill = _difference(converted(ids, use_cache=False).logits[0].float(), stock)
+            model.config.abreast_prefill = "sequential"
+            prefill = _logits(model, ids)
+        del model
+        gc.collect()  # so that there is never more than one whole model
+        model = load(refold.source.folder, dtype="float32", device=device)[0]
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise CheckpointError(
+                f"'{refold.source.source}' in float32 is larger than the devices here, and verify "
+                "rounds its weights where they compute; use --device cpu or more devices"
+            )
+        refold.round_as_folded(model)
+        ids = ids.to(device_of(model))
+        with grouped(model, plan):
+            theirs = _Outputs.of(model, ids, new_tokens)
+        stock = _logits(model, ids) if sequential else None
+        _add_noise(model)
+        with grouped(model, plan):
+            noise = _difference(_logits(model, ids), theirs.logits)
+        if stock is not None:
+            noise = max(noise, _difference(_logits(model, ids), stock))
     pairs = zip(ours.tokens, theirs.tokens, strict=True)
-    log_ours, log_theirs = ours.logits.log_softmax(-1), theirs.logits.log_softmax(-1)
-    result = replace(
+    compared = replace(
         result,
+        tolerance=NOISE_FACTOR * noise,
         uncached=_difference(ours.logits, theirs.logits),
         cached=_difference(ours.cached_logits, theirs.cached_logits),
-        prefill=prefill,
-        kl=float((log_theirs.exp() * (log_theirs - log_ours)).sum(-1).mean()),
+        prefill=None if prefill is None or stock is None else _difference(prefill, stock),
+        kl=_divergence(theirs.logits, ours.logits),
         same_tokens=sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)),
         generated_tokens=len(theirs.tokens),
         num_tokens=ids.shape[1],
     )
-    return replace(result, faults=tuple(_faults(result)))
+    return replace(compared, faults=(*result.faults, *_faults(compared)))
+
+
+def _add_noise(model: Any) -> None:
+    """Change every parameter at random by as much as arithmetic in float32 does."""
+    for index, parameter in enumerate(model.parameters()):
+        generator = torch.Generator(parameter.device).manual_seed(index)
+        for piece in parameter.view(-1).split(1 << 22):
+            random = torch.rand(piece.shape, generator=generator, device=piece.device)
+            piece.mul_(random.mul_(2 * ARITHMETIC).add_(1 - ARITHMETIC))
 
 
 def _faults(result: Verification) -> Iterator[str]:
@@ -163,27 +200,34 @@ def _faults(result: Verification) -> Iterator[str]:
     for name, value in differences.items():
         if value is not None and not value <= limit:
             yield f"logits {name} differ by {value:.1e} of their range"
-    exact = result.dtype == "float32" and not result.healed
-    if exact and result.same_tokens < result.generated_tokens:
+    if not result.healed and result.same_tokens < result.generated_tokens:
         yield f"greedy generation differs from token {result.same_tokens} on"
-
-
-def _stored_dtype(folder: Path) -> torch.dtype:
-    name = str(read_json(folder / "config.json").get("dtype", "float32"))
-    dtype = getattr(torch, name, torch.float32)
-    return dtype if dtype in TOLERANCE else torch.float32
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).abs().max() / (theirs.max() - theirs.min()))
 
 
+def _divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+    """Mean KL(theirs || ours) in nats, of logits [length, vocab]."""
+    total = 0.0
+    for pair in zip(theirs.split(32), ours.split(32), strict=True):
+        log_theirs, log_ours = (logits.log_softmax(-1) for logits in pair)
+        total += float((log_theirs.exp() * (log_theirs - log_ours)).sum())
+    return total / len(theirs)
+
+
+def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = model(ids, use_cache=False).logits[0].float()
+    return logits
+
+
 @dataclass(frozen=True)
 class _Outputs:
     """What a model makes of ids [1, length]: logits [length, vocab] and the text that follows.
 
-    logits: of one forward. cached_logits: of a prefill of half, then one token at a time. tokens:
-    generated greedily after the first 16.
+    logits: of one forward. cached_logits: of a prefill, then at most 32 tokens one at a time.
+    tokens: generated greedily after the first 16.
     """
 
     logits: torch.Tensor
@@ -192,11 +236,12 @@ class _Outputs:
 
     @classmethod
     def of(cls, model: Any, ids: torch.Tensor, new_tokens: int) -> _Outputs:
-        whole = model(ids, use_cache=False).logits[0].float()
-        half = ids.shape[1] // 2
-        step = model(ids[:, :half], use_cache=True)
+        whole = _logits(model, ids)
+        length = ids.shape[1]
+        first = max(length // 2, length - 32)
+        step = model(ids[:, :first], use_cache=True)
         pieces = [step.logits[0]]
-        for token in ids[:, half:].split(1, dim=1):
+        for token in ids[:, first:].split(1, dim=1):
             step = model(token, past_key_values=step.past_key_values, use_cache=True)
             pieces.append(step.logits[0])
         prompt = ids[:, :16]

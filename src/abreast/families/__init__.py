@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         has_bias,
         head_dim_of,
         is_tied,
+        layer_configs,
         layer_tensors,
         num_layers_of,
         outer_tensors,

@@ -240,12 +240,23 @@ def outer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
 
 
 def all_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor that a checkpoint of this config must hold: no more, no fewer."""
+    """Shape of every tensor that a checkpoint of this config must hold: no more, no fewer.
+
+    Of a converted one, too, unless its groups keep something apart for each member.
+    """
     shapes = outer_tensors(family, config)
-    layer = layer_tensors(family, config)
-    for index in range(num_layers_of(config)):
-        shapes.update({f"{family.layer_prefix}{index}.{n}": shape for n, shape in layer.items()})
+    for index, own in enumerate(layer_configs(config)):
+        prefix = f"{family.layer_prefix}{index}."
+        shapes.update({prefix + n: shape for n, shape in layer_tensors(family, own).items()})
     return shapes
+
+
+def layer_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The config of every layer by itself."""
+    base = {k: v for k, v in config.items() if k != "per_layer_config"}
+    base["head_dim"] = head_dim_of(config)
+    own = {int(key): entry for key, entry in (config.get("per_layer_config") or {}).items()}
+    return [{**base, **own.get(index, {})} for index in range(num_layers_of(config))]
 
 
 def positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

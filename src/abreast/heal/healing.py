@@ -28,8 +28,9 @@ from abreast.checkpoint import (
     MAX_SHARD_BYTES,
     Checkpoint,
     NewTensor,
+    as_loaded,
     check_free,
-    companions,
+    copy_companions,
     finite,
     lay_out,
     open_checkpoint,
@@ -41,7 +42,7 @@ from abreast.checkpoint import (
 from abreast.convert import convert, hash_inputs, preview
 from abreast.data import CALIBRATION, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
-from abreast.families import all_tensors, complete, family_of
+from abreast.families import all_tensors, family_of
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
 from abreast.heal.recipe import Recipe, is_main_process, processes
 from abreast.heal.student import full
@@ -176,6 +177,7 @@ def heal(
         check_free(Path(keep))
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
     source = open_checkpoint(model, revision=revision)
+    source = as_loaded(source, family_of(source.config))
     plan = plan_for(source, plan, planned.num_layers)
     plan = plan.made_for(source.source, source.revision, source.sha256)
     if device == "auto" and (recipe.shard or processes() > 1):
@@ -189,8 +191,7 @@ def heal(
             f"'{model}' is larger than the devices here, and healing changes weights where they "
             "compute; use --device cpu, more devices, or several processes with --shard"
         )
-    config = complete(source.config)
-    tensors = all_tensors(family_of(config), config)
+    tensors = all_tensors(family_of(source.config), source.config)
     for name in sorted(tensors.keys() - student.state_dict().keys()):
         raise CheckpointError(
             f"tensor '{name}' of '{source.source}' has another name in the loaded model; "
@@ -406,8 +407,8 @@ def _write_weights(setup: _Setup, folder: Path, healed: Healed, draw: Draw | Non
         pairs = zip(layout, _whole_tensors(setup), strict=True)
         stream = ((new.name, tensor.to("cpu", DTYPES[new.dtype])) for new, tensor in pairs)
         write_shards(staging, lay_out(layout), stream)
-        for path in (source.folder / "config.json", *companions(source.folder)):
-            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, staging / path.name)
+        copy_companions(source.folder, staging)
+        write(staging / "config.json", json.dumps(source.config, indent=2) + "\n")
         if healed.distilled is not None:
             write(staging / CURVE, to_csv(healed.distilled.points, Point))
         if draw is not None:
@@ -423,7 +424,7 @@ def _manifest_entry(setup: _Setup, healed: Healed) -> dict[str, Any]:
             "name": setup.source.source,
             "revision": setup.source.revision,
             "files": hash_inputs(setup.source),
-            "dropped_tensors": [],
+            "dropped_tensors": list(setup.source.dropped),
         },
         **{key: value for key, value in healed.to_dict().items() if key in keys},
         "recipe": finite(setup.recipe.to_dict()) if healed.distilled else None,

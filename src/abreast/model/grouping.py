@@ -127,6 +127,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder, or None. Raises AbreastError for one that cannot be loaded."""
     import transformers
 
+    import abreast.modeling  # noqa: F401  or transformers warns of an unknown model_type
+
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         return None

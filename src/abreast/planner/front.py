@@ -95,14 +95,13 @@ class Stats:
             groups = [Plan.parse(name, num_layers).groups[0] for name in header["groups"]]
             arrays["tokens"] = arrays["tokens"].astype(int)
             columns = [arrays[name].tolist() for name in _COST_ARRAYS]
-            costs = dict(zip(groups, map(Cost, *columns), strict=True))
             stats = cls(
-                identity=header["identity"],
-                source=header["source"],
+                identity=dict(header["identity"]),
+                source=str(header["source"]),
                 num_layers=num_layers,
-                loss=header["loss"],
-                groups=costs,
-                full_forwards=header["full_forwards"],
+                loss=float(header["loss"]),
+                groups=dict(zip(groups, map(Cost, *columns), strict=True)),
+                full_forwards=float(header["full_forwards"]),
                 revision=header.get("revision"),
                 **{name: arrays[name] for name in GEOMETRY_ARRAYS},
             )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from abreast.checkpoint import DTYPES, Checkpoint, check_tensors
+from abreast.checkpoint import DTYPES, Checkpoint, as_loaded
 from abreast.convert import attention_kinds
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import (
@@ -24,9 +24,7 @@ from abreast.families import (
     Family,
     head_dim_of,
     is_tied,
-    layer_tensors,
-    num_layers_of,
-    outer_tensors,
+    layer_configs,
     positive,
     sizes,
 )
@@ -78,11 +76,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Layout:
-    """A model in deci's terms. heads, kv_heads, ffn: one entry per layer. rope_factors: divisors of
-    the rotation's frequencies, empty where they are all 1. rope: other metadata of the rotation.
+    """A model in deci's terms. checkpoint: as transformers loads it. heads, kv_heads, ffn: one for
+    each layer. rope_factors: divisors of the rotation's frequencies, empty where they are all 1.
+    rope: other metadata of the rotation.
     """
 
-    config: Mapping[str, Any]
+    checkpoint: Checkpoint
     family: Family
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
@@ -93,6 +92,10 @@ class Layout:
     rope_factors: tuple[float, ...]
     pieces: tuple[Piece, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self.checkpoint.config
 
     @property
     def nbytes(self) -> int:
@@ -107,22 +110,16 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
         for reason in refusals(LLAMACPP, config, family):
             raise ExportError(reason)
         assert family is not None  # else refused
-        layers = _layer_configs(config)
+        checkpoint = as_loaded(checkpoint, family)
+        config = checkpoint.config
+        layers = layer_configs(config)
     head_dim = head_dim_of(config)
     cast = _dtype(dtype)
-    shapes = dict(outer_tensors(family, config))
-    for index, own in enumerate(layers):
-        for name, shape in layer_tensors(family, own).items():
-            shapes[f"{family.layer_prefix}{index}.{name}"] = shape
-    ignored = {name for name in checkpoint.tensors if name.endswith(family.ignore)}
-    if is_tied(config):
-        ignored.add(family.head)
-    check_tensors(checkpoint, shapes, ignored, f"{family.model_type} of {len(layers)} layers")
     context, warnings = _context(family, config)
     with _named("rope_parameters"):
         theta, rope, factors = _rope(config, head_dim, context)
     return Layout(
-        config=config,
+        checkpoint=checkpoint,
         family=family,
         heads=tuple(own["num_attention_heads"] for own in layers),
         kv_heads=tuple(sizes(own)["K"] // head_dim for own in layers),
@@ -132,7 +129,7 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
         rope=rope,
         rope_factors=factors,
         pieces=tuple(_pieces(checkpoint, family, config, layers, cast)),
-        warnings=warnings,
+        warnings=checkpoint.warnings + warnings,
     )
 
 
@@ -148,14 +145,6 @@ def _named(key: str) -> Iterator[None]:
             f"config.json: {key} makes no sense ({type(error).__name__}: {error}); "
             "download it again"
         ) from None
-
-
-def _layer_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The config of every layer by itself."""
-    base = {k: v for k, v in config.items() if k != "per_layer_config"}
-    base["head_dim"] = head_dim_of(config)
-    own = {int(key): entry for key, entry in (config.get("per_layer_config") or {}).items()}
-    return [{**base, **own.get(index, {})} for index in range(num_layers_of(config))]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -24,8 +24,8 @@ import torch
 
 from abreast.checkpoint import (
     MAX_SHARD_BYTES,
+    as_loaded,
     check_free,
-    check_tensors,
     open_checkpoint,
     publish,
 )
@@ -139,7 +139,7 @@ def import_gguf(
     if not dry_run:
         with publish(target, needed_bytes=nbytes + (64 << 20)) as staging:
             _write(file, config, tokenizer, cast, max_shard_bytes, staging)
-            check_tensors(open_checkpoint(staging), shapes, set(), family.model_type)
+            as_loaded(open_checkpoint(staging), family)
     return {
         "out": str(target),
         "source": file.name,

@@ -76,8 +76,8 @@ def export(
     gguf = _gguf()
     if quantization is not None:
         check_quantizer(quantization)
-    checkpoint = open_checkpoint(model, revision=revision)
-    layout = lay_out(checkpoint, dtype)
+    layout = lay_out(open_checkpoint(model, revision=revision), dtype)
+    checkpoint = layout.checkpoint
     vocabulary = read_vocabulary(checkpoint.folder, positive(layout.config, "vocab_size"))
     needed = layout.nbytes * (2 if quantization else 1) + (64 << 20)
     with publish(target, needed_bytes=needed, kind="file") as staging:

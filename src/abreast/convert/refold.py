@@ -1,0 +1,340 @@
+"""The tensors of a conversion, made once more from those of its original, to be compared.
+
+From the mathematics alone and in numpy: nothing here is shared with fold.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json, read_rows
+from abreast.families import Family, sizes
+from abreast.plan import Group, Plan
+
+CHUNK_BYTES = 2 << 20
+
+
+def main_dtype(folder: Path) -> torch.dtype:
+    """The dtype in which a conversion stores its weights."""
+    name = str(read_json(folder / "config.json").get("dtype", "float32"))
+    dtype = getattr(torch, name, torch.float32)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float32
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What one tensor of a conversion must be. rows: its numbers, some rows at a time, before they
+    are rounded to its dtype, and by how much each may be off, None where that is nothing.
+    dtype: safetensors' name, unless the conversion casts.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    rows: Callable[[], Iterator[tuple[np.ndarray, np.ndarray | None]]]
+
+
+@dataclass(frozen=True)
+class Refold:
+    """The tensors of a conversion, made once more from those of its original.
+
+    With an RMSNorm N(x) = xhat * g, W N(x) = (W diag(g)) xhat, and with a LayerNorm also + W beta.
+    Members that read one xhat have their rows one below the other, member after member; those
+    whose outputs add up side by side, or, where something comes before the sum, below each other.
+    """
+
+    made: Checkpoint
+    source: Checkpoint
+    family: Family
+    plan: Plan
+
+    def misfits(self) -> Iterator[str]:
+        """Tensors that are missing, left over, misshapen or of another dtype."""
+        wanted, made = dict(self._folds()), self.made.tensors
+        for name in sorted(wanted.keys() - made.keys()):
+            yield f"tensor '{name}' is missing"
+        for name in sorted(made.keys() - wanted.keys()):
+            yield f"tensor '{name}' is none of the original's"
+        main = main_dtype(self.made.folder)
+        for name in sorted(wanted.keys() & made.keys()):
+            tensor, fold = made[name], wanted[name]
+            if tensor.shape != fold.shape:
+                yield f"tensor '{name}' has shape {list(tensor.shape)}, not {list(fold.shape)}"
+            elif DTYPES.get(tensor.dtype) not in (main, DTYPES[fold.dtype]):
+                yield f"tensor '{name}' has dtype {tensor.dtype}, not {fold.dtype}"
+
+    def faults(self) -> Iterator[str]:
+        """Tensors that hold other numbers than the original's fold to."""
+        for name, fold in self._folds():
+            start, count, first = 0, 0, None
+            for values, slack in fold.rows():
+                wrong = _wrong(self.made.tensors[name], start, values, slack)
+                if wrong.any():
+                    count += int(wrong.sum())
+                    first = start + int(np.argwhere(wrong)[0][0]) if first is None else first
+                start += len(values)
+            if count:
+                yield (
+                    f"tensor '{name}': {count} of {math.prod(fold.shape)} numbers are not what the "
+                    f"original's fold to, the first in row {first}"
+                )
+
+    def round_as_folded(self, model: Any) -> None:
+        """Round the original's weights, loaded in float32, as the conversion does.
+
+        W becomes round(W diag(g)) diag(1 / g), b + W beta and sums of biases are rounded as a
+        whole, and so is every other number where the conversion casts.
+        """
+        family, prefix = self.family, self.family.layer_prefix
+        stored = main_dtype(self.made.folder)
+        made = {
+            name: DTYPES.get(tensor.dtype, stored) for name, tensor in self.made.tensors.items()
+        }
+        dtypes = {name: dtype for name, dtype in made.items() if not name.startswith(prefix)}
+        for name in made.keys() - dtypes.keys():
+            index, _, short = name.removeprefix(prefix).partition(".")
+            if index.isdecimal() and int(index) < self.plan.depth:
+                for layer in self.plan.stages[int(index)]:
+                    dtypes[f"{prefix}{layer}.{short}"] = made[name]
+        folded = set()
+        for group in self.plan.groups:
+            members = [model.get_submodule(f"{prefix}{layer}") for layer in group.layers]
+            for matrix in family.matrices:
+                name = f"{prefix}{group.layers[0]}.{matrix.name}"
+                dtype, norm = dtypes.get(f"{name}.weight", stored), family.norm_of(matrix)
+                maps = [member.get_submodule(matrix.name) for member in members]
+                if norm is not None:
+                    for member, linear in zip(members, maps, strict=True):
+                        norms = member.get_submodule(norm)
+                        _round_product(linear, norms, family, dtype)
+                        folded |= {id(p) for m in (linear, norms) for p in m.parameters()}
+                elif matrix.join == "columns" and maps[0].bias is not None:
+                    stage = self.plan.stages.index(group.layers)
+                    bias = self.made.tensors.get(f"{prefix}{stage}.{matrix.name}.bias")
+                    if bias is None or bias.shape == maps[0].bias.shape:
+                        total = torch.stack([linear.bias for linear in maps]).sum(0)
+                        for linear in maps:
+                            linear.bias.zero_()
+                        maps[0].bias.copy_(total.to(dtype))
+        for name, parameter in model.named_parameters():
+            if id(parameter) not in folded:
+                parameter.copy_(parameter.to(dtypes.get(name, stored)))
+
+    def _folds(self) -> Iterator[tuple[str, Fold]]:
+        prefix = self.family.layer_prefix
+        outer, layers = dict[str, Fold](), dict[int, dict[str, TensorInfo]]()
+        for name, tensor in self.source.tensors.items():
+            if name.startswith(prefix):
+                layer, _, short = name.removeprefix(prefix).partition(".")
+                layers.setdefault(int(layer), {})[short] = tensor
+            else:
+                outer[name] = _stacked([tensor])
+        yield from outer.items()
+        for index, stage in enumerate(self.plan.stages):
+            members, group = [layers[layer] for layer in stage], self.plan.group_of(stage)
+            folds = (
+                ((name, _stacked([tensor])) for name, tensor in members[0].items())
+                if group is None
+                else self._wide_layer(members, group, f"{prefix}{index}.")
+            )
+            for name, fold in folds:
+                yield f"{prefix}{index}.{name}", fold
+
+    def _wide_layer(
+        self, members: list[dict[str, TensorInfo]], group: Group, prefix: str
+    ) -> Iterator[tuple[str, Fold]]:
+        family, size = self.family, sizes(self.source.config)
+        matrices = {matrix.name: matrix for matrix in family.matrices}
+        heads = {norm: size[symbol] for norm, symbol in family.head_norms}
+        for name in members[0]:
+            tensors = [member[name] for member in members]
+            module, _, kind = name.rpartition(".")
+            if module in family.norms:
+                neutral = 1.0 - family.gain_offset if kind == "weight" else 0.0
+                yield name, _constant(tensors[0].shape, tensors[0].dtype, neutral)
+            elif module not in matrices:
+                length = tensors[0].shape[0]
+                repeats = heads[module] // length if module in heads else 1
+                yield (
+                    name,
+                    _stacked(tensors) if len(tensors[0].shape) > 1 else _gains(tensors, repeats),
+                )
+        for module, matrix in matrices.items():
+            weights = [member[f"{module}.weight"] for member in members]
+            biases = [member[f"{module}.bias"] for member in members if f"{module}.bias" in member]
+            rows, columns = weights[0].shape
+            norm = family.norm_of(matrix)
+            if norm is None:
+                made = self.made.tensors.get(f"{prefix}{module}.weight")
+                apart = made is not None and made.shape == (len(members) * rows, columns)
+                yield f"{module}.weight", (_stacked if apart else _side_by_side)(weights)
+                if biases:
+                    yield f"{module}.bias", (_stacked if apart else _summed)(biases)
+                elif family.grown_biases:
+                    shape = (len(members) * rows if apart else rows,)
+                    yield f"{module}.bias", _constant(shape, weights[0].dtype, 0.0)
+                continue
+            ffn = module.startswith(f"{family.branches.mlp}.")
+            apart = ffn and not family.parallel and len(set(group.ffn_sees)) > 1
+            parts = [rows] if apart else [size[part] for part in matrix.rows]
+            ends = list(itertools.accumulate(parts))
+            spans = [(end - part, end) for part, end in zip(parts, ends, strict=True)]
+            gains = [_gain(member[f"{norm}.weight"], family.gain_offset) for member in members]
+            yield f"{module}.weight", _stacked(weights, gains, spans)
+            if family.norm_bias:
+                shifts = [member[f"{norm}.bias"] for member in members]
+                yield f"{module}.bias", _shifted(weights, shifts, biases)
+            elif biases:
+                yield f"{module}.bias", _stacked(biases, spans=spans)
+
+
+def _round_product(linear: Any, norm: Any, family: Family, dtype: torch.dtype) -> None:
+    """Round W diag(g), and b + W beta, of a matrix that reads a norm; take the norm out again."""
+    weight, gain = linear.weight, norm.weight + family.gain_offset
+    rounded = torch.where(gain == 0, weight, (weight * gain).to(dtype).float() / gain)
+    if family.norm_bias:
+        shift = weight.double() @ norm.bias.double()
+        total = (shift if linear.bias is None else linear.bias + shift).to(dtype)
+        bias = total.double() - rounded.double() @ norm.bias.double()
+        linear.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
+    weight.copy_(rounded)
+
+
+def _stacked(
+    tensors: list[TensorInfo],
+    gains: list[np.ndarray] | None = None,
+    spans: list[tuple[int, int]] | None = None,
+) -> Fold:
+    """Members one below the other, their columns times their gains; all members' rows of the first
+    span come before those of the second.
+    """
+    shape = tensors[0].shape
+
+    def rows() -> Iterator[tuple[np.ndarray, None]]:
+        for first, last in spans or [(0, shape[0])]:
+            for index, tensor in enumerate(tensors):
+                for start, stop in _spans(first, last, tensor.row_bytes):
+                    values = _read(tensor, start, stop)
+                    yield (
+                        values if gains is None else values * gains[index].astype(values.dtype),
+                        None,
+                    )
+
+    return Fold((len(tensors) * shape[0], *shape[1:]), _common_dtype(tensors), rows)
+
+
+def _side_by_side(tensors: list[TensorInfo]) -> Fold:
+    rows, columns = tensors[0].shape
+
+    def chunks() -> Iterator[tuple[np.ndarray, None]]:
+        for start, stop in _spans(0, rows, sum(tensor.row_bytes for tensor in tensors)):
+            yield np.concatenate([_read(tensor, start, stop) for tensor in tensors], 1), None
+
+    return Fold((rows, len(tensors) * columns), _common_dtype(tensors), chunks)
+
+
+def _gains(tensors: list[TensorInfo], repeats: int) -> Fold:
+    """One row per member, or per head of a member."""
+
+    def rows() -> Iterator[tuple[np.ndarray, None]]:
+        yield np.repeat(np.stack([_read(tensor) for tensor in tensors]), repeats, 0), None
+
+    shape = (len(tensors) * repeats, *tensors[0].shape)
+    return Fold(shape, _common_dtype(tensors), rows)
+
+
+def _summed(tensors: list[TensorInfo]) -> Fold:
+    """Members added in float32, in any order if there are more than two."""
+
+    def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        values = np.stack([_read(tensor) for tensor in tensors])
+        yield values.sum(0), np.abs(values).sum(0) * ((len(tensors) - 2) * 2.0**-23)
+
+    return Fold(tensors[0].shape, _common_dtype(tensors), rows)
+
+
+def _shifted(weights: list[TensorInfo], shifts: list[TensorInfo], biases: list[TensorInfo]) -> Fold:
+    """b + W beta of every member, in float64, whose own rounding is all that may differ."""
+    rows, columns = weights[0].shape
+
+    def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for index, (weight, shift) in enumerate(zip(weights, shifts, strict=True)):
+            beta = _read(shift).astype(np.float64)
+            for start, stop in _spans(0, rows, weight.row_bytes):
+                matrix = _read(weight, start, stop).astype(np.float64)
+                bias = _read(biases[index], start, stop) if biases else np.zeros(stop - start)
+                size = abs(matrix) @ abs(beta) + abs(bias)
+                yield bias + matrix @ beta, size * columns * 2.0**-53
+
+    return Fold((len(weights) * rows,), _common_dtype(biases or weights[:1]), chunks)
+
+
+def _constant(shape: tuple[int, ...], dtype: str, value: float) -> Fold:
+    return Fold(shape, dtype, lambda: iter([(np.full(shape, value, np.float32), None)]))
+
+
+def _gain(tensor: TensorInfo, offset: float) -> np.ndarray:
+    values = _read(tensor)
+    return values + values.dtype.type(offset)
+
+
+def _wrong(
+    tensor: TensorInfo, start: int, values: np.ndarray, slack: np.ndarray | None
+) -> np.ndarray:
+    """Which of the rows from `start` on are not `values`, rounded once to the tensor's dtype."""
+    made = _raw(tensor, start, start + len(values))
+    if slack is None:
+        return made != _rounded(values, tensor.dtype)
+    low, high = (
+        _widened(_rounded(bound, tensor.dtype), tensor.dtype)
+        for bound in (values - slack, values + slack)
+    )
+    numbers = _widened(made, tensor.dtype)
+    return ~((low <= numbers) & (numbers <= high))
+
+
+def _spans(first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+    step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    return ((start, min(last, start + step)) for start in range(first, last, step))
+
+
+def _common_dtype(tensors: list[TensorInfo]) -> str:
+    """The narrowest dtype that holds the numbers of all."""
+    names = {tensor.dtype for tensor in tensors}
+    return names.pop() if len(names) == 1 else "F64" if "F64" in names else "F32"
+
+
+def _read(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+    return _widened(_raw(tensor, start, stop), tensor.dtype)
+
+
+def _raw(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows of a tensor as integers of its size."""
+    rows = read_rows(tensor, start, stop)
+    raw: np.ndarray = rows.view(torch.uint8).numpy().view(f"u{rows.itemsize}")
+    return raw
+
+
+def _widened(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers, in float32 or wider, that integers stand for."""
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    numbers = raw.view(f"f{raw.itemsize}")
+    return numbers.astype(np.float32) if dtype == "F16" else numbers
+
+
+def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers rounded to the nearest of a dtype, in the middle to the even one, as integers."""
+    if dtype == "F64":
+        return values.astype(np.float64).view(np.uint64)
+    bits = values.astype(np.float32).view(np.uint32)
+    if dtype == "BF16":
+        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    return bits.view(np.float32).astype(np.float16).view(np.uint16) if dtype == "F16" else bits
