@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from made_tokenizers import WORDS, save
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
@@ -328,6 +330,40 @@ def test_tokenizers_that_do_not_fit_are_refused(tiny, tmp_path):
         export(source, tmp_path / "model.gguf")
 
 
+def drop_a_merge(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    state = json.loads(path.read_text())
+    merges = state["model"]["merges"]
+    state["model"]["merges"] = [pair for pair in merges if pair != ["▁th", "e"]]
+    path.write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize(
+    ("kind", "token", "named"),
+    [
+        ("qwen", AddedToken("<m>", lstrip=True), "token '<m>' (lstrip, normalized)"),
+        ("gpt-2", AddedToken("<m>", rstrip=True, special=True), "token '<m>' (rstrip)"),
+        ("llama 3", AddedToken("<m>", single_word=True), "token '<m>' (single_word, normalized)"),
+        ("prepended space", AddedToken("<m>"), "token '<m>' (normalized)"),
+        ("prepended space", None, "does not join all that make '▁the'"),
+    ],
+)
+def test_what_llama_cpp_reads_otherwise_is_named(tmp_path, kind, token, named):
+    save(kind, tmp_path, (lambda made: made.add_tokens([token])) if token else None)
+    if token is None:
+        drop_a_merge(tmp_path)
+    with pytest.raises(AbreastError, match=re.escape(named)):
+        read_vocabulary(tmp_path, WORDS)
+
+
+def test_texts_of_tokens_differ(tmp_path):
+    save("qwen", tmp_path, lambda made: made.add_tokens(["[PAD599]", "the"]))
+    vocabulary = read_vocabulary(tmp_path, WORDS)
+    assert len(set(vocabulary.tokens)) == WORDS
+    assert vocabulary.tokens[-1] == "[PAD_599]"
+    assert "NFC" in vocabulary.warnings[0]
+
+
 def test_rows_without_a_token_are_filled(tiny):
     vocabulary = read_vocabulary(tiny(), 140)
     assert vocabulary.tokens[128:130] == ("[PAD128]", "[PAD129]")
@@ -338,8 +374,14 @@ def test_a_known_tokenizer_is_recognised_by_its_hash(tiny, monkeypatch):
     from transformers import AutoTokenizer
 
     source = tiny()
+    bytes_only = json.loads((source / "tokenizer.json").read_text())["pre_tokenizer"]
+    monkeypatch.setitem(BY_HASH, fingerprint(AutoTokenizer.from_pretrained(source)), "smollm")
+    assert read_vocabulary(source, 128).pre == "gpt-2"  # what its steps say
+    digits = {"type": "Digits", "individual_digits": False}
+    unknown = {"type": "Sequence", "pretokenizers": [digits, bytes_only]}
+    save_tokenizer(source, pre_tokenizer=unknown)
     found = fingerprint(AutoTokenizer.from_pretrained(source))
-    assert len(found) == 64 and found not in BY_HASH
+    assert len(found) == 64
     monkeypatch.setitem(BY_HASH, found, "smollm")
     assert read_vocabulary(source, 128).pre == "smollm"
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import statistics
+import unicodedata
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 import torch
 import xllamacpp
 from click.testing import CliRunner
+from made_tokenizers import KINDS, TEMPLATE, WORDS, chats, save
 from tokenizers import (
     AddedToken,
     Regex,
@@ -35,34 +37,15 @@ from tokenizers.processors import TemplateProcessing
 
 from abreast.cli.main import cli
 from abreast.convert.rewrite import convert
-from abreast.data import HELD_OUT, documents
+from abreast.data import HELD_OUT, documents, tricky_texts
 from abreast.demo import model_folder
+from abreast.engines.llamacpp import vocabulary
 from abreast.engines.llamacpp.vocabulary import BY_STEPS
 from abreast.engines.llamacpp.writer import export
-from abreast.model.grouping import load
+from abreast.errors import AbreastError
+from abreast.model.grouping import load, load_tokenizer
 
 PLANS = ("2+3 4+5 6+7 10+11", "2+3+4 6+7 9+10+11")
-WORDS = 600  # tokens of the tokenizers made here
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TRICKY = (
-    "",
-    " ",
-    "a",
-    "\n\n\n",
-    "def f(x):\n\treturn x ** 2  # comment\r\n\r\n    pass\n",
-    "  leading, trailing  ",
-    "It's we'RE they'Ve I'll 'quoted' don''t",
-    "12 123 1234 12345.678 0x1F 1e-9 ½ ³ ٣",
-    "Grüße, naïve façade, Ελληνικά, Русский, 中文字符, 日本語, 한국어, العربية, ไทย",
-    "🚀 👩\u200d👩\u200d👧 \u00a0\u2003\u200b",
-    "a" * 40 + " " * 17 + "=" * 33,
-    "x\u0000y \u2581 <0x41> [PAD5]",
-    "camelCaseHTTPServer __init__ snake_case/path-like\\thing",
-    "<|endoftext|>a<|endoftext|>",
-)
 
 
 def serve(path: Path, **options: Any) -> xllamacpp.Server:
@@ -146,19 +129,25 @@ def test_bundled_model_says_what_transformers_says(converted, prompts, tmp_path,
     assert max(compared(model, server, prompt, 64) for prompt in prompts[:4]) < 1e-3
 
 
-def test_bundled_tokenizer_gives_the_same_ids(converted, prompts, tmp_path):
-    file = tmp_path / "model.gguf"
-    export(converted(PLANS[0]), file)
-    _, tokenizer = load(model_folder())
-    server = serve(file)
-    texts = [*TRICKY, *(tokenizer.decode(prompt) for prompt in prompts)]
-    assert_same_ids(tokenizer, server, texts)
+@pytest.mark.parametrize("plan", ["", PLANS[0]])
+def test_bundled_tokenizer_gives_the_same_ids(converted, corpus, tmp_path, plan):
+    assert_same_ids(converted(plan), tmp_path, corpus)
 
 
-def assert_same_ids(tokenizer: Any, server: xllamacpp.Server, texts: list[str]) -> None:
-    for text in texts:
+def assert_same_ids(folder: Path, tmp_path: Path, texts: list[str]) -> None:
+    """On these texts, tricky ones, and conversations."""
+    export(folder, tmp_path / "model.gguf")
+    tokenizer, server = load_tokenizer(folder), serve(tmp_path / "model.gguf")
+    composed = "NFC" in (folder / "tokenizer.json").read_text()  # llama.cpp takes text as it is
+    for text in (*tricky_texts(tokenizer), *texts):
+        text = unicodedata.normalize("NFC", text) if composed else text
+        ids = tokenizer(text)["input_ids"]
         options = {"content": text, "add_special": True, "parse_special": True}
-        assert post(server, "/tokenize", options)["tokens"] == tokenizer(text)["input_ids"], text
+        assert post(server, "/tokenize", options)["tokens"] == ids, text
+    for text in chats(tokenizer) if tokenizer.chat_template else ():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        options = {"content": text, "add_special": False, "parse_special": True}
+        assert post(server, "/tokenize", options)["tokens"] == ids, text
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("Q8_0", 1e-3), ("Q4_K_M", 0.1)])
@@ -273,7 +262,7 @@ def test_families_say_what_transformers_says(tiny_checkpoint, words, tmp_path, c
 
 @pytest.fixture(scope="module")
 def corpus() -> list[str]:
-    return [text for _, text in documents(HELD_OUT)][:12] + list(TRICKY)
+    return [text for _, text in documents(HELD_OUT)][:12]
 
 
 @pytest.fixture(scope="module")
@@ -317,9 +306,7 @@ def step(kind: str, value: Any) -> Any:
 
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("pre", BY_STEPS.values())
-def test_byte_level_tokenizers_give_the_same_ids(
-    tiny_checkpoint, corpus, tmp_path, capfd, pre, bos
-):
+def test_byte_level_tokenizers_give_the_same_ids(tiny_checkpoint, corpus, tmp_path, pre, bos):
     steps, ignore_merges = next(known for known, name in BY_STEPS.items() if name == pre)
     tokenizer = byte_level([step(*one) for one in steps], ignore_merges, corpus)
     tokenizer.add_tokens(["<tool>"])
@@ -328,54 +315,83 @@ def test_byte_level_tokenizers_give_the_same_ids(
             single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
         )
     folder = shutil.copytree(tiny_checkpoint(vocab_size=WORDS), tmp_path / "source")
-    save_tokenizer(tokenizer, folder)
-    export(folder, tmp_path / "model.gguf")
-    _, loaded = load(folder)
-    texts = [*TRICKY, "a <tool> b<tool>", *(text[:400] for text in corpus)]
-    assert_same_ids(loaded, serve(tmp_path / "model.gguf"), texts)
+    save_tokenizer(tokenizer, folder, chat_template=TEMPLATE)
+    assert_same_ids(folder, tmp_path, [text[:400] for text in corpus])
 
 
-@pytest.mark.parametrize("prefix", ["normalizer", "phi 3", "first", "never"])
-def test_sentencepiece_tokenizers_give_the_same_ids(tiny_checkpoint, corpus, tmp_path, prefix):
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=WORDS - 262, show_progress=False)
-    learner.train_from_iterator([text for text in corpus if text.isascii()], trainer)
-    trained = json.loads(learner.to_str())["model"]
-    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    vocab += sorted(trained["vocab"], key=trained["vocab"].get)
-    tokenizer = Tokenizer(
-        models.BPE(
-            {token: index for index, token in enumerate(vocab)},
-            [tuple(pair) for pair in trained["merges"]],
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    if prefix in ("normalizer", "phi 3"):
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    if prefix == "phi 3":  # its special tokens take the space after them
-        tokenizer.add_special_tokens(["<|endoftext|>", AddedToken("<|end|>", rstrip=True)])
-    tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", vocab.index("<s>"))]
-    )
+def metaspace(scheme: str) -> Callable[[Tokenizer], None]:
+    def change(tokenizer: Tokenizer) -> None:
+        tokenizer.normalizer = normalizers.Sequence([])
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+
+    return change
+
+
+def add(*tokens: AddedToken) -> Callable[[Tokenizer], None]:
+    return lambda tokenizer: tokenizer.add_tokens(list(tokens))
+
+
+def special(name: str, **marks: bool) -> AddedToken:
+    return AddedToken(name, special=True, normalized=False, **marks)
+
+
+PHI3 = [
+    *(special(name) for name in ("<unk>", "<s>", "<|endoftext|>")),
+    *(special(name, rstrip=True) for name in ("</s>", "<|user|>", "<|im_start|>", "<|end|>")),
+]
+DUPLICATES = [special("the"), special("[PAD598]"), special("  "), special("<a>b")]
+READ = {  # what llama.cpp reads as transformers does
+    **{kind: (kind, None) for kind in KINDS if kind != "unigram"},
+    **{f"{kind} converted": (kind, None) for kind in ("gpt-2", "prepended space")},
+    "no space by Metaspace": ("prepended space", metaspace("never")),
+    "phi 3": ("prepended space", add(*PHI3)),
+    "added tokens, gpt-2": ("gpt-2", add(special("<|tool|>"), AddedToken("<a>"), *DUPLICATES)),
+    "added tokens, pieces": ("no prepended space", add(special("<|tool|>"), *DUPLICATES)),
+    "code llama": ("prepended space", add(special("▁<PRE>"), special("▁<EOT>"))),
+    "looks like control": ("qwen", add(AddedToken("<|eot_id|>"), AddedToken("<|fim_pad|>"))),
+}
+REFUSED = {  # kind, change, what the one line names
+    "unigram": ("unigram", None, "is of kind Unigram"),
+    "space once": ("prepended space", metaspace("first"), "would read"),
+    "space unless there": ("prepended space", metaspace("always"), "would read"),
+    "lstrip": ("qwen", add(special("<m>", lstrip=True)), "token '<m>' (lstrip)"),
+    "rstrip": ("gpt-2", add(special("<m>", rstrip=True)), "token '<m>' (rstrip)"),
+    "one of phi 3's does not": (
+        "prepended space",
+        add(*PHI3, special("<m>")),
+        "token '</s>' (rstrip)",
+    ),
+    "single word": ("llama 3", add(AddedToken("<m>", single_word=True)), "'<m>' (single_word"),
+    "normalized": ("prepended space", add(AddedToken("<m>")), "token '<m>' (normalized)"),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_tokenizers_give_the_same_ids(tiny_checkpoint, corpus, tmp_path, case):
+    kind, change = READ[case]
     folder = shutil.copytree(tiny_checkpoint(vocab_size=WORDS), tmp_path / "source")
-    save_tokenizer(tokenizer, folder, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    made = export(folder, tmp_path / "model.gguf")
-    assert made["tokenizer"].startswith("llama")
-    _, loaded = load(folder)
-    texts = [text[:400] for text in corpus if text and "<" not in text[:400]]
-    if prefix == "phi 3":
-        texts += ["<|end|>  a<|end|>\n\n b <|end|>c", "a<|endoftext|> b"]
-    if prefix == "first":  # there, transformers adds no space before one, but llama.cpp does
-        texts = [text for text in texts if text[0] != " "]
-    assert_same_ids(loaded, serve(tmp_path / "model.gguf"), texts)
+    save(kind, folder, change)
+    if "converted" in case:
+        convert(folder, "1+2 3+4", tmp_path / "out")
+        folder = tmp_path / "out"
+    assert_same_ids(folder, tmp_path, [text[:400] for text in corpus])
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_tokenizers_that_llama_cpp_reads_differently_are_refused(tiny_checkpoint, tmp_path, case):
+    kind, change, named = REFUSED[case]
+    folder = shutil.copytree(tiny_checkpoint(vocab_size=WORDS), tmp_path / "source")
+    save(kind, folder, change)
+    with pytest.raises(AbreastError, match=re.escape(named)) as caught:
+        export(folder, tmp_path / "model.gguf")
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == [folder]
+    # and rightly: written all the same, llama.cpp reads another thing
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vocabulary, "_check_ids", lambda *_: None)
+        if kind != "unigram":
+            with pytest.raises(AssertionError):
+                assert_same_ids(folder, tmp_path, [])
 
 
 def test_server_answers_a_client(tiny_checkpoint, words, tmp_path):

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
-from abreast.errors import AbreastError, first_line
+from abreast.data import CHATS, TRICKY
+from abreast.errors import AbreastError
+from abreast.model import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"
@@ -33,7 +37,8 @@ class Vocabulary:
     """tokens, types: one entry per row of the embedding. scores: of "llama" only. merges: of "gpt2"
     only, "left right", in order. special: kind ("bos", "eos", ...) -> id. add_bos, add_eos: whether
     encoding adds them. space_prefix: whether text is encoded as if it began with a space.
-    eats_space: whether special tokens take the space after them, as Phi 3's do.
+    eats_space: whether special tokens take the space after them, as Phi 3's do. warnings: what
+    llama.cpp reads differently, in text that is rare.
     """
 
     model: str
@@ -48,6 +53,7 @@ class Vocabulary:
     space_prefix: bool
     eats_space: bool
     chat_template: str | None
+    warnings: tuple[str, ...]
 
 
 # The sha256 over the token ids of PROBE tells tokenizers apart; that is how llama.cpp's own
@@ -113,7 +119,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """The tokenizer in a checkpoint's folder; `size` is the number of rows of the embedding.
 
     Raises VocabularyError when there is none, when it has more tokens than `size`, or when
-    llama.cpp has nothing that does the same.
+    llama.cpp would give other ids than transformers does; the message names the token or text.
     """
     tokenizer, state = _load(folder)
     ids: dict[int, str] = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -131,53 +137,83 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     pieces = bool(model.get("byte_fallback"))
     merges = [m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"]]
     added = {entry["id"]: entry for entry in state.get("added_tokens") or ()}
-    tokens = [_text(index, ids, added, pieces) for index in range(size)]
+    if pieces:
+        marks = {entry["content"] for entry in added.values()}
+        _check_merges(folder, merges, model["vocab"].keys() - marks)
+    tokens = _texts(size, ids, added, pieces)
+    scores = _scores(tokens, merges) if pieces else ()
     types = [_type(index, ids, added, model) for index in range(size)]
+    for index, score in enumerate(scores):
+        # what merges make as well is read so, and shown with spaces
+        if types[index] == USER_DEFINED and SPACE in tokens[index] and score != _UNREACHABLE:
+            types[index] = NORMAL
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     encoded = tokenizer("a")["input_ids"]
-    return Vocabulary(
+    vocabulary = Vocabulary(
         model="llama" if pieces else "gpt2",
         pre="default" if pieces else _pre(folder, tokenizer, state),
         tokens=tuple(tokens),
         types=tuple(types),
-        scores=_scores(tokens, merges) if pieces else (),
+        scores=scores,
         merges=() if pieces else tuple(f"{left} {right}" for left, right in merges),
         special=_special(tokenizer),
         add_bos=bos is not None and encoded[:1] == [bos],
         add_eos=eos is not None and encoded[-1:] == [eos],
         space_prefix=pieces and _space_prefix(folder, state),
-        eats_space=any(entry["rstrip"] and entry["special"] for entry in added.values()),
+        eats_space=_eats_space(added),
         chat_template=_chat_template(tokenizer),
+        warnings=tuple(_warnings(state)),
     )
+    _check_ids(folder, tokenizer, added, vocabulary)
+    return vocabulary
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The tokenizer as transformers runs it, and its description in the form of tokenizer.json."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
-        raise VocabularyError(
-            f"'{folder}' has no tokenizer, without which llama.cpp cannot run a model; "
-            "copy tokenizer.json and tokenizer_config.json from the original"
-        )
-    from transformers import AutoTokenizer
-
     import abreast.modeling  # noqa: F401  else transformers asks whether to run remote code
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-    except Exception as error:  # every tokenizer class raises kinds of its own
-        reason = first_line(error)
-        raise VocabularyError(f"the tokenizer in '{folder}' cannot be loaded: {reason}") from None
-    return tokenizer, state
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    there = any((folder / name).is_file() for name in names)
+    tokenizer: Any = load_tokenizer(folder) if there else None
+    if not getattr(tokenizer, "is_fast", False):
+        raise VocabularyError(
+            f"'{folder}' has no tokenizer that llama.cpp could run; "
+            "copy tokenizer.json and tokenizer_config.json from the original"
+        )
+    return tokenizer, json.loads(tokenizer.backend_tokenizer.to_str())
 
 
-def _text(index: int, ids: dict[int, str], added: dict[int, Any], pieces: bool) -> str:
-    if index not in ids:
-        return f"[PAD{index}]"
-    if index in added and pieces:
-        return ids[index].replace(SPACE, " ")  # these are matched before spaces are rewritten
-    return ids[index]
+def _check_merges(folder: Path, merges: list[list[str]], pieces: set[str]) -> None:
+    """llama.cpp joins any two pieces that make a piece, in the order of the pieces' scores."""
+    ways: dict[str, set[tuple[str, ...]]] = {piece: set() for piece in pieces}
+    odd = set()
+    for piece, pairs in groupby(merges, "".join):
+        if ways.get(piece):
+            odd.add(piece)
+        ways.setdefault(piece, set()).update(map(tuple, pairs))
+    sides = {piece for piece, made_by in ways.items() if made_by or len(piece) == 1}
+    for piece, made_by in ways.items():
+        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        if piece in odd or any(sides.issuperset(cut) and cut not in made_by for cut in cuts):
+            raise VocabularyError(
+                f"the tokenizer in '{folder}' does not join all that make {piece!r}, llama.cpp "
+                "would; serve the checkpoint with vLLM or transformers"
+            )
+
+
+def _texts(
+    size: int, ids: dict[int, str], added: dict[int, dict[str, Any]], pieces: bool
+) -> list[str]:
+    """One text per row, all different, as llama.cpp insists; rows without a token are padding."""
+    texts = dict(ids)
+    for index in added.keys() & ids.keys():
+        if pieces and added[index]["normalized"]:  # looked for in text whose spaces are rewritten
+            texts[index] = ids[index].replace(SPACE, " ")
+    padding, missing = "PAD", [index for index in range(size) if index not in ids]
+    while not {f"[{padding}{index}]" for index in missing}.isdisjoint(texts.values()):
+        padding += "_"
+    texts |= {index: f"[{padding}{index}]" for index in missing}
+    return [texts[index] for index in range(size)]
 
 
 def _type(index: int, ids: dict[int, str], added: dict[int, Any], model: dict[str, Any]) -> int:
@@ -191,6 +227,122 @@ def _type(index: int, ids: dict[int, str], added: dict[int, Any], model: dict[st
     if model.get("byte_fallback") and len(token) == 6 and token.startswith("<0x"):
         return BYTE
     return NORMAL
+
+
+_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # in llama.cpp's rule for Phi 3
+
+
+def _eats_space(added: dict[int, dict[str, Any]]) -> bool:
+    """Whether added tokens take the space after them just as llama.cpp has it for Phi 3."""
+    takes = {entry["content"]: bool(entry["rstrip"]) for entry in added.values()}
+    return takes.keys() > _KEEP_SPACE | {"</s>"} and all(
+        rstrip != (token in _KEEP_SPACE) for token, rstrip in takes.items()
+    )
+
+
+def _warnings(state: dict[str, Any]) -> Iterator[str]:
+    if (state.get("normalizer") or {}).get("type") == "NFC":
+        yield (
+            "llama.cpp does not compose Unicode (NFC) as the tokenizer does: text with separate "
+            "accents gets other tokens there"
+        )
+
+
+def _check_ids(
+    folder: Path, tokenizer: Any, added: dict[int, dict[str, Any]], vocabulary: Vocabulary
+) -> None:
+    """Refuse a tokenizer that llama.cpp, written down by these rules, would not run alike."""
+    texts = {f"x{entry['content']}y {entry['content']} \n z": entry for entry in added.values()}
+    chats = [_as_chat(tokenizer, chat) for chat in CHATS]
+    reader = _Reader(tokenizer.backend_tokenizer, vocabulary)
+    for text in (*texts, *filter(None, chats), *TRICKY):
+        if vocabulary.warnings:
+            text = unicodedata.normalize("NFC", text)
+        theirs = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if list(reader.read(text)) == theirs:
+            continue
+        what = f"{text!r}"
+        if text in texts:
+            marks = ("lstrip", "rstrip", "single_word", "normalized")
+            own = ", ".join(mark for mark in marks if texts[text][mark])
+            what = f"token {texts[text]['content']!r}{f' ({own})' if own else ''}"
+        raise VocabularyError(
+            f"llama.cpp would read {what} as other tokens than transformers does with the "
+            f"tokenizer in '{folder}'; serve the checkpoint with vLLM or transformers"
+        )
+
+
+def _as_chat(tokenizer: Any, chat: list[dict[str, str]]) -> str | None:
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception:  # no template, or one that refuses such a conversation
+        return None
+    return str(text)
+
+
+class _Reader:
+    """llama.cpp's tokenizers (src/llama-vocab.cpp) without BOS and EOS.
+
+    backend: splits text that holds no special tokens into words; the rest is done here.
+    """
+
+    def __init__(self, backend: Any, vocabulary: Vocabulary) -> None:
+        self.backend, self.vocabulary = backend, vocabulary
+        self.ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+        kinds = zip(vocabulary.tokens, vocabulary.types, strict=True)
+        marks = [token for token, kind in kinds if kind in (CONTROL, USER_DEFINED, UNKNOWN)]
+        self.marks = sorted(marks, key=lambda token: len(token.encode()), reverse=True)
+
+    def read(self, text: str) -> Iterator[int]:
+        fragments = [(text, False)] if text else []
+        for mark in self.marks:
+            if mark in text:
+                fragments = [part for old in fragments for part in self._split_at(mark, *old)]
+        after_mark = True
+        for fragment, is_mark in fragments:
+            if is_mark:
+                yield self.ids[fragment]
+            elif self.vocabulary.model == "llama":
+                prefix = " " if self.vocabulary.space_prefix and after_mark else ""
+                yield from self._pieces(prefix + fragment)
+            else:
+                for word, _ in self.backend.pre_tokenizer.pre_tokenize_str(fragment):
+                    yield from (token.id for token in self.backend.model.tokenize(word))
+            after_mark = is_mark
+
+    def _split_at(self, mark: str, text: str, is_mark: bool) -> Iterator[tuple[str, bool]]:
+        if is_mark:
+            yield text, True
+            return
+        first, *rest = text.split(mark)
+        if first:
+            yield first, False
+        for part in rest:
+            yield mark, True
+            if self.vocabulary.eats_space and mark not in _KEEP_SPACE:
+                part = part.lstrip(" \t\n\v\f\r")
+            if part:
+                yield part, False
+
+    def _pieces(self, text: str) -> Iterator[int]:
+        """Join the two neighbours that make the best piece until none do; else take bytes."""
+        ids, scores = self.ids, self.vocabulary.scores
+        symbols = list(text.replace(" ", SPACE))
+        while True:
+            pairs = [
+                (scores[ids[left + right]], -place)
+                for place, (left, right) in enumerate(pairwise(symbols))
+                if left + right in ids
+            ]
+            if not pairs:
+                break
+            place = -max(pairs)[1]
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+        for symbol in symbols:
+            if symbol in ids:
+                yield ids[symbol]
+            else:
+                yield from (ids[f"<0x{byte:02X}>"] for byte in symbol.encode())
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> tuple[float, ...]:
@@ -220,10 +372,10 @@ def _steps(state: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def _pre(folder: Path, tokenizer: Any, state: dict[str, Any]) -> str:
-    known = BY_HASH.get(fingerprint(tokenizer))
-    normalizer = (state.get("normalizer") or {}).get("type")
     steps = (_steps(state), bool(state["model"].get("ignore_merges")))
-    name = known or (BY_STEPS.get(steps) if normalizer in (None, "NFC") else None)
+    if (state.get("normalizer") or {}).get("type") in (None, "NFC") and steps in BY_STEPS:
+        return BY_STEPS[steps]  # first, because words that were learned by other steps hash alike
+    name = BY_HASH.get(fingerprint(tokenizer))
     if name is None:
         raise VocabularyError(
             f"the tokenizer in '{folder}' splits text into words in a way that llama.cpp is not "
@@ -253,7 +405,8 @@ def _space_prefix(folder: Path, state: dict[str, Any]) -> bool:
             )
     if splitter.get("type") == "Metaspace" and not splitter.get("split", True):
         return prefix or splitter.get("prepend_scheme", "always") != "never"
-    if splitter:
+    no_spaces = any(step.get("pattern") == {"String": " "} for step in steps)
+    if splitter and not (no_spaces and splitter.get("pattern") == {"String": " "}):
         raise VocabularyError(
             f"the tokenizer in '{folder}' splits text ({splitter['type']}) before it looks for "
             "pieces, which llama.cpp does not; serve the checkpoint with vLLM or transformers"

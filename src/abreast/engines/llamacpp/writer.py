@@ -98,7 +98,7 @@ def export(
         "tokenizer": f"{vocabulary.model}, {vocabulary.pre}",
         "chat_template": vocabulary.chat_template is not None,
         "bytes": size,
-        "warnings": list(layout.warnings),
+        "warnings": [*layout.warnings, *vocabulary.warnings],
     }
 
 
@@ -224,9 +224,7 @@ def _name(source: str, vocabulary: Vocabulary) -> str:
     name = (
         Path(source).resolve().name if os.path.isdir(source) else source.rstrip("/").split("/")[-1]
     )
-    own = vocabulary.eats_space and {"<unk>", "<s>", "</s>", "<|endoftext|>"} <= {
-        *vocabulary.tokens
-    }
+    own = vocabulary.eats_space
     if own and not re.search("phi-?3", name, re.IGNORECASE):
         return f"{name} (Phi-3)"
     return name if own else re.sub("(phi)(-?)(3)", r"\1 \3", name, flags=re.IGNORECASE)
