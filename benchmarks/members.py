@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import nn
 
-from abreast.modeling import MemberLinear
+from abreast.modeling import Apart
 from abreast.speed.timing import measure, timings
 
 ROUNDS, REPEATS = 30, 20
@@ -20,9 +20,10 @@ ROUNDS, REPEATS = 30, 20
 
 def compare(members: int, hidden: int, tokens: int) -> dict[str, object]:
     torch.manual_seed(0)
-    stock = nn.Linear(hidden, members * 4 * hidden, bias=False)
-    batched = MemberLinear(stock, members, "rows").requires_grad_(False)
-    weights = batched.weight.view(members, 4 * hidden, hidden).unbind(0)
+    holder = nn.Module()
+    holder.wide = nn.Linear(hidden, members * 4 * hidden, bias=False).requires_grad_(False)
+    batched = Apart(holder, "wide", members)
+    weights = holder.wide.weight.view(members, 4 * hidden, hidden).unbind(0)
     x = torch.randn(1, tokens, members, hidden)
 
     def run_batched() -> int:

@@ -1,15 +1,12 @@
 """Configurations and models of converted checkpoints: stock layers, each of its own width.
 
 This file also travels inside every converted checkpoint as its remote code, so it imports torch
-and transformers only. Widths follow transformers' own `per_layer_config` schema; what stock classes
-lack today is building every decoder layer from its own entry. That gap is closed here for every
-family at once: classes `Abreast<Family>Config`, `...Model` and `...ForCausalLM` are made on first
-use from the family's own. Attention, FFN, norms, caches and generation stay the family's.
+and transformers only. Stock classes build all decoder layers alike; `Abreast<Family>Config`,
+`...Model` and `...ForCausalLM` build each from its entry in transformers' `per_layer_config`.
 
 Some groups are not one stock layer, because something in them stays with its member: a norm after
 a branch, or FFNs that see different attention outputs. Their entry has `abreast_members` and, where
-FFN j sees the attentions j - d .. j only, d as `abreast_bypass` (`Group.ffn_band`). The parts in
-question are then applied to all members at once, as one batched product.
+FFN j sees the attentions j - d .. j only, d as `abreast_bypass` (`Group.ffn_band`).
 
 Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
@@ -17,49 +14,23 @@ Shapes: B batch, L length, D hidden, P members, and X for any other width.
 import copy
 import functools
 import importlib
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
 # Family in class names -> module below transformers.models; both take the family's own classes.
-FAMILIES = {
-    "Llama": "llama",
-    "Mistral": "mistral",
-    "Ministral": "ministral",
-    "Qwen2": "qwen2",
-    "Qwen3": "qwen3",
-    "SeedOss": "seed_oss",
-    "SmolLM3": "smollm3",
-    "Granite": "granite",
-    "Ernie4_5": "ernie4_5",
-    "Arcee": "arcee",
-    "Starcoder2": "starcoder2",
-    "Phi3": "phi3",
-    "Gemma": "gemma",
-    "Gemma2": "gemma2",
-    "Gemma3": "gemma3",
-    "Olmo2": "olmo2",
-    "Cohere2": "cohere2",
-    "Cohere": "cohere",
-    "Glm": "glm",
-    "Glm4": "glm4",
-    "Phi": "phi",
-    "Nemotron": "nemotron",
-    "Olmo": "olmo",
-    "Olmo3": "olmo3",
-    "Exaone4": "exaone4",
-    "HunYuanDenseV1": "hunyuan_v1_dense",
-}
+SAME = (
+    "Llama Mistral Ministral Qwen2 Qwen3 SmolLM3 Granite Ernie4_5 Arcee Starcoder2 Phi3 Gemma "
+    "Gemma2 Gemma3 Olmo Olmo2 Olmo3 Cohere Cohere2 Glm Glm4 Phi Nemotron Exaone4"
+)
+FAMILIES = {name: name.lower() for name in SAME.split()}
+FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 # Attention classes that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
@@ -70,199 +41,290 @@ ORDERS: tuple[tuple[Any, Any, Any], ...] = (
 )
 
 
-class MemberLinear(nn.Module):
-    """One linear map per member: [.., P, in] or [.., P * in] -> [.., P, out].
+class View(nn.Module):
+    """Stands for a module of `holder`, looked up when it is called: adapters and quantisers replace
+    modules, offloading and hooks act when one is called."""
 
-    Replaces a stock map that is wide along its output `rows` or its input `columns`. weight is
-    [P * out, in], the members' matrices one below the other.
+    def __init__(self, holder: nn.Module, name: str) -> None:
+        super().__init__()
+        self.place = (holder, name)  # in a tuple, so that the holder is no child
+
+    @property
+    def module(self) -> Any:
+        return getattr(*self.place)
+
+    def is_plain(self) -> bool:
+        module = self.module  # nothing but a product with its weight?
+        hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
+        return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooked
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.module(*args)
+
+
+class Apart(View):
+    """A linear map per member: [.., P, in] or [.., P * in] -> [.., P, out].
+
+    The module holds the members' matrices one below the other. Plain, it is one batched product;
+    otherwise it is called on every member's input, and each takes its own outputs.
     """
 
-    def __init__(self, stock: nn.Linear, members: int, wide: str) -> None:
-        super().__init__()
-        rows, columns = stock.out_features, stock.in_features
-        self.members = members
-        self.in_features = columns // members if wide == "columns" else columns
-        self.out_features = rows // members if wide == "rows" else rows
-        self.weight = nn.Parameter(torch.empty(members * self.out_features, self.in_features))
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)
-        self.bias = None
-        if stock.bias is not None:
-            self.bias = nn.Parameter(torch.zeros(members * self.out_features))
+    def __init__(self, holder: nn.Module, name: str, members: int) -> None:
+        super().__init__(holder, name)
+        self.members, self.in_features = members, self.module.in_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        lead = x.shape[:-1] if x.shape[-1] != self.in_features else x.shape[:-2]
-        x_NPX = x.reshape(-1, self.members, self.in_features)
-        weight = self.weight.view(self.members, self.out_features, self.in_features)
-        out_NPX = torch.bmm(x_NPX.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
-        if self.bias is not None:
-            out_NPX = out_NPX + self.bias.view(self.members, self.out_features)
-        return out_NPX.reshape(*lead, self.members, self.out_features)
+    def forward(self, x: Tensor) -> Tensor:
+        module, members = self.module, self.members
+        if x.shape[-1] != self.in_features:
+            x = x.unflatten(-1, (members, self.in_features))
+        if not self.is_plain():
+            return module(x).unflatten(-1, (members, -1)).diagonal(0, -3, -2).mT
+        x_PNX = x.reshape(-1, members, self.in_features).transpose(0, 1)
+        weight = module.weight.view(members, -1, self.in_features)
+        out_NPX = torch.bmm(x_PNX, weight.transpose(1, 2)).transpose(0, 1)
+        if module.bias is not None:
+            out_NPX = out_NPX + module.bias.view(members, -1)
+        return out_NPX.reshape(*x.shape[:-1], -1)
 
 
-class JoinMembers:
-    """Mixed into a linear map over the members' inputs side by side: [.., P, in] -> [.., out]."""
+class ThroughViews:
+    """Mixed into an attention or an FFN: runs its stock code on views of its modules."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.flatten(-2))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.viewing[0].training = self.training
+        return self.viewing[0].forward(*args, **kwargs)
 
 
-class AddMembers:
-    """Mixed into a stock norm with gains [P, D]: norms every member by itself and sums them."""
+def _through_views(module: Any, views: dict[str, nn.Module]) -> None:
+    viewing = copy.copy(module)
+    viewing._modules = {name: views.get(name, View(module, name)) for name in module._modules}
+    mix(module, ThroughViews, viewing=[viewing])  # in a list, so that it is no child
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+
+class MemberNorm:
+    """Mixed into a stock norm with a row of gains for every member or head, which `lie` in its
+    input flat, [.., P * X], as heads, [B, heads, L, X], or are added, [.., P, X] -> [.., X]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lie == "flat":
+            return super().forward(x.unflatten(-1, self.weight.shape)).flatten(-2)
+        if self.lie == "heads":
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
         return super().forward(x).sum(-2)
-
-
-class FlatMembers:
-    """Mixed into a stock norm with gains [P, X]: norms [.., P * X] member by member."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.unflatten(-1, self.weight.shape)).flatten(-2)
-
-
-class HeadsBeforeLength:
-    """Mixed into a stock norm with gains [heads, X] that is given [B, heads, L, X]."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
 class CqilForward:
     """Mixed into a family's decoder layer: FFN j sees the attentions j - bypass .. j.
 
-    arXiv 2404.06709, section 3.2: y_j = x + sum of a_k for k = j - bypass .. j. The bypass enters
-    the FFN's input only, never the residual stream a second time.
+    arXiv 2404.06709, section 3.2. It is seen in the FFN's input, not added to the residual again.
     """
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x_BLD = hidden_states
+    def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scale = getattr(self, "residual_multiplier", 1.0)
         normed = self.input_layernorm(x_BLD) if hasattr(self, "input_layernorm") else x_BLD
-        a_BLPD = self.self_attn(normed, *args, **kwargs)[0]
-        if scale != 1.0:
-            a_BLPD = a_BLPD * scale
         after_attention, before, after = (getattr(self, name or "", None) for name in self.norms)
-        if after_attention is not None:
-            a_BLPD = after_attention(a_BLPD)
+        a_BLPD = self.self_attn(normed, *args, **kwargs)[0]
+        a_BLPD = a_BLPD * scale if scale != 1.0 else a_BLPD
+        a_BLPD = after_attention(a_BLPD) if after_attention is not None else a_BLPD
         y_BLPD = x_BLD.unsqueeze(-2) + a_BLPD
         for distance in range(1, self.bypass + 1):
             y_BLPD[..., distance:, :] += a_BLPD[..., :-distance, :]
         f_BLD = self.mlp(before(y_BLPD) if before is not None else y_BLPD)
-        if scale != 1.0:
-            f_BLD = f_BLD * scale
-        if after is not None:
-            f_BLD = after(f_BLD)
+        f_BLD = f_BLD * scale if scale != 1.0 else f_BLD
+        f_BLD = after(f_BLD) if after is not None else f_BLD
         return x_BLD + a_BLPD.sum(-2) + f_BLD
 
 
-class SequentialPrefill:
-    """Mixed into the layer of a group: can run prompts through its members in the original order.
+PROMPT: ContextVar[int | None] = ContextVar("abreast_prompt", default=None)  # ids generate got
 
-    With `abreast_prefill` = "sequential" in the config, anything longer than one token goes through
-    the members one after another, as in the unconverted model; single tokens, that is decoding, run
-    abreast. Prefill is compute-bound and gains nothing from grouping, so this buys quality for
-    nothing. Members are slices of the wide weights; there is no second copy.
+
+class CountPrompt:
+    """Mixed into a model that generates: says with every pass how many tokens are the prompt's."""
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        outside = PROMPT.set(0 if ids is None else ids.shape[1])  # embeddings come before ids
+        try:
+            return super().generate(inputs, *args, **kwargs)
+        finally:
+            PROMPT.reset(outside)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Any = None, **kwargs: Any
+    ) -> Any:
+        kwargs["inputs_embeds"] = inputs_embeds  # transformers looks for it in the signature
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        if (prompt := PROMPT.get()) is not None:
+            ids = inputs.get("input_ids")
+            length = (inputs["inputs_embeds"] if ids is None else ids).shape[1]
+            ahead = prompt - (input_ids.shape[1] - length)
+            inputs["prompt_tokens"] = min(max(ahead, 0), length)
+        return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("sequential prefill cannot run in continuous batches; use generate")
+
+
+class Passes:
+    """Mixed into a model without head: runs its prompts as sequential prefill wants them.
+
+    With `prompts_in_order` prompts run in the original order and all else abreast: prefill is
+    compute-bound and gains nothing from grouping. A pass's first `prompt_tokens` are the prompt's;
+    one that has none takes an empty cache for a prompt. PEFT's prefix tuning makes caches of equal
+    width for all layers: wider layers repeat their heads, one copy for each member.
     """
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sequential = getattr(self.main_config, "abreast_prefill", None) == "sequential"
-        if not sequential or hidden_states.shape[1] == 1:
-            return super().forward(hidden_states, *args, **kwargs)
-        return _one_by_one(self, hidden_states, *args, **kwargs)
+    def forward(self, *args: Any, prompt_tokens: int | None = None, **kwargs: Any) -> Any:
+        names = "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"
+        given: dict[str, Any] = dict.fromkeys(names) | kwargs | dict(zip(names, args, strict=False))
+        mask, cache = given["attention_mask"], given["past_key_values"]
+        past = [entry for entry in getattr(cache, "layers", ()) if entry.is_initialized]
+        alike = {entry.keys.shape[1:2] for entry in past}
+        if len(past) == len(self.cache_heads) and len(alike) == 1 < len(set(self.cache_heads)):
+            for entry, heads in zip(past, self.cache_heads, strict=True):
+                for name in ("keys", "values"):
+                    one = getattr(entry, name)
+                    setattr(entry, name, one.repeat(1, -(-heads // one.shape[1]), 1, 1)[:, :heads])
+        if not self.prompts_in_order or getattr(self.config, "abreast_prefill", "") == "grouped":
+            return super().forward(**given)
+        tokens = {name: given[name] for name in names[::2] if given[name] is not None}
+        (_, length, *_), *_ = (value.shape for value in tokens.values())
+        if prompt_tokens is None:
+            prompt_tokens = 0 if cache is not None and cache.get_seq_length() else length
+        if prompt_tokens == 0:
+            return super().forward(**given)
+        if given.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            raise ValueError("sequential prefill returns no attentions; leave them out")
+        if prompt_tokens == length:
+            return super().forward(**given, in_order=True)
+        # Candidates behind a prompt, or a whole text without a cache.
+        if not (mask is None or getattr(mask, "ndim", 0) == 2):
+            raise ValueError("sequential prefill ends within this pass: give it a mask [B, L]")
+        cached = {"past_key_values": DynamicCache(config=self.config) if cache is None else cache}
+        outputs: list[Any] = []
+        for begin, end in ((0, prompt_tokens), (prompt_tokens, length)):
+            part = {name: whole[:, begin:end] for name, whole in tokens.items()}
+            part["attention_mask"] = mask if mask is None else mask[:, : end - length or None]
+            part |= cached | {"use_cache": True, "prompt_tokens": prompt_tokens - begin}
+            outputs.append(self.forward(**given | part))
+        first, last = outputs
+        last.last_hidden_state = torch.cat([first.last_hidden_state, last.last_hidden_state], 1)
+        if last.hidden_states:
+            pairs = zip(first.hidden_states, last.hidden_states, strict=True)
+            last.hidden_states = tuple(torch.cat(pair, 1) for pair in pairs)
+        if cache is None and given.get("use_cache") is False:
+            last.past_key_values = None
+        return last
+
+
+class InOrder:
+    """Mixed into the layer of a group: can run its members in their original order."""
+
+    def forward(self, x: Tensor, *args: Any, in_order: bool = False, **kwargs: Any) -> Tensor:
+        if not in_order:
+            return super().forward(x, *args, **kwargs)
+        cache, index, added = kwargs.pop("past_key_values", None), self.self_attn.layer_idx, []
+        for member, narrow in enumerate(self.narrow):
+            narrow.train(self.training)
+            config, used = narrow.self_attn.config, self.self_attn.config
+            config._attn_implementation_internal = used._attn_implementation_internal
+            own = MemberCache(cache, index, member, config.num_key_value_heads)
+            x = narrow(x, *args, **kwargs, past_key_values=own)
+            added.append(own.added)
+        if cache is not None:
+            cache.update(*(torch.cat(parts, 1) for parts in zip(*added, strict=True)), index)
+        return x
 
 
 class MemberCache:
-    """Replaces the KV cache while one member runs: collects what the member would store."""
+    """Replaces the KV cache while one member runs: its heads of the layer's cache, as a copy."""
 
-    def __init__(self, past: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        self.past = past
-        self.new: tuple[torch.Tensor, torch.Tensor] | None = None
+    def __init__(self, cache: Any, index: int, member: int, heads: int) -> None:
+        entry = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        self.entry = None
+        if not (entry and (entry.is_initialized or entry.is_compileable)):
+            return  # what is empty and can grow returns what it is given
+        if hasattr(entry, "_quantized_keys"):
+            raise ValueError("sequential prefill cannot continue from a quantized cache")
+        self.entry = copy.copy(entry)
+        for name, value in vars(entry).items():
+            if isinstance(value, Tensor):
+                if name in ("keys", "values"):
+                    value = value[:, member * heads : (member + 1) * heads]
+                setattr(self.entry, name, value.clone())
+        self.entry.prefetch()
 
-    def update(
-        self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.new = key, value
-        if self.past is None:
-            return key, value
-        return torch.cat([self.past[0], key], -2), torch.cat([self.past[1], value], -2)
-
-
-def _one_by_one(
-    layer: Any, x: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
-) -> torch.Tensor:
-    """Run a group's members in their original order on x [B, L, D], and fill the wide KV cache."""
-    (narrow,) = layer.narrow
-    members, index = layer.members, layer.self_attn.layer_idx
-    attention = narrow.self_attn
-    attention.config._attn_implementation_internal = layer.main_config._attn_implementation_internal
-    cache = kwargs.pop("past_key_values", None)
-    heads = attention.config.num_key_value_heads
-    past = _past(cache, index)
-    if isinstance(attention_mask, torch.Tensor):
-        # A static cache's mask spans its whole capacity; the members see only the filled part.
-        seen = x.shape[1] + (past[0].shape[-2] if past is not None else 0)
-        attention_mask = attention_mask[..., :seen]
-    stored = []
-    for member in range(members):
-        own = slice(member * heads, (member + 1) * heads)
-        collector = MemberCache((past[0][:, own], past[1][:, own]) if past is not None else None)
-        weights = {n: _member_of(layer, n, p, member) for n, p in narrow.named_parameters()}
-        arguments = {**kwargs, "attention_mask": attention_mask, "past_key_values": collector}
-        x = torch.func.functional_call(narrow, weights, (x,), arguments)
-        stored.append(collector.new)
-    if cache is not None:
-        keys, values = (torch.cat(parts, 1) for parts in zip(*stored, strict=True))
-        cache.update(keys, values, index)
-    return x
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        self.added = key, value
+        return (key, value) if self.entry is None else self.entry.update(key, value)
 
 
-def _past(cache: Any, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    length = cache.get_seq_length(index) if cache is not None else 0
-    if not length:
-        return None
-    entry = cache.layers[index]
-    if getattr(entry, "is_sliding", False) and entry.is_compileable:
-        raise ValueError("sequential prefill cannot continue from a static sliding-window cache")
-    return entry.keys[:, :, :length], entry.values[:, :, :length]
+class Member(View):
+    """One member's part of a wide module, of which only that is computed if it is plain.
+
+    `spread` (axis, before, after): where the member's input lies among zeros for the others.
+    `take` (axis, pieces): where its output lies.
+    """
+
+    def find(self, small: Any, member: int, members: int, packed: list[int] | None) -> None:
+        # small: an unconverted layer's module; packed: sizes of what its output holds in turn
+        self.spread = self.take = self.new_axis = None
+        wide, after = self.module, members - 1 - member
+        if isinstance(wide, nn.Linear):
+            rows, columns = small.weight.shape
+            if wide.in_features != columns:
+                if wide.bias is not None:
+                    raise ValueError("biases were added up: prefill cannot be sequential")
+                self.spread = -1, member * columns, after * columns
+            if wide.out_features != rows:
+                sizes = packed or [rows]
+                starts = [members * sum(sizes[:i]) + member * n for i, n in enumerate(sizes)]
+                self.take = -1, list(zip(starts, sizes, strict=True))
+        elif wide.weight.shape != small.weight.shape:
+            lie, size = getattr(wide, "lie", ""), wide.weight.shape[0] // members
+            size = wide.weight.shape[1] if lie == "flat" else size
+            axis = {"flat": -1, "heads": -3}.get(lie, -2)
+            self.new_axis = not hasattr(self.place[0], "head_dim")  # not of the attention
+            self.spread = axis, member * size, after * size
+            self.take = None if lie == "added" else (axis, [(member * size, size)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        module = self.module
+        if self.is_plain():
+            weight, bias = self._taken(module.weight, 0), self._taken(module.bias, 0)
+            if self.spread:
+                weight = weight.narrow(1, self.spread[1], x.shape[-1])
+            return nn.functional.linear(x, weight, bias)
+        x = x.unsqueeze(-2) if self.new_axis else x
+        if self.spread:
+            x = nn.functional.pad(x, (0, 0) * (-1 - self.spread[0]) + self.spread[1:])
+        out = self._taken(module(x), self.take and self.take[0])
+        return out.squeeze(-2) if self.new_axis and self.take else out
+
+    def _taken(self, wide: Any, axis: Any) -> Any:
+        if self.take is None or wide is None:
+            return wide
+        parts = [wide.narrow(axis, start, size) for start, size in self.take[1]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
-def _member_of(layer: Any, name: str, like: torch.Tensor, member: int) -> torch.Tensor:
-    """One member's slice of a group's parameter, in the shape of `like`."""
-    holder = layer.get_submodule(name.rpartition(".")[0])
-    wide, members = layer.get_parameter(name), layer.members
-    if wide.shape == like.shape:
-        if name.endswith(("o_proj.bias", "down_proj.bias", "c_proj.bias")):
-            raise ValueError(f"{name} is the sum of its members': prefill cannot be sequential")
-        return wide
-    if wide.dim() > like.dim():  # gains: one row per member, or per head of a member
-        return wide[member * (wide.shape[0] // members)]
-    if wide.numel() != members * like.numel():
-        raise ValueError("sequential prefill needs whole weights, not shards of them")
-    packed = name.rpartition(".")[0].endswith(("qkv_proj", "gate_up_proj"))
-    if packed and not isinstance(holder, MemberLinear):
-        parts = _packed_parts(layer, name, like)
-        starts = [members * sum(parts[:i]) + member * part for i, part in enumerate(parts)]
-        return torch.cat([wide[a : a + part] for a, part in zip(starts, parts, strict=True)])
-    side = next(d for d in range(wide.dim()) if wide.shape[d] != like.shape[d])
-    return wide.narrow(side, member * like.shape[side], like.shape[side])
-
-
-def _packed_parts(layer: Any, name: str, like: torch.Tensor) -> list[int]:
-    if "gate_up_proj" in name:
-        return [like.shape[0] // 2] * 2
-    config, head = layer.narrow[0].self_attn.config, layer.self_attn.head_dim
-    return [config.num_attention_heads * head, *[config.num_key_value_heads * head] * 2]
-
-
-def _mix(module: Any, mixin: type) -> None:
+def mix(module: Any, mixin: type, **attributes: Any) -> None:
     """Put `mixin` before the class of a module, which stays an instance of that class."""
     module.__class__ = _mixed(module.__class__, mixin)
+    module.__dict__.update(attributes)
 
 
 @functools.cache
 def _mixed(kind: Any, mixin: Any) -> type:
-    # Under its old name, by which accelerate tells which modules must not be split over devices.
-    return type(kind.__name__, (mixin, kind), {"__module__": __name__})
+    parts = (*getattr(kind, "mixed_of", (kind,)), mixin)
+    # Its old name lets others know it, but not pickle and copy find it.
+    own = {"mixed_of": parts, "__reduce__": lambda self: (_empty, parts, self.__dict__)}
+    return type(kind.__name__, (mixin, kind), own | {"__module__": kind.__module__})
+
+
+def _empty(*parts: Any) -> Any:
+    kind = functools.reduce(_mixed, parts)
+    return kind.__new__(kind)
 
 
 def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
@@ -282,53 +344,62 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
         heads = config.num_attention_heads if name[0] == "q" else config.num_key_value_heads
         if norm.weight.shape[0] == attention.head_dim:
             norm.weight = nn.Parameter(torch.ones(heads, attention.head_dim))
-            if type(attention).__name__ in HEADS_BEFORE_LENGTH:
-                _mix(norm, HeadsBeforeLength)
+            lie = "heads" if type(attention).__name__ in HEADS_BEFORE_LENGTH else None
         else:
-            norm.weight = nn.Parameter(norm.weight.data.view(members, -1))
-            _mix(norm, FlatMembers)
-    if bypass is not None or sandwiched:
-        attention.o_proj = MemberLinear(attention.o_proj, members, "columns")
+            norm.weight, lie = nn.Parameter(norm.weight.data.view(members, -1)), "flat"
+        if lie:
+            mix(norm, MemberNorm, lie=lie)
     out = "c_proj" if hasattr(mlp, "c_proj") else "down_proj"
-    down = getattr(mlp, out)
+    stacked = [(attention, "o_proj"), (mlp, out)][: 2 if sandwiched else bypass is not None]
+    for holder, name in stacked:  # members side by side in the columns: one below the other
+        wide = getattr(holder, name)
+        rows, columns = members * wide.out_features, wide.in_features // members
+        setattr(holder, name, nn.Linear(columns, rows, bias=wide.bias is not None))
+    if not stacked:
+        return
+    _through_views(attention, {"o_proj": Apart(attention, "o_proj", members)})
+    views: dict[str, nn.Module] = {out: nn.Sequential(nn.Flatten(-2), View(mlp, out))}
     if sandwiched:
-        setattr(mlp, out, MemberLinear(down, members, "columns"))
-        for name, adds in ((norms[0], bypass is None), (norms[2], True)):
+        views = {out: Apart(mlp, out, members)}
+        for name in filter(None, norms[::2]):
             norm = getattr(layer, name)
             norm.weight = nn.Parameter(norm.weight.data.expand(members, hidden).clone())
-            if adds:
-                _mix(norm, AddMembers)
-    if bypass is None:
-        return
-    for name in ("gate_proj", "up_proj", "gate_up_proj", "c_fc"):
-        if hasattr(mlp, name):
-            setattr(mlp, name, MemberLinear(getattr(mlp, name), members, "rows"))
-    if not sandwiched:
-        _mix(down, JoinMembers)
-    layer.bypass, layer.norms = bypass, norms
-    _mix(layer, CqilForward)
+            if bypass is None or name == norms[2]:
+                mix(norm, MemberNorm, lie="added")
+    if bypass is not None:
+        for name, child in mlp.named_children():
+            if isinstance(child, nn.Linear) and name != out:
+                views[name] = Apart(mlp, name, members)
+        mix(layer, CqilForward, bypass=bypass, norms=norms)
+    _through_views(mlp, views)
 
 
-def _remember_members(
-    layer: Any, stock: Any, members: int, bare: PreTrainedConfig, config: PreTrainedConfig
-) -> None:
-    """Let the layer of a group run its members one by one, see SequentialPrefill."""
-    with torch.device("meta"):
-        narrow = stock(copy.copy(bare), layer.self_attn.layer_idx)
-    # In a list, so that its parameters, which only provide shapes, are not registered.
-    layer.members, layer.main_config, layer.narrow = members, config, [narrow.eval()]
-    _mix(layer, SequentialPrefill)
+def _keep_order(layer: Any, stock: Any, members: int, bare: PreTrainedConfig) -> None:
+    """Let the layer of a group run its members one by one, see InOrder."""
+    config, head = copy.copy(bare), layer.self_attn.head_dim
+    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
+    packed = {"qkv_proj": [head * count for count in heads]}
+    if not isinstance(layer, CqilForward):
+        packed["gate_up_proj"] = [config.intermediate_size] * 2
+    with torch.device("meta"):  # in a list, so that they are no children
+        layer.narrow = [stock(config, layer.self_attn.layer_idx) for _ in range(members)]
+    for member, narrow in enumerate(layer.narrow):
+        for path, small in list(narrow.named_modules()):
+            if next(small.parameters(recurse=False), None) is not None:
+                above, _, name = path.rpartition(".")
+                view = Member(layer.get_submodule(above), name)
+                view.find(small, member, members, packed.get(name))
+                setattr(narrow.get_submodule(above), name, view)
+    mix(layer, InOrder)
 
 
 def _check_widths(config: PreTrainedConfig) -> None:
     """Every layer's heads must share its KV heads evenly; hidden_size need not divide by them."""
     for index, layer in enumerate(config.per_layer_config):
         # None means as many as heads; some versions check before they fill it in.
-        if layer.num_attention_heads % (layer.num_key_value_heads or layer.num_attention_heads):
-            raise ValueError(
-                f"layer {index}: {layer.num_attention_heads} attention heads cannot share "
-                f"{layer.num_key_value_heads} key-value heads"
-            )
+        heads, shared = layer.num_attention_heads, layer.num_key_value_heads
+        if heads % (shared or heads):
+            raise ValueError(f"layer {index}: {heads} heads cannot share {shared} key-value heads")
 
 
 def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -342,10 +413,10 @@ def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 class LayersOfOwnWidth(PreTrainedModel):
     """Mixed in before a stock model: builds it without layers, then adds layers of their own width.
 
-    Afterwards the models and everything in their layers share the one main config. With per-layer
-    copies, attention modules would miss a later change of the attention implementation and silently
-    run without a causal mask. The rotary embedding keeps the bare copy: several kinds of RoPE
-    scaling read the number of heads, which the main config refuses to name.
+    Afterwards the models and everything in their layers share the one main config: with copies,
+    attention would miss a change of its implementation and silently lose its causal mask. The
+    rotary embedding keeps the bare copy: RoPE scaling may read the number of heads, which the main
+    config refuses to name.
     """
 
     layer_class: type[nn.Module]
@@ -355,99 +426,75 @@ class LayersOfOwnWidth(PreTrainedModel):
         super().__init__(bare, *args, **kwargs)
         config._attn_implementation_internal = bare._attn_implementation_internal
         config._experts_implementation_internal = bare._experts_implementation_internal
-        layers = nn.ModuleList()
-        for index in range(config.num_hidden_layers):
-            own = config.per_layer_config[index]
-            layers.append(self.layer_class(own, index))
-            if getattr(own, "abreast_members", 1) > 1:
-                _keep_members(layers[-1], own)
-            members = own.num_attention_heads // bare.num_attention_heads
-            if members > 1:
-                _remember_members(layers[-1], self.layer_class, members, bare, config)
+        entries = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+        layers = nn.ModuleList(self.layer_class(own, index) for index, own in enumerate(entries))
         self.base_model.layers = layers
         for module in (self, self.base_model, *layers.modules()):
             # Phi 3 reads the number of heads while it runs, so it has to keep its layer's copy.
             if hasattr(module, "config") and not isinstance(module, Phi3Attention):
                 module.config = config
+        sequential = getattr(config, "abreast_prefill", None) == "sequential"
+        for layer, own in zip(layers, entries, strict=True):
+            if getattr(own, "abreast_members", 1) > 1:
+                _keep_members(layer, own)
+            members = own.num_attention_heads // bare.num_attention_heads
+            if sequential and members > 1:
+                _keep_order(layer, self.layer_class, members, bare)
+        heads = [own.num_key_value_heads for own in entries]
+        mix(self.base_model, Passes, cache_heads=heads, prompts_in_order=sequential)
+        if sequential and self is not self.base_model:
+            mix(self, CountPrompt)
         self.post_init()
-        if "abreast_members" in (config.per_layer_attributes or ()):
-            # The family's plan would cut through the members. Without one, every rank holds and
-            # computes everything: no gain, but correct.
-            self.tp_plan = None
+        if sequential or "abreast_members" in (config.per_layer_attributes or ()):
+            self.tp_plan = None  # it would cut through members; now every rank computes everything
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
+        used = self.config._attn_implementation_internal
         for module in self.modules():
             if isinstance(module, Phi3Attention):
-                internal = self.config._attn_implementation_internal
-                module.config._attn_implementation_internal = internal
+                module.config._attn_implementation_internal = used
 
 
-_MADE: dict[str, Any] = {}
-
-
-def _make(family: str) -> None:
-    """Make the three classes of one family and store them by name."""
+def _make(family: str) -> tuple[Any, Any, Any]:
+    """Make the three classes of one family."""
     name = FAMILIES[family]
     stock = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     inner = "Gemma3Text" if family == "Gemma3" else family
-    own: dict[str, Any] = {"__module__": __name__}
     stock_config = getattr(stock, f"{inner}Config")
-    config: Any = strict(
-        type(
-            f"Abreast{family}Config",
-            (stock_config,),
-            {
-                **own,
-                "model_type": f"abreast_{stock_config.model_type}",
-                "validate_architecture": _check_widths,
-                # Phi 3's reads the number of heads, which only a copy without widths has.
-                "validate_rope": lambda self: stock_config.validate_rope(_without_layers(self)),
-            },
-        )
-    )
-    own |= {"layer_class": getattr(stock, f"{family}DecoderLayer"), "config_class": config}
-    own["__annotations__"] = {"config": config}
-    model: Any = type(
-        f"Abreast{family}Model", (LayersOfOwnWidth, getattr(stock, f"{inner}Model")), own
-    )
-    causal: Any = type(
-        f"Abreast{family}ForCausalLM",
-        (LayersOfOwnWidth, getattr(stock, f"{family}ForCausalLM")),
-        own,
-    )
+    own: dict[str, Any] = {
+        "__module__": __name__,
+        "model_type": f"abreast_{stock_config.model_type}",
+        "validate_architecture": _check_widths,
+        # Phi 3's reads the number of heads, which only a copy without widths has.
+        "validate_rope": lambda self: stock_config.validate_rope(_without_layers(self)),
+    }
+    config: Any = strict(type(f"Abreast{family}Config", (stock_config,), own))
+    own = {"layer_class": getattr(stock, f"{family}DecoderLayer"), "config_class": config}
+    own |= {"__module__": __name__, "__annotations__": {"config": config}}
+    body, head = (getattr(stock, name) for name in (f"{inner}Model", f"{family}ForCausalLM"))
+    model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, body), own)
+    causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
     # Makes save_pretrained copy this file and write auto_map, so that a round trip keeps both.
     config.register_for_auto_class()
     model.register_for_auto_class("AutoModel")
     causal.register_for_auto_class("AutoModelForCausalLM")
-    _MADE.update({made.__name__: made for made in (config, model, causal)})
+    globals().update({made.__name__: made for made in (config, model, causal)})
+    return config, model, causal
 
 
 def __getattr__(name: str) -> Any:
-    stem = name.removeprefix("Abreast")
-    for ending in ("Config", "ForCausalLM", "Model"):
-        family = stem.removesuffix(ending)
-        if family in FAMILIES and name == f"Abreast{family}{ending}":
-            if name not in _MADE:
-                _make(family)
-            return _MADE[name]
+    for family in FAMILIES:
+        if name in (f"Abreast{family}{end}" for end in ("Config", "Model", "ForCausalLM")):
+            _make(family)
+            return globals()[name]
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-
-
-def register(family: str) -> None:
-    """Make one family's converted checkpoints known to transformers' auto classes."""
-    if f"Abreast{family}Config" in _MADE:
-        return
-    _make(family)
-    config, model, causal = (
-        _MADE[f"Abreast{family}{e}"] for e in ("Config", "Model", "ForCausalLM")
-    )
-    AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, model)
-    AutoModelForCausalLM.register(config, causal)
 
 
 # As remote code, auto_map leads here, and registering would replace an installed abreast's classes.
 if __name__ == "abreast.modeling":
     for _family in FAMILIES:
-        register(_family)
+        _config, _model, _causal = _make(_family)
+        transformers.AutoConfig.register(_config.model_type, _config)
+        transformers.AutoModel.register(_config, _model)
+        transformers.AutoModelForCausalLM.register(_config, _causal)

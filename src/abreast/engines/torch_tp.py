@@ -28,7 +28,7 @@ from abreast.checkpoint import Checkpoint, open_checkpoint
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
 from abreast.model import load, named_dtype
-from abreast.modeling import CqilForward, MemberLinear
+from abreast.modeling import CqilForward
 from abreast.targets import TORCH_TP, layers_of, refusals
 
 WIDE_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
@@ -211,22 +211,26 @@ def keep_own_member(layer: Any, sharers: Mapping[int, Any]) -> None:
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     output = layer.self_attn.o_proj
-    members = output.members
+    whole = _whole(output.weight)
+    members = whole.shape[0] // layer.self_attn.config.hidden_size
     share = world // members
     member, part = divmod(rank, share)
     for module in layer.modules():
         _unhook(module)
-    own = _whole(output.weight).view(members, output.out_features, -1)[member]
+    own = whole.view(members, -1, whole.shape[1])[member]
     bias = None
     if output.bias is not None and part == 0:
         bias = _whole(output.bias).view(members, -1)[member]
     layer.self_attn.o_proj = _linear(own.chunk(share, dim=1)[part], bias)
     out = "c_proj" if hasattr(layer.mlp, "c_proj") else "down_proj"
     for holder in (layer.self_attn, layer.mlp):
+        holder.__class__ = type(holder).mixed_of[0]  # runs its own modules again
         for name, module in list(holder.named_children()):
-            if not isinstance(module, nn.Linear | MemberLinear) or name == "o_proj":
+            if not isinstance(module, nn.Linear) or name == "o_proj":
                 continue
-            rows_bias = None if module.bias is None else _rows(module.bias, rank, world)
+            rows_bias: torch.Tensor | None = None
+            if module.bias is not None:
+                rows_bias = _rows(module.bias, rank, world)
             if name == out and rank > 0:
                 rows_bias = None  # a sum over all members, to be added once
             elif name == out and module.bias is not None:

@@ -2,8 +2,8 @@
 
 The members of a group keep their own weights, norms and places in the KV cache; only the order of
 execution changes. Each member's `forward` is replaced on the instance: all but the last pass their
-input through and leave behind what the model handed them (mask, positions, cache), and the last
-one runs the whole group. So every member attends under its own mask, and the model's own loop,
+input on and leave behind what the model handed them (mask, positions, cache), and the last one
+runs the whole group. So every member attends under its own mask, and the model's own loop,
 hooks and caches stay untouched.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,8 +168,8 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     wiring says who sees what: lp (arXiv 2502.02790, section 3), cqil (arXiv 2404.06709,
     section 3.2). In families whose FFN reads the layer's input, it reads what attention j reads.
 
-    prefill: "sequential" runs every forward over more than one token in the original order, exactly
-    as the unchanged model, and only single tokens, that is decoding, under the plan.
+    prefill: "sequential" runs prompts in the original order, exactly as the unchanged model, and
+    what follows them under the plan: see `modeling.Passes` for what counts as a prompt.
 
     Raises GroupingError for an unknown family, a missing submodule, a model without weights or
     already grouped, and PlanError for a plan of another number of layers; the model is then left as
@@ -189,36 +190,54 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     for group in plan.groups:
         for layer in group.layers:
             _check_submodules(layers[layer], layer, branches)
-    # What stood on the instances before, such as accelerate's dispatch, comes back later.
-    replaced = [
-        (layers[layer], layers[layer].__dict__.get("forward"))
-        for group in plan.groups
-        for layer in group.layers
-    ]
     for group in plan.groups:
-        _install([layers[layer] for layer in group.layers], group, branches, prefill)
-    setattr(model, _MARK, replaced)
+        members = [layers[layer] for layer in group.layers]
+        together = _Forwards(members, group, branches)
+        for index, member in enumerate(members):
+            # What stands on the instance, such as accelerate's dispatch, comes back later.
+            forward = _Forward(together, index, member.__dict__.get("forward"))
+            member.forward = forward  # type: ignore[assignment,unused-ignore]
+    classes: list[tuple[nn.Module, type]] = []
+    if prefill == "sequential":
+        from abreast import modeling
+
+        decoder = _decoder(model)
+        classes = [(decoder, type(decoder)), (model, type(model))]
+        modeling.mix(decoder, modeling.Passes, prompts_in_order=True, cache_heads=())
+        modeling.mix(model, modeling.CountPrompt)
+    setattr(model, _MARK, classes)
 
 
 def remove(model: nn.Module) -> None:
     """Undo `apply`. Raises GroupingError when the model is not grouped."""
-    replaced = getattr(model, _MARK, None)
-    if replaced is None:
+    classes = getattr(model, _MARK, None)
+    if classes is None:
         raise GroupingError("the model is not grouped; there is no plan to remove")
-    for layer, forward in replaced:
-        del layer.forward
-        if forward is not None:
-            layer.forward = forward
+    for layer in decoder_layers(model):
+        replaced = layer.__dict__.get("forward")
+        if isinstance(replaced, _Forward):
+            del layer.forward
+            if replaced.before is not None:
+                layer.forward = replaced.before
+    for module, kind in classes:
+        module.__class__ = kind
+        for name in {"prompts_in_order", "cache_heads"} & vars(module).keys():
+            delattr(module, name)
     delattr(model, _MARK)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a transformers causal language model. Raises GroupingError."""
+    layers: nn.ModuleList = _decoder(model).layers
+    return layers
+
+
+def _decoder(model: nn.Module) -> Any:
     base = getattr(model, "base_model", model)
     for holder in (base, getattr(base, "language_model", None)):
         layers = getattr(holder, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers):
-            return layers
+            return holder
     raise GroupingError(
         f"{type(model).__name__} has no list of decoder layers 'layers' in its base model; "
         "give a decoder language model"
@@ -256,35 +275,51 @@ def _is_parallel(layer: nn.Module, branches: Branches) -> bool:
     return branches.parallel
 
 
-def _install(
-    members: Sequence[nn.Module], group: Group, branches: Branches, prefill: Prefill
-) -> None:
-    left_behind: list[dict[str, Any]] = [{} for _ in members]
+@dataclass(eq=False)
+class _Forwards:
+    """A group in a model: its members, and what the model handed each of them in this pass."""
 
-    def forward_of(index: int) -> Callable[..., torch.Tensor]:
-        stock: Callable[..., torch.Tensor] = members[index].forward
+    members: list[nn.Module]
+    group: Group
+    branches: Branches
+    arguments: list[dict[str, Any]] = field(default_factory=list)
 
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if prefill == "sequential" and hidden_states.shape[1] > 1:
-                return stock(hidden_states, *args, **kwargs)
-            left_behind[index] = by_name(members[index], args, kwargs)
-            if index < len(members) - 1:
-                return hidden_states
-            last = members[index]
-            run = partial(_run, members, group, branches)
-            # Recent versions of transformers checkpoint in the class's `forward`, which this one
-            # shadows; earlier ones in `__call__`, around this one.
-            checkpointing = last.training and getattr(last, "gradient_checkpointing", False)
-            if checkpointing and type(last).__call__ is nn.Module.__call__:
-                arguments = [_without_cache(kwargs) for kwargs in left_behind]
-                checkpoint: Any = last._gradient_checkpointing_func
-                return checkpoint(partial(run, arguments), hidden_states)
-            return run(left_behind, hidden_states)
+    def run(self, arguments: Sequence[dict[str, Any]], x: torch.Tensor) -> torch.Tensor:
+        return _run(self.members, self.group, self.branches, arguments, x)
 
-        return forward
 
-    for index, member in enumerate(members):
-        member.forward = forward_of(index)  # type: ignore[assignment,unused-ignore]
+@dataclass(eq=False)
+class _Forward:
+    """Replaces a member's `forward`: all but the last pass x on, and the last runs the group.
+
+    An object and no closure, so that a model's copies and pickles hold members of their own.
+    """
+
+    together: _Forwards
+    index: int
+    before: Callable[..., torch.Tensor] | None  # what stood on the instance
+
+    def __call__(
+        self, hidden_states: torch.Tensor, *args: Any, in_order: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        members = self.together.members
+        member, last = members[self.index], members[-1]
+        if in_order:
+            before = self.before or partial(type(member).forward, member)
+            return before(hidden_states, *args, **kwargs)
+        left_behind = self.together.arguments[: self.index]
+        self.together.arguments = [*left_behind, by_name(member, args, kwargs)]
+        if member is not last:
+            return hidden_states
+        arguments, self.together.arguments = self.together.arguments, []
+        # Recent versions of transformers checkpoint in the class's `forward`, which this one
+        # shadows; earlier ones in `__call__`, around this one.
+        checkpointing = last.training and getattr(last, "gradient_checkpointing", False)
+        if checkpointing and type(last).__call__ is nn.Module.__call__:
+            run = partial(self.together.run, [_without_cache(kwargs) for kwargs in arguments])
+            checkpoint: Any = last._gradient_checkpointing_func
+            return checkpoint(run, hidden_states)
+        return self.together.run(arguments, hidden_states)
 
 
 def by_name(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

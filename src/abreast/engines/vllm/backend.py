@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from abreast.modeling import MemberLinear
+from abreast.modeling import ThroughViews
 
 
 class AbreastForCausalLM(TransformersForCausalLM):
@@ -27,8 +27,8 @@ class AbreastForCausalLM(TransformersForCausalLM):
         for index, layer in enumerate(self.model.layers):
             if getattr(self.config.per_layer_config[index], "abreast_members", 1) > 1:
                 protected += list(_member_modules(layer))
-        for parent, name, module in protected:
-            setattr(parent, name, _placeholder(module))
+        for parent, name, _ in protected:
+            setattr(parent, name, _placeholder(parent, name))
         super().recursive_replace()
         for parent, name, module in protected:
             setattr(parent, name, module)
@@ -42,13 +42,15 @@ def _member_modules(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         for name, module in parent.named_children():
             weight = getattr(module, "weight", None)
             several_gains = "norm" in name and weight is not None and weight.dim() > 1
-            if several_gains or isinstance(module, MemberLinear):
+            apart = name == "o_proj" and isinstance(parent, ThroughViews)
+            if several_gains or apart:
                 yield parent, name, module
 
 
-def _placeholder(module: nn.Module) -> nn.Module:
+def _placeholder(parent: Any, name: str) -> nn.Module:
     """What the backend may replace instead; it expects a matrix after the attention."""
-    if not isinstance(module, MemberLinear):
+    if name != "o_proj":
         return nn.Identity()
-    columns = module.members * module.in_features
-    return nn.Linear(columns, module.out_features, bias=False, device="meta")
+    rows, columns = parent.o_proj.weight.shape
+    members = parent.viewing[0].o_proj.members
+    return nn.Linear(members * columns, rows // members, bias=False, device="meta")
