@@ -214,3 +214,14 @@ def test_attentions_are_refused_where_they_would_be_incomplete(folder):
         model(IDS, output_attentions=True)
     model.config.abreast_prefill = "grouped"
     assert len(model(IDS, output_attentions=True).attentions) == 4
+
+
+def test_a_sentencepiece_file_asks_for_sentencepiece(tmp_path, monkeypatch):
+    from abreast.errors import CheckpointError
+    from abreast.model import grouping
+
+    monkeypatch.setattr(grouping, "find_spec", lambda name: None)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    with pytest.raises(CheckpointError, match="pip install sentencepiece"):
+        grouping.load_tokenizer(tmp_path)

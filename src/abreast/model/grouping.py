@@ -133,6 +133,17 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         return None
+    spm = folder / "tokenizer.model"
+    if (
+        not (folder / "tokenizer.json").is_file()
+        and spm.is_file()
+        and not find_spec("sentencepiece")
+    ):
+        with spm.open("rb") as file:
+            if file.read(1) == b"\n":  # a protocol buffer; tiktoken's files are text
+                raise CheckpointError(
+                    f"the tokenizer in '{folder}' is SentencePiece's; pip install sentencepiece"
+                )
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code

@@ -17,7 +17,7 @@ Shapes: N tokens, D hidden, P members here, X for whatever a matrix is wide.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -207,8 +207,8 @@ class CqilLayer(nn.Module):
 class MemberLinear(nn.Module):
     """One matrix for each of several members: [P, N, in] -> [P, N, out], as one batched product.
 
-    Never quantised: quantisers skip these matrices in the checkpoint as well, where they are no
-    nn.Linear. Returns a pair, as vLLM's linear layers do.
+    Never quantised: what the checkpoint has quantised is whole again here, see `_dequantized`.
+    Returns a pair, as vLLM's linear layers do.
     """
 
     def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
@@ -340,6 +340,48 @@ class _ForCausalLM(LlamaForCausalLM):
             if size > members:
                 member_group(members)
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_layer)
+        self.apart = {
+            f"model.layers.{index}.{name}"
+            for index, layer in enumerate(layers)
+            if _has_band(layer)
+            for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        }
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights(_dequantized(weights, self.apart))
+
+
+def _dequantized(
+    weights: Iterable[tuple[str, torch.Tensor]], apart: set[str]
+) -> Iterable[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint, those of the modules in `apart` as plain weights.
+
+    Knows compressed-tensors' integers of up to 8 bits, [rows, columns] with a scale for each of
+    equal parts of a row, and tensors that have a `dequantize`, which torchao's have.
+    """
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights:
+        module, _, kind = name.rpartition(".")
+        if module in apart and type(tensor) is not torch.Tensor and hasattr(tensor, "qdata"):
+            tensor = tensor.dequantize()
+        if module in apart and (kind.startswith("weight_") or tensor.dtype == torch.int8):
+            parts.setdefault(module, {})[kind] = tensor
+        else:
+            yield name, tensor
+    for module, own in parts.items():
+        whole = own["weight"] if "weight" in own else _unpacked(own)
+        scale = own["weight_scale"].float()
+        wide = whole.float().view(*scale.shape, -1) * scale.unsqueeze(-1)
+        yield f"{module}.weight", wide.view_as(whole).to(own["weight_scale"].dtype)
+
+
+def _unpacked(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Signed integers [rows, columns] from int32 that hold several each, the first one lowest."""
+    packed, columns = own["weight_packed"], int(own["weight_shape"][1])
+    bits = 32 * packed.shape[1] // columns
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    unsigned = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)
 
 
 class AbreastLlamaForCausalLM(_ForCausalLM):
