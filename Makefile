@@ -33,13 +33,14 @@ test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 test-engines: test-gguf test-vllm ## run the tests against real engines
 
 test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
-	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_engines/test_llamacpp.py
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_engines/test_llamacpp*.py
 
 test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment of their own
 	$(IN_VLLM) -m pytest tests/real_engines/test_vllm*.py tests/real_engines/test_transformers_serve.py
 
-test-real: $(VENV)/.dev ## run the tests on two real models, which it downloads once (330 MB)
-	$(PYTEST) tests/real_models
+test-real: $(VENV)/.dev .venv-gguf/.ready ## run the tests on two real models, which it downloads once (330 MB)
+	$(PYTEST) --dist loadgroup tests/real_models --ignore-glob='*_llamacpp.py'
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_models/*_llamacpp.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .

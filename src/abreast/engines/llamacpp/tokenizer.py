@@ -21,13 +21,17 @@ from abreast.engines.llamacpp.vocabulary import (
 from abreast.errors import AbreastError, first_line
 
 _GGML = "tokenizer.ggml."
-# Names for the same way to split text into words (llama.cpp, src/llama-vocab.cpp).
-_SAME_SPLIT = {
-    "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
-    "dbrx": "smaug-bpe",
-    "qwen2": "deepseek-r1-qwen kormo megrez",
-    "gpt-2": "phi-2 gigachat a.x-4.0 mellum",
-    "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+# Names of ways to split text into words -> that of BY_STEPS (llama.cpp, src/llama-vocab.cpp)
+SPLITS = {name: name for name in BY_STEPS.values()} | {
+    name: main
+    for main, names in {
+        "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        "dbrx": "smaug-bpe",
+        "qwen2": "deepseek-r1-qwen kormo megrez",
+        "gpt-2": "phi-2 gigachat a.x-4.0 mellum",
+        "smollm": "starcoder refact command-r codeshell exaone minerva-7b",
+    }.items()
+    for name in names.split()
 }
 _ADD_BOS = {"llama-bpe", "tekken"}  # unless the file says otherwise
 
@@ -60,7 +64,7 @@ def make_tokenizer(facts: Mapping[str, Any], name: str, rows: int) -> Any:
             for name, index in ids.items()
             if index is not None
         }
-        default = kind == "llama" or _split_name(facts) in _ADD_BOS
+        default = kind == "llama" or SPLITS.get(str(facts.get(f"{_GGML}pre"))) in _ADD_BOS
         around = []
         for end, add in (("bos", default), ("eos", False)):
             wanted = facts.get(f"{_GGML}add_{end}_token", add) and f"{end}_token" in special
@@ -91,15 +95,10 @@ def make_tokenizer(facts: Mapping[str, Any], name: str, rows: int) -> Any:
     )
 
 
-def _split_name(facts: Mapping[str, Any]) -> str | None:
-    name = facts.get(f"{_GGML}pre")
-    return next((main for main, names in _SAME_SPLIT.items() if name in names.split()), name)
-
-
 def _byte_level(facts: Mapping[str, Any], name: str, tokens: list[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    split = _split_name(facts)
+    split = SPLITS.get(str(facts.get(f"{_GGML}pre")))
     steps, ignore_merges = next((key for key, pre in BY_STEPS.items() if pre == split), ((), False))
     if not steps:
         raise VocabularyError(

@@ -1,0 +1,121 @@
+"""What `abreast import` makes of the two real files says what llama.cpp says of the same file.
+
+llama.cpp is only in the environment of `make test-gguf`, which these tests run in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abreast.data import HELD_OUT, documents
+from abreast.model import load
+
+xllamacpp = pytest.importorskip("xllamacpp", reason="`make test-real` runs this in .venv-gguf")
+
+TRICKY = (
+    *(
+        "",
+        " ",
+        "a",
+        "  ",
+        "   a",
+        "\n\n\n",
+        "\t",
+        "\r\n",
+        "a\n",
+        " \n \n",
+        "\n \t \n",
+        "a  b   c    d",
+    ),
+    "Hello, world!",
+    "def f(x):\n\treturn x ** 2  # comment\r\n\r\n    pass\n",
+    "  leading, trailing  ",
+    "It's we'RE they'Ve I'll 'quoted' don''t I\u2019m \u201cquoted\u201d",
+    "12 123 1234 12345.678 0x1F 1e-9 \u00bd \u00b3 \u0663 1,000,000",
+    "Grüße, naïve façade, Ελληνικά, Русский",
+    "中文字符, 日本語, 한국어, العربية, ไทย",
+    "e\u0301 \u00e9 \ufb01 \u2126 \u017f \u212a \u01c5 word\u00adhyphen",
+    "\U0001f680 \U0001f469\u200d\U0001f469\u200d\U0001f467 \u00a0\u2003\u200b \U0001f1e9\U0001f1ea",
+    "a" * 40 + " " * 17 + "=" * 33,
+    "x\u2581y <0x41> [PAD5] <html><b>x</b></html>",
+    "camelCaseHTTPServer __init__ snake_case/path-like\\thing",
+    "<|endoftext|>a<|endoftext|>",
+    "<|im_start|>user\nhi<|im_end|>\n",
+    "<bos>a<eos>",
+    "<start_of_turn>user\nhi<end_of_turn>\n",
+    "<unused0> <pad> [multimodal] <s>x</s>",
+    "2024-11-26T10:15:00Z http://a.b/c?d=e&f=%20#g $x^2 + \\frac{1}{2}$ !!!???...---",
+    "\u3000\u5168\u89d2\uff01 \ufeffBOM \u0001\u007f",
+)
+WINDOW, WINDOWS, BEST = 512, 4, 1000
+MODELS = pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+
+
+def serve(path: Path) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 1024, 1, False, -1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.no_extra_bufts = True  # repacked weights crash on CPUs with AMX
+    return xllamacpp.Server(params)
+
+
+def ids_of(server: Any, text: str, special: bool) -> list[int]:
+    data = {"content": text, "add_special": special, "parse_special": True}
+    request = urllib.request.Request(
+        f"{server.listening_address}/tokenize",
+        json.dumps(data).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["tokens"]
+
+
+def divergence(server: Any, ids: list[int], end: int, logprobs: torch.Tensor) -> float:
+    """KL divergence from llama.cpp's next token after ids[:end], the rarest taken together."""
+    request = {"prompt": ids[:end], "max_tokens": 1, "temperature": 0, "logprobs": BEST}
+    answer = server.handle_completions({**request, "cache_prompt": True, "ignore_eos": True})
+    best = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    theirs = torch.tensor([entry["logprob"] for entry in best], dtype=torch.float64)
+    ours = logprobs[[entry["id"] for entry in best]].double()
+    rest, own_rest = (max(1e-9, 1 - part.exp().sum().item()) for part in (theirs, ours))
+    total = (theirs.exp() * (theirs - ours)).sum().item()
+    return total + rest * math.log(rest / own_rest)
+
+
+@MODELS
+def test_ids_are_those_of_llamacpp(name, request, gguf_files):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(name))
+    server = serve(gguf_files[name])
+    texts = [*TRICKY, *(text[:4000] for _, text in list(documents(HELD_OUT))[:12])]
+    for text in texts:
+        for special in (False, True):
+            ours = tokenizer(text, add_special_tokens=special)["input_ids"]
+            assert ours == ids_of(server, text, special), (text, special)
+
+
+@MODELS
+def test_next_tokens_are_as_likely_as_in_llamacpp(name, request, gguf_files):
+    """llama.cpp also quantises what goes into every matrix product, hence the bound."""
+    model, tokenizer = load(request.getfixturevalue(name), dtype="float32")
+    server, found = serve(gguf_files[name]), []
+    texts = [text for _, text in documents(HELD_OUT) if len(text) > 8 * WINDOW]
+    for text in texts[:WINDOWS]:
+        ids = tokenizer(text)["input_ids"][:WINDOW]
+        with torch.inference_mode():
+            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+        ends = range(8, WINDOW + 1)
+        found += [divergence(server, ids, end, logprobs[end - 1]) for end in ends]
+    assert len(found) > 2000
+    assert sum(found) / len(found) <= 5e-3
