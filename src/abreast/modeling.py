@@ -448,6 +448,12 @@ class LayersOfOwnWidth(PreTrainedModel):
         if sequential or "abreast_members" in (config.per_layer_attributes or ()):
             self.tp_plan = None  # it would cut through members; now every rank computes everything
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "generate_batch has one KV cache layout for all layers, these differ in width; "
+            "use generate, or vLLM"
+        )
+
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
         used = self.config._attn_implementation_internal

@@ -316,6 +316,16 @@ def test_only_what_belongs_to_the_model_travels(
     assert "a_token" not in (tmp_path / "out" / "abreast.json").read_text()
 
 
+@pytest.mark.parametrize("plan", [PLAN, "0|1 2|3 4|5"])
+def test_continuous_batching_is_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, plan: str
+) -> None:
+    convert(tiny_checkpoint(), plan, tmp_path / "out", force=True)
+    model, _ = load(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"use generate, or vLLM$"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)  # type: ignore[operator]
+
+
 def test_uniform_plan_gives_a_stock_model(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

@@ -1,4 +1,4 @@
-"""vLLM gives the ids that transformers gives, for originals and conversions."""
+"""vLLM treats conversions as their originals: the same ids, the same refusal of float16."""
 
 from __future__ import annotations
 
@@ -42,3 +42,17 @@ def test_ids(tiny_checkpoint, tmp_path, case):
     for folder in (source, tmp_path / "out"):
         tokenizer = get_tokenizer(str(folder))
         assert [tokenizer(text)["input_ids"] for text in texts] == ids
+
+
+def test_float16_is_refused_as_for_the_original():
+    import torch
+    from vllm.config.model import _check_valid_dtype
+
+    from abreast.engines.vllm import register
+
+    register()
+    for family in ("gemma2", "gemma3_text", "glm4"):
+        for model_type in (family, f"abreast_{family}"):
+            with pytest.raises(ValueError, match="does not support float16"):
+                _check_valid_dtype(model_type, torch.float16)
+    assert _check_valid_dtype("abreast_llama", torch.float16)

@@ -47,12 +47,18 @@ def register() -> None:
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     except ImportError:  # not a public name; without it, vLLM's own terser checks apply
         MODELS_CONFIG_MAP = {}
+    try:  # what vLLM does not run in float16, by model_type
+        from vllm.config.model import _FLOAT16_NOT_SUPPORTED_MODELS as no_float16
+    except ImportError:
+        no_float16 = {}
 
     for family in CONVERTIBLE.values():
         if family.converted not in ModelRegistry.get_supported_archs():
             where = f"{_CLASSES}:{family.converted}" if family.vllm_layers else _BACKEND
             ModelRegistry.register_model(family.converted, where)
         MODELS_CONFIG_MAP[family.converted] = _Check
+        if family.model_type in no_float16:
+            no_float16[family.converted_type] = no_float16[family.model_type]
 
 
 def is_too_old(version: str) -> bool:
