@@ -336,7 +336,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
             raise ConnectionError(f"Couldn't reach '{name}' on the Hub (OfflineModeIsEnabled)")
         return [{"text": "one"}]
 
-    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
     config = fake_datasets(monkeypatch, load_dataset, offline=False)
     if cached:
         assert list(documents("hub:x")) == [("0", "one")]

@@ -126,7 +126,7 @@ def test_parsing_finds(command):
 def options_of(verb: str) -> set[str]:
     command = cli.commands[verb]
     parameters = command.get_params(click.Context(command))
-    return {option for parameter in parameters for option in parameter.opts}
+    return {option for p in parameters for option in (*p.opts, *p.secondary_opts)}
 
 
 @pytest.mark.parametrize("page", PAGES)

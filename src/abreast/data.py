@@ -78,7 +78,6 @@ PROBE = "The first words of a text, and 12 more."
 # Tokens read beyond those that are used: where a text is cut, tokenizers see its last ones
 # differently.
 MARGIN = 256
-HUB_SECONDS = 10
 
 
 class DataError(AbreastError):
@@ -348,12 +347,13 @@ def hub_or_cache() -> Iterator[None]:
     Raises nothing: where the cache lacks the data, the error is that of `datasets`.
     """
     from datasets import config
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     before = config.HF_HUB_OFFLINE
     if not before:
         try:
-            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except Exception:  # of whichever HTTP library it uses
             config.HF_HUB_OFFLINE = True
     try:

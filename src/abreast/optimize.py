@@ -234,8 +234,9 @@ class _Conversion:
     def __init__(self, job: _Job, target: Path) -> None:
         self.job, self.checks, self.target = job, job.checks, target
         self.suffix = target.name.removeprefix("converted")
+        identity = job.planned.front.stats.identity
         self.rests_on = {
-            "model": job.planned.front.stats.identity["model"],
+            **{key: identity[key] for key in ("model", "prefix") if key in identity},
             "files": read_manifest(target).record["files"],
             **self._settings("dtype", "device", "seed"),
         }
