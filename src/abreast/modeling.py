@@ -131,8 +131,7 @@ class CqilForward:
             y_BLPD[..., distance:, :] += a_BLPD[..., :-distance, :]
         f_BLD = self.mlp(before(y_BLPD) if before is not None else y_BLPD)
         f_BLD = f_BLD * scale if scale != 1.0 else f_BLD
-        f_BLD = after(f_BLD) if after is not None else f_BLD
-        return x_BLD + a_BLPD.sum(-2) + f_BLD
+        return x_BLD + a_BLPD.sum(-2) + (after(f_BLD) if after is not None else f_BLD)
 
 
 PROMPT: ContextVar[int | None] = ContextVar("abreast_prompt", default=None)  # ids generate got
@@ -413,10 +412,8 @@ def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 class LayersOfOwnWidth(PreTrainedModel):
     """Mixed in before a stock model: builds it without layers, then adds layers of their own width.
 
-    Afterwards the models and everything in their layers share the one main config: with copies,
-    attention would miss a change of its implementation and silently lose its causal mask. The
-    rotary embedding keeps the bare copy: RoPE scaling may read the number of heads, which the main
-    config refuses to name.
+    All share the one main config: with copies, attention would miss a change of its implementation
+    and lose its causal mask. The rotary embedding keeps the bare copy, as RoPE may read the heads.
     """
 
     layer_class: type[nn.Module]
@@ -449,10 +446,7 @@ class LayersOfOwnWidth(PreTrainedModel):
             self.tp_plan = None  # it would cut through members; now every rank computes everything
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError(
-            "generate_batch has one KV cache layout for all layers, these differ in width; "
-            "use generate, or vLLM"
-        )
+        raise ValueError("layers of different width cannot run in continuous batches; use generate")
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(*args, **kwargs)
