@@ -204,7 +204,10 @@ def verify(
         console.print_table(
             {
                 "plan": result.plan,
-                "files": "as recorded" if result.num_tokens else "damaged",
+                "files": "damaged"
+                if any(f.startswith("file ") for f in result.faults)
+                else "as recorded",
+                "tensors": f"{result.tensors} folded again and compared bit by bit",
                 "logits": f"differ by {result.uncached:.1e} of their range "
                 f"{'(healed: not judged)' if result.healed else judged}",
                 "with KV cache": f"{result.cached:.1e}",
