@@ -40,7 +40,7 @@ test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment 
 
 test-real: $(VENV)/.dev .venv-gguf/.ready ## run the tests on two real models, which it downloads once (330 MB)
 	$(PYTEST) --dist loadgroup tests/real_models --ignore-glob='*_llamacpp.py'
-	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_models/*_llamacpp.py
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_models/*_llamacpp.py tests/real_models/*_tokens.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
