@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from made_gguf import CASES, write_file
-from test_llamacpp import TRICKY, ask, post, serve
+from test_llamacpp import ask, post, serve
 
+from abreast.data import TRICKY
 from abreast.demo import model_folder
 from abreast.engines.llamacpp.tokenizer import SPLITS, make_tokenizer
 from abreast.engines.llamacpp.vocabulary import read_vocabulary
