@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from made_gguf import write_file
 
 from abreast.data import HELD_OUT, documents
+from abreast.engines.llamacpp.reader import read_file
 from abreast.model import load
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="`make test-real` runs this in .venv-gguf")
@@ -92,6 +94,12 @@ def divergence(server: Any, ids: list[int], end: int, logprobs: torch.Tensor) ->
     return total + rest * math.log(rest / own_rest)
 
 
+def divergences(model: Any, server: Any, ids: list[int]) -> list[float]:
+    with torch.inference_mode():
+        logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
+    return [divergence(server, ids, end, logprobs[end - 1]) for end in range(8, len(ids) + 1)]
+
+
 @MODELS
 def test_ids_are_those_of_llamacpp(name, request, gguf_files):
     from transformers import AutoTokenizer
@@ -107,15 +115,33 @@ def test_ids_are_those_of_llamacpp(name, request, gguf_files):
 
 @MODELS
 def test_next_tokens_are_as_likely_as_in_llamacpp(name, request, gguf_files):
-    """llama.cpp also quantises what goes into every matrix product, hence the bound."""
+    """llama.cpp also quantises what goes into every matrix product, hence the bounds.
+
+    On wikitext they were 2.8e-3 and 5.5e-3; the next test shows that nothing else differs.
+    """
     model, tokenizer = load(request.getfixturevalue(name), dtype="float32")
     server, found = serve(gguf_files[name]), []
     texts = [text for _, text in documents(HELD_OUT) if len(text) > 8 * WINDOW]
     for text in texts[:WINDOWS]:
-        ids = tokenizer(text)["input_ids"][:WINDOW]
-        with torch.inference_mode():
-            logprobs = torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
-        ends = range(8, WINDOW + 1)
-        found += [divergence(server, ids, end, logprobs[end - 1]) for end in ends]
+        found += divergences(model, server, tokenizer(text)["input_ids"][:WINDOW])
     assert len(found) > 2000
-    assert sum(found) / len(found) <= 5e-3
+    assert sum(found) / len(found) <= {"smollm2": 5e-3, "gemma3": 6e-3}[name]
+
+
+@MODELS
+def test_next_tokens_are_those_of_llamacpp_without_quantising(name, request, gguf_files, tmp_path):
+    """The same weights, dequantised by transformers, run by llama.cpp in float32."""
+    folder, stored = request.getfixturevalue(name), read_file(gguf_files[name], name)
+
+    def its_tokenizer(facts, tensors):
+        for key in [key for key in facts if key.startswith("tokenizer.")]:
+            del facts[key]
+        own = {k: v for k, v in stored.facts.items() if k.startswith("tokenizer.")}
+        facts.update(own)
+
+    architecture = stored.facts["general.architecture"]
+    file = write_file(tmp_path / "f32.gguf", architecture, folder, its_tokenizer)
+    model, tokenizer = load(folder, dtype="float32")
+    text = next(text for _, text in documents(HELD_OUT) if len(text) > 8 * WINDOW)
+    found = divergences(model, serve(file), tokenizer(text)["input_ids"][:128])
+    assert sum(found) / len(found) <= 1e-4
