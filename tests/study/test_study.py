@@ -467,7 +467,8 @@ def test_two_workers_find_what_one_finds(folder, tmp_path):
 @pytest.mark.slow
 def test_worker_that_dies_is_reported(folder, tmp_path, capfd):
     tokens = stream().tokens.reshape(-1, WINDOW)
-    idle = _Share(folder(), tokens, 3, (), tmp_path / "journal-0.jsonl", "auto", "cpu", False, 1)
+    journal = tmp_path / "journal-0.jsonl"
+    idle = _Share(folder(), tokens, 0, 3, (), journal, "auto", "cpu", False, 1)
     work = ((0, (tuple(range(LAYERS)),)),)
     doomed = replace(idle, folder=tmp_path, work=work, journal=tmp_path / "journal-1.jsonl")
     with pytest.raises(AbreastError, match=r"worker on cpu ended with status 1 .* run again"):
