@@ -13,7 +13,6 @@ import shlex
 import shutil
 import statistics
 import unicodedata
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import pytest
 import torch
 import xllamacpp
 from click.testing import CliRunner
+from llamacpp_server import post, serve
 from made_tokenizers import KINDS, TEMPLATE, WORDS, chats, save
 from tokenizers import (
     AddedToken,
@@ -48,34 +48,11 @@ from abreast.model.grouping import load, load_tokenizer
 PLANS = ("2+3 4+5 6+7 10+11", "2+3+4 6+7 9+10+11")
 
 
-def serve(path: Path, **options: Any) -> xllamacpp.Server:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 256, 1, False, -1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.no_extra_bufts = True
-    for name, value in options.items():
-        setattr(params, name, value)
-    return xllamacpp.Server(params)
-
-
 def ask(server: xllamacpp.Server, prompt: list[int], tokens: int, best: int) -> list[Any]:
     """Greedy tokens with the `best` candidates of each."""
     request = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": best}
     options = {"cache_prompt": False, "ignore_eos": True}
     return server.handle_completions({**request, **options})["choices"][0]["logprobs"]["content"]
-
-
-def post(server: xllamacpp.Server, path: str, data: Any) -> Any:
-    request = urllib.request.Request(
-        f"{server.listening_address}{path}",
-        json.dumps(data).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())
 
 
 def compared(model: Any, server: xllamacpp.Server, prompt: list[int], tokens: int) -> float:

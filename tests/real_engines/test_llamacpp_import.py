@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llamacpp_server import post, serve
 from made_gguf import CASES, write_file
-from test_llamacpp import ask, post, serve
+from test_llamacpp import ask
 
 from abreast.data import TRICKY
 from abreast.demo import model_folder

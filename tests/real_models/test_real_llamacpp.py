@@ -5,9 +5,7 @@ llama.cpp is only in the environment of `make test-gguf`, which these tests run 
 
 from __future__ import annotations
 
-import json
 import math
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from abreast.data import HELD_OUT, documents
 from abreast.engines.llamacpp.reader import read_file
 from abreast.model import load
 
-xllamacpp = pytest.importorskip("xllamacpp", reason="`make test-real` runs this in .venv-gguf")
+pytest.importorskip("xllamacpp", reason="`make test-real` runs this in .venv-gguf")
+import llamacpp_server
 
 TRICKY = (
     *(
@@ -61,25 +60,12 @@ MODELS = pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 
 
 def serve(path: Path) -> Any:
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity = 1024, 1, False, -1
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    params.no_extra_bufts = True  # repacked weights crash on CPUs with AMX
-    return xllamacpp.Server(params)
+    return llamacpp_server.serve(path, n_ctx=1024)
 
 
 def ids_of(server: Any, text: str, special: bool) -> list[int]:
-    data = {"content": text, "add_special": special, "parse_special": True}
-    request = urllib.request.Request(
-        f"{server.listening_address}/tokenize",
-        json.dumps(data).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.loads(answer.read())["tokens"]
+    request = {"content": text, "add_special": special, "parse_special": True}
+    return llamacpp_server.post(server, "/tokenize", request)["tokens"]
 
 
 def divergence(server: Any, ids: list[int], end: int, logprobs: torch.Tensor) -> float:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
@@ -64,7 +61,9 @@ def test_export_of_gemma3_is_refused(gemma3, tmp_path):
 @pytest.mark.parametrize("name", ["smollm2", "gemma3"])
 def test_llama_cpp_reads_the_same(small, gguf_files, tmp_path, name):
     """The export, and the file that the model came from."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is in .venv-gguf only")
+    pytest.importorskip("xllamacpp", reason="llama.cpp is in .venv-gguf only")
+    from llamacpp_server import post, serve
+
     export(small[name], tmp_path / "model.gguf")
     tokenizer = load_tokenizer(small[name])
     texts = [(text, True) for text in tricky_texts(tokenizer)[:400]]
@@ -72,22 +71,9 @@ def test_llama_cpp_reads_the_same(small, gguf_files, tmp_path, name):
         texts += [(text, False) for text in chats(tokenizer)]
     ids = [tokenizer(text, add_special_tokens=special)["input_ids"] for text, special in texts]
     for path in (tmp_path / "model.gguf", gguf_files[name]):
-        params = xllamacpp.CommonParams()
-        params.model.path, params.n_ctx, params.warmup = str(path), 64, False
-        params.verbosity, params.no_extra_bufts, params.n_parallel = -1, True, 1
-        server = xllamacpp.Server(params)
+        server = serve(path)
         for (text, special), own in zip(texts, ids, strict=True):
             if path == gguf_files[name] and "▁" in text:
                 continue  # there, Gemma's tokens of spaces are no marks in text
-            assert read(server, text, special) == own, (path.name, text)
-
-
-def read(server: Any, text: str, special: bool) -> list[int]:
-    options = {"content": text, "add_special": special, "parse_special": True}
-    request = urllib.request.Request(
-        f"{server.listening_address}/tokenize",
-        json.dumps(options).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return list(json.loads(answer.read())["tokens"])
+            request = {"content": text, "add_special": special, "parse_special": True}
+            assert post(server, "/tokenize", request)["tokens"] == own, (path.name, text)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-import signal
-import subprocess
-import sys
-import urllib.request
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from playing import served_until_interrupted
 
 from abreast.cli.main import cli
 from abreast.errors import AbreastError
@@ -189,21 +184,5 @@ def test_export(model, converted, work):
 
 def test_play(model, converted):
     """Both models load and the page is served."""
-    options = ("--against", str(model.folder), "--no-browser", "--dtype", "float32")
-    command = [sys.executable, "-m", "abreast", "play", str(converted), *options]
-    # what starts in the background of a shell ignores interrupts, and so do its children
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, preexec_fn=heed) as process:
-        try:
-            lines = []
-            while not lines or "playground is at" not in lines[-1]:
-                lines.append(process.stderr.readline())
-                assert lines[-1], "".join(lines)
-            address = re.search(r"http://127\.0\.0\.1:\d+/", lines[-1]).group()
-            with urllib.request.urlopen(address) as answer:
-                assert answer.status == 200
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
+    options = ("--against", str(model.folder), "--dtype", "float32")
+    assert served_until_interrupted(str(converted), *options)[0] == 0

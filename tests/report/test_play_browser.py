@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
-from functools import partial
 from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from playing import served_until_interrupted
 from playwright.sync_api import expect
 
 from abreast.report.answers import open_models
@@ -274,22 +272,6 @@ def test_faults_would_be_seen(browser, address):
 
 
 def test_command_serves_until_it_is_interrupted(playable_run, tmp_path):
-    command = [sys.executable, "-m", "abreast", "play", str(playable_run), "--no-browser"]
-    # What a shell starts in the background ignores interrupts, and so do its children.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes, preexec_fn=heed) as process:
-        try:
-            lines = []
-            while not lines or "playground is at" not in lines[-1]:
-                lines.append(process.stderr.readline())
-                assert lines[-1], "".join(lines)
-            found = re.search(r"http://127\.0\.0\.1:\d+/", lines[-1])
-            with urllib.request.urlopen(found.group()) as answer:
-                assert answer.status == 200
-            process.send_signal(signal.SIGINT)
-            assert "closed" in process.stderr.read()
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
+    status, said = served_until_interrupted(str(playable_run))
+    assert status == 0 and "closed" in said
     assert list(Path(tmp_path).iterdir()) == []

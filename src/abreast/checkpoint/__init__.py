@@ -6,6 +6,7 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.checkpoint.files import (
+        INDEX,
         MANIFEST,
         Manifest,
         check_free,

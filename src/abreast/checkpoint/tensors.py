@@ -99,11 +99,12 @@ class Checkpoint:
         return model_hash({name: sha256_of(self.folder / name) for name in names})
 
 
-def plan_for(checkpoint: Checkpoint, plan: Plan | str, num_layers: int) -> Plan:
+def plan_for(checkpoint: Checkpoint, plan: Plan | str) -> Plan:
     """A plan for this model, read where it is text, see `Plan.read`.
 
     Raises PlanError for a plan of another number of layers, or one made for another model.
     """
+    num_layers = num_layers_of(checkpoint.config.get("text_config", checkpoint.config))
     plan = Plan.read(plan, num_layers) if isinstance(plan, str) else plan
     plan.check_layers(num_layers)
     if plan.sha256 is not None:

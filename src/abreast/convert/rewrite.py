@@ -24,6 +24,7 @@ import torch
 
 from abreast.checkpoint import (
     DTYPES,
+    INDEX,
     MAX_SHARD_BYTES,
     Checkpoint,
     NewTensor,
@@ -277,7 +278,7 @@ def _cast_name(dtype: str | None) -> str | None:
 
 
 def _left_behind(checkpoint: Checkpoint) -> Iterator[str]:
-    read = (*checkpoint.shards, "model.safetensors.index.json")
+    read = (*checkpoint.shards, INDEX)
     if names := left_behind(checkpoint.folder, read):
         more = f" and {len(names) - 9} more" if len(names) > 9 else ""
         yield f"left behind as no part of the model: {', '.join(names[:9])}{more}"

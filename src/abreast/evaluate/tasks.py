@@ -30,7 +30,6 @@ from abreast.data import hub_or_cache
 from abreast.errors import AbreastError
 from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
 from abreast.evaluate.statistics import metric_stderr
-from abreast.families import num_layers_of
 from abreast.model import device_of, inference, load
 from abreast.plan import Plan
 from abreast.runs import open_run, versions_of
@@ -390,11 +389,7 @@ def _shots(task: Any) -> int:
 
 def _plan(folder: Path, plan: Plan | str | None) -> Plan | None:
     """The plan itself: a file's name says nothing about what is in it."""
-    if plan is None:
-        return None
-    checkpoint = open_checkpoint(folder)
-    config = checkpoint.config
-    return plan_for(checkpoint, plan, num_layers_of(config.get("text_config", config)))
+    return None if plan is None else plan_for(open_checkpoint(folder), plan)
 
 
 def _run_task(

@@ -178,7 +178,7 @@ def heal(
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
     source = open_checkpoint(model, revision=revision)
     source = as_loaded(source, family_of(source.config))
-    plan = plan_for(source, plan, planned.num_layers)
+    plan = plan_for(source, plan)
     plan = plan.made_for(source.source, source.revision, source.sha256)
     if device == "auto" and (recipe.shard or processes() > 1):
         raise AbreastError("--device auto is for one process without --shard; name a device")

@@ -23,7 +23,7 @@ from torch import nn
 
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
-from abreast.families import FAMILIES, Branches, num_layers_of
+from abreast.families import FAMILIES, Branches
 from abreast.plan import Group, Plan
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def load(
     folder, _ = resolve(model, revision=revision)
     checkpoint = open_checkpoint(folder)
     if plan is not None:
-        config = checkpoint.config
-        plan = plan_for(checkpoint, plan, num_layers_of(config.get("text_config", config)))
+        plan = plan_for(checkpoint, plan)
     spread = device == "auto" or isinstance(device, Mapping)
     if not spread:
         check_device(device)

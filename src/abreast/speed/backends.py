@@ -27,7 +27,7 @@ from abreast.checkpoint import open_checkpoint, plan_for
 from abreast.engines.torch_tp import launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
-from abreast.model import apply, decoder_layers, load
+from abreast.model import apply, load
 from abreast.runs import hardware
 from abreast.speed.benchmark import bench
 from abreast.speed.timing import (
@@ -221,8 +221,7 @@ def _load_models(job: Job) -> dict[str, Any]:
             # A second set of modules over the same weights: grouping one leaves the other alone.
             shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
             model = copy.deepcopy(model, memo=shared)
-            checkpoint = open_checkpoint(contender.model)
-            apply(model, plan_for(checkpoint, contender.plan, len(decoder_layers(model))))
+            apply(model, plan_for(open_checkpoint(contender.model), contender.plan))
         models[contender.name] = model
     return models
 

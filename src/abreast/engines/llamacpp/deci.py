@@ -114,7 +114,7 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
         config = checkpoint.config
         layers = layer_configs(config)
     head_dim = head_dim_of(config)
-    cast = _dtype(dtype)
+    cast = parse_dtype(dtype)
     context, warnings = _context(family, config)
     with _named("rope_parameters"):
         theta, rope, factors = _rope(config, head_dim, context)
@@ -147,7 +147,8 @@ def _named(key: str) -> Iterator[None]:
         ) from None
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of this name, None for None. Raises ExportError for any other."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name is not None and name not in known:
         raise ExportError(f"dtype '{name}' is not one of {', '.join(known)}")

@@ -29,7 +29,7 @@ from abreast.checkpoint import (
     open_checkpoint,
     publish,
 )
-from abreast.engines.llamacpp.deci import llama3_factors
+from abreast.engines.llamacpp.deci import llama3_factors, parse_dtype
 from abreast.engines.llamacpp.tokenizer import make_tokenizer, special_ids
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import CONVERTIBLE, Family, all_tensors, complete
@@ -130,7 +130,7 @@ def import_gguf(
     file = read_file(*_locate(str(model), revision))
     matrices = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     own = _PLAIN[matrices.pop()] if len(matrices) == 1 and matrices <= {*_PLAIN} else torch.bfloat16
-    cast = _dtype(dtype) if dtype else own
+    cast = parse_dtype(dtype) or own
     family, config = _config(file)
     shapes = _check_tensors(file, family, config)
     tokenizer = make_tokenizer(file.facts, file.name, config["vocab_size"])
@@ -152,13 +152,6 @@ def import_gguf(
         "tokens": len(file.facts["tokenizer.ggml.tokens"]),
         "chat_template": bool(tokenizer.chat_template),
     }
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {str(kind).removeprefix("torch."): kind for kind in _PLAIN.values()}
-    if name not in known:
-        raise ImportRefused(f"dtype '{name}' is not one of {', '.join(known)}")
-    return known[name]
 
 
 def _locate(model: str, revision: str | None) -> tuple[Path, str]:
