@@ -14,6 +14,7 @@ Shapes: B batch, L length, D hidden, P members, and X for any other width.
 import copy
 import functools
 import importlib
+import inspect
 from contextvars import ContextVar
 from typing import Any
 
@@ -214,6 +215,10 @@ class Passes:
         if cache is None and given.get("use_cache") is False:
             last.past_key_values = None
         return last
+
+
+# Every family's own; vLLM reads there what it may compile.
+Passes.forward.__signature__ = inspect.signature(transformers.LlamaModel.forward)
 
 
 class InOrder:

@@ -7,13 +7,15 @@ which FFN sees which attention. No FFN's output is seen within a group.
 
 - ``lp`` (Layer Parallelism, arXiv 2502.02790, section 3): every FFN sees all attentions;
 - ``cqil`` with bypass distance d (CQIL, arXiv 2404.06709, section 3.2): FFN j sees attentions
-  j-d .. j; d = 0 is CQIL without bypassing, d = p-1 full causal visibility.
+  j-d .. j; d = 0 is CQIL without bypassing, d = p-1 full causal visibility;
+- ``ff``: the attentions run in order, each seeing those before it, and the FFNs abreast, each
+  seeing all attentions.
 
-In both, no attention sees another. Only this file tests a wiring by name; everything else follows
-from the matrices.
+In lp and cqil no attention sees another. Only this file tests a wiring by name; everything else
+follows from the matrices.
 
-Shorthand: ``5+6`` is an lp group, ``7|8`` cqil with d = 0, ``7|8:1`` with d = 1; groups are
-separated by spaces or commas. Layer numbers are zero-based and always explicit.
+Shorthand: ``5+6`` is an lp group, ``7|8`` cqil with d = 0, ``7|8:1`` with d = 1, ``9~10`` ff;
+groups are separated by spaces or commas. Layer numbers are zero-based and always explicit.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from abreast.errors import AbreastError
 
-Wiring = Literal["lp", "cqil"]
-WIRING_NAMES = ("lp", "cqil", "cqil-full")  # for `Group.wired`
+Wiring = Literal["lp", "cqil", "ff"]
+WIRING_NAMES = ("lp", "cqil", "cqil-full", "ff")  # for `Group.wired`
 Sees = tuple[tuple[bool, ...], ...]
 _NUMBER = "[0-9]{1,9}"
-_GROUP = re.compile(rf"{_NUMBER}(?:\+{_NUMBER})+|{_NUMBER}(?:\|{_NUMBER})+(?::{_NUMBER})?")
+_JOINED = {"lp": "+", "cqil": "|", "ff": "~"}
+_GROUP = re.compile(
+    rf"{_NUMBER}(?:(?:\+{_NUMBER})+|(?:~{_NUMBER})+|(?:\|{_NUMBER})+(?::{_NUMBER})?)"
+)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -56,7 +61,7 @@ class Group(BaseModel):
     """A group of p >= 2 consecutive layers that read one common input.
 
     layers: zero-based layer numbers, ascending, without gaps. bypass: CQIL's distance d with
-    0 <= d <= p-1; it has no meaning for ``lp`` and must be left at 0 there.
+    0 <= d <= p-1; it has no meaning for other wirings and must be left at 0 there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,7 +81,7 @@ class Group(BaseModel):
             )
         if self.layers[-1] - self.layers[0] != len(self.layers) - 1:
             raise ValueError(f"group {name} is not consecutive; a group may not leave layers out")
-        if self.wiring == "lp" and self.bypass:
+        if self.wiring != "cqil" and self.bypass:
             raise ValueError(f"group {name}: bypass belongs to cqil wiring; remove it or use '|'")
         if self.bypass >= len(self.layers):
             raise ValueError(
@@ -87,14 +92,14 @@ class Group(BaseModel):
 
     @property
     def shorthand(self) -> str:
-        text = ("+" if self.wiring == "lp" else "|").join(map(str, self.layers))
+        text = _JOINED[self.wiring].join(map(str, self.layers))
         return f"{text}:{self.bypass}" if self.bypass else text
 
     @classmethod
     def wired(cls, layers: Sequence[int], name: str) -> Group:
         """A group by the name of its wiring; cqil has bypass 0, cqil-full bypass p-1."""
-        if name == "lp":
-            return cls(layers=tuple(layers))
+        if name in ("lp", "ff"):
+            return cls.model_validate({"layers": tuple(layers), "wiring": name})
         bypass = len(layers) - 1 if name == "cqil-full" else 0
         return cls(layers=tuple(layers), wiring="cqil", bypass=bypass)
 
@@ -108,6 +113,8 @@ class Group(BaseModel):
         """The wiring in a sentence."""
         if self.wiring == "lp":
             return "lp: every FFN sees the sum of all attentions"
+        if self.wiring == "ff":
+            return "ff: attentions in order, every FFN sees the sum of all attentions"
         if not self.bypass:
             return "cqil: every FFN sees its own attention"
         return (
@@ -118,13 +125,14 @@ class Group(BaseModel):
     @property
     def attention_sees(self) -> Sees:
         """[p, p], strictly lower: `[j][k]`, whether attention j reads the output of attention k."""
-        return tuple((False,) * len(self.layers) for _ in self.layers)
+        size = range(len(self.layers))
+        return tuple(tuple(self.wiring == "ff" and k < j for k in size) for j in size)
 
     @property
     def ffn_sees(self) -> Sees:
         """[p, p]: `[j][k]`, whether FFN j reads the output of attention k."""
         size = range(len(self.layers))
-        if self.wiring == "lp":
+        if self.wiring != "cqil":
             return tuple(tuple(True for _ in size) for _ in size)
         return tuple(tuple(j - self.bypass <= k <= j for k in size) for j in size)
 
@@ -189,13 +197,15 @@ class Plan(BaseModel):
         for word in text.replace(",", " ").split():
             if not _GROUP.fullmatch(word):
                 raise PlanError(
-                    f"plan: cannot read group '{word}'; write lp as 5+6, cqil as 5|6 or 5|6:1"
+                    f"plan: cannot read group '{word}'; write lp as 5+6, cqil as 5|6 or 5|6:1, "
+                    "ff as 5~6"
                 )
             body, _, bypass = word.partition(":")
+            wiring = next(name for name, joined in _JOINED.items() if joined in body)
             groups.append(
                 {
-                    "layers": tuple(int(n) for n in re.split(r"[+|]", body)),
-                    "wiring": "lp" if "+" in body else "cqil",
+                    "layers": tuple(int(n) for n in body.split(_JOINED[wiring])),
+                    "wiring": wiring,
                     "bypass": int(bypass or 0),
                 }
             )
@@ -226,7 +236,7 @@ class Plan(BaseModel):
 
         Raises PlanError, also when a file's plan is for another number of layers.
         """
-        if not re.search(r"[^\d+|:,\s]", argument):
+        if not re.search(r"[^\d+|~:,\s]", argument):
             return cls.parse(argument, num_layers)
         if not re.search(r"\.(ya?ml|json)$", argument) and not os.path.isfile(argument):
             return cls.parse(argument, num_layers)
@@ -272,7 +282,7 @@ class Plan(BaseModel):
     def to_yaml(self) -> str:
         data = self.model_dump(mode="json", exclude_none=True)
         for group in data["groups"]:
-            if group["wiring"] == "lp":
+            if group["wiring"] != "cqil":
                 del group["bypass"]
         head = {key: value for key, value in data.items() if key != "groups"}
         # PyYAML writes \x85 and the like as they are, and reads them back as line breaks

@@ -202,7 +202,7 @@ def test_programs_by_hand():
 
     assert name("prune", 1, 3) == "0 4 5 6"
     assert name("prune", 0, 6) == ""
-    assert name("merge", 1, 3) == "0 1~2~3 4 5 6"
+    assert name("merge", 1, 3) == "0 1=2=3 4 5 6"
     assert name("parallel", 1, 4) == "0 1+2+3+4 5 6"
     assert name("2-parallel", 1, 5) == "0 1+2 3+4 5 6"
     assert name("3-parallel", 0, 6) == "0+1+2 3+4+5 6"

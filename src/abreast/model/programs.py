@@ -184,11 +184,11 @@ def _order(program: Program) -> tuple[str, ...]:
 
 
 def name_of(program: Program) -> str:
-    """The journal's name of a program, as in "0 1 2+3 4~5"; "~" joins merged layers."""
+    """The journal's name of a program, as in "0 1 2+3 4=5"; "=" joins merged layers."""
     return " ".join(
         step.shorthand
         if isinstance(step, Group)
-        else "~".join(map(str, step.layers if isinstance(step, Merged) else [step]))
+        else "=".join(map(str, step.layers if isinstance(step, Merged) else [step]))
         for step in program
     )
 
