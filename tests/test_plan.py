@@ -16,11 +16,11 @@ TEXT = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=30
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    """Any plan: a random partition of the layers, every longer part a group of either wiring."""
+    """Any plan: a random partition of the layers, every longer part a group of any wiring."""
     groups, layer = [], 0
     for size in draw(st.lists(st.integers(1, 5), min_size=1, max_size=10)):
         if size > 1:
-            wiring = draw(st.sampled_from(["lp", "cqil"]))
+            wiring = draw(st.sampled_from(["lp", "cqil", "ff"]))
             bypass = draw(st.integers(0, size - 1)) if wiring == "cqil" else 0
             layers = tuple(range(layer, layer + size))
             groups.append(Group(layers=layers, wiring=wiring, bypass=bypass))
@@ -63,7 +63,7 @@ def test_stages_are_an_ordered_partition(plan: Plan) -> None:
 
 
 @given(st.integers(0, 20), st.integers(2, 7), st.data())
-def test_ffn_sees(first: int, size: int, data: st.DataObject) -> None:
+def test_who_sees_whom(first: int, size: int, data: st.DataObject) -> None:
     layers = tuple(range(first, first + size))
     square = [(j, k) for j in range(size) for k in range(size)]
     assert all(Group(layers=layers).ffn_sees[j][k] for j, k in square)
@@ -72,17 +72,21 @@ def test_ffn_sees(first: int, size: int, data: st.DataObject) -> None:
     assert all(band[j][k] == (0 <= j - k <= bypass) for j, k in square)
     causal = Group(layers=layers, wiring="cqil", bypass=size - 1).ffn_sees
     assert all(causal[j][k] == (k <= j) for j, k in square)
+    in_order = Group(layers=layers, wiring="ff")
+    assert all(in_order.ffn_sees[j][k] for j, k in square)
+    assert all(in_order.attention_sees[j][k] == (k < j) for j, k in square)
 
 
 def test_what_follows_from_the_matrices() -> None:
     layers = (3, 4, 5)
     groups = {name: Group.wired(layers, name) for name in WIRING_NAMES}
-    assert [g.shorthand for g in groups.values()] == ["3+4+5", "3|4|5", "3|4|5:2"]
-    assert [g.kind for g in groups.values()] == ["lp", "cqil:0", "cqil:2"]
-    assert [g.ffn_band for g in groups.values()] == [None, 0, 2]
+    assert [g.shorthand for g in groups.values()] == ["3+4+5", "3|4|5", "3|4|5:2", "3~4~5"]
+    assert [g.kind for g in groups.values()] == ["lp", "cqil:0", "cqil:2", "ff"]
+    assert [g.ffn_band for g in groups.values()] == [None, 0, 2, None]
     for name, group in groups.items():
-        assert group.is_wide_layer == group.shares_ffn_input == (name == "lp")
-        assert group.attention_sees == ((False,) * 3,) * 3
+        assert group.is_wide_layer == (name == "lp")
+        assert group.shares_ffn_input == (name in ("lp", "ff"))
+        assert any(map(any, group.attention_sees)) == (name == "ff")
         assert group.description.startswith(group.wiring)
 
 
@@ -138,6 +142,8 @@ def one_line(caught: pytest.ExceptionInfo[PlanError]) -> str:
         ("-1+0", "cannot read group"),
         ("1-2", "cannot read group"),
         ("1+2|3", "cannot read group"),
+        ("1+2~3", "cannot read group"),
+        ("1~2:1", "cannot read group"),
         ("1+", "cannot read group"),
         ("1.0+2.0", "cannot read group"),
         ("1..3", "cannot read group"),
@@ -182,6 +188,7 @@ def group(text: str) -> str:
         (group("layers: [1, 2], wiring: null"), "groups.0.wiring"),
         (group("layers: [1, 2], bypass: 1"), "bypass belongs to cqil"),
         (group("layers: [1, 2], wiring: lp, bypass: 1"), "bypass belongs to cqil"),
+        (group("layers: [1, 2], wiring: ff, bypass: 1"), "bypass belongs to cqil"),
         (group("layers: [1, 2], wiring: cqil, bypass: 2"), "bypass 2 exceeds the group"),
         (group("layers: [1, 2], wiring: cqil, bypass: -1"), "groups.0.bypass"),
         (group("layers: [1, 2], wiring: cqil, bypass: true"), "groups.0.bypass"),
