@@ -157,6 +157,8 @@ def naive_loss(model: nn.Module, intervention: str, start: int, end: int) -> flo
     if intervention.startswith("cqil"):
         plan = "|".join(map(str, inside))
         plan += f":{len(inside) - 1}" if intervention == "cqil-full" else ""
+    elif intervention == "ff":
+        plan = "~".join(map(str, inside))
     else:
         width = {"parallel": LAYERS, "2-parallel": 2, "3-parallel": 3}[intervention]
         parts = [inside[at : at + width] for at in range(0, len(inside), width)]
@@ -376,6 +378,18 @@ def test_folder_of_another_model_is_refused(folder, tmp_path):
     (tmp_path / RECORD).write_text("{")
     with pytest.raises(AbreastError, match="damaged"):
         run(folder(), tmp_path)
+
+
+def test_folder_of_an_older_version_is_refused(folder, tmp_path):
+    """Its journal calls merged layers 1~2, which is the wiring ff now."""
+    run(folder(), tmp_path, max_length=2, interventions=["merge"])
+    record = json.loads((tmp_path / RECORD).read_text())
+    del record["identity"]["format"]
+    (tmp_path / RECORD).write_text(json.dumps(record))
+    journal = tmp_path / "journal-0.jsonl"
+    journal.write_text(journal.read_text().replace("=", "~"))
+    with pytest.raises(AbreastError, match="a study with other format; choose a new folder"):
+        run(folder(), tmp_path, max_length=2, interventions=["ff"])
 
 
 def test_folder_of_something_else_is_refused(folder, tmp_path):

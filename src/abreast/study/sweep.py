@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CSV, RECORD = "study.csv", "study.json"
+FORMAT = 2  # of the journal: 4~5 are merged layers in the first, and the wiring ff since
 Progress = Callable[[int, int], None]
 
 
@@ -212,6 +213,7 @@ def study(
     identity = identity_of(
         folder, tokens, data.prefix, num_layers=num_layers, batch=size, seed=seed, dtype=dtype
     )
+    identity["format"] = FORMAT
     changed = cases(
         num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
     )
