@@ -20,8 +20,9 @@ from abreast.planner.calibration import calibrate, candidates, difference, score
 from abreast.planner.find import find_plan
 from abreast.planner.front import Budget, CalibrationSettings
 from abreast.planner.objective import KL
-from abreast.planner.search import by_similarity, contiguous
+from abreast.planner.search import contiguous
 from abreast.report import draw_costs
+from abreast.rivals.choose import by_similarity
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--out", type=Path, default=Path("build/planner"))

@@ -20,7 +20,6 @@ from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate, full_forwards
 from abreast.planner.find import (
     ProfileSettings,
-    baselines,
     estimated_profile,
     find_plan,
     measured_profile,
@@ -38,6 +37,7 @@ from abreast.planner.front import (
 )
 from abreast.planner.objective import Cost
 from abreast.report.records import read_run
+from abreast.rivals import baselines
 from abreast.speed import bench
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8

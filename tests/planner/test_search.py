@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast.plan import Group, Plan
-from abreast.planner.search import (
-    additive,
-    at_random,
-    by_angle,
-    by_similarity,
-    contiguous,
-    neighbours,
-    refine,
-    total,
-)
+from abreast.planner.search import additive, contiguous, neighbours, refine, total
 
 
 def pairs(num_layers: int, cost=lambda first: 1.0, *, size: int = 2) -> dict[Group, float]:
@@ -174,19 +165,3 @@ def test_search_is_deterministic_and_breaks_ties_by_name():
 
     assert list(run()) == list(run())
     assert additive(14, pairs(14))[13][0].shorthand == "1+2"
-
-
-def test_published_ways_to_choose():
-    costs = pairs(10)
-    inputs = np.eye(11)
-    alike = np.ones((11, 11)) * 0.5
-    alike[3, 4] = alike[6, 7] = 0.99
-    assert by_similarity(alike, 8, costs).shorthand == "3+4 6+7"
-    turning = np.ones((11, 11))
-    turning[4, 8] = 0.1
-    assert by_angle(turning, 8, costs).shorthand == "4+5 6+7"
-    drawn = {at_random(10, 8, costs, seed).shorthand for seed in range(20)}
-    assert len(drawn) > 5
-    assert at_random(10, 8, costs, 3) == at_random(10, 8, dict(reversed(costs.items())), 3)
-    for choose in (by_similarity, by_angle):
-        assert choose(inputs, 3, costs) is None

@@ -264,7 +264,6 @@ def _find(
     """Calibrate, profile where speed matters, search, compare with baselines, draw."""
     from abreast.planner import (
         NoisyTiming,
-        baselines,
         calibrate,
         check_depth,
         estimated_profile,
@@ -272,6 +271,7 @@ def _find(
         profile_here,
     )
     from abreast.report import check_drawing, draw_front
+    from abreast.rivals import baselines
     from abreast.runs import record_environment
 
     if search.plots:

@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.planner.calibration import Calibration, calibrate, expect, measure
+    from abreast.planner.calibration import Calibration, calibrate, expect, measure, score
     from abreast.planner.find import (
         NoisyTiming,
         Planned,
-        Series,
-        baselines,
         check_depth,
         estimated_profile,
         find_plan,
@@ -27,5 +25,6 @@ if TYPE_CHECKING:
         explain,
     )
     from abreast.planner.objective import KL, Cost, Objective
+    from abreast.planner.search import Costs, additive, contiguous
 
 attach(__name__)

@@ -15,7 +15,8 @@ from abreast.study import best_by_depth
 
 if TYPE_CHECKING:
     from abreast.heal import Distilled, Refit
-    from abreast.planner import Cost, Objective, Planned, Series
+    from abreast.planner import Cost, Objective, Planned
+    from abreast.rivals import Series
     from abreast.speed import Report
     from abreast.study import StudyRow
 

@@ -1,0 +1,10 @@
+"""What people would do instead of a searched plan, measured the same way."""
+
+from typing import TYPE_CHECKING
+
+from abreast.lazy import attach
+
+if TYPE_CHECKING:
+    from abreast.rivals.compare import Series, baselines
+
+attach(__name__)
