@@ -332,6 +332,89 @@ def test_members_keep_the_window_of_their_own_layer(case):
         assert close(out, stock.group(plan, x, case in PARALLEL)), plan
 
 
+def sliced_ffn(layer: nn.Module, y: list[torch.Tensor]) -> torch.Tensor:
+    """The FFN of a layer as len(y) devices compute it: a slice of its width each, from y[r]."""
+    mlp, total = layer.mlp, 0.0
+    first, last = ("gate_proj", "down_proj") if hasattr(mlp, "gate_proj") else ("c_fc", "c_proj")
+    act = mlp.act_fn if hasattr(mlp, "act_fn") else mlp.act
+    down = getattr(mlp, last)
+    width = down.in_features // len(y)
+    for rank, read in enumerate(y):
+        part = slice(rank * width, (rank + 1) * width)
+
+        def rows(name: str, read: torch.Tensor = read, part: slice = part) -> torch.Tensor:
+            matrix = getattr(mlp, name)
+            return nn.functional.linear(
+                read, matrix.weight[part], None if matrix.bias is None else matrix.bias[part]
+            )
+
+        inner = act(rows(first)) * (rows("up_proj") if first == "gate_proj" else 1)
+        total = total + inner @ down.weight[:, part].T
+    return total if down.bias is None else total + down.bias
+
+
+@pytest.mark.parametrize("plan", ["1+2", "1|2", "1|2|3:1"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "starcoder2"])
+def test_split_norms_are_those_of_the_device_that_holds_a_slice_of_the_ffn(case, plan):
+    model, ids = tiny(case), tokens(2, LENGTH)
+    stock = Stock(model, ids)
+    (group,) = Plan.parse(plan, LAYERS).groups
+    members = [decoder_layers(model)[layer] for layer in group.layers]
+    name = "pre_feedforward_layernorm" if case == "gemma2" else "post_attention_layernorm"
+    x = stock.layer(0, stock.first)
+    attended = [stock.a(layer, x) for layer in group.layers]
+    out = x + sum(attended)
+    with torch.no_grad():
+        for member, sees in zip(members, group.ffn_sees, strict=True):
+            y = x + sum(a for a, shown in zip(attended, sees, strict=True) if shown)
+            ffn = sliced_ffn(member, [getattr(other, name)(y) for other in members])
+            out = out + (member.post_feedforward_layernorm(ffn) if case == "gemma2" else ffn)
+    for layer in range(group.layers[-1] + 1, LAYERS):
+        out = stock.layer(layer, out)
+    with grouped(model, plan, norms="split"):
+        assert close(last_hidden(model, ids), out)
+    with grouped(model, plan):
+        assert not close(last_hidden(model, ids), out, 1e-2)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("plan", ["1+2", "1|2|3:1", "2~3"])
+@pytest.mark.parametrize("case", ["llama", "gemma2", "starcoder2", "gpt_neox"])
+def test_shared_norms_are_the_first_members(case, plan):
+    model, ids = tiny(case), tokens(2, LENGTH)
+    (group,) = Plan.parse(plan, LAYERS).groups
+    overwritten = copy.deepcopy(model)
+    first, *others = (decoder_layers(overwritten)[layer] for layer in group.layers)
+    second = "pre_feedforward_layernorm" if case == "gemma2" else "post_attention_layernorm"
+    for name in ("input_layernorm", second):
+        for other in others:
+            getattr(other, name).load_state_dict(getattr(first, name).state_dict())
+    with grouped(overwritten, plan):
+        expected = logits(overwritten, ids)
+    with grouped(model, plan, norms="shared"):
+        assert close(logits(model, ids), expected)
+    with grouped(model, plan):
+        assert not close(logits(model, ids), expected, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("case", "norms", "message"),
+    [
+        ("olmo2", "shared", "no gains in norms before its branches"),
+        ("olmo", "split", "no gains in norms before its branches"),
+        ("mixtral", "split", "that of a mixtral is not known as plain matrices"),
+        ("llama", "both", "not one of own, split, shared"),
+    ],
+)
+def test_norms_that_mean_nothing_are_refused(case, norms, message):
+    model = tiny(case)
+    with pytest.raises(GroupingError, match=message) as caught:
+        apply(model, "1+2", norms=norms)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(GroupingError, match="not grouped"):
+        remove(model)
+
+
 def test_a_cache_filled_under_one_plan_is_read_under_another():
     model, ids = tiny("llama"), tokens(1, LENGTH)
     cache = None

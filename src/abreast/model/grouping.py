@@ -23,13 +23,14 @@ from torch import nn
 
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
-from abreast.families import FAMILIES, Branches
+from abreast.families import FAMILIES, Branches, Family
 from abreast.plan import Group, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Prefill = Literal["grouped", "sequential"]
+Norms = Literal["own", "split", "shared"]
 _MARK = "_abreast_replaced"
 
 
@@ -46,11 +47,13 @@ def load(
     device: str | torch.device | Mapping[str, Any] = "cpu",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    norms: Norms = "own",
 ) -> tuple[PreTrainedModel, Any]:
     """Load a model and its tokenizer; return (model, tokenizer), the tokenizer None if it has none.
 
     model: folder or Hugging Face id of an original or a converted checkpoint. plan: run it grouped
-    under this plan, which may also be the path of a plan file. dtype: "auto" keeps that of the
+    under this plan, which may also be the path of a plan file, and with these norms, see `apply`.
+    dtype: "auto" keeps that of the
     checkpoint. device: one device; "auto" spreads a model larger than one over all there are and,
     where these do not suffice, memory and disk; or transformers' device_map. Code inside the
     checkpoint never runs unless trust_remote_code is set; converted checkpoints need none of it
@@ -82,7 +85,7 @@ def load(
     _check_loaded(folder, report)
     loaded = loaded.eval() if spread else loaded.to(device).eval()
     if plan is not None:
-        apply(loaded, plan)
+        apply(loaded, plan, norms=norms)
     return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 
 
@@ -155,21 +158,24 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 @contextmanager
 def grouped(
-    model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped"
+    model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped", norms: Norms = "own"
 ) -> Iterator[nn.Module]:
     """Run `model` under `plan` inside the block, and as it was after it.
 
     model: any loaded transformers causal language model of a known family; its weights are neither
-    copied nor changed. plan: a Plan or its shorthand. prefill: as for `apply`. Raises as `apply`.
+    copied nor changed. plan: a Plan or its shorthand. prefill, norms: as for `apply`. Raises as
+    `apply`.
     """
-    apply(model, plan, prefill=prefill)
+    apply(model, plan, prefill=prefill, norms=norms)
     try:
         yield model
     finally:
         remove(model)
 
 
-def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -> None:
+def apply(
+    model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped", norms: Norms = "own"
+) -> None:
     """Make `model` run under `plan` until `remove`.
 
     A group computes, for its common input x of shape [batch, length, hidden], the attention
@@ -181,9 +187,16 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     prefill: "sequential" runs prompts in the original order, exactly as the unchanged model, and
     what follows them under the plan: see `modeling.Passes` for what counts as a prompt.
 
+    norms: whose norms stand before the branches of a group of p members; those after a branch and
+    within attention always stay their member's. "own", as conversions have it: N_j and M_j before
+    attention j and FFN j. "shared": N_1 and M_1, the first member's, everywhere. "split", what the
+    authors' code of Layer Parallelism computes on p devices, each with a slice of every FFN and the
+    norms of one member: N_j before attention j, and FFN j cut along its intermediate size into p
+    parts (as by `torch.tensor_split`), of which the r-th reads M_r(y_j).
+
     Raises GroupingError for an unknown family, a missing submodule, a model without weights or
-    already grouped, and PlanError for a plan of another number of layers; the model is then left as
-    it was.
+    already grouped, norms that the family does not tell apart, and PlanError for a plan of another
+    number of layers; the model is then left as it was.
     """
     layers = decoder_layers(model)
     if isinstance(plan, str):
@@ -196,13 +209,13 @@ def apply(model: nn.Module, plan: Plan | str, *, prefill: Prefill = "grouped") -
     unloaded = (module for module in model.modules() if not hasattr(module, "_hf_hook"))
     if any(tensor.is_meta for module in unloaded for tensor in module.parameters(recurse=False)):
         raise GroupingError("the model is on the meta device and has no weights; load it first")
-    branches = branches_of(model)
+    branches, last_matrix = branches_of(model), check_norms(model, norms)
     for group in plan.groups:
         for layer in group.layers:
             _check_submodules(layers[layer], layer, branches)
     for group in plan.groups:
         members = [layers[layer] for layer in group.layers]
-        together = _Forwards(members, group, branches)
+        together = _Forwards(members, group, branches, norms, last_matrix)
         for index, member in enumerate(members):
             # What stands on the instance, such as accelerate's dispatch, comes back later.
             forward = _Forward(together, index, member.__dict__.get("forward"))
@@ -256,6 +269,10 @@ def _decoder(model: nn.Module) -> Any:
 
 def branches_of(model: nn.Module) -> Branches:
     """The names of a decoder layer's submodules. Raises GroupingError for an unknown family."""
+    return _family_of(model).branches
+
+
+def _family_of(model: nn.Module) -> Family:
     config = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if config is not None else None
     model_type = getattr(text, "model_type", None)
@@ -263,7 +280,29 @@ def branches_of(model: nn.Module) -> Branches:
         raise GroupingError(
             f"model_type '{model_type}' cannot run grouped; known are {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[model_type].branches
+    return FAMILIES[model_type]
+
+
+def check_norms(model: nn.Module, norms: str) -> str:
+    """The name of the FFN's last matrix, which "split" needs, and "" for other norms.
+
+    Raises GroupingError for a family in which these norms mean nothing, or cannot be had.
+    """
+    family = _family_of(model)
+    if norms not in get_args(Norms):
+        raise GroupingError(f"norms '{norms}' are not one of {', '.join(get_args(Norms))}")
+    if norms != "own" and not family.norms:
+        raise GroupingError(
+            f"a {family.model_type} has no gains in norms before its branches, so norms '{norms}' "
+            "would change nothing; use own"
+        )
+    last = [m.name for m in family.matrices if m.name.startswith("mlp.") and m.join == "columns"]
+    if norms == "split" and not last:
+        raise GroupingError(
+            f"norms 'split' cut an FFN along its width, and that of a {family.model_type} is not "
+            "known as plain matrices; use own or shared"
+        )
+    return last[0].removeprefix("mlp.") if norms == "split" else ""
 
 
 def _check_submodules(layer: nn.Module, index: int, branches: Branches) -> None:
@@ -292,10 +331,44 @@ class _Forwards:
     members: list[nn.Module]
     group: Group
     branches: Branches
+    norms: Norms
+    last_matrix: str  # of the FFN, see `check_norms`
     arguments: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, arguments: Sequence[dict[str, Any]], x: torch.Tensor) -> torch.Tensor:
-        return _run(self.members, self.group, self.branches, arguments, x)
+        """The group's output from its input, both [batch, length, hidden]."""
+        members, group, branches = self.members, self.group, self.branches
+        read: list[torch.Tensor] = []
+        attended: list[torch.Tensor] = []
+        for index, (member, sees) in enumerate(zip(members, group.attention_sees, strict=True)):
+            read.append(_plus(x, attended, sees))
+            normed = members[0] if self.norms == "shared" else member
+            out = _attend(member, branches, read[-1], arguments[index], normed)
+            # Members may compute on different devices; each one's submodules fetch their inputs.
+            attended.append(out.to(x.device))
+        everything = (True,) * len(members)
+        sums = {everything: _plus(x, attended, everything)}
+        out = sums[everything]
+        for index, (member, sees) in enumerate(zip(members, group.ffn_sees, strict=True)):
+            if _is_parallel(member, branches):
+                y = read[index]
+            else:
+                y = sums[sees] if sees in sums else sums.setdefault(sees, _plus(x, attended, sees))
+            out = out + self._feed(member, y).to(x.device)
+        return out
+
+    def _feed(self, member: nn.Module, y: torch.Tensor) -> torch.Tensor:
+        """The FFN branch of a member."""
+        mlp, names = getattr(member, self.branches.mlp), self.branches
+        if self.norms == "split":
+            inputs = [_before_mlp(layer, names, y) for layer in self.members]
+            out = _by_parts(mlp, getattr(mlp, self.last_matrix), inputs)
+        else:
+            normed = self.members[0] if self.norms == "shared" else member
+            out = mlp(_before_mlp(normed, names, y))
+        for name in names.after_mlp:
+            out = getattr(member, name)(out)
+        return out * getattr(member, names.scale) if names.scale else out
 
 
 @dataclass(eq=False)
@@ -344,31 +417,6 @@ def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, **{name: off for name, off in cache.items() if name in kwargs}}
 
 
-def _run(
-    members: Sequence[nn.Module],
-    group: Group,
-    branches: Branches,
-    arguments: Sequence[dict[str, Any]],
-    x: torch.Tensor,
-) -> torch.Tensor:
-    read: list[torch.Tensor] = []
-    attended: list[torch.Tensor] = []
-    for member, sees, kwargs in zip(members, group.attention_sees, arguments, strict=True):
-        read.append(_plus(x, attended, sees))
-        # Members may compute on different devices; each one's submodules fetch their inputs.
-        attended.append(_attend(member, branches, read[-1], kwargs).to(x.device))
-    everything = (True,) * len(members)
-    sums = {everything: _plus(x, attended, everything)}
-    out = sums[everything]
-    for index, (member, sees) in enumerate(zip(members, group.ffn_sees, strict=True)):
-        if _is_parallel(member, branches):
-            y = read[index]
-        else:
-            y = sums[sees] if sees in sums else sums.setdefault(sees, _plus(x, attended, sees))
-        out = out + _feed(member, branches, y).to(x.device)
-    return out
-
-
 def _plus(x: torch.Tensor, outputs: Sequence[torch.Tensor], sees: Sequence[bool]) -> torch.Tensor:
     """x and the sum of the outputs that are seen."""
     seen = [output for output, shown in zip(outputs, sees, strict=False) if shown]
@@ -376,10 +424,15 @@ def _plus(x: torch.Tensor, outputs: Sequence[torch.Tensor], sees: Sequence[bool]
 
 
 def _attend(
-    layer: nn.Module, branches: Branches, x: torch.Tensor, kwargs: dict[str, Any]
+    layer: nn.Module,
+    branches: Branches,
+    x: torch.Tensor,
+    kwargs: dict[str, Any],
+    normed: nn.Module,
 ) -> torch.Tensor:
+    """The attention branch of a layer, after the norm of the layer `normed`."""
     for name in branches.before_attention:
-        x = getattr(layer, name)(x)
+        x = getattr(normed, name)(x)
     # By position, because families disagree on the name.
     out = getattr(layer, branches.attention)(x, **kwargs)[0]
     for name in branches.after_attention:
@@ -387,15 +440,29 @@ def _attend(
     return out * getattr(layer, branches.scale) if branches.scale else out
 
 
-def _feed(layer: nn.Module, branches: Branches, y: torch.Tensor) -> torch.Tensor:
+def _before_mlp(layer: nn.Module, branches: Branches, y: torch.Tensor) -> torch.Tensor:
     for name in branches.before_mlp:
         norm = getattr(layer, name)
         # A parallel StableLM layer has no second norm: its FFN reads the attention's.
         y = norm(y) if norm is not None else getattr(layer, branches.before_attention[0])(y)
-    out = getattr(layer, branches.mlp)(y)
-    for name in branches.after_mlp:
-        out = getattr(layer, name)(out)
-    return out * getattr(layer, branches.scale) if branches.scale else out
+    return y
+
+
+def _by_parts(mlp: nn.Module, last: nn.Module, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The FFN whose intermediate values are cut into parts, the r-th computed from inputs[r].
+
+    last: its last matrix, which reads the intermediate values; those before it are independent of
+    each other.
+    """
+    computed: list[torch.Tensor] = []
+
+    def put_together(_: nn.Module, entering: tuple[torch.Tensor, ...]) -> Any:
+        parts = entering[0].tensor_split(len(inputs), dim=-1)
+        computed.append(parts[len(computed)])
+        return (torch.cat(computed, dim=-1),) if len(computed) == len(inputs) else None
+
+    with last.register_forward_pre_hook(put_together):
+        return [mlp(entering) for entering in inputs][-1]
 
 
 @contextmanager
