@@ -109,6 +109,41 @@ def test_known_plan() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "shorthand", "name"),
+    [
+        ("P2 D1 S12 E16", "12|13:1 14|15:1", "P2 D1 S12 E16"),
+        ("P4S14E30", "14|15|16|17 18|19|20|21 22|23|24|25 26|27|28|29", "P4 D0 S14 E30"),
+        ("p3, s1, e7, d2", "1|2|3:2 4|5|6:2", "P3 D2 S1 E7"),
+    ],
+)
+def test_cqil_names(text: str, shorthand: str, name: str) -> None:
+    plan = Plan.read(text, 32)
+    assert plan.shorthand == shorthand
+    assert plan.cqil_name == name
+    assert plan.label == f"{shorthand} ({name})"
+    assert Plan.parse(name, 32) == plan
+
+
+def test_cqil_figures() -> None:
+    """E is the layer after the last: only so does the depth fall by what the latency fell."""
+    assert Plan.parse("P2 D0 S12 E30", 32).depth == 23  # latency -26.2 %, 9 of 32 are 28.1 %
+    assert Plan.parse("P4 S14 E30", 32).depth == 20  # latency -37.4 %, 12 of 32 are 37.5 %
+
+
+@given(plans())
+def test_only_a_stretch_of_equal_cqil_groups_has_a_cqil_name(plan: Plan) -> None:
+    if plan.cqil_name is not None:
+        assert Plan.parse(plan.cqil_name, plan.num_layers) == plan
+    else:
+        assert plan.label == plan.shorthand
+    grouped = [layer for group in plan.groups for layer in group.layers]
+    kinds = {(group.kind, len(group.layers)) for group in plan.groups}
+    stretch = grouped == list(range(min(grouped, default=0), max(grouped, default=-1) + 1))
+    named = len(kinds) == 1 and stretch and plan.groups[0].wiring == "cqil"
+    assert named == (plan.cqil_name is not None)
+
+
 def test_plan_without_groups() -> None:
     plan = Plan.parse("", 3)
     assert plan.stages == ((0,), (1,), (2,))
@@ -135,6 +170,14 @@ def one_line(caught: pytest.ExceptionInfo[PlanError]) -> str:
         ("4+5+6", "layer 6 does not exist"),
         ("7+8", "layer 7 does not exist"),
         ("3", "cannot read group '3'"),
+        ("P2 D1 S1", "CQIL's names are P"),
+        ("P2 P3 S1 E7", "each once"),
+        ("P2 S1 E4", "P must be at least 2, and E - S a multiple of it"),
+        ("P1 S1 E3", "P must be at least 2"),
+        ("P2 S4 E2", "E - S a multiple"),
+        ("P2 D2 S1 E3", "bypass 2 exceeds the group"),
+        ("P2 S0 E999999998", "the model has 6 layers, so E is at most that"),
+        ("P2 S1 E3 1+2", "cannot read group 'P2'"),
         ("1+2 3", "cannot read group '3'"),
         ("1+2:1", "cannot read group"),
         ("1|2:2", "bypass 2 exceeds the group"),

@@ -101,6 +101,7 @@ def test_verify_says_no_by_its_exit_status(run, demo, tmp_path):
         (("eval", "DEMO", "--device", "warp"), "unknown"),
         (("eval", "DEMO", "--dtype", "float8"), "dtype"),
         (("eval", "DEMO", "--plan", "3+99"), "plan"),
+        (("convert", "DEMO", "--plan", "P2 S4 E7", "-o", "OUT"), "E - S a multiple"),
         (("study", "DEMO", "-o", "OUT", "--interventions", "melt"), "unknown"),
     ],
     ids=lambda value: " ".join(value[:1] + value[2:4]) if isinstance(value, tuple) else "",
@@ -111,6 +112,12 @@ def test_a_mistake_is_one_line_and_status_2(run, demo, tmp_path, arguments, said
     assert status == 2 and out == ""
     assert len(err.splitlines()) == 1 and err.startswith("abreast: ") and said in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_cqil_names_are_read_and_shown(run, demo, tmp_path):
+    assert run("convert", demo, "--plan", "p2 s4 e8", "-o", tmp_path / "out")[0] == 0
+    status, text, _ = run("inspect", tmp_path / "out")
+    assert status == 0 and "from 16 layers under plan 4|5 6|7 (P2 D0 S4 E8)" in text
 
 
 def test_forced_edges_are_warned_about(run, demo, tmp_path):

@@ -26,6 +26,7 @@ shard_option = click.option(
 def inspect(model: str, revision: str | None, as_json: bool) -> None:
     """Show a model's family, its shape, and which groups of layers are legal."""
     from abreast.convert import inspect_model
+    from abreast.plan import Plan
 
     facts = inspect_model(model, revision=revision)
     for warning in facts.warnings:
@@ -45,8 +46,9 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
         "weights": f"{facts.parameters / 1e6:.1f} M in {', '.join(facts.dtypes)}, "
         f"{console.bytes_text(facts.nbytes)} in {files} file{'s' * (files > 1)}",
     }
-    if facts.plan is not None:
-        rows["converted"] = f"from {facts.original_layers} layers under plan {facts.plan}"
+    if facts.plan is not None and facts.original_layers is not None:
+        plan = Plan.parse(facts.plan, facts.original_layers)
+        rows["converted"] = f"from {plan.num_layers} layers under plan {plan.label}"
     else:
         stretches = ", ".join(f"{first}..{last}" for first, last in facts.stretches)
         rows["legal groups"] = f"any consecutive layers within {stretches or 'no stretch'}"

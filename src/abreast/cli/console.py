@@ -44,7 +44,10 @@ bos_option = click.option(
     default=None,
     help="Start texts with the BOS token. Default: as the tokenizer does.",
 )
-PLAN_HELP = 'Groups such as "5+6 7+8" (lp), "7|8" (cqil), "7|8:1" (bypass 1), or a plan file.'
+PLAN_HELP = (
+    'Groups such as "5+6 7+8" (lp), "7|8" (cqil), "7|8:1" (bypass 1), "5~6" (ff), CQIL\'s names '
+    '"P2 D1 S4 E8", or a plan file.'
+)
 plan_option = click.option("--plan", required=True, help=PLAN_HELP)
 prefill_option = click.option(
     "--prefill",

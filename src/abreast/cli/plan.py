@@ -316,7 +316,7 @@ def _find(
 def _print_plan(planned: Planned) -> None:
     cost = planned.expected
     rows = {
-        "plan": planned.plan.shorthand,
+        "plan": planned.plan.label,
         "depth": f"{planned.plan.num_layers} -> {planned.plan.depth}",
         "calibration KL": f"{cost.kl:.5f} ± {cost.kl_stderr:.5f} nats",
         "calibration loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats",

@@ -84,7 +84,7 @@ def print_demo(result: Demo) -> None:
         ("", "original", "converted", "difference"),
         rows,
         left={""},
-        title=f"bundled model, plan {result.plan.shorthand}, {result.dtype}",
+        title=f"bundled model, plan {result.plan.label}, {result.dtype}",
         notes=notes,
     )
 

@@ -297,7 +297,7 @@ def _summary(conversion: Conversion) -> tuple[object, ...]:
     quality, timed = conversion.quality, speed_rows(conversion)
     return (
         conversion.plan.depth,
-        conversion.plan.shorthand or "none",
+        conversion.plan.label or "none",
         (conversion.healed or {}).get("method", ""),
         *(
             _short(metric, quality) if quality else "not measured"
