@@ -12,7 +12,7 @@ from abreast.data import CALIBRATION, HELD_OUT, load_tokens
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
-from abreast.heal.least_squares import FOLDS, RIDGES, _Moments, _ridge, _solve, memory_needed, refit
+from abreast.heal.least_squares import FOLDS, RIDGES, Moments, _ridge, memory_needed, refit, solve
 from abreast.model.grouping import decoder_layers, grouped, load
 from abreast.plan import Plan
 
@@ -33,10 +33,10 @@ def words(windows: int, window: int, seed: int = 0, vocabulary: int = 128) -> np
     return np.random.default_rng(seed).integers(0, vocabulary, (windows, window))
 
 
-def moments(inputs: torch.Tensor, targets: torch.Tensor, folds: int = FOLDS) -> list[_Moments]:
+def moments(inputs: torch.Tensor, targets: torch.Tensor, folds: int = FOLDS) -> list[Moments]:
     found = []
     for u, t in zip(inputs.chunk(folds), targets.chunk(folds), strict=True):
-        found.append(_Moments(u.shape[1], t.shape[1], torch.device("cpu")))
+        found.append(Moments(u.shape[1], t.shape[1], torch.device("cpu")))
         found[-1].add(u, t)
     return found
 
@@ -80,7 +80,7 @@ def test_ridge_is_the_least_squares_solution(tokens, inputs, targets, ridge, see
 def test_solve_finds_what_is_there():
     generator = torch.Generator().manual_seed(0)
     u, true = torch.randn(600, 8, generator=generator), torch.randn(3, 8, generator=generator)
-    found, ridge, before, after = _solve(moments(u, u @ true.T), torch.zeros(3, 8).double())
+    found, ridge, before, after = solve(moments(u, u @ true.T), torch.zeros(3, 8).double())
     assert ridge == min(RIDGES)
     assert torch.allclose(found.float(), true, atol=1e-3)
     assert before == pytest.approx(1) and after < 1e-6
@@ -90,7 +90,7 @@ def test_solve_keeps_weights_where_nothing_can_be_learnt():
     generator = torch.Generator().manual_seed(0)
     u, noise = torch.randn(60, 30, generator=generator), torch.randn(60, 2, generator=generator)
     start = torch.zeros(2, 30).double()
-    found, ridge, before, after = _solve(moments(u, 0.01 * noise), start)
+    found, ridge, before, after = solve(moments(u, 0.01 * noise), start)
     # Sixty tokens of pure noise for thirty inputs: whatever is fitted is worse on the next fold.
     assert after <= before
     assert ridge is None or float(found.norm()) < 0.01
@@ -212,6 +212,6 @@ def test_memory_is_what_is_really_allocated():
     config = {**LLAMA_2_7B, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     config["num_key_value_heads"] = 4
     width = 2 * (64 + 96)
-    sets = [_Moments(width, 64, torch.device("cpu")) for _ in range(FOLDS + 1)]
+    sets = [Moments(width, 64, torch.device("cpu")) for _ in range(FOLDS + 1)]
     held = sum(each.gram.nbytes + each.cross.nbytes for each in sets)
     assert memory_needed(config)["moments"] == held

@@ -6,7 +6,7 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.heal.healing import heal
-    from abreast.heal.least_squares import Refit
+    from abreast.heal.least_squares import FOLDS, Moments, Refit, solve
     from abreast.heal.recipe import Recipe
     from abreast.heal.train import Distilled
 

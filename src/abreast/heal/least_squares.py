@@ -93,7 +93,7 @@ class Refit:
     num_tokens: int
 
 
-class _Moments:
+class Moments:
     """Sums over tokens: U'U [n, n], U'T [n, m] and |T|^2 of inputs U and targets T, in float64."""
 
     def __init__(self, inputs: int, targets: int, device: torch.device) -> None:
@@ -331,12 +331,12 @@ def _fit_inputs(
     weights = [streams.submodule(member, name).weight for name in names]
     reader = (member, names[0])
     width, device = weights[0].shape[1], weights[0].device
-    folds = [_Moments(width, width, device) for _ in range(FOLDS)]
+    folds = [Moments(width, width, device) for _ in range(FOLDS)]
     for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), [reader])):
         targets = original_inputs[number][reader].to(device)
         folds[number % FOLDS].add(inputs[reader], targets)
     start = torch.eye(width, dtype=torch.float64, device=device)
-    solution, ridge, before, after = _solve(folds, start)
+    solution, ridge, before, after = solve(folds, start)
     if ridge is not None:
         for weight in weights:
             weight.copy_(weight.double() @ solution)
@@ -352,14 +352,14 @@ def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
     start = torch.cat([weight.double().to(device) for weight in weights], dim=1)
     scale = _scale(streams.model, group)
     bias = sum(m.bias.float().to(device) for m in modules if m.bias is not None)
-    folds = [_Moments(start.shape[1], start.shape[0], start.device) for _ in range(FOLDS)]
+    folds = [Moments(start.shape[1], start.shape[0], start.device) for _ in range(FOLDS)]
     for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs)):
         target = streams.original[number].to(device).float()
         missing = target - streams.arriving[number].to(device).float()
         joined = torch.cat([inputs[output].float().to(device) for output in outputs], dim=-1)
         text, targets = slice(streams.prefix, None), missing / scale - bias
         folds[number % FOLDS].add(joined[:, text], targets[:, text])
-    solution, ridge, before, after = _solve(folds, start)
+    solution, ridge, before, after = solve(folds, start)
     if ridge is not None:
         widths = [weight.shape[1] for weight in weights]
         for weight, part in zip(weights, solution.split(widths, dim=1), strict=True):
@@ -373,15 +373,15 @@ def _scale(model: PreTrainedModel, group: Group) -> float:
     return float(getattr(decoder_layers(model)[group.layers[0]], scale)) if scale else 1.0
 
 
-def _solve(
-    folds: Sequence[_Moments], start: torch.Tensor
+def solve(
+    folds: Sequence[Moments], start: torch.Tensor
 ) -> tuple[torch.Tensor, float | None, float, float]:
     """min over W of |T - U W'|^2 + r |W - start|^2: W, r (None: start kept), errors before, after.
 
     r is the one with the least error on each fold in turn, solved on the others. It multiplies the
     mean square of all inputs, whichever of them take part, so that it means the same to both.
     """
-    total = _Moments(start.shape[1], start.shape[0], start.device)
+    total = Moments(start.shape[1], start.shape[0], start.device)
     for fold in folds:
         total.gram += fold.gram
         total.cross += fold.cross
@@ -411,7 +411,7 @@ def _solve(
     return solution, ridge, before / size, best / size
 
 
-def _ridge(moments: _Moments, start: torch.Tensor, ridge: float) -> torch.Tensor:
+def _ridge(moments: Moments, start: torch.Tensor, ridge: float) -> torch.Tensor:
     matrix = moments.gram.clone()
     matrix.diagonal().add_(ridge)
     factor = torch.linalg.cholesky(matrix)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from abreast.model.programs import (
         INTERVENTIONS,
+        Mapped,
         Program,
         advance,
         capture,

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,20 @@ class Merged:
     layers: tuple[int, ...]
 
 
-Step = int | Group | Merged
+@dataclass(frozen=True)
+class Mapped:
+    """A step: a layer or group in which what some submodules return passes through linear maps.
+
+    maps: (layer, name inside it) -> [hidden, hidden] for the submodule's output. label: tells such
+    steps apart, who are equal whatever their maps.
+    """
+
+    step: int | Group
+    label: str
+    maps: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict, compare=False)
+
+
+Step = int | Group | Merged | Mapped
 Program = tuple[Step, ...]
 Case = tuple[str, int, int]  # intervention, start, end
 
@@ -184,9 +198,11 @@ def _order(program: Program) -> tuple[str, ...]:
 
 
 def name_of(program: Program) -> str:
-    """The journal's name of a program, as in "0 1 2+3 4=5"; "=" joins merged layers."""
+    """The journal's name of a program, as in "0 1 2+3 4=5 6@label"; "=" joins merged layers."""
     return " ".join(
-        step.shorthand
+        f"{name_of((step.step,))}@{step.label}"
+        if isinstance(step, Mapped)
+        else step.shorthand
         if isinstance(step, Group)
         else "=".join(map(str, step.layers if isinstance(step, Merged) else [step]))
         for step in program
@@ -195,7 +211,8 @@ def name_of(program: Program) -> str:
 
 def cost_of(steps: Program) -> int:
     """Layers that the steps evaluate."""
-    return sum(len(step.layers) if isinstance(step, Group) else 1 for step in steps)
+    plain = (step.step if isinstance(step, Mapped) else step for step in steps)
+    return sum(len(step.layers) if isinstance(step, Group) else 1 for step in plain)
 
 
 def shared_steps(one: Program, other: Program) -> int:
@@ -254,6 +271,12 @@ def advance(
     Wherever the step runs, both lie on one device.
     """
     device = x.device
+    if isinstance(step, Mapped):
+        with ExitStack() as hooks:
+            for (layer, name), weight in step.maps.items():
+                module = layers[layer].get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(partial(_map_output, weight)))
+            return advance(model, layers, arguments, step.step, x)
     if isinstance(step, Merged):
         merged = _mean_layer(layers, step.layers)
         return _result(merged(x, **arguments[step.layers[0]])).to(device)
@@ -263,6 +286,12 @@ def advance(
                 x = layers[layer](x, **arguments[layer])
             return x.to(device)
     return _result(layers[step](x, **arguments[step])).to(device)
+
+
+def _map_output(weight: torch.Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    first = _result(output)
+    mapped = nn.functional.linear(first, weight.to(first.device, first.dtype))
+    return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
 
 
 def _result(returned: Any) -> torch.Tensor:

@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.planner.calibration import Calibration, calibrate, expect, measure, score
+    from abreast.planner.calibration import (
+        Calibration,
+        calibrate,
+        expect,
+        measure,
+        score,
+        score_programs,
+    )
     from abreast.planner.find import (
         NoisyTiming,
         Planned,

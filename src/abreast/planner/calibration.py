@@ -277,6 +277,18 @@ def score(
     AbreastError where a model's logits are not finite.
     """
     programs = [_program(plan) for plan in plans]
+    scores = score_programs(calibration, programs, batches=batches, progress=progress)
+    return [cost for cost, *_ in scores]
+
+
+def score_programs(
+    calibration: Calibration,
+    programs: Sequence[Program],
+    *,
+    batches: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> list[tuple[Cost, float, float]]:
+    """As `score`; with each cost the share of next tokens that stay the same, and its error."""
     chosen = list(calibration.batches if batches is None else batches)
     lines = read_journal(calibration.folder)
     todo = {
@@ -294,7 +306,12 @@ def score(
                 finished += 1
                 if progress is not None:
                     progress(finished, total)
-    return [_cost(_sums(lines, program, chosen), calibration.scored) for program in programs]
+    scores = []
+    for program in programs:
+        sums = _sums(lines, program, chosen)
+        same = ratio_of_means(sums[:, 3], np.full(len(sums), calibration.scored))
+        scores.append((_cost(sums, calibration.scored), *same))
+    return scores
 
 
 def measured_plans(calibration: Calibration, *, least: int | None = None) -> dict[Plan, Cost]:
