@@ -1,10 +1,11 @@
 """Token streams: seeded, hashed, and available offline.
 
 A *source* names text: a file, a folder, ``hub:NAME[@CONFIG][:SPLIT[:COLUMN]]`` for a data set on
-the Hugging Face Hub, or ``stdlib`` (the default). ``stdlib`` is real text that every Python has:
-the modules of the running interpreter's own standard library. One module in twenty, chosen by the
-hash of its name, is *held out*: the bundled model never saw it, so it can be evaluated on it. The
-others (``stdlib-train``) serve for calibration, and the two never overlap.
+the Hugging Face Hub, ``chat:FILE`` for conversations, a JSON object per line, or ``stdlib``: real
+text that every Python has, the modules of the running interpreter's own standard library. One
+module in twenty, chosen by the hash of its name, is *held out*: the bundled model never saw it, so
+it can be evaluated on it. The others (``stdlib-train``) serve for calibration, and the two never
+overlap. Sources that need a model as well, ``auto`` and ``self``, are in `runs`.
 
 What a tokenizer puts before a text, its *prefix*, is most often a beginning-of-text token, and
 models trained with it predict badly without it. Text is cut into windows, and every window is the
@@ -17,9 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,9 @@ from abreast.errors import AbreastError, first_line
 
 HELD_OUT = "stdlib"
 CALIBRATION = "stdlib-train"
+AUTO, OWN, CHAT = "auto", "self", "chat:"
+WIKITEXT = "Salesforce/wikitext"
+REACH_TIMEOUT = 2  # seconds to wait for the Hub, where it is asked whether it is there
 TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".text", ".csv"})
 # What tokenizers that look equal read differently.
 TRICKY = (
@@ -85,12 +90,24 @@ class DataError(AbreastError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """What one source gave to a stream. beginnings: the first words of its first documents."""
+
+    source: str
+    tokens: int
+    documents: int
+    num_bytes: int
+    beginnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TokenStream:
     """One long sequence of token ids and where it came from.
 
     tokens: int64 array of shape [num_tokens]. source: its name, as the caller gave it.
     num_documents: how many documents went into it. num_bytes: UTF-8 bytes of the text that the
-    tokens stand for. prefix: token ids that every window cut from the stream begins with.
+    tokens stand for. prefix: token ids that every window cut from the stream begins with. parts:
+    what each source gave, where that is known.
     """
 
     tokens: np.ndarray
@@ -98,6 +115,7 @@ class TokenStream:
     num_documents: int
     num_bytes: int
     prefix: tuple[int, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -109,6 +127,11 @@ class TokenStream:
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
+
+    def about(self) -> dict[str, Any]:
+        """What text it is, JSON-ready."""
+        parts = [asdict(part) for part in self.parts]
+        return {"source": self.source, "sha256": self.sha256, "tokens": len(self), "parts": parts}
 
 
 def prefix_of(tokenizer: Any, add_bos: bool | None = None) -> tuple[int, ...]:
@@ -185,32 +208,66 @@ def load_tokens(
     and the documents' number only, so the same source, tokenizer and seed give the same stream.
     Raises DataError when fewer than 2 tokens come out, and as `prefix_of`.
     """
+    prefix = prefix_of(tokenizer, add_bos)
+    return tokenized(tokenizer, _shuffled(source, seed), source, prefix, max_tokens=max_tokens)
+
+
+def tokenized(
+    tokenizer: Any,
+    documents: Iterable[str | Path],
+    source: str,
+    prefix: tuple[int, ...],
+    *,
+    max_tokens: int | None,
+    templated: bool = False,
+) -> TokenStream:
+    """Documents, or files of them, as a stream, see `load_tokens`.
+
+    templated: a chat template wrote them, with the prefix and the end of text where it has them.
+    """
     if max_tokens is not None and max_tokens < 2:
         raise DataError(f"{max_tokens} tokens are too few; ask for at least 2")
-    prefix = prefix_of(tokenizer, add_bos)
     pieces: list[np.ndarray] = []
+    beginnings: list[str] = []
     total = num_bytes = 0
-    for document in _shuffled(source, seed):
-        ids, size = _encode(tokenizer, document, None if max_tokens is None else max_tokens - total)
+    for document in documents:
+        most = None if max_tokens is None else max_tokens - total
+        ids, size = _encode(tokenizer, document, most, prefix if templated else None)
         pieces.append(np.asarray(ids, dtype=np.int64))
         total += len(ids)
         num_bytes += size
+        if len(beginnings) < 3:
+            beginnings.append(beginning(_read(document, 400)))
         if max_tokens is not None and total >= max_tokens:
             break
     tokens = np.concatenate(pieces)
     if len(tokens) < 2:
         raise DataError(f"data source '{source}' gives {len(tokens)} tokens; name a longer text")
-    return TokenStream(tokens, source, len(pieces), num_bytes, prefix)
+    part = Part(source, len(tokens), len(pieces), num_bytes, tuple(beginnings))
+    return TokenStream(tokens, source, len(pieces), num_bytes, prefix, (part,))
 
 
-def _encode(tokenizer: Any, document: str | Path, most: int | None) -> tuple[list[int], int]:
-    """The first `most` tokens of a document, its end-of-text token included, and their bytes."""
+def beginning(text: str) -> str:
+    """The first words of a text, to show what it is like."""
+    return " ".join(text[:400].split()[:16])[:100]
+
+
+def _encode(
+    tokenizer: Any, document: str | Path, most: int | None, written: tuple[int, ...] | None
+) -> tuple[list[int], int]:
+    """The first `most` tokens of a document, its end-of-text token included, and their bytes.
+
+    written: what a template put before its text, to be taken off; None without a template.
+    """
     characters = -1 if most is None else 8 * (most + MARGIN)
     while True:
         text = _read(document, characters)
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         whole = characters < 0 or len(text) < characters
-        if whole and tokenizer.eos_token_id is not None:
+        if written and tuple(ids[: len(written)]) == written:
+            ids = ids[len(written) :]
+        ended = written is not None and tokenizer.eos_token_id in ids[-2:]
+        if whole and tokenizer.eos_token_id is not None and not ended:
             ids.append(tokenizer.eos_token_id)
         if whole or len(ids) >= (most or 0) + MARGIN:
             break
@@ -226,9 +283,9 @@ def _shuffled(source: str, seed: int) -> Iterator[str | Path]:
         # A data set may be far larger than memory: it is read as far as needed, in its own order.
         yield from (document for _, document in _documents(source))
         return
-    found = [document for _, document in _documents(source)]
-    for index in np.random.default_rng(seed).permutation(len(found)):
-        yield found[index]
+    every = [document for _, document in _documents(source)]
+    for index in np.random.default_rng(seed).permutation(len(every)):
+        yield every[index]
 
 
 def _documents(source: str) -> Iterator[tuple[str, str | Path]]:
@@ -284,7 +341,7 @@ def _file_documents(path: Path) -> Iterator[tuple[str, Path]]:
     else:
         raise DataError(
             f"data source '{path}' not found; name a text file, a folder, '{HELD_OUT}', "
-            f"'{CALIBRATION}' or 'hub:DATASET'"
+            f"'{CALIBRATION}', '{OWN}', '{AUTO}', '{CHAT}FILE' or 'hub:DATASET'"
         )
     empty = True
     for file in files:
@@ -318,14 +375,10 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
     try:
         with hub_or_cache():
             rows = load_dataset(name, config or None, split=split, streaming=True)
-        for number, row in enumerate(rows):
-            if column not in row:
-                raise DataError(
-                    f"data set '{name}' has no column '{column}'; it has {', '.join(row)}: "
-                    f"use hub:{whole}:{split}:COLUMN"
-                )
-            if row[column].strip():
-                yield str(number), row[column]
+        texts = (_column(row, column, f"hub:{whole}:{split}", name) for row in rows)
+        for number, text in enumerate(_articles(texts) if name == WIKITEXT else texts):
+            if text.strip():
+                yield str(number), text
     except DataError:
         raise
     except ConnectionError:
@@ -340,6 +393,41 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
         raise DataError(f"data set '{name}' cannot be read: {reason}") from None
 
 
+def _column(row: Mapping[str, str], column: str, source: str, name: str) -> str:
+    if column not in row:
+        raise DataError(
+            f"data set '{name}' has no column '{column}'; it has {', '.join(row)}: "
+            f"use {source}:COLUMN"
+        )
+    return row[column]
+
+
+def _articles(lines: Iterator[str]) -> Iterator[str]:
+    """The articles of wikitext, whose rows are lines; one begins with a heading in single ='s."""
+    article: list[str] = []
+    for line in lines:
+        if line.startswith(" = ") and not line.startswith(" = = ") and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    yield "".join(article)
+
+
+@cache
+def hub_in_reach() -> bool:
+    """Whether the Hugging Face Hub answers; asked once in a process, for REACH_TIMEOUT seconds."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.is_offline_mode():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=REACH_TIMEOUT)
+    except Exception:  # of whichever HTTP library it uses
+        return False
+    return True
+
+
 @contextmanager
 def hub_or_cache() -> Iterator[None]:
     """Let `datasets` go straight to its cache where the Hub does not answer, instead of retrying.
@@ -348,18 +436,14 @@ def hub_or_cache() -> Iterator[None]:
     """
     from datasets import config
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
 
-    before = config.HF_HUB_OFFLINE
-    if not before:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        except Exception:  # of whichever HTTP library it uses
-            config.HF_HUB_OFFLINE = True
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    if not hub_in_reach():
+        config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        config.HF_HUB_OFFLINE = before
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def tricky_texts(tokenizer: Any) -> list[str]:

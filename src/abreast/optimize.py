@@ -2,6 +2,7 @@
 
 A run folder holds
 
+    text/                     what the text to evaluate on was like, what the original wrote
     calibration/, held-out/   costs of plans on the two texts (see planner)
     front.json                every plan measured as a whole; another budget chooses from it again
     profile.json              seconds per kind of stage, unless --hardware was named
@@ -25,17 +26,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import read_json, read_manifest, write
+from abreast.checkpoint import read_json, read_manifest, resolve, write
 from abreast.convert import convert, verify
-from abreast.data import CALIBRATION, HELD_OUT, TokenStream, load_tokens
+from abreast.data import AUTO, TokenStream
 from abreast.errors import AbreastError
-from abreast.evaluate import Tasks, compare, evaluate_tasks, sample
+from abreast.evaluate import Tasks, check_length, compare, evaluate_tasks, sample
 from abreast.heal import Recipe, heal
-from abreast.model import load
+from abreast.model import load, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner import Planned, explain
 from abreast.report import check_extra, read_run, write_card, write_report
-from abreast.runs import record_environment
+from abreast.runs import Author, record_environment, token_stream
 from abreast.speed import bench, verdict
 
 Step = Callable[[str], None]
@@ -47,7 +48,7 @@ class Healing:
     """How to heal: arguments of `heal`. candidates: number of top plans to heal."""
 
     method: str = "both"
-    data: str = CALIBRATION
+    data: str = AUTO
     tokens: int | None = None
     recipe: Recipe = field(default_factory=Recipe)
     candidates: int = 1
@@ -68,7 +69,7 @@ class Checks:
     token, see `prefix_of`.
     """
 
-    data: str = HELD_OUT
+    data: str = AUTO
     max_tokens: int = 100_000
     window: int = 256
     rounds: int = 12
@@ -157,6 +158,40 @@ def optimize(
     if report:
         step(f"wrote {write_report(out)}")
     return result
+
+
+def evaluation_text(
+    model: str | Path,
+    out: str | Path,
+    checks: Checks,
+    author: Author | None = None,
+    *,
+    step: Step = lambda message: None,
+) -> TokenStream:
+    """The text that `optimize` evaluates on; the original writes its part, if any, into out/text.
+
+    Called first, it shows what is wrong with the text before hours of search. author: gives the
+    original, None to load it if need be. Raises AbreastError as `token_stream`, and for a text
+    shorter than a window.
+    """
+    folder, _ = resolve(model, revision=checks.revision)
+    loading: dict[str, Any] = {"trust_remote_code": checks.trust_remote_code}
+    stream = token_stream(
+        checks.data,
+        load_tokenizer(folder, **loading),
+        folder,
+        max_tokens=checks.max_tokens,
+        window=checks.window,
+        seed=checks.seed,
+        add_bos=checks.add_bos,
+        role="judge",
+        author=author or (lambda: load(folder, device=checks.device, **loading)[0]),
+        folder=Path(out),
+        option="--eval-data",
+        step=step,
+    )
+    check_length(stream, min(checks.window, checks.max_tokens))
+    return stream
 
 
 @dataclass(frozen=True)
@@ -295,14 +330,9 @@ class _Conversion:
 
     @cached_property
     def stream(self) -> TokenStream:
-        checks, (_, _, tokenizer) = self.checks, self.models
-        return load_tokens(
-            tokenizer,
-            checks.data,
-            max_tokens=checks.max_tokens,
-            seed=checks.seed,
-            add_bos=checks.add_bos,
-        )
+        original, _, _ = self.models
+        job = self.job
+        return evaluation_text(job.model, job.out, self.checks, lambda: original, step=job.step)
 
     def verify(self) -> dict[str, Any]:
         self.job.step("verify against the original weights run under the same plan")
@@ -317,7 +347,8 @@ class _Conversion:
         original, converted, _ = self.models
         window, progress = self.checks.window, self.job.progress
         sizes = {"window": window, "stride": window, "batch_size": 8}
-        return compare(converted, original, self.stream, progress=progress, **sizes).to_dict()
+        result = compare(converted, original, self.stream, progress=progress, **sizes)
+        return {**result.to_dict(), "text": self.stream.about()}
 
     def time(self) -> dict[str, Any]:
         self.job.step("time both models in turn")

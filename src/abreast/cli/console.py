@@ -18,6 +18,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
+from click.core import ParameterSource
 
 from abreast.errors import AbreastError
 
@@ -43,6 +44,9 @@ bos_option = click.option(
     "--add-bos/--no-add-bos",
     default=None,
     help="Start texts with the BOS token. Default: as the tokenizer does.",
+)
+chat_option = click.option(
+    "--chat", help="JSONL of messages, rendered with the model's chat template; beside --data."
 )
 PLAN_HELP = (
     'Groups such as "5+6 7+8" (lp), "7|8" (cqil), "7|8:1" (bypass 1), "5~6" (ff), CQIL\'s names '
@@ -98,6 +102,8 @@ class SettingsCommand(click.Command):
         return super().get_params(ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
+        if (chat := ctx.params.pop("chat", None)) is not None:
+            _add_chat(ctx, f"chat:{chat}")
         for entry in self.settings:
             ctx.params[entry.argument] = entry.take(ctx.params)
         return super().invoke(ctx)
@@ -115,6 +121,15 @@ def settings(argument: str, module: str, name: str) -> Callable[[Any], Any]:
         return function
 
     return decorate
+
+
+def _add_chat(ctx: click.Context, source: str) -> None:
+    """Put conversations beside the text that --data names, or in the place of the default."""
+    data = ctx.params["data"]
+    if ctx.get_parameter_source("data") is ParameterSource.DEFAULT:
+        ctx.params["data"] = source if isinstance(data, str) else (source,)
+    else:
+        ctx.params["data"] = f"{data},{source}" if isinstance(data, str) else (*data, source)
 
 
 def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> click.Option:

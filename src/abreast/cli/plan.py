@@ -38,7 +38,7 @@ class Search:
         default=4, metadata={"help": "Plans to measure at each depth, per group of the plan."}
     )
     baseline_data: str = field(
-        default="stdlib", metadata={"help": "Text for the comparison with the baselines."}
+        default="auto", metadata={"help": "Text for the comparison with the baselines."}
     )
     plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
 
@@ -47,6 +47,7 @@ class Search:
 @click.argument("model")
 @click.option("--dry-run", is_flag=True, help="Only print what it would take.")
 @out_option
+@console.chat_option
 @calibration_options
 @console.json_option
 def measure(
@@ -71,7 +72,7 @@ def measure(
                 "kept states": console.bytes_text(expected.activations),
             }
         )
-    opened = calibrate(model, Path(out) / "calibration", calibration)
+    opened = calibrate(model, Path(out) / "calibration", calibration, step=console.say)
     with console.progress_bar("measure", as_json) as progress:
         stats = run(opened, progress=progress)
     if as_json:
@@ -96,6 +97,7 @@ def measure(
 @search_options
 @click.option("--baselines", is_flag=True, help="Compare with published ways to choose a plan.")
 @out_option
+@console.chat_option
 @calibration_options
 @console.json_option
 def plan(
@@ -133,7 +135,7 @@ def plan(
 )
 @click.option("--candidates", default=1, help="Number of top plans to heal.")
 @click.option("--heal-steps", default=400, help="Training steps of healing.")
-@click.option("--eval-data", default="stdlib", help="Text to evaluate on.")
+@click.option("--eval-data", default="auto", help="Text to evaluate on.")
 @click.option("--max-tokens", default=100_000, help="Tokens to evaluate on.")
 @click.option("--rounds", default=12, help="Interleaved timing rounds.")
 @click.option("--tasks", help="Evaluate on these tasks as well, as in eval.")
@@ -141,6 +143,7 @@ def plan(
 @click.option("--limit", type=int, help="With --tasks: items of each task.")
 @click.option("--no-report", is_flag=True, help="Write no OUT/report (needs fewer packages).")
 @out_option
+@console.chat_option
 @calibration_options
 @console.json_option
 def optimize(
@@ -168,7 +171,7 @@ def optimize(
     """
     from abreast.evaluate import find_tasks
     from abreast.heal import Recipe
-    from abreast.optimize import Checks, Healing
+    from abreast.optimize import Checks, Healing, evaluation_text
     from abreast.optimize import optimize as run
     from abreast.report import PAGE, check_extra
 
@@ -198,6 +201,7 @@ def optimize(
         trust_remote_code=calibration.trust_remote_code,
         seed=seed,
     )
+    evaluation_text(model, out, checks, step=console.say)
     command = ["abreast", *sys.argv[1:]]
     planned = _find(
         model,
@@ -276,7 +280,7 @@ def _find(
 
     if search.plots:
         check_drawing()
-    calibration = calibrate(model, out / "calibration", settings)
+    calibration = calibrate(model, out / "calibration", settings, step=console.say)
     check_depth(calibration, budget.depth)
     if command is not None:
         record_environment(out, settings.device, command)
@@ -306,7 +310,14 @@ def _find(
         if compare_baselines:
             console.say("measure the published ways to choose, and the front, on held-out text")
             other_text = replace(settings, data=search.baseline_data, num_windows=32)
-            held_out = calibrate(model, out / "held-out", other_text)
+            held_out = calibrate(
+                model,
+                out / "held-out",
+                other_text,
+                role="judge",
+                option="--baseline-data",
+                step=console.say,
+            )
             series = baselines(planned, held_out, out, seed=settings.seed, progress=progress)
     if search.plots:
         draw_front(planned, series, out)

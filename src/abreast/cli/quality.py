@@ -14,6 +14,7 @@ from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
+    from abreast.data import TokenStream
     from abreast.evaluate import Comparison, Evaluation, Perplexity
     from abreast.heal import Recipe
 
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 @click.option(
     "--data",
     multiple=True,
-    default=("stdlib",),
-    help="Text file, folder, hub:DATASET[@CONFIG][:SPLIT[:COLUMN]], stdlib (held out) or "
-    "stdlib-train. May be repeated.",
+    default=("auto",),
+    help="Text file, folder, hub:DATASET[@CONFIG][:SPLIT[:COLUMN]], chat:FILE, stdlib (held out), "
+    "stdlib-train or self (what the original writes). May be repeated. Default: see the "
+    "documentation.",
 )
+@console.chat_option
 @click.option("--max-tokens", default=100_000, help="Tokens to score.")
 @click.option("--window", default=1024, help="Context length in tokens.")
 @click.option("--stride", default=512, help="Tokens between windows.")
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--limit", type=int, help="With --tasks: items of each task. Default: all.")
 @click.option("--include-path", multiple=True, help="With --tasks: folder with more task files.")
 @console.bos_option
-@click.option("-o", "--out", help="With --tasks: keep every answer here, and resume from there.")
+@click.option("-o", "--out", help="Keep answers to tasks and what the original writes here.")
 @click.option("--batch-size", default=1, help="Windows or prompts per forward pass.")
 @console.dtype_option
 @console.revision_option
@@ -61,6 +64,7 @@ def evaluate(
     per_window: bool,
     add_bos: bool | None,
     tasks: str | None,
+    out: str | None,
     batch_size: int,
     dtype: str,
     revision: str | None,
@@ -75,9 +79,11 @@ def evaluate(
     With --against, also how far it is from that model: KL divergence and loss increase with
     standard errors and intervals, or the share of accuracy kept and a test on the same items.
     """
-    from abreast.data import check_tokenizers, load_tokens
-    from abreast.evaluate import compare, perplexity
+    from abreast.checkpoint import resolve
+    from abreast.data import OWN, check_tokenizers
+    from abreast.evaluate import check_length, compare, perplexity
     from abreast.model import load
+    from abreast.runs import check_run, token_stream
 
     loading: dict[str, Any] = {
         "dtype": dtype,
@@ -96,6 +102,7 @@ def evaluate(
             seed=seed,
             against=against,
             add_bos=add_bos,
+            out=out,
             **task_options,
             **loading,
         )
@@ -107,16 +114,37 @@ def evaluate(
     reference, reference_tokenizer = None, None
     if against:
         reference, reference_tokenizer = load(against, revision=against_revision, **loading)
-    tokenizer = tokenizer or reference_tokenizer
-    if tokenizer is None:
-        raise AbreastError(f"'{model}' has no tokenizer; copy the original's files into its folder")
-    if reference_tokenizer is not None:
+    if tokenizer is not None and reference_tokenizer is not None:
         check_tokenizers(tokenizer, reference_tokenizer)
-    reading: dict[str, Any] = {"max_tokens": max_tokens, "seed": seed, "add_bos": add_bos}
-    streams = [load_tokens(tokenizer, name, **reading) for name in data]
+    tokenizer = tokenizer or reference_tokenizer
+
+    author = resolve(against, revision=against_revision)[0] if against else None
+    if out is not None:
+        check_run(Path(out), "comparison")
+
+    def stream_of(name: str) -> TokenStream:
+        stream = token_stream(
+            name,
+            tokenizer,
+            author or model,
+            max_tokens=max_tokens,
+            window=window,
+            seed=seed,
+            add_bos=add_bos,
+            role="judge",
+            # no changed model is judged on what it writes itself
+            author=(lambda: reference) if author else None,
+            folder=Path(out) if out else None,
+            step=console.say,
+        )
+        check_length(stream, min(window, max_tokens), loaded)
+        return stream
+
+    # what can be wrong with files comes before minutes of writing
+    streams = {name: stream_of(name) for name in sorted(data, key=lambda name: OWN in name)}
     sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
     results: list[Comparison | Perplexity] = []
-    for stream in streams:
+    for stream in map(streams.__getitem__, data):
         with console.progress_bar(f"evaluate on {stream.source}", as_json) as progress:
             sizes["progress"] = progress
             if reference is not None:
@@ -127,14 +155,13 @@ def evaluate(
         corpora: list[dict[str, Any]] = [
             {
                 "data": {
-                    "source": stream.source,
-                    "sha256": stream.sha256,
-                    "documents": stream.num_documents,
-                    "prefix": list(stream.prefix),
+                    **streams[name].about(),
+                    "documents": streams[name].num_documents,
+                    "prefix": list(streams[name].prefix),
                 },
                 "result": result.to_dict(windows=per_window),
             }
-            for stream, result in zip(streams, results, strict=True)
+            for name, result in zip(data, results, strict=True)
         ]
         record = {"model": model, "against": against, "plan": plan, "dtype": dtype, "seed": seed}
         return console.print_json(
@@ -278,7 +305,8 @@ def _score(value: float | None, stderr: float | None) -> str:
 @click.argument("model")
 @click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
 @click.option("--interventions", help="Comma-separated. Default: all.")
-@click.option("--data", default="stdlib", help="Text to score; as in eval.")
+@click.option("--data", default="auto", help="Text to score; as in eval.")
+@console.chat_option
 @console.bos_option
 @click.option("--windows", default=16, help="Number of windows to score.")
 @click.option("--window", default=256, help="Tokens per window.")
@@ -338,6 +366,7 @@ def study(
             devices=devices.split(","),
             revision=revision,
             trust_remote_code=trust_remote_code,
+            step=console.say,
             progress=progress,
         )
     if not no_plots:
@@ -364,7 +393,8 @@ def study(
     default="both",
     help="Closed form, training, or one after the other.",
 )
-@click.option("--data", default="stdlib-train", help="Text to heal on; as in eval.")
+@click.option("--data", default="auto", help="Text to heal on; as in eval.")
+@console.chat_option
 @console.bos_option
 @click.option("--tokens", type=int, help="Tokens to heal on. Default: what the method needs.")
 @click.option("--window", default=1024, help="Context length in tokens.")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from abreast.evaluate.text import (
         Comparison,
         Perplexity,
+        check_length,
         compare,
         first_difference,
         perplexity,

@@ -295,6 +295,16 @@ def sliding_windows(
     return spans
 
 
+def check_length(stream: TokenStream, window: int, *models: PreTrainedModel) -> None:
+    """Raise AbreastError for a stream shorter than one window, as far as the models can hold it."""
+    least = _clip_to_context(window, *models) - len(stream.prefix)
+    if len(stream) < least:
+        raise AbreastError(
+            f"the data '{stream.source}' has {len(stream)} tokens, less than one window of "
+            f"{least}; name a longer text or use a shorter window"
+        )
+
+
 def _to_dict(result: Perplexity | Comparison, windows: bool) -> dict[str, Any]:
     record: dict[str, Any] = finite(asdict(result))
     for part in (record, record.get("model"), record.get("reference")):

@@ -40,7 +40,7 @@ from abreast.checkpoint import (
     write_shards,
 )
 from abreast.convert import convert, hash_inputs, preview
-from abreast.data import CALIBRATION, HELD_OUT, TokenStream
+from abreast.data import AUTO, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, family_of
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
@@ -49,7 +49,7 @@ from abreast.heal.student import full
 from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
 from abreast.plan import Plan
-from abreast.runs import open_run, to_csv, token_stream, whole_windows
+from abreast.runs import check_run, open_run, to_csv, token_stream, whole_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,7 +126,7 @@ def heal(
     out: str | Path,
     *,
     method: str = "both",
-    data: str | TokenStream = CALIBRATION,
+    data: str | TokenStream = AUTO,
     add_bos: bool | None = None,
     tokens: int | None = None,
     window: int = 1024,
@@ -151,9 +151,9 @@ def heal(
 
     model: the original, folder or Hugging Face id, of a family that can be converted. method:
     "refit" (closed form, see least_squares.py), "distill" (training, see train.py), or "both" in
-    that order. data: text to heal on, never the text to evaluate on; add_bos: see `prefix_of`.
-    tokens: read at most so many;
-    None: what the recipe's steps need, or 65,536 for refit alone. Refit takes the first 65,536.
+    that order. data: text to heal on, never the text to evaluate on, see `token_stream`; add_bos:
+    see `prefix_of`. tokens: read at most so many; None: what the recipe's steps need, or 65,536 for
+    refit alone. Refit takes the first 65,536.
     window: tokens the model sees at once, clipped to what it can hold, and to an eighth of a short
     text. dtype: in which the model is healed; float32 is right for training weights themselves.
     work: folder of intermediate state, OUT.work beside `out` by default; an interrupted call goes
@@ -198,6 +198,7 @@ def heal(
             "this architecture cannot be healed with this version of transformers"
         )
     folder = Path(work) if work is not None else target.with_name(f"{target.name}.work")
+    check_run(folder, "heal")
     setup = _Setup(
         source=source,
         tensors=tensors,
@@ -215,7 +216,7 @@ def heal(
         "model": source.sha256,
         "plan": plan.shorthand,
         "method": method,
-        "data": text.about,
+        "data": {key: value for key, value in text.about.items() if key != "parts"},
         "recipe": recipe.to_dict() if method != "refit" else None,
         "refit_steps": list(refit_steps) if method != "distill" else None,
         "seed": seed,
@@ -288,10 +289,15 @@ def _text(
     stream = token_stream(
         data,
         tokenizer,
-        setup.source.source,
+        setup.source.folder,
         max_tokens=tokens,
+        window=window,
         seed=setup.seed,
         add_bos=add_bos,
+        # what several processes write may differ in the last bit, and then in every word
+        author=(lambda: setup.model) if processes() == 1 else None,
+        folder=setup.work,
+        step=setup.step,
     )
     size = min(len(stream), tokens)
     window = min(window, max(2, size // 8))
@@ -304,6 +310,7 @@ def _text(
         "tokens": int(windows.size),
         "window": window,
         "held_out_tokens": num_held_out * window,
+        "parts": stream.about()["parts"],
         **({"prefix": list(stream.prefix)} if stream.prefix else {}),
     }
     train, held_out = windows[:-num_held_out], windows[-num_held_out:]
@@ -432,11 +439,8 @@ def _manifest_entry(setup: _Setup, healed: Healed) -> dict[str, Any]:
 
 
 def _warnings(text: _Text, trained: Distilled | None) -> Iterator[str]:
-    if text.about["source"] == HELD_OUT:
-        yield (
-            f"healed on '{HELD_OUT}', the text that eval uses unless told otherwise; "
-            "evaluate on other text"
-        )
+    if HELD_OUT in text.about["source"].split(","):
+        yield f"healed on '{HELD_OUT}', which eval may take by default; evaluate on other text"
     if trained is not None and trained.diverged:
         yield f"training {trained.reason}; the weights are those of step {trained.best_step}"
     elif trained is not None and trained.best_step == 0:

@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,12 @@ from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, CalibrationSettin
 from abreast.planner.objective import KL, Cost, Objective
 from abreast.runs import (
     JOURNAL,
+    Author,
     Journal,
+    Role,
     check_least,
+    check_run,
+    check_window,
     identity_of,
     open_run,
     read_journal,
@@ -80,18 +84,12 @@ class Calibration:
     candidates: tuple[Group, ...]
     identity: dict[str, Any]
     settings: CalibrationSettings
+    load: Author
     revision: str | None = None
 
-    @cached_property
+    @property
     def model(self) -> PreTrainedModel:
-        """The model, loaded at first use."""
-        model, _ = load(
-            self.checkpoint,
-            dtype=self.settings.dtype,
-            device=self.settings.device,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
-        return model
+        return self.load()
 
     @property
     def prefix(self) -> int:
@@ -166,11 +164,14 @@ def calibrate(
     settings: CalibrationSettings,
     *,
     stream: TokenStream | None = None,
+    role: Role = "calibrate",
+    option: str = "--data",
+    step: Callable[[str], None] = lambda message: None,
 ) -> Calibration:
     """Read a model's headers and its calibration text, and open folder `out` for a run on them.
 
     model: folder or Hugging Face id of an original of any family that can run grouped. stream:
-    measure on this instead of the source in the settings.
+    measure on this instead of the source in the settings. role, option, step: see `token_stream`.
 
     Raises AbreastError for fewer than MIN_CALIBRATION_WINDOWS windows of text, a folder with a run
     on another model, other text or sizes, or anything else in it, and as `load` and `load_tokens`.
@@ -186,44 +187,47 @@ def calibrate(
     checkpoint = open_checkpoint(model, revision=settings.revision)
     config = checkpoint.config
     groups = _candidates(config, settings)
-    tokenizer = None
-    if stream is None:
-        trust = settings.trust_remote_code
-        tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=trust)
+    at_once = windows_at_once(_window_cache(checkpoint, settings), settings.max_cache_bytes)
+    longest, run = config.get("max_position_embeddings"), Path(out)
+    check_window(window, longest)
+    check_run(run, KIND)
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    tokenizer = load_tokenizer(checkpoint.folder, **options) if stream is None else None
+    options |= {"dtype": settings.dtype, "device": settings.device}
+    loaded = cache(lambda: load(checkpoint.folder, **options)[0])
     stream = token_stream(
         settings.data if stream is None else stream,
         tokenizer,
-        str(model),
+        checkpoint.folder,
         max_tokens=settings.num_windows * window,
+        window=window,
         seed=settings.seed,
         add_bos=settings.add_bos,
+        role=role,
+        author=loaded,
+        folder=run,
+        option=option,
+        step=step,
     )
-    tokens = whole_windows(
-        stream,
-        settings.num_windows,
-        window,
-        longest=config.get("max_position_embeddings"),
-        vocabulary=positive(config, "vocab_size"),
-    )
+    vocabulary, most = positive(config, "vocab_size"), settings.num_windows
+    tokens = whole_windows(stream, most, window, longest=longest, vocabulary=vocabulary)
     if len(tokens) < MIN_CALIBRATION_WINDOWS:
         raise AbreastError(
             f"the data gives {len(tokens)} windows of {window} tokens, too few to tell plans "
             f"apart; name a text of at least {MIN_CALIBRATION_WINDOWS * window} tokens"
         )
-    num_layers, cache = num_layers_of(config), _window_cache(checkpoint, settings)
-    size = min(len(tokens), settings.batch_size, windows_at_once(cache, settings.max_cache_bytes))
+    size = min(len(tokens), settings.batch_size, at_once)
     identity = identity_of(
         checkpoint.folder,
         tokens,
         stream.prefix,
-        num_layers=num_layers,
+        num_layers=num_layers_of(config),
         batch=size,
         seed=settings.seed,
         dtype=settings.dtype,
     )
-    run = open_run(Path(out), KIND, identity)
     return Calibration(
-        folder=run,
+        folder=open_run(run, KIND, identity),
         checkpoint=checkpoint.folder,
         source=str(model),
         tokens=tokens,
@@ -231,6 +235,7 @@ def calibrate(
         candidates=groups,
         identity=identity,
         settings=settings,
+        load=loaded,
         revision=checkpoint.revision,
     )
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from abreast.checkpoint import replacing
-from abreast.data import CALIBRATION
+from abreast.data import AUTO
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
 from abreast.planner.objective import KL, Cost, Objective
@@ -174,9 +174,7 @@ class CalibrationSettings:
     are options of the verbs that measure.
     """
 
-    data: str = field(
-        default=CALIBRATION, metadata={"help": "Text to measure on; sources as for eval."}
-    )
+    data: str = field(default=AUTO, metadata={"help": "Text to measure on; sources as for eval."})
     add_bos: bool | None = field(
         default=None,
         metadata={

@@ -7,9 +7,12 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.runs.folder import (
         JOURNAL,
+        TEXT_FOLDER,
         Journal,
         check_least,
+        check_run,
         check_tokens,
+        check_window,
         damaged_record,
         hardware,
         identity_of,
@@ -18,12 +21,12 @@ if TYPE_CHECKING:
         read_record,
         record_environment,
         to_csv,
-        token_stream,
         tokens_hash,
         versions_of,
         whole_windows,
         window_bytes,
         windows_at_once,
     )
+    from abreast.runs.text import Author, Role, token_stream
 
 attach(__name__)

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from abreast.checkpoint import finite, write
-from abreast.data import TokenStream, load_tokens
+from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.version import __version__
 
 ENVIRONMENT_FILE = "environment.json"
+TEXT_FOLDER = "text"  # what a run says about its text, and the text that the model wrote for it
 JOURNAL = "journal-{}.jsonl"
 Journal = dict[tuple[str, int], dict[str, Any]]
 
@@ -56,11 +57,18 @@ def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
                 f"'{out}' holds a {kind} with other {', '.join(differing)}; choose a new folder"
             )
         return out
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise AbreastError(f"'{out}' exists and is not a {kind}; choose a new folder")
+    check_run(out, kind)
     out.mkdir(parents=True, exist_ok=True)
     write(record, json.dumps({"identity": identity}, indent=2) + "\n")
     return out
+
+
+def check_run(out: Path, kind: str) -> None:
+    """Raise AbreastError for a folder that holds anything but a run of this kind, or its text."""
+    if not out.exists() or (out / f"{kind}.json").is_file():
+        return
+    if not out.is_dir() or any(path.name != TEXT_FOLDER for path in out.iterdir()):
+        raise AbreastError(f"'{out}' exists and is not a {kind}; choose a new folder")
 
 
 def _beginning(prefix: Sequence[int]) -> str:
@@ -151,27 +159,6 @@ def check_least(sizes: Mapping[str, tuple[int, int]]) -> None:
             raise AbreastError(f"{label} is {value}; give at least {least}")
 
 
-def token_stream(
-    data: str | TokenStream,
-    tokenizer: Any,
-    model: str,
-    *,
-    max_tokens: int,
-    seed: int,
-    add_bos: bool | None,
-) -> TokenStream:
-    """`data` itself if it is a stream, else the source of this name in the model's tokens.
-
-    tokenizer: the model's; None, where it has none, is an AbreastError for a source. add_bos: see
-    `prefix_of`; a stream has its own prefix.
-    """
-    if isinstance(data, TokenStream):
-        return data
-    if tokenizer is None:
-        raise AbreastError(f"'{model}' has no tokenizer; give a folder with its files")
-    return load_tokens(tokenizer, data, max_tokens=max_tokens, seed=seed, add_bos=add_bos)
-
-
 def whole_windows(
     stream: TokenStream, num_windows: int, window: int, *, longest: int | None, vocabulary: int
 ) -> np.ndarray:
@@ -181,8 +168,7 @@ def whole_windows(
     Raises AbreastError where there is no whole window, where it is too long for the model or holds
     no token to score, and for token ids outside the vocabulary.
     """
-    if window > (longest or window):
-        raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
+    check_window(window, longest)
     text = window - len(stream.prefix)
     if text < 1 or window < 2:
         raise AbreastError(
@@ -198,6 +184,12 @@ def whole_windows(
     tokens = np.hstack([before, stream.tokens[: count * text].reshape(count, text)])
     check_tokens(tokens, vocabulary)
     return tokens
+
+
+def check_window(window: int, longest: int | None) -> None:
+    """Raise AbreastError for a window that is too long for the model, see `whole_windows`."""
+    if window > (longest or window):
+        raise AbreastError(f"the window is {window}, the model holds {longest} tokens; shorten it")
 
 
 def check_tokens(tokens: np.ndarray, vocabulary: int) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from abreast.checkpoint import finite, resolve, write
-from abreast.data import HELD_OUT, TokenStream
+from abreast.data import AUTO, TokenStream
 from abreast.errors import AbreastError
 from abreast.model import (
     INTERVENTIONS,
@@ -48,6 +48,8 @@ from abreast.model import (
 from abreast.runs import (
     JOURNAL,
     check_least,
+    check_run,
+    check_window,
     identity_of,
     open_run,
     read_journal,
@@ -152,7 +154,7 @@ def study(
     model: str | Path,
     out: str | Path,
     *,
-    data: str | TokenStream = HELD_OUT,
+    data: str | TokenStream = AUTO,
     add_bos: bool | None = None,
     interventions: Sequence[str] = INTERVENTIONS,
     max_length: int | None = None,
@@ -166,12 +168,13 @@ def study(
     max_cache_bytes: int = 2**30,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> Study:
     """Run the interventions on every stretch; write study.csv and study.json to folder `out`.
 
-    model: folder or Hugging Face id of any family that can run grouped. data: a source as for
-    `load_tokens`, or a stream; add_bos: see `prefix_of`. It is cut into num_windows windows of
+    model: folder or Hugging Face id of any family that can run grouped. data, step: see
+    `token_stream`; add_bos: see `prefix_of`. It is cut into num_windows windows of
     `window` tokens, prefix and text, that do not overlap; the text is scored, without a prefix all
     but its first token. max_length: longest stretch, in layers.
     permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
@@ -187,24 +190,32 @@ def study(
     """
     _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
     _check_devices(devices)
+    check_run(Path(out), "study")
     folder, _ = resolve(model, revision=revision)
     loaded, tokenizer = load(
         folder, dtype=dtype, device=devices[0], trust_remote_code=trust_remote_code
     )
+    config = loaded.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None)
+    check_window(window, longest)
     data = token_stream(
         data,
         tokenizer,
-        str(model),
+        folder,
         max_tokens=num_windows * window,
+        window=window,
         seed=seed,
         add_bos=add_bos,
+        role="judge",
+        author=lambda: loaded,
+        folder=Path(out),
+        step=step,
     )
-    config = loaded.config.get_text_config()
     tokens = whole_windows(
         data,
         num_windows,
         window,
-        longest=getattr(config, "max_position_embeddings", None),
+        longest=longest,
         vocabulary=loaded.get_input_embeddings().weight.shape[0],
     )
     num_layers = len(decoder_layers(loaded))
