@@ -23,7 +23,7 @@ import numpy as np
 
 from abreast.checkpoint.files import write
 from abreast.convert.rewrite import convert
-from abreast.data import HELD_OUT, load_tokens
+from abreast.data import CALIBRATION, HELD_OUT, load_tokens
 from abreast.demo import model_folder
 from abreast.evaluate.text import Comparison, compare
 from abreast.heal.healing import heal
@@ -111,7 +111,15 @@ def main() -> None:
                 if method == "none":
                     convert(source, PLANS[name], out)
                 else:
-                    heal(source, PLANS[name], out, method=method, recipe=recipe, work=work)
+                    heal(
+                        source,
+                        PLANS[name],
+                        out,
+                        data=CALIBRATION,
+                        method=method,
+                        recipe=recipe,
+                        work=work,
+                    )
                 spent = time.process_time() - started
                 model, _ = load(out, dtype="float32")
                 comparison = compare(model, original, stream, window=256, stride=256, batch_size=8)

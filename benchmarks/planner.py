@@ -14,7 +14,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from abreast.data import HELD_OUT
+from abreast.data import CALIBRATION, HELD_OUT
 from abreast.demo import model_folder
 from abreast.planner.calibration import calibrate, candidates, difference, score
 from abreast.planner.find import find_plan
@@ -35,6 +35,7 @@ arguments = parser.parse_args()
 
 model = model_folder()
 settings = CalibrationSettings(
+    data=CALIBRATION,
     num_windows=arguments.windows,
     max_group=arguments.max_group,
     wirings=tuple(arguments.wirings.split(",")),

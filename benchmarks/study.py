@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from abreast.data import HELD_OUT
 from abreast.demo import model_folder
 from abreast.model.programs import INTERVENTIONS, name_of, programs_under
 from abreast.report import draw_study
@@ -63,6 +64,7 @@ def main() -> None:
         result = study(
             model_folder(),
             out,
+            data=HELD_OUT,
             interventions=interventions,
             dtype="float32",
             devices=("cpu", "cpu"),

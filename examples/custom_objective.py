@@ -26,11 +26,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=str(model_folder()))
     parser.add_argument("--depth", type=int, default=14, help="stages of the plan")
+    parser.add_argument("--data", default="stdlib-train", help="calibration text")
     parser.add_argument("--windows", type=int, default=32, help="windows of calibration text")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as run:
-        settings = CalibrationSettings(num_windows=arguments.windows, window=128, dtype="float32")
+        settings = CalibrationSettings(
+            data=arguments.data, num_windows=arguments.windows, window=128, dtype="float32"
+        )
         calibration = calibrate(arguments.model, run, settings)
         budget = Budget(depth=arguments.depth)
         by_kl = find_plan(calibration, run, budget)

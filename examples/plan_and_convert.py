@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default=str(model_folder()))
     parser.add_argument("--depth", type=int, default=14, help="stages of the plan")
+    parser.add_argument("--data", default="stdlib-train", help="calibration text")
     parser.add_argument("--windows", type=int, default=32, help="windows of calibration text")
     parser.add_argument("--dtype", default="float32", help="dtype to measure in")
     parser.add_argument("--out", default="converted", help="new folder for the checkpoint")
@@ -27,7 +28,10 @@ def main() -> None:
     # Measure every candidate group, then whole plans. Keep the folder to search again for less.
     with tempfile.TemporaryDirectory() as run:
         settings = CalibrationSettings(
-            num_windows=arguments.windows, window=128, dtype=arguments.dtype
+            data=arguments.data,
+            num_windows=arguments.windows,
+            window=128,
+            dtype=arguments.dtype,
         )
         calibration = calibrate(arguments.model, run, settings)
         planned = find_plan(calibration, run, Budget(depth=arguments.depth), step=print)

@@ -20,23 +20,29 @@ SHOWN = {"text", "yaml"}  # languages of blocks that are no programs
 # Appended to a command when it is run, so that it is quick; the last of two equal options counts.
 # A key may name an option as well, "eval --tasks": the longest key that is in the command is taken.
 SHORTER = {
-    "eval": "--max-tokens 600 --window 64 --stride 64",
+    "eval": "--data stdlib --max-tokens 600 --window 64 --stride 64",
     "eval --tasks": "--limit 2",
     "verify": "--tokens 16",
     "bench": "--rounds 1 --warmup 0 --steps 1 --new-tokens 1 --batch 1 --context 8",
-    "measure": "--windows 8 --window 32",
-    "plan": "--windows 8 --window 32 --per-group 1",
+    "measure": "--data stdlib --windows 8 --window 32",
+    "plan": "--data stdlib --windows 8 --window 32 --per-group 1",
     # What is timed here is noise: tests/test_optimize.py takes a profile.
-    "plan --speedup": "--windows 8 --window 32 --per-group 1 --hardware 2xA100-NVLink",
-    "optimize": "--windows 8 --window 32 --per-group 1 --max-tokens 600 --rounds 1 --no-baselines",
-    "study": "--windows 2 --window 32 --max-length 2 --permutations 1 --devices cpu",
-    "heal": "--tokens 4000 --window 64 --steps 2 --batch-size 2 --micro-batch 2",
+    "plan --speedup": "--data stdlib --windows 8 --window 32 --per-group 1 "
+    "--hardware 2xA100-NVLink",
+    "optimize": "--data stdlib --windows 8 --window 32 --per-group 1 --eval-data stdlib "
+    "--max-tokens 600 --rounds 1 --no-baselines",
+    "study": "--data stdlib --windows 2 --window 32 --max-length 2 --permutations 1 --devices cpu",
+    "heal": "--data stdlib-train --tokens 4000 --window 64 --steps 2 --batch-size 2 "
+    "--micro-batch 2",
 }
 # The same for programs: text of a page -> what takes its place.
 SMALLER = {
-    'num_windows=16, window=256, devices=["cpu", "cpu"]': "num_windows=2, window=32, max_length=2",
+    'num_windows=16, window=256, devices=["cpu", "cpu"]': (
+        'data="stdlib", num_windows=2, window=32, max_length=2'
+    ),
     'recipe=Recipe(train="lora", steps=2000)': (
         'recipe=Recipe(train="lora", steps=2, batch_size=2, micro_batch=2), tokens=4000, window=64'
+        ', data="stdlib-train"'
     ),
 }
 # What is there before a page begins: commands that are run first, and plan files.

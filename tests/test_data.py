@@ -17,6 +17,7 @@ from abreast.data import (
     DataError,
     TokenStream,
     documents,
+    hub_in_reach,
     is_held_out,
     load_tokens,
     prefix_of,
@@ -337,11 +338,39 @@ def test_a_hub_that_does_not_answer_is_asked_once(
         return [{"text": "one"}]
 
     monkeypatch.setattr(huggingface_hub.utils, "get_session", Session)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    hub_in_reach.cache_clear()
     config = fake_datasets(monkeypatch, load_dataset, offline=False)
-    if cached:
-        assert list(documents("hub:x")) == [("0", "one")]
-    else:
-        with pytest.raises(DataError, match="not in the cache, and the Hugging Face Hub is out of"):
-            list(documents("hub:x"))
-    assert len(asked) == 1 and asked[0] <= 10
-    assert not config.HF_HUB_OFFLINE
+    for _ in range(2):
+        if cached:
+            assert list(documents("hub:x")) == [("0", "one")]
+        else:
+            with pytest.raises(
+                DataError, match="not in the cache, and the Hugging Face Hub is out"
+            ):
+                list(documents("hub:x"))
+    hub_in_reach.cache_clear()
+    assert asked == [2]
+    assert not config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_wikitext_is_read_by_articles(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        "",
+        " = One = \n",
+        "",
+        " text \n",
+        " = = Part = = \n",
+        " more \n",
+        "",
+        " = Two = \n",
+        " x \n",
+    ]
+
+    def load_dataset(name: str, of: str | None, *, split: str, streaming: bool) -> list[dict]:
+        return [{"text": row} for row in rows]
+
+    fake_datasets(monkeypatch, load_dataset)
+    first, second = (text for _, text in documents("hub:Salesforce/wikitext@any:train"))
+    assert first == " = One = \n text \n = = Part = = \n more \n" and second == " = Two = \n x \n"
+    assert len(list(documents("hub:org/other"))) == 6

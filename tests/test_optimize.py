@@ -41,7 +41,7 @@ from abreast.rivals import baselines
 from abreast.speed import bench
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
-QUICK = Checks(max_tokens=300, window=64, rounds=1, context=8, new_tokens=2)
+QUICK = Checks("stdlib", max_tokens=300, window=64, rounds=1, context=8, new_tokens=2)
 
 
 def text(seed: int = 0) -> TokenStream:
@@ -330,7 +330,9 @@ class Counted:
 def test_whole_job_resumes_from_its_files(tiny_checkpoint, tmp_path, monkeypatch):
     model = tiny_checkpoint(tokenizer=True)
     counted = Counted(monkeypatch, "convert", "verify", "compare", "bench")
-    made = calibrate(model, tmp_path / "calibration", CalibrationSettings(num_windows=8, window=32))
+    made = calibrate(
+        model, tmp_path / "calibration", CalibrationSettings("stdlib", num_windows=8, window=32)
+    )
     planned = find_plan(made, tmp_path, Budget(depth=5), per_group=1)
     options = {"checks": QUICK, "command": ["abreast", "optimize", "and so on"]}
     result = optimize(model, tmp_path, planned, **options)
@@ -359,12 +361,14 @@ def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
 
     counted = Counted(monkeypatch, "heal", "convert")
     made = calibrate(
-        model_folder(), tmp_path / "calibration", CalibrationSettings(num_windows=8, window=64)
+        model_folder(),
+        tmp_path / "calibration",
+        CalibrationSettings("stdlib", num_windows=8, window=64),
     )
     planned = find_plan(made, tmp_path, Budget(depth=14), per_group=2, best=2)
     assert len(planned.others) == 1 and planned.others[0].depth == 14
     options = {"checks": QUICK}
-    healing = Healing(method="refit", candidates=2, tokens=4000)
+    healing = Healing("refit", "stdlib-train", candidates=2, tokens=4000)
     result = optimize(model_folder(), tmp_path, planned, healing=healing, **options)
     assert counted.calls == ["heal", "heal"]
     assert set(result.healed) == {planned.plan.shorthand, planned.others[0].shorthand}
@@ -396,7 +400,7 @@ def run(monkeypatch, capsys):
     return call
 
 
-SMALL = ("--windows", 8, "--window", 32, "--batch-size", 8)
+SMALL = ("--data", "stdlib", "--windows", 8, "--window", 32, "--batch-size", 8)
 
 
 @pytest.mark.slow
@@ -408,7 +412,7 @@ def test_command_line(run, tmp_path):
     assert status == 0 and json.loads(text)["candidates"] == 13 and not out.exists()
     status, text, _ = run("measure", model, "-o", out, *SMALL, "--json")
     assert status == 0 and len(json.loads(text)["groups"]) == 13
-    budget = ("--depth", 14, "--per-group", 1, "--baselines")
+    budget = ("--depth", 14, "--per-group", 1, "--baselines", "--baseline-data", "stdlib")
     status, text, _ = run("plan", model, "-o", out, *SMALL, *budget, "--json")
     assert status == 0 and json.loads(text)["depth"] == 14
     written = Plan.load(out / "plan.yaml")
@@ -419,8 +423,19 @@ def test_command_line(run, tmp_path):
     assert len(err.strip().splitlines()[-1]) < 200
     status, text, err = run("plan", model, "-o", out, *SMALL)
     assert status == 2 and "give exactly one budget" in err
-    few = ("--rounds", 1, "--max-tokens", 300, "--no-baselines", "--no-plots", "--per-group", 1)
+    few = (
+        "--rounds",
+        1,
+        "--eval-data",
+        "stdlib",
+        "--max-tokens",
+        300,
+        "--no-baselines",
+        "--no-plots",
+        "--per-group",
+        1,
+    )
     status, text, _ = run("optimize", model, "-o", out, *SMALL, "--depth", 14, *few)
     assert status == 0 and "held-out KL" in text
-    status, _, err = run("optimize", model, "-o", out, "--depth", 14, "--windows", 9, *few)
+    status, _, err = run("optimize", model, "-o", out, *SMALL, "--depth", 14, "--windows", 9, *few)
     assert status == 2 and "with other" in err

@@ -58,7 +58,18 @@ def test_the_whole_way_through(run, demo, tmp_path):
     assert (found["plan"], found["original_layers"], found["num_layers"]) == ("2+3 4|5:1", 16, 14)
     status, text, _ = run("verify", out, "--against", demo, "--tokens", 32, "--json")
     assert status == 0 and json.loads(text)["ok"] is True
-    few = ("--max-tokens", 600, "--window", 128, "--stride", 128, "--dtype", "float32")
+    few = (
+        "--data",
+        "stdlib",
+        "--max-tokens",
+        600,
+        "--window",
+        128,
+        "--stride",
+        128,
+        "--dtype",
+        "float32",
+    )
     status, text, _ = run("eval", out, "--against", demo, *few, "--json")
     compared = json.loads(text)["result"]
     assert status == 0 and compared["kl"] > 0 and compared["kl_stderr"] > 0
@@ -97,7 +108,7 @@ def test_verify_says_no_by_its_exit_status(run, demo, tmp_path):
         (("verify", "DEMO", "--against", "DEMO"), "abreast.json"),
         (("verify", "DEMO", "--against", "DEMO", "--tokens", "1"), "too few"),
         (("eval", "DEMO", "--data", "/nowhere"), "not found"),
-        (("eval", "DEMO", "--max-tokens", "1"), "too few"),
+        (("eval", "DEMO", "--data", "stdlib", "--max-tokens", "1"), "too few"),
         (("eval", "DEMO", "--device", "warp"), "unknown"),
         (("eval", "DEMO", "--dtype", "float8"), "dtype"),
         (("eval", "DEMO", "--plan", "3+99"), "plan"),

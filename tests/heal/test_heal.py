@@ -203,7 +203,7 @@ def test_converted_and_broken_originals_are_refused(tiny_checkpoint, tmp_path):
 def test_command_line(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     model = tiny_checkpoint(tokenizer=True)
-    arguments = [str(model), "--plan", "2+3", "-o", str(out), "--json"]
+    arguments = [str(model), "--plan", "2+3", "-o", str(out), "--json", "--data", "stdlib-train"]
     arguments += ["--tokens", "2600", "--window", "128", "--steps", "2", "--batch-size", "2"]
     arguments += ["--optimizer", "muon", "--hidden-weight", "5", "--lm-weight", "0.1"]
     done = CliRunner().invoke(heal_verb, arguments, catch_exceptions=False)

@@ -173,7 +173,8 @@ def test_a_sharded_run_that_died_ends_with_the_same_bits(tiny_checkpoint, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--train", "lora", "--method", "distill"], []])
 def test_heal_writes_the_checkpoint_that_it_writes_without(tmp_path, options):
-    arguments = ["--plan", "7+8", "--json", "--tokens", "2600", "--window", "128", "--steps", "2"]
+    arguments = ["--plan", "7+8", "--json", "--data", "stdlib-train", "--tokens", "2600"]
+    arguments += ["--window", "128", "--steps", "2"]
     arguments += ["--batch-size", "2", "--micro-batch", "1", "--no-bf16"]
     arguments += ["--learning-rate", "1e-3", "--out-dtype", "float32", *options]
     out, kept = tmp_path / "out", tmp_path / "kept"

@@ -14,8 +14,30 @@ from playing import served_until_interrupted
 from abreast.cli.main import cli
 from abreast.errors import AbreastError
 
-TEXT = ("--max-tokens", "512", "--window", "256", "--stride", "128", "--dtype", "float32")
-SEARCH = ("--windows", "8", "--window", "32", "--batch-size", "8", "--dtype", "float32")
+TEXT = (
+    "--data",
+    "stdlib",
+    "--max-tokens",
+    "512",
+    "--window",
+    "256",
+    "--stride",
+    "128",
+    "--dtype",
+    "float32",
+)
+SEARCH = (
+    "--data",
+    "stdlib-train",
+    "--windows",
+    "8",
+    "--window",
+    "32",
+    "--batch-size",
+    "8",
+    "--dtype",
+    "float32",
+)
 NO_GGUF = "it norms the output of its attention and FFN"
 
 
@@ -80,7 +102,8 @@ def converted(model: Model, work: Path) -> Path:
 def run_folder(model: Model, work: Path) -> Path:
     """What optimize leaves, with the report."""
     small = (*SEARCH, "--per-group", "1", "--no-baselines", "--rounds", "6")
-    options = ("--depth", model.depth, *small, "--max-tokens", "1024", "--no-plots")
+    options = ("--depth", model.depth, *small, "--eval-data", "stdlib", "--max-tokens", "1024")
+    options += ("--no-plots",)
     run("optimize", model.folder, "-o", work / "run", *options)
     return work / "run"
 
@@ -126,7 +149,9 @@ def test_measure_and_plan(model, work):
     run("plan", model.folder, "-o", folder, *options)
     for name in ("plan.yaml", "why.md", "front.json"):
         assert (folder / name).is_file()
-    run("eval", model.folder, "--plan", folder / "plan.yaml", "--max-tokens", 64)
+    run(
+        "eval", model.folder, "--plan", folder / "plan.yaml", "--data", "stdlib", "--max-tokens", 64
+    )
 
 
 def test_optimize_report_and_push(model, run_folder):
@@ -141,16 +166,38 @@ def test_optimize_report_and_push(model, run_folder):
 
 
 def test_study(model, work):
-    options = ("--windows", 1, "--window", 32, "--max-length", 2, "--permutations", 1)
+    options = (
+        "--data",
+        "stdlib",
+        "--windows",
+        1,
+        "--window",
+        32,
+        "--max-length",
+        2,
+        "--permutations",
+        1,
+    )
     run("study", model.folder, "-o", work / "study", *options, "--dtype", "float32", "--no-plots")
     assert any((work / "study").iterdir())
 
 
 @pytest.mark.parametrize("method", ["refit", "distill"])
 def test_heal(model, work, method):
-    size = ("--tokens", 2048, "--window", 128, "--no-plots")
+    size = ("--data", "stdlib-train", "--tokens", 2048, "--window", 128, "--no-plots")
     if method == "distill":
-        size = ("--steps", 2, "--batch-size", 2, "--window", 64, "--no-plots", "--no-bf16")
+        size = (
+            "--data",
+            "stdlib-train",
+            "--steps",
+            2,
+            "--batch-size",
+            2,
+            "--window",
+            64,
+            "--no-plots",
+            "--no-bf16",
+        )
     out = work / method
     run("heal", model.folder, "--plan", model.plan, "-o", out, "--method", method, *size)
     healed = json.loads((out / "abreast.json").read_text())["healed"]
