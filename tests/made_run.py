@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from abreast.evaluate.text import Comparison, Perplexity
 from abreast.plan import Group, Plan
 from abreast.planner.front import Front, Stats, explain, reasons
 from abreast.planner.objective import Cost
+from abreast.rivals import Measured
 from abreast.speed.timing import BenchResult, Measurement, timings, verdict
 
 LAYERS = 8
@@ -98,8 +98,16 @@ def make_run(run: Path, model: Path, source: str, data: str = "stdlib") -> Path:
     front.stats.save(run / "calibration" / "stats.safetensors")
     save(run / "front.json", {**front.to_dict(), "identity": {"num_layers": LAYERS}})
     rows = [
-        {"method": method, "depth": p.depth, "plan": p.shorthand, **asdict(cost(factor * c.kl))}
-        for method, factor in (("planner", 1.0), ("contiguous", 1.5), ("random", 3.0))
+        Measured(
+            method,
+            p.depth,
+            "without 4" if method == "sleb" else p.shorthand,
+            cost(factor * c.kl),
+            agreement=0.9,
+            seconds=0.1 * p.depth,
+            speedup=LAYERS / p.depth,
+        ).to_dict()
+        for method, factor in (("planner", 1.0), ("sleb", 1.5), ("random", 3.0))
         for p, c in front.plans.items()
         if p.shorthand in ("2+3", PLAN)
     ]

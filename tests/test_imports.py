@@ -37,6 +37,7 @@ NO_TORCH = {
         "planner.objective",
     ),
     *("report.card", "report.charts", "report.diagram", "report.page", "report.records"),
+    *("rivals.choose", "rivals.measured"),
     *("speed.prediction", "speed.timing"),
 }
 # These may be imported by their own path from outside their chapter.

@@ -37,7 +37,6 @@ from abreast.planner.front import (
 )
 from abreast.planner.objective import Cost
 from abreast.report.records import read_run
-from abreast.rivals import baselines
 from abreast.speed import bench
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
@@ -210,18 +209,6 @@ def test_refining_takes_at_most_five_forward_passes_per_group(folder, tmp_path):
     """At each depth, counted in layers really run; candidates alone count at their depth."""
     found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
     assert all(found.front.full_forwards[depth] <= 5 * (LAYERS - depth) for depth in (6, 5))
-
-
-def test_baselines_are_measured_on_the_other_text(folder, tmp_path):
-    found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    settings = CalibrationSettings(num_windows=WINDOWS, window=WINDOW)
-    other = calibrate(folder, tmp_path / "held-out", settings, stream=text(1))
-    series = baselines(found, other, tmp_path, seed=0)
-    assert set(series) == {"planner", "contiguous", "similarity", "angular", "random"}
-    assert [plan.depth for plan in series["planner"]] == [7, 6, 5]
-    record = json.loads((tmp_path / "baselines.json").read_text())
-    assert record["rests_on"]["tokens"] == other.identity["tokens"]
-    assert len(record["plans"]) == sum(map(len, series.values()))
 
 
 def test_profile_of_other_hardware(folder):

@@ -18,6 +18,7 @@ from abreast.plan import Plan
 from abreast.planner.find import Planned
 from abreast.planner.front import Profile
 from abreast.report.drawings import draw_bench, draw_front, draw_healing, draw_study
+from abreast.rivals import Measured
 from abreast.speed.timing import BenchResult, Contender, Job, Measurement, Report, timings
 from abreast.study.sweep import StudyRow
 
@@ -34,8 +35,12 @@ def test_front(tmp_path, compared):
     front, plan = make_front("org/model"), Plan.parse(PLAN, LAYERS)
     profile = Profile("made up", 1.0, {"lp 2": 1.5, "cqil:0 2": 1.5}, 2.0)
     planned = Planned(plan, (), front.plans[plan], front, profile if compared else None)
-    series = {"planner": front.plans, "random": front.plans} if compared else None
-    draw_front(planned, series, tmp_path)
+    rows = [
+        Measured(method, p.depth, p.shorthand, cost, speedup=profile.speedup(p))
+        for method in ("planner", "random")
+        for p, cost in front.plans.items()
+    ]
+    draw_front(planned, rows if compared else [], tmp_path)
     assert pictures(tmp_path) == ["pareto-speed.png", "pareto.png"][1 - compared :]
 
 

@@ -22,7 +22,8 @@ from abreast.report import page as reporting
 from abreast.report.charts import depth_chart, number, painted
 from abreast.report.diagram import describe, draw_plan, draw_stage
 from abreast.report.page import numbers, write_report
-from abreast.report.records import Measured, read_conversion, read_run
+from abreast.report.records import read_conversion, read_run
+from abreast.rivals import Measured
 from abreast.speed.timing import MIN_ROUNDS
 
 EVIL = "<script>alert(1)</script>"
@@ -101,7 +102,8 @@ def test_a_whole_run(made, tmp_path):
         assert seen in page.text, seen
     assert len(page.ids) == len(set(page.ids))
     folder = tmp_path / "out"
-    drawn = ["depth-kl", "depth-loss", "groups-kl", "plan", "position-kl", "speed", "tasks"]
+    drawn = ["buy-kl", "depth-kl", "depth-loss", "groups-kl"]
+    drawn += ["plan", "position-kl", "speed", "tasks"]
     assert sorted(p.stem for p in folder.glob("*.png")) == drawn
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.glob("*.png"))
     found = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
@@ -281,7 +283,7 @@ def test_numbers_get_the_digits_that_their_error_allows(value, stderr, text):
 
 def test_a_bar_that_reaches_zero_stays_on_a_logarithmic_axis():
     costs = Cost(0.01, 0.02, 0.0, 0.0, 9), Cost(-1e-9, float("nan"), 0.0, 0.0, 9)
-    rows = [Measured("planner", Plan.parse("1+2", 6), cost) for cost in costs]
+    rows = [Measured("planner", 5, "1+2", cost) for cost in costs]
     chart = depth_chart(rows, KL, "1+2")
     values = next(iter(chart.spec["datasets"].values())) if "datasets" in chart.spec else None
     values = values or chart.spec["layer"][0]["data"]["values"]

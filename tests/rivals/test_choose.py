@@ -3,20 +3,34 @@
 import numpy as np
 
 from abreast.plan import Group
-from abreast.rivals.choose import at_random, by_angle, by_similarity
+from abreast.rivals.choose import at_random, by_similarity, least_influence, least_turn
+
+PAIRS = [Group(layers=(first, first + 1)) for first in range(1, 8)]
 
 
-def test_published_ways_to_choose():
-    costs = {Group(layers=(f, f + 1)): 1.0 for f in range(1, 8)}
-    inputs = np.eye(11)
+def test_layers_of_least_influence_are_left_out():
+    influence = np.array([0.9, 0.2, 0.1, 0.3, 0.1, 0.8])
+    assert least_influence(influence, 1) == (2,)
+    assert least_influence(influence, 3) == (1, 2, 4)
+
+
+def test_the_run_over_which_the_state_turns_least_is_left_out():
+    turning = np.ones((11, 11))
+    turning[4, 6], turning[0, 2], turning[8, 10] = 0.2, 0.1, 0.3
+    assert least_turn(turning, 2) == (0, 1)
+    assert least_turn(turning, 2, first=1) == (4, 5)  # a map needs a layer before the run
+    assert least_turn(np.where(turning == 0.3, 0.0, turning), 2) == (8, 9)
+
+
+def test_cqil_groups_the_most_similar_inputs_in_its_own_wiring():
     alike = np.ones((11, 11)) * 0.5
     alike[3, 4] = alike[6, 7] = 0.99
-    assert by_similarity(alike, 8, costs).shorthand == "3+4 6+7"
-    turning = np.ones((11, 11))
-    turning[4, 8] = 0.1
-    assert by_angle(turning, 8, costs).shorthand == "4+5 6+7"
-    drawn = {at_random(10, 8, costs, seed).shorthand for seed in range(20)}
+    every = [*PAIRS, *(Group.wired(pair.layers, "cqil-full") for pair in PAIRS)]
+    assert by_similarity(alike, 8, every).shorthand == "3|4 6|7"
+    assert by_similarity(np.eye(11), 3, PAIRS) is None
+
+
+def test_random_plans_depend_on_the_seed_only():
+    drawn = {at_random(10, 8, PAIRS, seed).shorthand for seed in range(20)}
     assert len(drawn) > 5
-    assert at_random(10, 8, costs, 3) == at_random(10, 8, dict(reversed(costs.items())), 3)
-    for choose in (by_similarity, by_angle):
-        assert choose(inputs, 3, costs) is None
+    assert at_random(10, 8, PAIRS, 3) == at_random(10, 8, PAIRS[::-1], 3)

@@ -15,6 +15,7 @@ from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.planner import Budget, CalibrationSettings, Planned
+    from abreast.rivals import Measured
 
 out_option = click.option(
     "-o", "--out", required=True, help="Run folder; a later call resumes from it."
@@ -115,12 +116,15 @@ def plan(
     """
     from abreast.planner import explain
 
-    planned = _find(model, Path(out), budget, calibration, search, baselines, as_json)
+    planned, rivals = _find(model, Path(out), budget, calibration, search, baselines, as_json)
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
     planned.front.stats.on_record(planned.plan).save(plan_file)
     reasons.write_text(explain(planned.plan, planned.front), encoding="utf-8")
     if as_json:
-        return console.print_json(planned.to_dict())
+        record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}
+        return console.print_json({**planned.to_dict(), **record})
+    if rivals:
+        _print_rivals(rivals)
     _print_plan(planned)
     console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
 
@@ -203,7 +207,7 @@ def optimize(
     )
     evaluation_text(model, out, checks, step=console.say)
     command = ["abreast", *sys.argv[1:]]
-    planned = _find(
+    planned, rivals = _find(
         model,
         Path(out),
         budget,
@@ -229,6 +233,8 @@ def optimize(
         )
     if as_json:
         return console.print_json(result.to_dict())
+    if rivals:
+        _print_rivals(rivals)
     _print_plan(planned)
     rows = {
         f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
@@ -264,8 +270,8 @@ def _find(
     best: int = 1,
     timed: bool = False,
     command: Sequence[str] | None = None,
-) -> Planned:
-    """Calibrate, profile where speed matters, search, compare with baselines, draw."""
+) -> tuple[Planned, tuple[Measured, ...]]:
+    """Calibrate, profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
         NoisyTiming,
         calibrate,
@@ -275,7 +281,7 @@ def _find(
         profile_here,
     )
     from abreast.report import check_drawing, draw_front
-    from abreast.rivals import baselines
+    from abreast.rivals import compare
     from abreast.runs import record_environment
 
     if search.plots:
@@ -288,7 +294,7 @@ def _find(
     if search.hardware is not None:
         groups, revision = calibration.candidates, settings.revision
         profile = estimated_profile(model, groups, search.hardware, revision=revision)
-    elif timed or budget.speedup is not None:
+    elif timed or compare_baselines or budget.speedup is not None:
         try:
             profile = profile_here(calibration, out, step=console.say)
         except NoisyTiming as error:
@@ -306,9 +312,8 @@ def _find(
             step=console.say,
             progress=progress,
         )
-        series = None
+        rows: tuple[Measured, ...] = ()
         if compare_baselines:
-            console.say("measure the published ways to choose, and the front, on held-out text")
             other_text = replace(settings, data=search.baseline_data, num_windows=32)
             held_out = calibrate(
                 model,
@@ -318,10 +323,50 @@ def _find(
                 option="--baseline-data",
                 step=console.say,
             )
-            series = baselines(planned, held_out, out, seed=settings.seed, progress=progress)
+            front = planned.front
+            rows = compare(
+                front.best(),
+                front.stats.geometry,
+                *(calibration, held_out, out),
+                profile=profile,
+                objective=front.objective,
+                seed=settings.seed,
+                step=console.say,
+                progress=progress,
+            )
     if search.plots:
-        draw_front(planned, series, out)
-    return planned
+        draw_front(planned, rows, out)
+    return planned, rows
+
+
+def _print_rivals(rows: Sequence[Measured]) -> None:
+    """A line per method and depth, and where layers abreast are the better buy."""
+    from abreast.planner import KL
+    from abreast.rivals import caption
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    console.print_columns(
+        ("depth", "method", "plan", "KL", "loss", "same token", "decode ms", "speed"),
+        [
+            (
+                str(row.depth),
+                row.name,
+                row.plan,
+                f"{row.cost.kl:.4f} ± {row.cost.kl_stderr:.4f}",
+                f"{row.cost.loss_increase:+.4f} ± {row.cost.loss_stderr:.4f}",
+                percent(row.agreement),
+                "" if row.seconds is None else f"{1000 * row.seconds:.2f}",
+                "" if row.speedup is None else f"{row.speedup:.2f}x",
+            )
+            for row in sorted(rows, key=lambda row: (-row.depth, row.refit))
+        ],
+        left=("method", "plan"),
+        title="on held-out text",
+        borders=False,
+        notes=[caption(rows, KL)],
+    )
 
 
 def _print_plan(planned: Planned) -> None:

@@ -290,7 +290,7 @@ def advance(
 
 def _map_output(weight: torch.Tensor, module: nn.Module, args: Any, output: Any) -> Any:
     first = _result(output)
-    mapped = nn.functional.linear(first, weight.to(first.device, first.dtype))
+    mapped = nn.functional.linear(first.float(), weight.to(first.device)).to(first.dtype)
     return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
 
 

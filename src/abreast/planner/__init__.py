@@ -10,7 +10,6 @@ if TYPE_CHECKING:
         calibrate,
         expect,
         measure,
-        score,
         score_programs,
     )
     from abreast.planner.find import (
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
         Profile,
         Stats,
         explain,
+        kind_of,
     )
     from abreast.planner.objective import KL, Cost, Objective
     from abreast.planner.search import Costs, additive, contiguous

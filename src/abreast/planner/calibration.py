@@ -268,22 +268,9 @@ def expect(model: str | Path, settings: CalibrationSettings) -> Expected:
     )
 
 
-def score(
-    calibration: Calibration,
-    plans: Sequence[Plan],
-    *,
-    batches: Iterable[int] | None = None,
-    progress: Progress | None = None,
-) -> list[Cost]:
-    """The cost of each plan on the calibration text, or on some of its batches.
-
-    Nothing in the journal is run again; every evaluation is on disk before the next one runs.
-    progress: called with (evaluations done, in all), one being a plan on a batch. Raises
-    AbreastError where a model's logits are not finite.
-    """
-    programs = [_program(plan) for plan in plans]
-    scores = score_programs(calibration, programs, batches=batches, progress=progress)
-    return [cost for cost, *_ in scores]
+def score(calibration: Calibration, plans: Sequence[Plan], **how: Any) -> list[Cost]:
+    """The cost of each plan on the calibration text, or on some of its batches (see below)."""
+    return [cost for cost, *_ in score_programs(calibration, [*map(_program, plans)], **how)]
 
 
 def score_programs(
@@ -293,7 +280,12 @@ def score_programs(
     batches: Iterable[int] | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[Cost, float, float]]:
-    """As `score`; with each cost the share of next tokens that stay the same, and its error."""
+    """Each program's cost, its share of next tokens that stay the same, and the error of that.
+
+    Nothing in the journal is run again; every evaluation is on disk before the next one runs.
+    progress: called with (evaluations done, in all), one being a plan on a batch. Raises
+    AbreastError where a model's logits are not finite.
+    """
     chosen = list(calibration.batches if batches is None else batches)
     lines = read_journal(calibration.folder)
     todo = {
@@ -311,12 +303,9 @@ def score_programs(
                 finished += 1
                 if progress is not None:
                     progress(finished, total)
-    scores = []
-    for program in programs:
-        sums = _sums(lines, program, chosen)
-        same = ratio_of_means(sums[:, 3], np.full(len(sums), calibration.scored))
-        scores.append((_cost(sums, calibration.scored), *same))
-    return scores
+    scored = calibration.scored
+    sums = [_sums(lines, program, chosen) for program in programs]
+    return [(_cost(s, scored), *ratio_of_means(s[:, 3], np.full(len(s), scored))) for s in sums]
 
 
 def measured_plans(calibration: Calibration, *, least: int | None = None) -> dict[Plan, Cost]:

@@ -60,6 +60,11 @@ class Stats:
     full_forwards: float
     revision: str | None = None
 
+    @property
+    def geometry(self) -> dict[str, np.ndarray]:
+        """The arrays of the layers' inputs and outputs, by name."""
+        return {name: getattr(self, name) for name in GEOMETRY_ARRAYS}
+
     def on_record(self, plan: Plan) -> Plan:
         """The plan with the model that was measured on record."""
         return plan.made_for(self.source, self.revision, self.identity.get("model"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abreast.planner import Objective
-from abreast.report.records import Measured
+from abreast.rivals import Measured, caption
 
 Row = Mapping[str, Any]
 
@@ -27,13 +27,6 @@ DARK = {
     **{"paper": "#15181c", "fg": "#e6e9ed", "muted": "#a3adb8", "grid": "#2d333a"},
     **{"wire": "#8b949e", "attn": "#1f4468", "ffn": "#5f3c17"},
     **{"c1": "#6cb6ff", "c2": "#ff9d66", "c3": "#7fd18b", "c4": "#cba6ff", "c5": "#9aa4af"},
-}
-METHODS = {
-    "planner": "planner",
-    "contiguous": "contiguous (LP)",
-    "similarity": "similarity (CQIL)",
-    "angular": "angular distance",
-    "random": "random",
 }
 LOSS = Objective(
     name="loss",
@@ -99,44 +92,14 @@ def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | No
     import altair as alt
 
     label, logarithmic = objective.label, objective is not LOSS
-    points: list[dict[str, Any]] = [
-        {
-            "method": METHODS.get(row.method, row.method),
-            "depth": row.plan.depth,
-            "plan": row.plan.shorthand,
-            **error_bar(value, stderr, logarithmic=logarithmic),
-            "chosen": row.plan.shorthand == chosen and row.method == "planner",
-        }
-        for row in rows
-        for value, stderr in [(objective.value(row.cost), objective.stderr(row.cost))]
-    ]
-    methods = list(dict.fromkeys(point["method"] for point in points))
-    selection = alt.selection_point(fields=["method"], bind="legend")
+    points = _points(rows, objective, chosen)
     depth = alt.X("depth:Q").title("effective depth").scale(zero=False, padding=12)
-    base = alt.Chart(alt.Data(values=points)).encode(
-        x=depth.axis(tickMinStep=1, format="d"),
-        color=alt.Color("method:N").scale(
-            domain=methods, range=[f"var(--c{1 + i % 5})" for i in range(len(methods))]
-        ),
-        opacity=alt.condition(selection, alt.value(1), alt.value(0.15)),
-        tooltip=_tooltips(method="chosen by", depth="depth", exact=label, plan="plan"),
-    )
-    shape = alt.Shape("method:N").scale(domain=methods)
-    axis = value_axis(alt.Y, f"{label} ({objective.unit})", logarithmic=logarithmic)
-    layers = alt.layer(
-        # Vega-Lite makes a legend clickable for the first layer's parameters only
-        interval(base, axis).add_params(selection),
-        base.mark_line(strokeWidth=1.8).encode(y=axis),
-        base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
-        alt.Chart(alt.Data(values=[point for point in points if point["chosen"]]))
-        .mark_point(size=240, strokeWidth=2, color="var(--fg)")
-        .encode(x=depth, y=axis),
-    )
     marked = "".join(
         f" The chosen plan, ringed, is at depth {point['depth']}: {point['exact']}."
         for point in points
         if point["chosen"]
     )
+    methods = dict.fromkeys(point["method"] for point in points)
     return Chart(
         name=f"depth-{objective.key}",
         title=f"{label[0].upper()}{label[1:]} against depth",
@@ -144,10 +107,81 @@ def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | No
             f"Line chart of the {label}, by effective depth, one line per way to choose the plan: "
             f"{', '.join(methods)}. Bars are two standard errors each way.{marked}"
         ),
-        spec=_spec(layers, 300),
+        spec=_curves(points, depth.axis(tickMinStep=1, format="d"), objective, logarithmic),
         columns=("chosen by", "depth", "plan", f"{label}, {objective.unit}"),
         rows=_table(points, "method", "depth", "plan", "exact"),
     )
+
+
+def buy_chart(rows: Sequence[Measured], objective: Objective, about: str) -> list[Chart]:
+    """The objective against predicted decode speed, without refits; none where no speed is known.
+
+    Its description says where layers abreast are the better buy. about: engine and setting.
+    """
+    import altair as alt
+
+    points = _points([r for r in rows if r.speedup is not None and not r.refit], objective, None)
+    if not points:
+        return []
+    speedup = alt.X("speedup:Q").title("predicted speed of decoding, original = 1")
+    chart = Chart(
+        name=f"buy-{objective.key}",
+        title=f"Quality against decode speed ({about})",
+        description=caption(rows, objective),
+        spec=_curves(points, speedup.scale(zero=False, padding=12), objective, True),
+        columns=("chosen by", "depth", "plan", "speed", f"{objective.label}, {objective.unit}"),
+        rows=_table(points, "method", "depth", "plan", "times", "exact"),
+    )
+    return [chart]
+
+
+def _points(
+    rows: Sequence[Measured], objective: Objective, chosen: str | None
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": row.name,
+            "depth": row.depth,
+            "plan": row.plan,
+            "speedup": row.speedup,
+            "times": f"{row.speedup:.2f}x" if row.speedup is not None else "unknown",
+            **error_bar(value, stderr, logarithmic=objective is not LOSS),
+            "chosen": row.plan == chosen and row.method == "planner" and not row.refit,
+        }
+        for row in rows
+        for value, stderr in [(objective.value(row.cost), objective.stderr(row.cost))]
+    ]
+
+
+def _curves(
+    points: Sequence[Row], x: Any, objective: Objective, logarithmic: bool
+) -> dict[str, Any]:
+    """A line per method over x, its legend clickable, with a ring around the chosen plan."""
+    import altair as alt
+
+    methods = list(dict.fromkeys(point["method"] for point in points))
+    selection = alt.selection_point(fields=["method"], bind="legend")
+    base = alt.Chart(alt.Data(values=list(points))).encode(
+        x=x,
+        color=alt.Color("method:N").scale(
+            domain=methods, range=[f"var(--c{1 + i % 5})" for i in range(len(methods))]
+        ),
+        opacity=alt.condition(selection, alt.value(1), alt.value(0.15)),
+        tooltip=_tooltips(
+            method="chosen by", depth="depth", exact=objective.label, times="speed", plan="plan"
+        ),
+    )
+    shape = alt.Shape("method:N").scale(domain=methods)
+    axis = value_axis(alt.Y, f"{objective.label} ({objective.unit})", logarithmic=logarithmic)
+    ringed = alt.Chart(alt.Data(values=[point for point in points if point["chosen"]]))
+    layers = alt.layer(
+        # Vega-Lite makes a legend clickable for the first layer's parameters only
+        interval(base, axis).add_params(selection),
+        base.mark_line(strokeWidth=1.8).encode(y=axis),
+        base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
+        ringed.mark_point(size=240, strokeWidth=2, color="var(--fg)").encode(x=x, y=axis),
+    )
+    return _spec(layers, 300)
 
 
 def groups_chart(rows: Sequence[Row]) -> Chart:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from abreast.checkpoint import write
 from abreast.errors import AbreastError
 from abreast.report.charts import CONFIG, error_bar, interval, png, value_axis
+from abreast.rivals import Measured
 from abreast.study import best_by_depth
 
 if TYPE_CHECKING:
     from abreast.heal import Distilled, Refit
     from abreast.planner import Cost, Objective, Planned
-    from abreast.rivals import Series
     from abreast.speed import Report
     from abreast.study import StudyRow
 
@@ -31,27 +31,31 @@ def check_drawing(otherwise: str = "use --no-plots") -> None:
         raise AbreastError(f"drawing needs altair: pip install 'abreast[report]', or {otherwise}")
 
 
-def draw_front(planned: Planned, series: Series | None, out: str | Path) -> None:
+def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> None:
     """Draw pareto.png, quality against depth, and with a profile pareto-speed.png.
 
-    series: as `baselines` returns it, or None to draw the front on the calibration text alone.
+    rows: as `rivals.compare` returns them, or none to draw the front on the calibration text alone.
     """
-    best, objective = planned.front.best().values(), planned.front.objective
-    lines = series or {"planner": {plan: planned.front.plans[plan] for plan in best}}
-    text = "held-out" if series else "calibration"
+    front, profile = planned.front, planned.profile
+    text = "held-out" if rows else "calibration"
     title = f"{planned.plan.num_layers} layers, on {text} text"
-    depths = {
-        name: {float(plan.depth): cost for plan, cost in line.items()}
-        for name, line in lines.items()
-    }
-    draw_costs(depths, objective, "effective depth", title, Path(out) / "pareto.png")
-    if (profile := planned.profile) is not None:
-        speedups = {
-            name: {profile.speedup(plan): cost for plan, cost in line.items()}
-            for name, line in lines.items()
-        }
-        label = "predicted speed-up of decoding"
-        draw_costs(speedups, objective, label, title, Path(out) / "pareto-speed.png")
+    rows = [row for row in rows if not row.refit] or [
+        Measured(
+            *("planner", depth, plan.shorthand, front.plans[plan]),
+            speedup=profile.speedup(plan) if profile is not None else None,
+        )
+        for depth, plan in front.best().items()
+    ]
+    for label, file, places in (
+        ("effective depth", "pareto.png", [float(row.depth) for row in rows]),
+        ("predicted speed-up of decoding", "pareto-speed.png", [row.speedup for row in rows]),
+    ):
+        lines: dict[str, dict[float, Cost]] = {}
+        for row, place in zip(rows, places, strict=True):
+            if place is not None:
+                lines.setdefault(row.name, {})[place] = row.cost
+        if lines:
+            draw_costs(lines, front.objective, label, title, Path(out) / file)
 
 
 def draw_costs(

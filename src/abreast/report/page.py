@@ -26,6 +26,7 @@ from abreast.report.charts import (
     LIGHT,
     LOSS,
     Chart,
+    buy_chart,
     depth_chart,
     groups_chart,
     number,
@@ -138,7 +139,7 @@ def numbers(run: Run) -> dict[str, Any]:
             "last": _numbers(run.last) if run.last is not None else None,
             "others": [_numbers(conversion) for conversion in run.others],
             "front": [row.to_dict() for row in run.front],
-            "baselines": [{"method": row.method, **row.to_dict()} for row in run.baselines],
+            "baselines": [row.to_dict() for row in run.baselines],
             "groups": group_rows(run),
         }
     )
@@ -193,10 +194,13 @@ def group_rows(run: Run) -> list[dict[str, Any]]:
 
 def _charts(run: Run) -> list[Chart]:
     last, charts = run.last, []
-    rows = run.baselines or run.front
+    plain = [row for row in run.baselines if not row.refit]
+    rows = plain or run.front
     chosen = last.plan.shorthand if last is not None else None
     if rows:
         charts += [depth_chart(rows, objective, chosen) for objective in (KL, LOSS)]
+        about = f"transformers, {run.profile.about}" if run.profile else "estimated"
+        charts += buy_chart(run.baselines, KL, about)
     if groups := group_rows(run):
         charts.append(groups_chart(groups))
     if last is not None:

@@ -5,10 +5,9 @@ Knows no torch. The layout of the folder is described in optimize.py.
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from abreast.errors import AbreastError
 from abreast.families import num_layers_of
 from abreast.plan import Plan
 from abreast.planner import FRONT_FILE, KL, STATS_FILE, Cost, Profile, Stats
+from abreast.rivals import BASELINES_FILE, Measured
 from abreast.runs import damaged_record, read_record
 
 LEFT_BY = "the folder that `abreast plan` or `abreast optimize` left"
@@ -87,18 +87,6 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A plan that was measured as a whole. method: who chose it, "planner" or a published way."""
-
-    method: str
-    plan: Plan
-    cost: Cost
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"plan": self.plan.shorthand, "depth": self.plan.depth, **asdict(self.cost)}
-
-
-@dataclass(frozen=True)
 class Missing:
     """A part that a run lacks, and the command that makes it."""
 
@@ -126,14 +114,20 @@ class Run:
     others: tuple[Conversion, ...]
 
     @cached_property
-    def front(self) -> tuple[Measured, ...]:
+    def best(self) -> dict[int, Plan]:
         """The best plan of each depth on the calibration text, deepest first."""
-        best: dict[int, Measured] = {}
-        for plan, cost in sorted(
-            self.plans.items(), key=lambda item: (KL.value(item[1]), item[0].shorthand)
-        ):
-            best.setdefault(plan.depth, Measured("planner", plan, cost))
-        return tuple(best[depth] for depth in sorted(best, reverse=True))
+        best: dict[int, Plan] = {}
+        for plan in sorted(self.plans, key=lambda p: (KL.value(self.plans[p]), p.shorthand)):
+            best.setdefault(plan.depth, plan)
+        return dict(sorted(best.items(), reverse=True))
+
+    @property
+    def front(self) -> tuple[Measured, ...]:
+        """The best plans with their costs there."""
+        return tuple(
+            Measured("planner", depth, plan.shorthand, self.plans[plan])
+            for depth, plan in self.best.items()
+        )
 
     @property
     def conversions(self) -> tuple[Conversion, ...]:
@@ -204,8 +198,8 @@ def read_run(folder: str | Path) -> Run:
     return Run(
         folder=run,
         stats=stats,
-        plans={row.plan: row.cost for row in _measured(run / FRONT_FILE, num_layers)},
-        baselines=_measured(run / "baselines.json", num_layers),
+        plans=_plans(run / FRONT_FILE, num_layers),
+        baselines=_baselines(run / BASELINES_FILE),
         profile=_profile(run / "profile.json"),
         results=results,
         environment=read_record(run / "environment.json"),
@@ -281,31 +275,26 @@ def _last(conversions: list[Conversion], results: Record | None) -> Conversion |
     return max(conversions, key=planned, default=None)
 
 
-def _measured(path: Path, num_layers: int | None) -> tuple[Measured, ...]:
-    """The rows of front.json or baselines.json."""
-    record = read_record(path)
-    if record is None:
-        return ()
-
-    def number(row: Record, key: str) -> float:
-        return math.nan if row.get(key) is None else float(row[key])
-
+def _plans(path: Path, num_layers: int | None) -> dict[Plan, Cost]:
+    """Every plan in front.json with its cost."""
+    record = read_record(path) or {"plans": []}
     try:
-        count = int(num_layers or record["identity"]["num_layers"])
-        return tuple(
-            Measured(
-                method=row.get("method", "planner"),
-                plan=Plan.parse(row["plan"], count),
-                cost=Cost(
-                    kl=float(row["kl"]),
-                    kl_stderr=number(row, "kl_stderr"),
-                    loss_increase=float(row["loss_increase"]),
-                    loss_stderr=number(row, "loss_stderr"),
-                    tokens=int(row["tokens"]),
-                ),
-            )
-            for row in record["plans"]
-        )
+        count = int(num_layers or record["identity"]["num_layers"]) if record["plans"] else 1
+        plans = [Plan.parse(row["plan"], count) for row in record["plans"]]
+        rows = [
+            Measured.from_dict(row, depth=plan.depth)
+            for row, plan in zip(record["plans"], plans, strict=True)
+        ]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise damaged_record(path) from None
+    return {plan: row.cost for plan, row in zip(plans, rows, strict=True)}
+
+
+def _baselines(path: Path) -> tuple[Measured, ...]:
+    """The rows of baselines.json."""
+    record = read_record(path) or {"plans": []}
+    try:
+        return tuple(Measured.from_dict(row, depth=int(row["depth"])) for row in record["plans"])
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged_record(path) from None
 
@@ -402,7 +391,7 @@ def read_choices(folder: str | Path, against: str | None = None) -> Choices:
     for conversion in sorted(run.conversions, key=lambda c: c.target, reverse=True):
         converted.setdefault(_bare(conversion.plan), []).append(conversion)
     choices = [Choice(Plan(num_layers=stats.num_layers))]
-    best = {measured.plan.depth: [measured.plan] for measured in run.front}
+    best = {depth: [plan] for depth, plan in run.best.items()}
     for depth in sorted({*best, *(plan.depth for plan in converted)}, reverse=True):
         others = (plan for plan in converted if plan.depth == depth and [plan] != best.get(depth))
         plans = [*best.get(depth, ()), *sorted(others, key=str)]

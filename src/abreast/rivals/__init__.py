@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.rivals.compare import Series, baselines
+    from abreast.rivals.compare import compare
+    from abreast.rivals.measured import BASELINES_FILE, METHODS, Measured, caption
 
 attach(__name__)
