@@ -282,9 +282,8 @@ def score_programs(
 ) -> list[tuple[Cost, float, float]]:
     """Each program's cost, its share of next tokens that stay the same, and the error of that.
 
-    Nothing in the journal is run again; every evaluation is on disk before the next one runs.
-    progress: called with (evaluations done, in all), one being a plan on a batch. Raises
-    AbreastError where a model's logits are not finite.
+    Nothing in the journal runs again; each evaluation (a program on a batch) is on disk before the
+    next. progress(done, in all). Raises AbreastError where a model's logits are not finite.
     """
     chosen = list(calibration.batches if batches is None else batches)
     lines = read_journal(calibration.folder)
@@ -303,9 +302,8 @@ def score_programs(
                 finished += 1
                 if progress is not None:
                     progress(finished, total)
-    scored = calibration.scored
-    sums = [_sums(lines, program, chosen) for program in programs]
-    return [(_cost(s, scored), *ratio_of_means(s[:, 3], np.full(len(s), scored))) for s in sums]
+    sums, n = [_sums(lines, program, chosen) for program in programs], calibration.scored
+    return [(_cost(s, n), *ratio_of_means(s[:, 3], np.full(len(s), n))) for s in sums]
 
 
 def measured_plans(calibration: Calibration, *, least: int | None = None) -> dict[Plan, Cost]:
@@ -370,8 +368,7 @@ def measure(
     screened = batches[: _num_screened(len(batches), screen)]
     part = score(calibration, [*alone.values()], batches=screened, progress=progress)
     costs = dict(zip(alone, part, strict=True))
-    promising = _promising(costs, keep, objective)
-    plans = [alone[group] for group in promising]
+    plans = [alone[group] for group in _promising(costs, keep, objective)]
     score(calibration, plans, progress=progress)
     measured = measured_plans(calibration, least=len(screened))
     original_nll = _sums(read_journal(calibration.folder), _program(plans[0]), batches)[:, 1]
