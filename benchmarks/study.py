@@ -19,10 +19,11 @@ import numpy as np
 
 from abreast.data import HELD_OUT
 from abreast.demo import model_folder
-from abreast.model.programs import INTERVENTIONS, name_of, programs_under
+from abreast.model.programs import name_of, programs_under
 from abreast.report import draw_study
 from abreast.runs.folder import JOURNAL
-from abreast.study.sweep import Study, study, wins
+from abreast.study import Changes, Study, StudySettings, study, wins
+from abreast.study.settings import PAPERS
 
 
 def show(done: int, total: int) -> None:
@@ -40,7 +41,7 @@ def clear_wins(result: Study, folder: Path, first: str, second: str) -> tuple[in
 
     def losses(intervention: str, start: int, end: int) -> np.ndarray:
         name = name_of(programs_under(intervention, start, end, layers)[0])
-        return np.concatenate([lines[name, batch]["nll"] for batch in batches])
+        return np.concatenate([lines[name, batch]["sums"] for batch in batches])[:, 0]
 
     less = more = 0
     for start in range(layers):
@@ -57,17 +58,15 @@ def main() -> None:
     parser.add_argument("--out")
     parser.add_argument("--cqil", action="store_true")
     arguments = parser.parse_args()
-    interventions = INTERVENTIONS if arguments.cqil else INTERVENTIONS[:6]
+    interventions = PAPERS[:8] if arguments.cqil else PAPERS[:6]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(arguments.out or f"{folder}/study")
         start = time.perf_counter()
         result = study(
             model_folder(),
             out,
-            data=HELD_OUT,
-            interventions=interventions,
-            dtype="float32",
-            devices=("cpu", "cpu"),
+            Changes(interventions),
+            StudySettings(HELD_OUT, dtype="float32", devices=("cpu", "cpu")),
             progress=show,
         )
         seconds = time.perf_counter() - start

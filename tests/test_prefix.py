@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from abreast.optimize import Checks, optimize
 from abreast.plan import Plan
 from abreast.planner import Budget, CalibrationSettings, calibrate, find_plan, measure
 from abreast.runs import read_journal
-from abreast.study import study
+from abreast.study import Changes, StudySettings, study
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 BEFORE = {"none": [], "one": [126], "two": [127, 126]}
@@ -162,8 +163,8 @@ def test_measured_costs_are_those_of_a_plain_loop(folders, text, begins, tmp_pat
 
 
 def test_study_scores_as_a_plain_loop(folders, text, begins, tmp_path):
-    sizes = {"num_windows": WINDOWS, "window": WINDOW, "max_length": 2, "dtype": "float32"}
-    found = study(folders[begins], tmp_path, data=str(text), interventions=["parallel"], **sizes)
+    settings = StudySettings(str(text), num_windows=WINDOWS, window=WINDOW, dtype="float32")
+    found = study(folders[begins], tmp_path, Changes(("parallel",), 2), settings)
     assert found.loss == pytest.approx(np.mean(losses(plain(folders[begins], text))), abs=1e-5)
     under = np.mean(losses(plain(folders[begins], text, PLAN)))
     assert next(row.loss for row in found.rows if row.start == 2) == pytest.approx(under, abs=1e-5)
@@ -251,10 +252,11 @@ def test_windows_measured_otherwise_are_refused_by_name(folders, text, tmp_path)
     assert len(read_journal(run)) == lines
     with pytest.raises(AbreastError, match="with other tokens"):
         calibrate(folders["one"], run, settings(text, add_bos=False, seed=1, num_windows=9))
-    options = {"data": str(text), "num_windows": 2, "window": 8, "interventions": ["prune"]}
-    study(folders["one"], tmp_path / "study", **options)
+    options = StudySettings(str(text), num_windows=2, window=8)
+    study(folders["one"], tmp_path / "study", Changes(("prune",)), options)
+    other = replace(options, add_bos=False)
     with pytest.raises(AbreastError, match=r"a study on texts that begin with .* --add-bos"):
-        study(folders["one"], tmp_path / "study", add_bos=False, **options)
+        study(folders["one"], tmp_path / "study", Changes(("prune",)), other)
 
 
 def test_a_window_must_hold_text(folders, text, tmp_path):

@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from abreast.errors import AbreastError
 
 Wiring = Literal["lp", "cqil", "ff"]
+Norms = Literal["own", "split", "shared"]  # of a group's members, see `model.apply`
 WIRING_NAMES = ("lp", "cqil", "cqil-full", "ff")  # for `Group.wired`
 Sees = tuple[tuple[bool, ...], ...]
 _NUMBER = "[0-9]{1,9}"

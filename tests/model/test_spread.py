@@ -25,7 +25,7 @@ from abreast.model import (
 )
 from abreast.model.programs import Merged
 from abreast.plan import Plan
-from abreast.study import study
+from abreast.study import Changes, StudySettings, study
 
 PLAN = "1+2 3|4:1"
 TOKENS = np.random.default_rng(0).integers(128, size=(4, 16))
@@ -109,11 +109,14 @@ def test_auto_spreads(tiny_checkpoint, tmp_path):
     spread, whole = (load(folder, device=device)[0] for device in ("auto", "cpu"))
     found, expected = (perplexity(m, stream, window=16, stride=16) for m in (spread, whole))
     assert found.nll == expected.nll
-    options = {"data": stream, "num_windows": 4, "window": 16, "interventions": ["merge"]}
-    rows = study(folder, tmp_path / "auto", devices=["auto"], **options).rows
-    assert rows == study(folder, tmp_path / "cpu", **options).rows
+
+    def merged(out: str, *devices: str):
+        settings = StudySettings(num_windows=4, window=16, devices=devices)
+        return study(folder, tmp_path / out, Changes(("merge",)), settings, stream=stream).rows
+
+    assert merged("auto", "auto") == merged("cpu", "cpu")
     with pytest.raises(AbreastError, match="auto takes all devices for one worker"):
-        study(folder, tmp_path / "new", devices=["auto", "cpu"], **options)
+        merged("new", "auto", "cpu")
 
 
 def test_healing_spreads_over_devices_and_not_over_the_disk(tiny_checkpoint, tmp_path):

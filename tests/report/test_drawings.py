@@ -20,7 +20,7 @@ from abreast.planner.front import Profile
 from abreast.report.drawings import draw_bench, draw_front, draw_healing, draw_study
 from abreast.rivals import Measured
 from abreast.speed.timing import BenchResult, Contender, Job, Measurement, Report, timings
-from abreast.study.sweep import StudyRow
+from abreast.study.interventions import StudyRow
 
 
 def pictures(folder: Path) -> list[str]:
@@ -47,7 +47,7 @@ def test_front(tmp_path, compared):
 @pytest.mark.parametrize("num_layers", [4, 20])  # with numbers in the cells, and without
 def test_study(tmp_path, num_layers):
     rows = [
-        StudyRow(name, start, end, num_layers - end + start, 3.0, increase, 0.1, 20.0)
+        StudyRow(name, start, end, num_layers - end + start, None, 3.0, increase, 0.1, 20.0)
         for name in ("prune", "shuffle")
         for start, end, increase in ((0, 1, -0.01), (0, 2, 30.0), (1, 2, 0.05), (2, 3, np.nan))
     ]

@@ -6,7 +6,7 @@ import copy
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.model.grouping import decoder_layers, grouped
 from abreast.model.programs import (
-    INTERVENTIONS,
+    IN_GROUPS,
     Merged,
     cases,
     cost_of,
@@ -32,16 +32,10 @@ from abreast.model.programs import (
 )
 from abreast.plan import Group
 from abreast.runs.folder import to_csv
-from abreast.study.sweep import (
-    CSV,
-    RECORD,
-    StudyRow,
-    _run_shares,
-    _Share,
-    best_by_depth,
-    study,
-    wins,
-)
+from abreast.study.interventions import CSV, RECORD, StudyRow, best_by_depth, study, wins
+from abreast.study.running import Run, _run_shares, _Share
+from abreast.study.settings import PAPERS, Changes, StudySettings
+from abreast.study.sweep import expect
 
 LAYERS, VOCABULARY, WINDOW = 5, 64, 12
 # Both sides are float32; the same sums in another order differ by a few units in the last place of
@@ -101,8 +95,17 @@ def stream(windows: int = 3, seed: int = 0) -> TokenStream:
 
 
 def run(model: Path, out: Path, **changes):
-    settings = {"data": stream(), "window": WINDOW, "permutations": 2}
-    return study(model, out, **(settings | changes))
+    """A study by the names of its settings."""
+    values = {"interventions": PAPERS, "permutations": 2, "window": WINDOW} | changes
+    data, progress = values.pop("data", stream()), values.pop("progress", None)
+    kinds = [{f.name for f in fields(kind)} & values.keys() for kind in (Changes, StudySettings)]
+    assert set.union(*kinds) == values.keys()
+    what, how = ({name: values[name] for name in names} for names in kinds)
+    if isinstance(data, str):
+        data, how["data"] = None, data
+    return study(
+        *(model, out, Changes(**what), StudySettings(**how)), stream=data, progress=progress
+    )
 
 
 def load(folder: Path) -> nn.Module:
@@ -154,28 +157,27 @@ def naive_loss(model: nn.Module, intervention: str, start: int, end: int) -> flo
         order = [*before, start, *after]
         kept = [*(layers[i] for i in before), mean, *(layers[i] for i in after)]
         return loss_of(with_layers(model, order, kept))
-    if intervention.startswith("cqil"):
-        plan = "|".join(map(str, inside))
-        plan += f":{len(inside) - 1}" if intervention == "cqil-full" else ""
-    elif intervention == "ff":
-        plan = "~".join(map(str, inside))
-    else:
-        width = {"parallel": LAYERS, "2-parallel": 2, "3-parallel": 3}[intervention]
-        parts = [inside[at : at + width] for at in range(0, len(inside), width)]
-        plan = " ".join("+".join(map(str, part)) for part in parts if len(part) > 1)
+    width = int(intervention[0]) if intervention[0].isdigit() else LAYERS
+    parts = [inside[at : at + width] for at in range(0, len(inside), width)]
+    sign = "|" if "cqil" in intervention else "~" if "ff" in intervention else "+"
+    plan = " ".join(
+        sign.join(map(str, part)) + (f":{len(part) - 1}" if "full" in intervention else "")
+        for part in parts
+        if len(part) > 1
+    )
     with grouped(model, plan):
         return loss_of(model)
 
 
 @pytest.mark.parametrize("family", MODELS)
 def test_every_intervention_equals_a_naive_run(folder, tmp_path, family):
-    result = run(folder(family), tmp_path / "out", batch_size=2)
+    result = run(folder(family), tmp_path / "out", batch_size=2, interventions=PAPERS)
     model = load(folder(family))
     if family == "gemma2":
         assert set(model.config.layer_types) == {"sliding_attention", "full_attention"}
     original = loss_of(model)
     assert result.loss == pytest.approx(original, abs=TOLERANCE)
-    assert len(result.rows) == len(INTERVENTIONS) * LAYERS * (LAYERS - 1) // 2
+    assert len(result.rows) == len(PAPERS) * LAYERS * (LAYERS - 1) // 2
     for row in result.rows:
         expected = naive_loss(model, row.intervention, row.start, row.end)
         assert row.loss == pytest.approx(expected, abs=TOLERANCE), row
@@ -183,9 +185,20 @@ def test_every_intervention_equals_a_naive_run(folder, tmp_path, family):
         assert row.perplexity == pytest.approx(np.exp(expected), rel=2 * TOLERANCE), row
     # The interventions are not one and the same on these models.
     at = {row.intervention: row.loss for row in result.rows if (row.start, row.end) == (1, 4)}
-    unlike = set(INTERVENTIONS) - ({"cqil", "cqil-full"} if family == "gpt_neox" else set())
-    losses = sorted(at[name] for name in unlike)
+    alike = {"cqil", "cqil-full", "2-parallel-cqil-full"} if family == "gpt_neox" else set()
+    losses = sorted(at[name] for name in {*PAPERS} - alike)
     assert np.diff(losses).min() > 3 * TOLERANCE
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_groups_of_every_size_and_wiring_equal_a_naive_run(folder, start):
+    model = load(folder())
+    ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
+    named = {name: programs_under(name, start, LAYERS - 1, LAYERS)[0] for name in IN_GROUPS}
+    sums = {p: found for p, found, _ in run_programs(model, ids, named.values())}
+    for name, program in named.items():
+        expected = naive_loss(model, name, start, LAYERS - 1)
+        assert sums[program].mean() / (WINDOW - 1) == pytest.approx(expected, abs=TOLERANCE), name
 
 
 def test_a_layer_takes_its_own_mask_along(folder):
@@ -211,6 +224,11 @@ def test_programs_by_hand():
     assert name("3-parallel", 1, 5) == "0 1+2+3 4+5 6"
     assert name("cqil", 1, 3) == "0 1|2|3 4 5 6"
     assert name("cqil-full", 1, 3) == "0 1|2|3:2 4 5 6"
+    assert name("ff", 1, 3) == "0 1~2~3 4 5 6"
+    assert name("5-parallel", 0, 6) == "0+1+2+3+4 5+6"
+    assert name("2-parallel-cqil", 1, 5) == "0 1|2 3|4 5 6"
+    assert name("4-parallel-cqil-full", 1, 6) == "0 1|2|3|4:3 5|6:1"
+    assert name("6-parallel-ff", 0, 6) == "0~1~2~3~4~5 6"
 
 
 def test_shuffles_are_seeded_distinct_and_as_many_as_there_are():
@@ -313,7 +331,7 @@ def test_files(folder, tmp_path):
     with open(tmp_path / "out" / CSV, newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == [
-        *("intervention", "start", "end", "depth"),
+        *("intervention", "start", "end", "depth", "cqil"),
         *("loss", "loss_increase", "stderr", "perplexity"),
     ]
     assert [(int(x["start"]), int(x["end"]), int(x["depth"])) for x in lines] == [
@@ -410,6 +428,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
         ({"window": 1}, "window is 1; give at least 2"),
         ({"window": 65}, "the model holds 64 tokens"),
         ({"window": 40}, "less than one window"),
+        ({"norms": "split"}, "that of a gpt_neox is not known"),
         ({"permutations": 0}, "number of permutations is 0"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"devices": []}, "no device"),
@@ -420,8 +439,9 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
     ],
 )
 def test_mistakes_are_named_and_nothing_is_made(folder, tmp_path, changes, message):
+    family = "gpt_neox" if "norms" in changes else "llama"
     with pytest.raises(AbreastError, match=message):
-        run(folder(), tmp_path / "out", **changes)
+        run(folder(family), tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
 
 
@@ -481,18 +501,20 @@ def test_two_workers_find_what_one_finds(folder, tmp_path):
 @pytest.mark.slow
 def test_worker_that_dies_is_reported(folder, tmp_path, capfd):
     tokens = stream().tokens.reshape(-1, WINDOW)
-    journal = tmp_path / "journal-0.jsonl"
-    idle = _Share(folder(), tokens, 0, 3, (), journal, "auto", "cpu", False, 1)
+    model, identity = load(folder()), {"num_layers": LAYERS}
+    whole = Run(tmp_path, folder(), model, tokens, 3, False, identity, StudySettings())
+    idle = _Share(whole, (), tmp_path / "journal-0.jsonl", "cpu", 1)
     work = ((0, (tuple(range(LAYERS)),)),)
-    doomed = replace(idle, folder=tmp_path, work=work, journal=tmp_path / "journal-1.jsonl")
+    lost = replace(whole, model=None, folder=tmp_path)
+    doomed = _Share(lost, work, tmp_path / "journal-1.jsonl", "cpu", 1)
     with pytest.raises(AbreastError, match=r"worker on cpu ended with status 1 .* run again"):
-        _run_shares([idle, doomed], load(folder()), None, 0, 1)
+        _run_shares([idle, doomed], None, 0, 1)
     assert "CheckpointError" in capfd.readouterr().err
 
 
 def rows_of(**losses: list[float]) -> list[StudyRow]:
     return [
-        StudyRow(name.replace("_", "-"), start, start + 1, 5, loss, loss - 1, 0.1, 2.0)
+        StudyRow(name.replace("_", "-"), start, start + 1, 5, None, loss, loss - 1, 0.1, 2.0)
         for name, values in losses.items()
         for start, loss in enumerate(values)
     ]
@@ -502,5 +524,41 @@ def test_wins_and_best():
     rows = rows_of(prune=[3.0, 2.0, 2.5], merge=[4.0, 2.0, 2.0])
     assert wins(rows, "prune", "merge") == (1, 1, 1)
     assert wins(rows, "prune", "shuffle") == (0, 0, 0)
-    assert best_by_depth(rows)["prune"][5].start == 1
-    assert to_csv(rows[:1], StudyRow).splitlines()[1] == "prune,0,1,5,3,2,0.1,2"
+    assert best_by_depth(rows, lambda row: row.intervention)["prune"][5].start == 1
+    assert to_csv([asdict(rows[0])]).splitlines()[1] == "prune,0,1,5,,3,2,0.1,2"
+
+
+def test_cqil_names_of_stretches(folder, tmp_path):
+    rows = run(folder(), tmp_path, interventions=["2-parallel*", "cqil"], max_length=4).rows
+    assert {row.intervention for row in rows} == {
+        *("2-parallel", "2-parallel-cqil", "2-parallel-cqil-full", "2-parallel-ff", "cqil")
+    }
+    names = {(row.intervention, row.start, row.end): row.cqil for row in rows}
+    assert names["cqil", 1, 3] == "P3 D0 S1 E4"
+    assert names["2-parallel-cqil", 1, 4] == "P2 D0 S1 E5"
+    assert names["2-parallel-cqil-full", 1, 3] == "P2 D1 S1 E3"  # the last layer stays as it was
+    assert names["2-parallel", 1, 4] is None and names["2-parallel-ff", 1, 4] is None
+
+
+def test_what_it_takes_is_said_before_and_is_what_it_takes(folder, tmp_path):
+    said: list[str] = []
+    how = StudySettings(num_windows=3, window=WINDOW, batch_size=2)
+    what = Changes(("2-parallel", "prune"))
+    expected = expect(folder(), what, how)
+    result = study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
+    assert said == [expected.text]
+    assert expected.full_forwards == result.evaluations.spent / LAYERS / 2
+    assert f"{expected.full_forwards:.1f} full forward passes over 3 windows" in expected.text
+    study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
+    assert len(said) == 1  # nothing is left to do
+
+
+def test_norms_are_another_study(folder, tmp_path):
+    own = run(folder(), tmp_path / "own", interventions=["parallel"], max_length=2)
+    split = run(folder(), tmp_path / "a", interventions=["parallel"], max_length=2, norms="split")
+    model = load(folder())
+    with grouped(model, "1+2", norms="split"):
+        assert split.rows[1].loss == pytest.approx(loss_of(model), abs=TOLERANCE)
+    assert abs(split.rows[1].loss - own.rows[1].loss) > 3 * TOLERANCE
+    with pytest.raises(AbreastError, match="other norms; choose a new folder"):
+        run(folder(), tmp_path / "own", interventions=["parallel"], norms="shared")

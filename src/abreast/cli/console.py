@@ -142,7 +142,8 @@ def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> 
     if metadata.get("bytes"):
         parse, default = parse_size, _size_text(default)
     elif get_origin(kind) is tuple:
-        parse, default = _words, ",".join(default) or None
+        parse = partial(_words, get_args(kind)[0], name.replace("_", "-"))
+        default = ",".join(map(str, default)) or None
     if kind is bool:
         options |= {"is_flag": True, "default": default, "show_default": False}
         if default is not None:
@@ -156,8 +157,11 @@ def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> 
     return click.Option(declared, **options)
 
 
-def _words(text: str | None) -> tuple[str, ...]:
-    return tuple(text.split(",")) if text else ()
+def _words(kind: Any, name: str, text: str | None) -> tuple[Any, ...]:
+    words = [word.strip() for word in text.split(",")] if text else []
+    if kind is int and not all(word.isascii() and word.isdigit() for word in words):
+        raise AbreastError(f"--{name} '{text}' cannot be read; write whole numbers like 2,3,4")
+    return tuple(map(kind, words))
 
 
 def parse_size(text: str) -> int:

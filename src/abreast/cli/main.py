@@ -11,9 +11,10 @@ import click
 
 from abreast.cli.checkpoint import convert, export, import_gguf, inspect, push, verify
 from abreast.cli.plan import measure, optimize, plan
-from abreast.cli.quality import evaluate, heal, study
+from abreast.cli.quality import evaluate, heal
 from abreast.cli.show import demo, play, report
 from abreast.cli.speed import bench, estimate
+from abreast.cli.study import study
 from abreast.errors import AbreastError
 from abreast.version import __version__
 

@@ -1,4 +1,4 @@
-"""The verbs about quality: eval, study, heal."""
+"""The verbs about quality: eval, heal."""
 
 from __future__ import annotations
 
@@ -299,88 +299,6 @@ def _score(value: float | None, stderr: float | None) -> str:
     # accuracies, and perplexities that may be of any size
     digits = ".3f" if max(value, stderr or 0.0) < 10 else ".4g"
     return f"{value:{digits}}" + ("" if stderr is None else f"±{stderr:{digits}}")
-
-
-@console.verb()
-@click.argument("model")
-@click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
-@click.option("--interventions", help="Comma-separated. Default: all.")
-@click.option("--data", default="auto", help="Text to score; as in eval.")
-@console.chat_option
-@console.bos_option
-@click.option("--windows", default=16, help="Number of windows to score.")
-@click.option("--window", default=256, help="Tokens per window.")
-@click.option("--max-length", type=int, help="Longest stretch of layers. Default: all layers.")
-@click.option("--permutations", default=3, help="Orders per shuffled stretch.")
-@click.option("--batch-size", default=8, help="Windows per forward pass.")
-@click.option("--max-cache", default="1GB", help="Memory for hidden states kept for reuse.")
-@click.option("--devices", default="cpu", help="One worker on each: cuda:0,cuda:1")
-@console.dtype_option
-@click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
-@console.revision_option
-@console.remote_option
-@console.seed_option
-@console.json_option
-def study(
-    model: str,
-    out: str,
-    interventions: str | None,
-    data: str,
-    add_bos: bool | None,
-    windows: int,
-    window: int,
-    max_length: int | None,
-    permutations: int,
-    batch_size: int,
-    max_cache: str,
-    devices: str,
-    dtype: str,
-    no_plots: bool,
-    revision: str | None,
-    trust_remote_code: bool,
-    seed: int,
-    as_json: bool,
-) -> None:
-    """Measure what MODEL loses when its layers are shuffled, pruned, merged or parallelised."""
-    from abreast.model import INTERVENTIONS
-    from abreast.report import check_drawing, draw_study
-    from abreast.study import study as run
-
-    if not no_plots:
-        check_drawing()
-    with console.progress_bar("study", as_json) as progress:
-        result = run(
-            model,
-            out,
-            data=data,
-            add_bos=add_bos,
-            interventions=interventions.split(",") if interventions else INTERVENTIONS,
-            max_length=max_length,
-            permutations=permutations,
-            batch_size=batch_size,
-            max_cache_bytes=console.parse_size(max_cache),
-            num_windows=windows,
-            window=window,
-            seed=seed,
-            dtype=dtype,
-            devices=devices.split(","),
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            step=console.say,
-            progress=progress,
-        )
-    if not no_plots:
-        draw_study(result.rows, result.num_layers, out)
-    if as_json:
-        return console.print_json(result.to_dict())
-    spent, without_reuse = result.evaluations.spent, result.evaluations.without_reuse
-    console.print_table(
-        {
-            "results": out,
-            "rows": str(len(result.rows)),
-            "layer evaluations": f"{spent}, {without_reuse} without reuse",
-        }
-    )
 
 
 @console.verb()

@@ -31,7 +31,7 @@ from abreast.errors import AbreastError
 from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
 from abreast.evaluate.statistics import metric_stderr
 from abreast.model import device_of, inference, load
-from abreast.plan import Plan
+from abreast.plan import Norms, Plan
 from abreast.runs import open_run, versions_of
 
 OFFLINE = "offline"
@@ -137,13 +137,14 @@ def evaluate_tasks(
     revision: str | None = None,
     against_revision: str | None = None,
     trust_remote_code: bool = False,
+    norms: Norms = "own",
     step: Step = lambda message: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run tasks on a model and, after it, on the one to compare it with.
 
-    model: original or converted; plan: run it grouped under this plan. against: usually the
-    original. batch_size: prompts at once. add_bos: whether prompts begin with the tokenizer's
+    model: original or converted; plan, norms: run it grouped, see `model.apply`. against: usually
+    the original. batch_size: prompts at once. add_bos: whether prompts begin with the tokenizer's
     beginning-of-text token; None leaves that to the tokenizer. Only one model is in memory at a
     time.
 
@@ -166,6 +167,8 @@ def evaluate_tasks(
         "device": device,
         "versions": versions_of(("lm_eval", "torch", "transformers")),
     }
+    if norms != "own":
+        settings["norms"] = norms
     if out is not None:
         open_run(Path(out), "comparison", {"format": 1})
     folder, _ = resolve(model, revision=revision)
@@ -245,6 +248,7 @@ class _Subject:
             dtype=self.settings["dtype"],
             device=self.settings["device"],
             trust_remote_code=self.trust_remote_code,
+            norms=self.settings.get("norms", "own"),
         )
         if tokenizer is None:
             raise AbreastError(

@@ -369,7 +369,7 @@ def _distil(setup: _Setup, text: _Text, solved: Refit | None) -> Distilled:
             board = SummaryWriter(str(setup.work / "tensorboard"))
 
     def write_curve(points: Sequence[Point]) -> None:
-        write(setup.work / CURVE, to_csv(points, Point))
+        write(setup.work / CURVE, to_csv([asdict(point) for point in points]))
         if board is not None:
             last = points[-1]
             for name in ("loss", "held_out", "learning_rate"):
@@ -417,7 +417,7 @@ def _write_weights(setup: _Setup, folder: Path, healed: Healed, draw: Draw | Non
         copy_companions(source.folder, staging)
         write(staging / "config.json", json.dumps(source.config, indent=2) + "\n")
         if healed.distilled is not None:
-            write(staging / CURVE, to_csv(healed.distilled.points, Point))
+            write(staging / CURVE, to_csv([*map(asdict, healed.distilled.points)]))
         if draw is not None:
             draw(healed.refit, healed.distilled, staging / FIGURE)
     return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if uniform else None

@@ -24,13 +24,12 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family
-from abreast.plan import Group, Plan
+from abreast.plan import Group, Norms, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Prefill = Literal["grouped", "sequential"]
-Norms = Literal["own", "split", "shared"]
 _MARK = "_abreast_replaced"
 
 

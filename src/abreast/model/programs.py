@@ -24,20 +24,20 @@ from torch import nn
 from abreast.errors import AbreastError
 from abreast.model.grouping import by_name, decoder_layers, device_of, grouped
 from abreast.model.scores import token_scores
-from abreast.plan import WIRING_NAMES, Group, Plan
+from abreast.plan import WIRING_NAMES, Group, Norms, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-INTERVENTIONS = (
-    "shuffle",
-    "prune",
-    "merge",
-    "parallel",
-    "2-parallel",
-    "3-parallel",
-    *WIRING_NAMES[1:],  # lp is parallel
-)
+# By name: layers per group, None for the whole stretch, and wiring.
+IN_GROUPS: dict[str, tuple[int | None, str]] = {
+    "parallel" if wiring == "lp" else wiring: (None, wiring) for wiring in WIRING_NAMES
+} | {
+    f"{size}-parallel-{wiring}".removesuffix("-lp"): (size, wiring)
+    for wiring in WIRING_NAMES
+    for size in range(2, 7)
+}
+INTERVENTIONS = ("shuffle", "prune", "merge", *IN_GROUPS)
 LOGITS = 2**25  # computed at once: 128 MiB in float32
 
 
@@ -108,14 +108,18 @@ def programs_under(
         middles = [()]
     elif intervention == "merge":
         middles = [(Merged(inside),)]
-    elif intervention in WIRING_NAMES:
-        middles = [(Group.wired(inside, intervention),)]
     else:
-        width = {"parallel": len(inside), "2-parallel": 2, "3-parallel": 3}[intervention]
+        size, wiring = IN_GROUPS[intervention]
+        width = size or len(inside)
         parts = [inside[at : at + width] for at in range(0, len(inside), width)]
-        middles = [tuple(Group(layers=p) if len(p) > 1 else p[0] for p in parts)]
+        middles = [tuple(Group.wired(p, wiring) if len(p) > 1 else p[0] for p in parts)]
     before, after = range(start), range(end + 1, num_layers)
     return tuple((*before, *middle, *after) for middle in middles)
+
+
+def program_of(plan: Plan) -> Program:
+    """A plan's stages as steps."""
+    return tuple(plan.group_of(stage) or stage[0] for stage in plan.stages)
 
 
 def planned(programs: Iterable[Program]) -> int:
@@ -135,6 +139,7 @@ def run_programs(
     *,
     prefix: int = 0,
     reference: Program | None = None,
+    norms: Norms = "own",
 ) -> Iterator[tuple[Program, np.ndarray, int]]:
     """Yield (program, sums, evaluated) of each program, in the order that shares most work.
 
@@ -145,8 +150,8 @@ def run_programs(
     evaluated: layers run for it. A layer keeps its own mask and positions wherever it runs; a
     merged one has those of its first layer. Held in memory: one state [batch, window, hidden] in
     the model's dtype per step of the current program and one more, one merged layer, and the
-    reference's logits [batch, window, vocab]. Raises AbreastError for layers of different shape,
-    which cannot be merged, and as `apply`.
+    reference's logits [batch, window, vocab]. norms: of every group, see `apply`. Raises
+    AbreastError for layers of different shape, which cannot be merged, and as `apply`.
     """
     layers = decoder_layers(model)
     if any("forward" in vars(layer) and not hasattr(layer, "_hf_hook") for layer in layers):
@@ -161,7 +166,7 @@ def run_programs(
         shared = shared_steps(previous, program)
         del states[shared + 1 :]
         for step in program[shared:]:
-            states.append(advance(model, layers, arguments, step, states[-1]))
+            states.append(advance(model, layers, arguments, step, states[-1], norms))
         previous = program
         if program == reference:
             logits = list(_logits(model, layers, states[-1], ids, prefix))
@@ -265,6 +270,7 @@ def advance(
     arguments: list[dict[str, Any]],
     step: Step,
     x: torch.Tensor,
+    norms: Norms = "own",
 ) -> torch.Tensor:
     """The hidden state after a step, from the one before it; both [batch, window, hidden].
 
@@ -281,7 +287,7 @@ def advance(
         merged = _mean_layer(layers, step.layers)
         return _result(merged(x, **arguments[step.layers[0]])).to(device)
     if isinstance(step, Group):
-        with grouped(model, Plan(num_layers=len(layers), groups=(step,))):
+        with grouped(model, Plan(num_layers=len(layers), groups=(step,)), norms=norms):
             for layer in step.layers:  # all but the last pass x through
                 x = layers[layer](x, **arguments[layer])
             return x.to(device)

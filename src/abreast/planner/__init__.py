@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from abreast.planner.find import (
         NoisyTiming,
         Planned,
+        ProfileSettings,
         check_depth,
         estimated_profile,
         find_plan,
         profile_here,
+        saved_profile,
     )
     from abreast.planner.front import (
         FRONT_FILE,

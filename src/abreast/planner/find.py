@@ -155,13 +155,33 @@ def profile_here(
     context: int = 128,
     step: Callable[[str], None] = lambda message: None,
 ) -> Profile:
+    """As `saved_profile`, of the groups that a calibration has as candidates."""
+    settings = calibration.settings
+    timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
+    return saved_profile(
+        calibration.checkpoint,
+        calibration.candidates,
+        Path(out),
+        timing,
+        trust_remote_code=settings.trust_remote_code,
+        step=step,
+    )
+
+
+def saved_profile(
+    folder: Path,
+    groups: Sequence[Group],
+    out: Path,
+    timing: ProfileSettings,
+    *,
+    trust_remote_code: bool = False,
+    step: Callable[[str], None] = lambda message: None,
+) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none.
 
     One with more kinds of stage than are needed will do.
     """
-    path = Path(out) / "profile.json"
-    groups, settings = calibration.candidates, calibration.settings
-    timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
+    path = out / "profile.json"
     kinds = {kind_of(group) for group in groups}
     record = read_json(path) if path.is_file() else {}
     about = record.get("rests_on", {})
@@ -170,10 +190,7 @@ def profile_here(
         if saved.impossible() is None:
             return saved
     step("time each kind of stage")
-    trust = settings.trust_remote_code
-    profile = measured_profile(
-        calibration.checkpoint, groups, Path(out), timing, trust_remote_code=trust
-    )
+    profile = measured_profile(folder, groups, out, timing, trust_remote_code=trust_remote_code)
     rests_on = {"kinds": sorted(kinds), **asdict(timing)}
     write(path, json.dumps({"rests_on": rests_on, "profile": asdict(profile)}, indent=1) + "\n")
     return profile
@@ -210,9 +227,9 @@ class ProfileSettings:
 
     dtype: str
     device: str
-    rounds: int
-    context: int
-    seed: int
+    rounds: int = 12
+    context: int = 128
+    seed: int = 0
 
 
 def measured_profile(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         draw_healing,
         draw_losses,
         draw_study,
+        draw_sweep,
     )
     from abreast.report.page import PAGE, check_extra, numbers, write_report
     from abreast.report.playground import build_page, check_gradio, serve

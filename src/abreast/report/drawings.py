@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from abreast.heal import Distilled, Refit
     from abreast.planner import Cost, Objective, Planned
     from abreast.speed import Report
-    from abreast.study import StudyRow
+    from abreast.study import StudyRow, SweepRow
 
 # nats: the ends of every colour scale, so that any two maps can be compared
 LOSS_RANGE = (1e-3, 10.0)
@@ -83,11 +83,10 @@ def draw_study(rows: Sequence[StudyRow], num_layers: int, out: str | Path) -> No
     The curve has the best stretch at every effective depth; shuffle, which changes none, is left
     out.
     """
-    best = best_by_depth(rows)
-    for intervention in best:
-        cells = [row for row in rows if row.intervention == intervention]
-        title = f"{intervention}: loss increase by stretch"
-        _write(_heat_map(cells, num_layers), title, Path(out) / f"{intervention}.png", 440)
+    best = best_by_depth(rows, lambda row: row.intervention)
+    for name in best:
+        cells = [(r.start, r.end, r.loss_increase) for r in rows if r.intervention == name]
+        _draw_stretches(cells, num_layers, name, Path(out))
     points = [
         {"name": name, "x": depth, "value": max(row.loss_increase, LOSS_RANGE[0])}
         for name, by_depth in best.items()
@@ -97,6 +96,43 @@ def draw_study(rows: Sequence[StudyRow], num_layers: int, out: str | Path) -> No
     title = f"best stretch at each effective depth ({num_layers} layers unmodified)"
     ylabel = f"lowest loss increase (nats per token, at least {LOSS_RANGE[0]})"
     _write(_lines(points, "effective depth", ylabel), title, Path(out) / "depth_curve.png")
+
+
+def draw_sweep(rows: Sequence[SweepRow], num_layers: int, out: str | Path) -> None:
+    """Draw WIRING-SIZE.png, heat maps of the loss increase by first and last layer of the plan, and
+    of the best first layer at every effective depth, a line per wiring and size, perplexity.png
+    and, where they are known, task-NAME.png and perplexity-by-speed.png.
+    """
+    best = best_by_depth(rows, _kind)
+    for kind in best:
+        cells = [(r.first, r.last, r.loss_increase) for r in rows if _kind(r) == kind]
+        _draw_stretches(cells, num_layers, kind, Path(out))
+    title = f"best first layer at each effective depth ({num_layers} layers unmodified)"
+    chosen = [(kind, row) for kind, by_depth in best.items() for row in by_depth.values()]
+    points = [
+        {"name": kind, "x": row.depth, "value": row.perplexity}
+        for kind, row in chosen
+        if math.isfinite(row.perplexity)
+    ]
+    _write(_lines(points, "effective depth", "perplexity"), title, Path(out) / "perplexity.png")
+    for task in rows[0].tasks:
+        points = [{"name": kind, "x": r.depth, "value": r.tasks[task]} for kind, r in chosen]
+        chart = _lines(points, "effective depth", task, log=False)
+        _write(chart, title, Path(out) / f"task-{task}.png")
+    by_speed = [
+        {"name": f"{kind}, {way}", "x": speedup, "value": row.perplexity}
+        for way in ("predicted", "measured")
+        for kind, row in chosen
+        if math.isfinite(row.perplexity)
+        and math.isfinite(speedup := getattr(row, f"{way}_speedup") or math.nan)
+    ]
+    if by_speed:
+        chart = _lines(by_speed, "speed-up of decoding", "perplexity")
+        _write(chart, title, Path(out) / "perplexity-by-speed.png")
+
+
+def _kind(row: SweepRow) -> str:
+    return f"{row.wiring}-{row.size}"
 
 
 def draw_healing(refit: Refit | None, distilled: Distilled | None, path: Path) -> None:
@@ -210,24 +246,26 @@ def _regressions(refit: Refit) -> Any:
     ).properties(title="refit: held-out squared error of each regression")
 
 
-def _heat_map(rows: Sequence[StudyRow], num_layers: int) -> Any:
-    """Loss increase by first layer (downwards) and last layer (to the right) of the stretch.
+def _draw_stretches(
+    cells: Iterable[tuple[int, int, float]], num_layers: int, name: str, out: Path
+) -> None:
+    """Draw NAME.png from the first layer (downwards), last layer (to the right), loss increase.
 
     What lies outside LOSS_RANGE has the colour of its end. Up to 16 layers the numbers stand in the
     cells.
     """
     import altair as alt
 
-    cells = [
+    points = [
         {
-            "first": row.start,
-            "last": row.end,
-            "value": min(max(row.loss_increase, LOSS_RANGE[0]), LOSS_RANGE[1]),
-            "text": _short(row.loss_increase),
-            "bright": row.loss_increase > 0.3,
+            "first": first,
+            "last": last,
+            "value": min(max(increase, LOSS_RANGE[0]), LOSS_RANGE[1]),
+            "text": _short(increase),
+            "bright": increase > 0.3,
         }
-        for row in rows
-        if math.isfinite(row.loss_increase)
+        for first, last, increase in cells
+        if math.isfinite(increase)
     ]
     layers = list(range(num_layers))
     shown = layers[:: math.ceil(num_layers / 16)]
@@ -236,7 +274,7 @@ def _heat_map(rows: Sequence[StudyRow], num_layers: int) -> Any:
     colour = alt.Color("value:Q").title("loss increase (nats per token)")
     colour = colour.scale(type="log", domain=LOSS_RANGE, scheme="viridis")
     legend = alt.Legend(orient="right", gradientLength=380, titleOrient="right", format="~g")
-    base = alt.Chart(alt.Data(values=cells)).encode(
+    base = alt.Chart(alt.Data(values=points)).encode(
         x=x.axis(values=shown, labelAngle=0), y=y.axis(values=shown)
     )
     squares = base.mark_rect().encode(color=colour.legend(legend))
@@ -245,7 +283,8 @@ def _heat_map(rows: Sequence[StudyRow], num_layers: int) -> Any:
         text = alt.condition(alt.datum.bright, alt.value("black"), alt.value("white"))
         numbers = base.mark_text(fontSize=9).encode(text="text:N", color=text)
         chart = alt.layer(squares, numbers)
-    return chart.properties(height=440)
+    title = f"{name}: loss increase by stretch"
+    _write(chart.properties(height=440), title, out / f"{name}.png", 440)
 
 
 def _short(value: float) -> str:

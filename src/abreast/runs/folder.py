@@ -13,7 +13,6 @@ import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -221,14 +220,13 @@ def windows_at_once(bytes_per_window: int, max_cache_bytes: int) -> int:
     return max_cache_bytes // bytes_per_window
 
 
-def to_csv(rows: Iterable[Any], kind: type[Any]) -> str:
-    """Data classes of this kind as CSV, with a header line; numbers to eight digits."""
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as CSV, with a header line; numbers to eight digits."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(entry.name for entry in fields(kind))
+    writer.writerow(rows[0])
     for row in rows:
-        values = asdict(row).values()
-        writer.writerow(f"{v:.8g}" if isinstance(v, float) else v for v in values)
+        writer.writerow(f"{v:.8g}" if isinstance(v, float) else v for v in row.values())
     return text.getvalue()
 
 

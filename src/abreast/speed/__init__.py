@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from abreast.speed.benchmark import bench
     from abreast.speed.prediction import (
         Estimate,
+        HardwareError,
         Setting,
         estimate,
+        forward_cost,
         hardware_of,
         read_config,
         shape_of,

@@ -1,461 +1,349 @@
-"""The papers' interventions on any model: the loss when a stretch of layers is changed.
+"""Every regular plan of a model: its loss, accuracy and speed in one tidy table.
 
-For every *stretch* start..end of at least two layers (zero-based, both ends included) and every
-intervention of arXiv 2502.02790, section 3, the model is run with that stretch changed:
-
-- ``shuffle``: its layers in random order, averaged over several seeded orders;
-- ``prune``: without them;
-- ``merge``: one layer in their place, whose every weight is the mean of theirs;
-- ``parallel``: all of them as one ``lp`` group;
-- ``2-parallel``, ``3-parallel``: as consecutive ``lp`` pairs or triples from `start` on; what is
-  left over at the end is a smaller group, or a single layer as it was;
-- ``cqil``, ``cqil-full``: as one group wired as in CQIL (arXiv 2404.06709, section 3.2) with bypass
-  distance 0, or with full causal visibility.
-
-`abreast.model` defines what a changed model runs, and runs many without repeating what they have
-in common; here is the study of all of them: on disk, resumable, over several devices.
+A *regular* plan has groups of one size and wiring, one after another from a first layer on, as in
+the experiments of arXiv 2502.02790 (section 4) and arXiv 2404.06709 (section 4): (first layer,
+number of groups, group size, wiring).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from abreast.checkpoint import finite, resolve, write
-from abreast.data import AUTO, TokenStream
+from abreast.checkpoint import finite, open_checkpoint, replacing, write
+from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.model import (
-    INTERVENTIONS,
-    Program,
-    cases,
-    check_device,
-    cost_of,
-    decoder_layers,
-    load,
-    name_of,
-    run_programs,
-    shared_steps,
-    split,
+from abreast.evaluate import evaluate_tasks
+from abreast.families import num_layers_of
+from abreast.model import planned, program_of
+from abreast.plan import WIRING_NAMES, Group, Plan
+from abreast.runs import check_least, to_csv
+from abreast.speed import HardwareError, Setting, forward_cost, hardware_of
+from abreast.study.interventions import (
+    changed_models,
+    check_changes,
+    mean_and_error,
+    perplexity_of,
 )
-from abreast.runs import (
-    JOURNAL,
-    check_least,
-    check_run,
-    check_window,
-    identity_of,
-    open_run,
-    read_journal,
-    to_csv,
-    token_stream,
-    whole_windows,
-    window_bytes,
-    windows_at_once,
+from abreast.study.running import (
+    Progress,
+    Run,
+    Say,
+    check_settings,
+    cost_text,
+    run_all,
+    start,
 )
+from abreast.study.settings import Changes, Grid, StudySettings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from abreast.evaluate import Tasks
 
-CSV, RECORD = "study.csv", "study.json"
-FORMAT = 2  # of the journal: 4~5 are merged layers in the first, and the wiring ff since
-Progress = Callable[[int, int], None]
+CSV, RECORD, PARQUET = "sweep.csv", "sweep.json", "sweep.parquet"
+Seconds = Callable[[Plan], float]
+Timer = Callable[[Path, Sequence[Group], Path], Seconds]
 
 
 @dataclass(frozen=True)
-class StudyRow:
-    """Loss under one intervention on layers start..end.
+class SweepRow:
+    """One plan: `groups` groups of `size` layers, first..last (zero-based, both ends included).
 
-    depth: effective depth, the number of steps run one after another. loss: mean negative
-    log-likelihood in nats per token. loss_increase: over the unmodified model. stderr: its standard
-    error, paired over windows (std / sqrt(number of windows); NaN for one); for ``shuffle`` that of
-    the average over the orders drawn, which leaves out what other orders would have given.
+    depth: effective depth. plan: its shorthand. cqil: CQIL's name for it, if it has one. loss: in
+    nats per token, with its increase over the original; kl: KL(original || plan), nats per token;
+    same_top: share of tokens whose most likely successor is the original's; their standard errors
+    are over windows, paired, NaN for one. predicted_ms, measured_ms: of decoding one token,
+    computed for the hardware and from a latency profile; speedup: the original's over it; None
+    where not known. tasks: score by task, of the metric that `TaskScore` has.
     """
 
-    intervention: str
-    start: int
-    end: int
+    wiring: str
+    size: int
+    groups: int
+    first: int
+    last: int
     depth: int
+    plan: str
+    cqil: str | None
     loss: float
     loss_increase: float
-    stderr: float
+    loss_stderr: float
     perplexity: float
+    kl: float
+    kl_stderr: float
+    same_top: float
+    same_top_stderr: float
+    predicted_ms: float | None
+    predicted_speedup: float | None
+    measured_ms: float | None
+    measured_speedup: float | None
+    tasks: dict[str, float]
 
 
 @dataclass(frozen=True)
-class Evaluations:
-    """Layers run on one batch of windows each; a merged layer counts 1, a group of p layers p.
+class Sweep:
+    """The result: rows in the order wiring, size, groups, first.
 
-    spent: counted as they ran, with what was run before an interruption. without_reuse: had every
-    row's model run from its first layer. prefix_only: had the unmodified layers before a stretch
-    been reused, and nothing else.
+    loss, tasks: the original's. identity: as in `Study`.
     """
 
-    spent: int
-    without_reuse: int
-    prefix_only: int
-
-
-@dataclass(frozen=True)
-class Study:
-    """The result: rows in the order interventions, start, end.
-
-    identity: what the numbers depend on (hashes of model and tokens, sizes, seed, dtype).
-    """
-
-    rows: tuple[StudyRow, ...]
+    rows: tuple[SweepRow, ...]
     loss: float
+    tasks: dict[str, float]
     num_layers: int
     num_tokens: int
-    evaluations: Evaluations
+    spent: int
     identity: dict[str, Any]
     folder: str
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values (NaN and infinity become None)."""
         record = asdict(self)
-        return {**record, "rows": finite(record["rows"])}
+        return {**record, "rows": finite(table(self.rows))}
 
 
 @dataclass(frozen=True)
-class _Share:
-    """One worker's programs per batch, in `size` windows of tokens [num_windows, window].
+class Expected:
+    """What a study takes before it begins: changed models, and full forward passes over the text.
 
-    prefix: tokens before the text of every window.
+    text: in a sentence.
     """
 
-    folder: Path
-    tokens: np.ndarray
-    prefix: int
-    size: int
-    work: tuple[tuple[int, tuple[Program, ...]], ...]
-    journal: Path
-    dtype: str
-    device: str
-    trust_remote_code: bool
-    threads: int
+    changed: int
+    full_forwards: float
+    text: str
 
-    def load(self) -> tuple[PreTrainedModel, Any]:
-        return load(
-            self.folder,
-            dtype=self.dtype,
-            device=self.device,
-            trust_remote_code=self.trust_remote_code,
+
+def plans_of(grid: Grid, num_layers: int) -> list[tuple[str, int, Plan]]:
+    """(wiring, size, plan) of every regular plan in the grid. Raises AbreastError for none."""
+    bounds = {"the most groups": grid.max_groups, "the least depth": grid.min_depth}
+    check_least({label: (n, 1) for label, n in bounds.items() if n is not None})
+    check_least({"the least size": (min(grid.sizes, default=0), 2)})
+    unknown = [wiring for wiring in grid.wirings if wiring not in WIRING_NAMES]
+    if unknown:
+        raise AbreastError(
+            f"wiring '{unknown[0]}' is unknown; choose from {', '.join(WIRING_NAMES)}"
         )
+    plans = []
+    for wiring in dict.fromkeys(grid.wirings):
+        for size in dict.fromkeys(grid.sizes):
+            most = min(num_layers // size, grid.max_groups or num_layers)
+            for count in range(1, most + 1):
+                if num_layers - count * (size - 1) < (grid.min_depth or 1):
+                    break
+                plans += [
+                    (wiring, size, _regular(wiring, size, count, first, num_layers))
+                    for first in range(num_layers - size * count + 1)
+                ]
+    if not plans:
+        raise AbreastError(
+            f"no plan of {num_layers} layers has such sizes, wirings and depth; widen the bounds"
+        )
+    return plans
 
 
-def study(
+def expect(model: str | Path, work: Changes | Grid, settings: StudySettings) -> Expected:
+    """What `study` or `sweep` would take, from config and headers, reading no weights or text.
+
+    Raises AbreastError for settings that make no sense, and as `open_checkpoint` does.
+    """
+    check_settings(settings)
+    _, num_layers = _headers(model, settings)
+    if isinstance(work, Grid):
+        programs = {program_of(plan) for *_, plan in plans_of(work, num_layers)}
+    else:
+        check_changes(work)
+        changed = changed_models(work, num_layers, settings.seed)
+        programs = {program for several in changed.values() for program in several}
+    original = tuple(range(num_layers))
+    passes = planned({original, *programs}) / num_layers
+    return Expected(len(programs), passes, cost_text(passes, len(programs), settings))
+
+
+def sweep(
     model: str | Path,
     out: str | Path,
+    grid: Grid,
+    settings: StudySettings,
     *,
-    data: str | TokenStream = AUTO,
-    add_bos: bool | None = None,
-    interventions: Sequence[str] = INTERVENTIONS,
-    max_length: int | None = None,
-    num_windows: int = 16,
-    window: int = 256,
-    permutations: int = 3,
-    seed: int = 0,
-    dtype: str = "auto",
-    devices: Sequence[str] = ("cpu",),
-    batch_size: int = 8,
-    max_cache_bytes: int = 2**30,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    step: Callable[[str], None] = lambda message: None,
+    tasks: Tasks | None = None,
+    timer: Timer | None = None,
+    stream: TokenStream | None = None,
+    step: Say = lambda message: None,
     progress: Progress | None = None,
-) -> Study:
-    """Run the interventions on every stretch; write study.csv and study.json to folder `out`.
+) -> Sweep:
+    """Run every plan of the grid; write sweep.csv (and sweep.parquet) and sweep.json to `out`.
 
-    model: folder or Hugging Face id of any family that can run grouped. data, step: see
-    `token_stream`; add_bos: see `prefix_of`. It is cut into num_windows windows of
-    `window` tokens, prefix and text, that do not overlap; the text is scored, without a prefix all
-    but its first token. max_length: longest stretch, in layers.
-    permutations: orders per stretch for shuffle (fewer where there are fewer). devices: one worker
-    each; name "cpu" twice for two. batch_size: windows at once, fewer where the hidden states kept
-    for reuse, (layers + 1) x batch x window x hidden values, would exceed max_cache_bytes per
-    worker. progress: called with (evaluations done, in all), one being a program on a batch.
+    tasks: from `find_tasks`, run under every plan as well; their answers lie in OUT/tasks. timer:
+    measures seconds of decoding a token under a plan, given the model's folder, all groups of the
+    plans, and OUT. stream: instead of the settings' data. step, progress: see `run_all`.
 
-    Each evaluation is on disk before the next begins. A later call with the same model, tokens,
-    seed, window, dtype and batch resumes from there, also with more interventions or lengths, and
-    gives the very file that an uninterrupted one would have given; study.csv has the rows of the
-    last call. Raises AbreastError for a folder with another study, or anything else, in it, sizes
-    that make no sense, and as `load`, `load_tokens` and `apply` do.
+    Resumes as `study` does, also with a larger grid, and gives the same file. Raises AbreastError
+    for a grid without plans, unknown hardware, parquet without a package that writes it, and as
+    `start`, `run_all` and `model.apply` do, before anything is computed.
     """
-    _check_arguments(interventions, max_length, num_windows, window, permutations, batch_size)
-    _check_devices(devices)
-    check_run(Path(out), "study")
-    folder, _ = resolve(model, revision=revision)
-    loaded, tokenizer = load(
-        folder, dtype=dtype, device=devices[0], trust_remote_code=trust_remote_code
-    )
-    config = loaded.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    check_window(window, longest)
-    data = token_stream(
-        data,
-        tokenizer,
-        folder,
-        max_tokens=num_windows * window,
-        window=window,
-        seed=seed,
-        add_bos=add_bos,
-        role="judge",
-        author=lambda: loaded,
-        folder=Path(out),
-        step=step,
-    )
-    tokens = whole_windows(
-        data,
-        num_windows,
-        window,
-        longest=longest,
-        vocabulary=loaded.get_input_embeddings().weight.shape[0],
-    )
-    num_layers = len(decoder_layers(loaded))
-    window_cache = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize)
-    size = min(len(tokens), batch_size, windows_at_once(window_cache, max_cache_bytes))
-    identity = identity_of(
-        folder, tokens, data.prefix, num_layers=num_layers, batch=size, seed=seed, dtype=dtype
-    )
-    identity["format"] = FORMAT
-    changed = cases(
-        num_layers, interventions, max_length=max_length, permutations=permutations, seed=seed
-    )
-    out = open_run(Path(out), "study", identity)
-    original: Program = tuple(range(num_layers))
-    every = [original, *(program for programs in changed.values() for program in programs)]
-    batches = range(math.ceil(len(tokens) / size))
-    names = {program: name_of(program) for program in every}
-    done = read_journal(out)
-    todo = {(b, p) for b in batches for p in names if (names[p], b) not in done}
-    parts = split({program for _, program in todo}, original, len(devices))
-    cpus = max(1, sum(device.partition(":")[0] == "cpu" for device in devices))
-    shares = [
-        _Share(
-            folder,
-            tokens,
-            len(data.prefix),
-            size,
-            work=tuple((b, tuple(p for p in part if (b, p) in todo)) for b in batches),
-            journal=out / JOURNAL.format(number),
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            threads=max(1, torch.get_num_threads() // cpus),
+    if grid.parquet:
+        check_parquet()
+    config, num_layers = _headers(model, settings)
+    plans = plans_of(grid, num_layers)
+    predicted = _predicted(config, grid.hardware) if grid.hardware is not None else None
+    run = start("sweep", model, out, settings, reference=True, stream=stream, step=step)
+    groups = dict.fromkeys(group for *_, plan in plans for group in plan.groups)
+    measured = timer(run.folder, [*groups], run.out) if timer is not None else None
+    programs = {plan: program_of(plan) for *_, plan in plans}
+    sums, spent = run_all(run, programs.values(), step=step, progress=progress)
+    scores = {plan: sums[program] / run.scored for plan, program in programs.items()}
+    run = replace(run, model=None)  # tasks load it under each plan
+    answered = _on_tasks(run, [*scores], tasks, step) if tasks is not None else {}
+    original = Plan(num_layers=num_layers)
+    rows = [
+        SweepRow(
+            **_place(wiring, size, plan),
+            **_scored(scores[plan]),
+            **_timed("predicted", plan, predicted),
+            **_timed("measured", plan, measured),
+            tasks=answered.get(plan, {}),
         )
-        for number, (device, part) in enumerate(zip(devices, parts, strict=True))
+        for wiring, size, plan in plans
     ]
-    total = len(names) * len(batches)
-    _run_shares(shares, loaded, progress, total - len(todo), total)
-    done = read_journal(out)
-    nll = {
-        program: np.concatenate([done[name, b]["nll"] for b in batches])
-        for program, name in names.items()
-    }
-    spent = sum(done[name, b]["evaluated"] for name in names.values() for b in batches)
-    scored = window - max(1, len(data.prefix))
-    result = _collect(changed, every, nll, scored, len(batches), spent, identity, out)
-    write(out / CSV, to_csv(result.rows, StudyRow))
+    result = Sweep(
+        rows=tuple(rows),
+        loss=float(sums[run.original][:, 0].mean() / run.scored),
+        tasks=answered.get(original, {}),
+        num_layers=num_layers,
+        num_tokens=len(run.tokens) * run.scored,
+        spent=spent,
+        identity=run.identity,
+        folder=str(run.out),
+    )
+    columns = table(rows)
+    write(run.out / CSV, to_csv(columns))
+    if grid.parquet:
+        _write_parquet(columns, run.out / PARQUET)
     summary = {k: v for k, v in result.to_dict().items() if k not in ("rows", "folder")}
-    write(out / RECORD, json.dumps(summary, indent=2) + "\n")
+    write(run.out / RECORD, json.dumps(summary, indent=2) + "\n")
     return result
 
 
-def wins(rows: Iterable[StudyRow], first: str, second: str) -> tuple[int, int, int]:
-    """Number of stretches on which `first` loses less than, the same as, more than `second`.
-
-    Rows of the same program are equal to the last bit, others practically never.
-    """
-    losses: dict[str, dict[tuple[int, int], float]] = {first: {}, second: {}}
+def table(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
+    """The rows with a column per task, without the columns that no row has."""
+    flat = []
     for row in rows:
-        if row.intervention in losses:
-            losses[row.intervention][row.start, row.end] = row.loss
-    both = losses[first].keys() & losses[second].keys()
-    pairs = [(losses[first][stretch], losses[second][stretch]) for stretch in both]
-    fewer, more = sum(a < b for a, b in pairs), sum(a > b for a, b in pairs)
-    return fewer, len(pairs) - fewer - more, more
+        values = {entry.name: getattr(row, entry.name) for entry in fields(row)}
+        tasks = values.pop("tasks")
+        flat.append({**values, **{f"task_{name}": score for name, score in tasks.items()}})
+    known = [name for name in flat[0] if any(row[name] is not None for row in flat)]
+    return [{name: row[name] for name in known} for row in flat]
 
 
-def best_by_depth(rows: Iterable[StudyRow]) -> dict[str, dict[int, StudyRow]]:
-    """For each intervention, the row of lowest loss at every effective depth it reaches."""
-    best: dict[str, dict[int, StudyRow]] = {}
-    for row in rows:
-        by_depth = best.setdefault(row.intervention, {})
-        if row.depth not in by_depth or row.loss < by_depth[row.depth].loss:
-            by_depth[row.depth] = row
-    return best
+def check_parquet() -> None:
+    """Raise AbreastError where no package is installed that writes parquet files."""
+    if find_spec("pyarrow") is None and find_spec("polars") is None:
+        raise AbreastError("--parquet needs pyarrow or polars: pip install pyarrow")
 
 
-def _collect(
-    changed: Mapping[tuple[str, int, int], Sequence[Program]],
-    every: Sequence[Program],
-    nll: Mapping[Program, np.ndarray],
-    scored: int,
-    batches: int,
-    spent: int,
-    identity: dict[str, Any],
-    out: Path,
-) -> Study:
-    """The result from nll, sums per window of `scored` tokens; every: all programs, original first.
+def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    with replacing(path) as staging:
+        if find_spec("pyarrow") is not None:
+            import pyarrow
+            import pyarrow.parquet
 
-    Raises AbreastError where the unmodified model's loss is not finite.
-    """
-    losses = {program: sums / scored for program, sums in nll.items()}
-    original = every[0]
-    if not np.isfinite(losses[original]).all():
-        raise AbreastError(
-            "the unmodified model gives a loss that is not finite; use --dtype bfloat16 or float32"
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), staging)
+        else:
+            import polars
+
+            polars.DataFrame(rows, infer_schema_length=None).write_parquet(staging)
+
+
+def _regular(wiring: str, size: int, count: int, first: int, num_layers: int) -> Plan:
+    starts = range(first, first + count * size, size)
+    groups = tuple(Group.wired(range(start, start + size), wiring) for start in starts)
+    return Plan(num_layers=num_layers, groups=groups)
+
+
+def _place(wiring: str, size: int, plan: Plan) -> dict[str, Any]:
+    return {
+        "wiring": wiring,
+        "size": size,
+        "groups": len(plan.groups),
+        "first": plan.groups[0].layers[0],
+        "last": plan.groups[-1].layers[-1],
+        "depth": plan.depth,
+        "plan": plan.shorthand,
+        "cqil": plan.cqil_name,
+    }
+
+
+def _scored(scores: np.ndarray) -> dict[str, Any]:
+    """From means per window, [num_windows, 4]: nll, the original's nll, KL, agreement."""
+    loss = float(scores[:, 0].mean())
+    increase, loss_stderr = mean_and_error(scores[:, 0] - scores[:, 1])
+    kl, kl_stderr = mean_and_error(scores[:, 2])
+    same_top, same_top_stderr = mean_and_error(scores[:, 3])
+    return {
+        "loss": loss,
+        "loss_increase": increase,
+        "loss_stderr": loss_stderr,
+        "perplexity": perplexity_of(loss),
+        "kl": kl,
+        "kl_stderr": kl_stderr,
+        "same_top": same_top,
+        "same_top_stderr": same_top_stderr,
+    }
+
+
+def _headers(model: str | Path, settings: StudySettings) -> tuple[dict[str, Any], int]:
+    """config.json and the number of layers."""
+    config = open_checkpoint(model, revision=settings.revision, weights=False).config
+    return config, num_layers_of(config.get("text_config", config))
+
+
+def _predicted(config: dict[str, Any], hardware: str) -> Seconds:
+    """Seconds of decoding a token; NaN for a plan that the devices cannot divide among them."""
+    setting = Setting(hardware_of(hardware))
+
+    def seconds(plan: Plan) -> float:
+        try:
+            return forward_cost(config, plan, setting).seconds
+        except HardwareError:
+            return float("nan")
+
+    seconds(Plan(num_layers=num_layers_of(config)))  # refuses a family that it cannot predict
+    return seconds
+
+
+def _timed(name: str, plan: Plan, seconds: Seconds | None) -> dict[str, Any]:
+    if seconds is None:
+        return {f"{name}_ms": None, f"{name}_speedup": None}
+    taken = seconds(plan)
+    original = seconds(Plan(num_layers=plan.num_layers))
+    return {f"{name}_ms": 1e3 * taken, f"{name}_speedup": original / taken}
+
+
+def _on_tasks(
+    run: Run, plans: Sequence[Plan], tasks: Tasks, step: Say
+) -> dict[Plan, dict[str, float]]:
+    """The score of every task under each plan, and of the original, whose plan has no groups."""
+    settings = run.settings
+    prompts = sum(len(task.instances) for task in tasks.loaded.values())
+    step(f"tasks: {prompts} prompts under each of {len(plans)} plans, and of the original")
+    answered = {}
+    for plan in (Plan(num_layers=len(run.original)), *plans):
+        scores = evaluate_tasks(
+            run.folder,
+            tasks,
+            plan=plan,
+            out=run.out / "tasks",
+            add_bos=settings.add_bos,
+            dtype=settings.dtype,
+            device=settings.devices[0],
+            trust_remote_code=settings.trust_remote_code,
+            norms=settings.norms,
         )
-    after_prefix = sum(cost_of(program[shared_steps(program, original) :]) for program in every)
-    return Study(
-        rows=tuple(
-            _row(case, len(programs[0]), [losses[p] for p in programs], losses[original])
-            for case, programs in changed.items()
-        ),
-        loss=float(losses[original].mean()),
-        num_layers=len(original),
-        num_tokens=len(losses[original]) * scored,
-        evaluations=Evaluations(
-            spent=spent,
-            without_reuse=batches * sum(map(cost_of, every)),
-            prefix_only=batches * (len(original) + after_prefix),
-        ),
-        identity=identity,
-        folder=str(out),
-    )
-
-
-def _row(
-    case: tuple[str, int, int], depth: int, losses: Sequence[np.ndarray], original: np.ndarray
-) -> StudyRow:
-    """One row from the losses per window, shape [num_windows], of its programs and the original.
-
-    case: intervention, start, end. losses: several for shuffle, which are averaged.
-    """
-    intervention, start, end = case
-    per_window = np.mean(losses, axis=0)
-    increase = per_window - original
-    several = len(increase) > 1
-    loss = float(per_window.mean())
-    return StudyRow(
-        intervention,
-        start,
-        end,
-        depth=depth,
-        loss=loss,
-        loss_increase=float(increase.mean()),
-        stderr=float(increase.std(ddof=1)) / math.sqrt(len(increase)) if several else math.nan,
-        perplexity=math.exp(loss) if loss < 709 else math.inf,  # the last one a float holds
-    )
-
-
-def _check_arguments(
-    interventions: Sequence[str],
-    max_length: int | None,
-    num_windows: int,
-    window: int,
-    permutations: int,
-    batch_size: int,
-) -> None:
-    unknown = [name for name in interventions if name not in INTERVENTIONS]
-    if unknown or not interventions:
-        wrong = f"intervention '{unknown[0]}' is unknown" if unknown else "no intervention is named"
-        raise AbreastError(f"{wrong}; choose from {', '.join(INTERVENTIONS)}")
-    if len(set(interventions)) < len(interventions):
-        raise AbreastError("an intervention is named twice; name each once")
-    check_least(
-        {
-            "the longest stretch": (2 if max_length is None else max_length, 2),
-            "the number of windows": (num_windows, 1),
-            "the window": (window, 2),
-            "the number of permutations": (permutations, 1),
-            "the batch size": (batch_size, 1),
-        }
-    )
-
-
-def _check_devices(devices: Sequence[str]) -> None:
-    if not devices:
-        raise AbreastError("no device is named; give at least one, such as cpu or cuda:0")
-    for name in devices:
-        if name != "auto":
-            check_device(name)
-    if "auto" in devices and len(devices) > 1:
-        raise AbreastError("auto takes all devices for one worker; name it alone")
-
-
-def _run_shares(
-    shares: Sequence[_Share],
-    model: PreTrainedModel,
-    progress: Progress | None,
-    finished: int,
-    total: int,
-) -> None:
-    """Run the first share here on the loaded model, the others in processes of their own."""
-    before = sum(_lines(share.journal) for share in shares)
-    reported = finished
-
-    def report() -> None:
-        nonlocal reported
-        done = finished + sum(_lines(share.journal) for share in shares) - before
-        if progress is not None and done > reported:
-            reported = done
-            progress(done, total)
-
-    context = multiprocessing.get_context("spawn")
-    busy = [share for share in shares[1:] if any(part for _, part in share.work)]
-    workers = [context.Process(target=_work, args=(share,), daemon=True) for share in busy]
-    try:
-        for worker in workers:
-            worker.start()
-        _work(shares[0], model, report)
-        for share, worker in zip(busy, workers, strict=True):
-            while worker.is_alive():
-                worker.join(1.0)
-                report()
-            if worker.exitcode:
-                raise AbreastError(
-                    f"the worker on {share.device} ended with status {worker.exitcode} "
-                    "(its last words are above); run again to go on, perhaps with fewer devices"
-                )
-    finally:
-        for worker in workers:
-            if worker.is_alive():
-                worker.terminate()
-                worker.join()
-
-
-def _lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _work(
-    share: _Share,
-    model: PreTrainedModel | None = None,
-    report: Callable[[], None] | None = None,
-) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(share.threads)
-    try:
-        if model is None:
-            model, _ = share.load()
-        with open(share.journal, "a", encoding="utf-8") as journal:
-            for batch, programs in share.work:
-                ids = torch.from_numpy(share.tokens[batch * share.size :][: share.size])
-                for program, sums, evaluated in run_programs(
-                    model, ids, programs, prefix=share.prefix
-                ):
-                    line = {"program": name_of(program), "batch": batch, "evaluated": evaluated}
-                    journal.write(json.dumps({**line, "nll": sums[:, 0].tolist()}) + "\n")
-                    journal.flush()
-                    if report is not None:
-                        report()
-    finally:
-        torch.set_num_threads(before)
+        answered[plan] = {name: score.converted for name, score in scores.tasks.items()}
+    return answered

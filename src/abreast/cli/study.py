@@ -1,0 +1,164 @@
+"""The verb for researchers: study."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from abreast.cli import console
+from abreast.errors import AbreastError
+
+if TYPE_CHECKING:
+    from abreast.plan import Group, Plan
+    from abreast.study import Changes, Grid, StudySettings
+
+
+@console.verb()
+@click.argument("model")
+@click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
+@click.option("--dry-run", is_flag=True, help="Only say what it would take.")
+@console.settings("changes", "abreast.study", "Changes")
+@click.option(
+    "--sweep", is_flag=True, help="Measure plans instead: groups of a size from a layer on."
+)
+@console.settings("grid", "abreast.study", "Grid")
+@click.option("--timed", is_flag=True, help="With --sweep: time each kind of group here as well.")
+@click.option("--tasks", help="With --sweep: run these tasks under every plan, as in eval.")
+@click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
+@click.option("--limit", type=int, help="With --tasks: items of each task.")
+@console.settings("settings", "abreast.study", "StudySettings")
+@console.chat_option
+@click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
+@console.json_option
+def study(
+    model: str,
+    out: str,
+    dry_run: bool,
+    changes: Changes,
+    sweep: bool,
+    grid: Grid,
+    timed: bool,
+    settings: StudySettings,
+    no_plots: bool,
+    as_json: bool,
+    **task_options: Any,
+) -> None:
+    """Measure what MODEL loses when its layers are shuffled, pruned, merged or parallelised.
+
+    With --sweep, what it loses, and how fast it is, under every plan of groups of one size and
+    wiring, one after another from a first layer on.
+    """
+    from abreast.report import check_drawing, draw_study
+    from abreast.study import expect
+    from abreast.study import study as run
+
+    extra = {name: value for name, value in task_options.items() if value is not None}
+    _check_kind(sweep, changes, grid, [*extra, *(["timed"] if timed else [])])
+    if dry_run:
+        expected = expect(model, grid if sweep else changes, settings)
+        if as_json:
+            return console.print_json(expected.__dict__)
+        return click.echo(expected.text)
+    if not no_plots:
+        check_drawing()
+    if sweep:
+        return _sweep(model, out, grid, settings, timed, extra, no_plots, as_json)
+    with console.progress_bar("study", as_json) as progress:
+        result = run(model, out, changes, settings, step=console.say, progress=progress)
+    if not no_plots:
+        draw_study(result.rows, result.num_layers, out)
+    if as_json:
+        return console.print_json(result.to_dict())
+    spent, without_reuse = result.evaluations.spent, result.evaluations.without_reuse
+    console.print_table(
+        {
+            "results": out,
+            "rows": str(len(result.rows)),
+            "layer evaluations": f"{spent}, {without_reuse} without reuse",
+        }
+    )
+
+
+def _check_kind(sweep: bool, changes: Changes, grid: Grid, extra: list[str]) -> None:
+    """Raise AbreastError for an option that goes with the other kind of study."""
+    other: Any = changes if sweep else grid
+    named = [entry.name for entry in fields(other) if getattr(other, entry.name) != entry.default]
+    named += [] if sweep else extra
+    if named:
+        option, word = named[0].replace("_", "-"), "without" if sweep else "with"
+        raise AbreastError(f"--{option} goes {word} --sweep; leave one of them out")
+
+
+def _sweep(
+    model: str,
+    out: str,
+    grid: Grid,
+    settings: StudySettings,
+    timed: bool,
+    task_options: dict[str, Any],
+    no_plots: bool,
+    as_json: bool,
+) -> None:
+    from abreast.evaluate import find_tasks
+    from abreast.planner import NoisyTiming, ProfileSettings, saved_profile
+    from abreast.report import draw_sweep
+    from abreast.study import best_by_depth
+    from abreast.study import sweep as run
+
+    tasks = None
+    if "tasks" in task_options:
+        names = task_options.pop("tasks").split(",")
+        tasks = find_tasks(names, seed=settings.seed, **task_options)
+    elif task_options:
+        raise AbreastError(f"--{min(task_options).replace('_', '-')} goes with --tasks; name some")
+
+    def timer(folder: Path, groups: Sequence[Group], work: Path) -> Callable[[Plan], float]:
+        timing = ProfileSettings(settings.dtype, settings.devices[0], seed=settings.seed)
+        trust = settings.trust_remote_code
+        try:
+            profile = saved_profile(
+                folder, groups, work, timing, trust_remote_code=trust, step=console.say
+            )
+        except NoisyTiming as error:
+            console.say(f"no speed is measured: {error}")
+            return lambda plan: math.nan
+        return profile.latency
+
+    with console.progress_bar("sweep", as_json) as progress:
+        result = run(
+            model,
+            out,
+            grid,
+            settings,
+            tasks=tasks,
+            timer=timer if timed else None,
+            step=console.say,
+            progress=progress,
+        )
+    if not no_plots:
+        draw_sweep(result.rows, result.num_layers, out)
+    if as_json:
+        return console.print_json(result.to_dict())
+    (best,) = best_by_depth(result.rows, lambda row: "").values()
+    console.print_columns(
+        ("depth", "best plan", "loss increase", "perplexity", "KL", "same top"),
+        [
+            (
+                str(depth),
+                row.cqil or row.plan,
+                f"{row.loss_increase:+.4f} ± {row.loss_stderr:.4f}",
+                f"{row.perplexity:.3f}",
+                f"{row.kl:.4f}",
+                f"{row.same_top:.1%}",
+            )
+            for depth, row in sorted(best.items(), reverse=True)
+        ],
+        left={"best plan"},
+        borders=False,
+        notes=[f"{len(result.rows)} plans: {Path(out) / 'sweep.csv'}"],
+    )
