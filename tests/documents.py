@@ -31,14 +31,15 @@ SHORTER = {
     "--hardware 2xA100-NVLink",
     "optimize": "--data stdlib --windows 8 --window 32 --per-group 1 --eval-data stdlib "
     "--max-tokens 600 --rounds 1 --no-baselines",
+    "study --sweep": "--data stdlib --windows 2 --window 32 --max-groups 1 --wirings lp",
     "study": "--data stdlib --windows 2 --window 32 --max-length 2 --permutations 1 --devices cpu",
     "heal": "--data stdlib-train --tokens 4000 --window 64 --steps 2 --batch-size 2 "
     "--micro-batch 2",
 }
 # The same for programs: text of a page -> what takes its place.
 SMALLER = {
-    'num_windows=16, window=256, devices=["cpu", "cpu"]': (
-        'data="stdlib", num_windows=2, window=32, max_length=2'
+    'Changes(), StudySettings(devices=("cpu", "cpu"))': (
+        'Changes(max_length=2), StudySettings("stdlib", num_windows=2, window=32)'
     ),
     'recipe=Recipe(train="lora", steps=2000)': (
         'recipe=Recipe(train="lora", steps=2, batch_size=2, micro_batch=2), tokens=4000, window=64'

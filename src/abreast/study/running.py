@@ -128,8 +128,9 @@ def start(
 ) -> Run:
     """Load the model and its text, and open folder `out` for a run of this kind on them.
 
-    stream: instead of the settings' data. step: see `token_stream`. Raises AbreastError for a folder with another run, or
-    anything else, in it, settings that make no sense, and as `load` and `load_tokens` do.
+    stream: instead of the settings' data. step: see `token_stream`. Raises AbreastError for a
+    folder with another run, or anything else, in it, settings that make no sense, and as `load` and
+    `token_stream` do.
     """
     check_settings(settings)
     check_run(Path(out), kind)
