@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SCREEN = 8  # every candidate is tried on one window in so many
-FINALISTS = 3  # and so many of a choice on all
+FINALISTS = 2  # and so many of a choice on all
 REFIT_TOKENS = 8192
 MAPS_BYTES = 2**28  # of fitted programs, before they are scored
 Step = Callable[[str], None]
