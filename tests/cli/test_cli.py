@@ -112,6 +112,7 @@ def test_verify_says_no_by_its_exit_status(run, demo, tmp_path):
         (("eval", "DEMO", "--device", "warp"), "unknown"),
         (("eval", "DEMO", "--dtype", "float8"), "dtype"),
         (("eval", "DEMO", "--plan", "3+99"), "plan"),
+        (("eval", "DEMO", "--norms", "split"), "goes with --plan"),
         (("convert", "DEMO", "--plan", "P2 S4 E7", "-o", "OUT"), "E - S a multiple"),
         (("study", "DEMO", "-o", "OUT", "--interventions", "melt"), "unknown"),
     ],
@@ -129,6 +130,16 @@ def test_cqil_names_are_read_and_shown(run, demo, tmp_path):
     assert run("convert", demo, "--plan", "p2 s4 e8", "-o", tmp_path / "out")[0] == 0
     status, text, _ = run("inspect", tmp_path / "out")
     assert status == 0 and "from 16 layers under plan 4|5 6|7 (P2 D0 S4 E8)" in text
+
+
+def test_eval_runs_groups_with_other_norms(run, demo):
+    few = ("--data", "stdlib", "--max-tokens", 300, "--window", 64, "--stride", 64, "--json")
+    losses = {}
+    for norms in ("own", "split", "shared"):
+        status, text, _ = run("eval", demo, "--plan", "3+4", "--norms", norms, *few)
+        assert status == 0
+        losses[norms] = json.loads(text)["result"]["nll"]
+    assert len(set(losses.values())) == 3
 
 
 def test_forced_edges_are_warned_about(run, demo, tmp_path):

@@ -24,6 +24,12 @@ if TYPE_CHECKING:
 @click.option("--against", help="Compare with this model, usually the original.")
 @click.option("--plan", help=f"Run MODEL grouped under this plan. {console.PLAN_HELP}")
 @click.option(
+    "--norms",
+    type=click.Choice(["own", "split", "shared"]),
+    default="own",
+    help="With --plan: whose norms the members of a group use.",
+)
+@click.option(
     "--data",
     multiple=True,
     default=("auto",),
@@ -57,6 +63,7 @@ def evaluate(
     model: str,
     against: str | None,
     plan: str | None,
+    norms: str,
     data: tuple[str, ...],
     max_tokens: int,
     window: int,
@@ -89,7 +96,10 @@ def evaluate(
         "dtype": dtype,
         "device": device,
         "trust_remote_code": trust_remote_code,
+        "norms": norms,
     }
+    if plan is None and norms != "own":
+        raise AbreastError(f"--norms {norms} goes with --plan; give one, or leave it out")
     # A folder has none: then it is the original that comes from the Hub.
     against_revision = revision if os.path.isdir(model) else None
     if tasks is not None:
@@ -163,7 +173,14 @@ def evaluate(
             }
             for name, result in zip(data, results, strict=True)
         ]
-        record = {"model": model, "against": against, "plan": plan, "dtype": dtype, "seed": seed}
+        record = {
+            "model": model,
+            "against": against,
+            "plan": plan,
+            "norms": norms,
+            "dtype": dtype,
+            "seed": seed,
+        }
         return console.print_json(
             {**record, **(corpora[0] if len(corpora) == 1 else {"corpora": corpora})}
         )
