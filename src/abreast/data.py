@@ -19,10 +19,11 @@ from __future__ import annotations
 import hashlib
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -313,21 +314,19 @@ def _read(document: str | Path, characters: int = -1) -> str:
         raise DataError(f"'{document}' cannot be read: {error.strerror}") from None
 
 
-def _stdlib_documents(held_out: bool) -> Iterator[tuple[str, str]]:
-    empty = True
+@cache
+def _stdlib_documents(held_out: bool) -> tuple[tuple[str, Path], ...]:
+    readable = []
     for name, path in stdlib_files().items():
         if is_held_out(name) == held_out:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (UnicodeDecodeError, OSError):
-                continue
-            if text.strip():
-                empty = False
-                yield name, text
-    if empty:
+            with suppress(DataError):
+                if _read(path).strip():
+                    readable.append((name, path))
+    if not readable:
         raise DataError(
             "this Python has no source files of its standard library; name a text file or folder"
         )
+    return tuple(readable)
 
 
 def _file_documents(path: Path) -> Iterator[tuple[str, Path]]:
@@ -419,13 +418,17 @@ def hub_in_reach() -> bool:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    if constants.is_offline_mode():
-        return False
-    try:
-        get_session().head(constants.ENDPOINT, timeout=REACH_TIMEOUT)
-    except Exception:  # of whichever HTTP library it uses
-        return False
-    return True
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # of whichever HTTP library it uses
+            answers.append(get_session().head(constants.ENDPOINT, timeout=REACH_TIMEOUT))
+
+    if not constants.is_offline_mode():
+        asking = Thread(target=ask, daemon=True)  # no timeout covers the look-up of a name
+        asking.start()
+        asking.join(REACH_TIMEOUT)
+    return bool(answers)
 
 
 @contextmanager

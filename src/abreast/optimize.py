@@ -227,6 +227,7 @@ class _Job:
                 target,
                 method=healing.method,
                 data=healing.data,
+                texts=self.out,
                 add_bos=self.checks.add_bos,
                 tokens=healing.tokens,
                 recipe=healing.recipe,

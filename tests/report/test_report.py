@@ -125,10 +125,15 @@ def test_names_are_shown_as_text(run, tmp_path):
     tasks = json.loads((run / "plans" / NAME / "tasks.json").read_text())
     tasks["tasks"] = {EVIL: tasks["tasks"]["first_task"]}
     save(run / "plans" / NAME / "tasks.json", tasks)
+    text = {"source": "self", "tokens": 30, "documents": 1, "num_bytes": 90, "beginnings": [EVIL]}
+    (run / "calibration" / "text").mkdir()
+    save(run / "calibration" / "text" / "calibrate.json", {"parts": [text, text]})
     html = write_report(run, tmp_path / "out").read_text(encoding="utf-8")
     assert "<script>alert" not in html and "</script>alert" not in html
     page = Page(html)
     assert f"org/{EVIL}: 8 layers" in page.text and SAMPLES[0]["prompt"].split()[-1] in page.text
+    for seen in ("calibration", "self", "50%", "3.00", f"“{EVIL}”"):
+        assert seen in page.text
     specs = re.search(r'<script type="application/json" id="specs">(.*?)</script>', html, re.S)
     assert "alert(1)" in specs.group(1) and "<" not in specs.group(1)
     assert EVIL in json.dumps(json.loads(specs.group(1)))
@@ -292,16 +297,15 @@ def test_a_bar_that_reaches_zero_stays_on_a_logarithmic_axis():
     assert "var(--" not in painted(chart.spec)
 
 
-@pytest.mark.parametrize("text", ["1+2", "1+2+3", "1|2", "1|2|3", "1|2|3:1", "1|2|3|4:2", "1~2~3"])
+@pytest.mark.parametrize("text", ["1+2", "1+2+3", "1|2", "1|2|3", "1|2|3:1", "1|2|3|4:2"])
 def test_the_picture_shows_every_wire(text):
     group = Plan.parse(text, 8).groups[0]
     drawing = draw_stage(group.layers, group)
     size = len(group.layers)
     seen = 2 * size if group.shares_ffn_input else sum(map(sum, group.ffn_sees))
-    seen -= (size - 1) * group.is_in_order  # only the last attention leads to the sum
     assert drawing.count('class="wire"') == 2 * size + seen
     assert drawing.count("<rect") == 2 * size
-    assert ("<circle" in drawing) == (group.wiring in ("lp", "ff"))
+    assert ("<circle" in drawing) == (group.wiring == "lp")
 
 
 def test_stages_in_words():

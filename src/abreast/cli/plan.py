@@ -290,6 +290,16 @@ def _find(
     check_depth(calibration, budget.depth)
     if command is not None:
         record_environment(out, settings.device, command)
+    held_out = None
+    if compare_baselines:  # what is wrong with its text comes before the search
+        held_out = calibrate(
+            model,
+            out / "held-out",
+            replace(settings, data=search.baseline_data, num_windows=32),
+            role="judge",
+            option="--baseline-data",
+            step=console.say,
+        )
     profile = None
     if search.hardware is not None:
         groups, revision = calibration.candidates, settings.revision
@@ -313,16 +323,7 @@ def _find(
             progress=progress,
         )
         rows: tuple[Measured, ...] = ()
-        if compare_baselines:
-            other_text = replace(settings, data=search.baseline_data, num_windows=32)
-            held_out = calibrate(
-                model,
-                out / "held-out",
-                other_text,
-                role="judge",
-                option="--baseline-data",
-                step=console.say,
-            )
+        if held_out is not None:
             front = planned.front
             rows = compare(
                 front.best(),

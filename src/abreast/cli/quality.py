@@ -88,7 +88,7 @@ def evaluate(
     """
     from abreast.checkpoint import resolve
     from abreast.data import OWN, check_tokenizers
-    from abreast.evaluate import check_length, compare, perplexity
+    from abreast.evaluate import check_length, check_stride, compare, perplexity
     from abreast.model import load
     from abreast.runs import check_run, token_stream
 
@@ -120,6 +120,7 @@ def evaluate(
         if value not in (None, ()):
             option = name.replace("_", "-")
             raise AbreastError(f"--{option} goes with --tasks; name some, or leave it out")
+    check_stride(window, stride)
     loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
     reference, reference_tokenizer = None, None
     if against:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         Comparison,
         Perplexity,
         check_length,
+        check_stride,
         compare,
         first_difference,
         perplexity,

@@ -295,6 +295,12 @@ def sliding_windows(
     return spans
 
 
+def check_stride(window: int, stride: int) -> None:
+    """Raise AbreastError for a stride that leaves out text, or none."""
+    if not 1 <= stride <= window:
+        raise AbreastError(f"stride is {stride}; choose one from 1 to the window, {window}")
+
+
 def check_length(stream: TokenStream, window: int, *models: PreTrainedModel) -> None:
     """Raise AbreastError for a stream shorter than one window, as far as the models can hold it."""
     least = _clip_to_context(window, *models) - len(stream.prefix)
@@ -323,8 +329,7 @@ def _clip(
     clipped = _clip_to_context(window, *models)
     if clipped < max(2, prefix + 1):
         raise AbreastError(f"window is {clipped}; it needs at least {max(2, prefix + 1)} tokens")
-    if not 1 <= stride <= window:
-        raise AbreastError(f"stride is {stride}; choose one from 1 to the window, {window}")
+    check_stride(window, stride)
     return clipped, max(1, min(stride * clipped // window, clipped - prefix))
 
 

@@ -6,8 +6,8 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.heal.healing import heal
-    from abreast.heal.least_squares import FOLDS, Moments, Refit, solve
-    from abreast.heal.recipe import Recipe
+    from abreast.heal.least_squares import Moments, Refit, solve
+    from abreast.heal.recipe import FOLDS, Recipe
     from abreast.heal.train import Distilled
 
 attach(__name__)

@@ -44,7 +44,7 @@ from abreast.data import AUTO, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, family_of
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
-from abreast.heal.recipe import Recipe, is_main_process, processes
+from abreast.heal.recipe import Recipe, check_enough, is_main_process, processes
 from abreast.heal.student import full
 from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill
 from abreast.model import decoder_layers, kl_under, load, logits_of
@@ -136,6 +136,7 @@ def heal(
     device: str = "cpu",
     dtype: str = "float32",
     work: str | Path | None = None,
+    texts: str | Path | None = None,
     keep: str | Path | None = None,
     out_dtype: str | None = None,
     prefill: str = "grouped",
@@ -157,7 +158,8 @@ def heal(
     window: tokens the model sees at once, clipped to what it can hold, and to an eighth of a short
     text. dtype: in which the model is healed; float32 is right for training weights themselves.
     work: folder of intermediate state, OUT.work beside `out` by default; an interrupted call goes
-    on with what is there, and the default folder is removed at the end. keep: also leave the healed
+    on with what is there, and the default folder is removed at the end. texts: folder that keeps
+    what the model writes, `work` by default. keep: also leave the healed
     weights in this new folder, in float32 and the original's shape, against which `verify` can
     prove `out`. out_dtype, prefill, max_shard_bytes, force: as for `convert`. draw: leaves
     heal.png beside the weights, see `report.draw_healing`. step(message) announces each step.
@@ -211,7 +213,7 @@ def heal(
         step=step,
         progress=progress,
     )
-    text = _text(setup, data, tokenizer, method, tokens, window, add_bos)
+    text = _text(setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder))
     identity = {
         "model": source.sha256,
         "plan": plan.shorthand,
@@ -276,6 +278,7 @@ def _text(
     tokens: int | None,
     window: int,
     add_bos: bool | None,
+    texts: Path,
 ) -> _Text:
     config = setup.model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
@@ -296,7 +299,7 @@ def _text(
         add_bos=add_bos,
         # what several processes write may differ in the last bit, and then in every word
         author=(lambda: setup.model) if processes() == 1 else None,
-        folder=setup.work,
+        folder=texts,
         step=setup.step,
     )
     size = min(len(stream), tokens)
@@ -315,6 +318,10 @@ def _text(
     }
     train, held_out = windows[:-num_held_out], windows[-num_held_out:]
     few = train[: max(1, REFIT_TOKENS // window)]
+    if method != "distill":
+        check_enough(few, "refit")
+    if method != "refit":
+        check_enough(train, "train")
     return _Text(few, train, held_out, stream.prefix, about)
 
 

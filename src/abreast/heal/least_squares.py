@@ -41,6 +41,7 @@ from torch import nn
 
 from abreast.errors import AbreastError
 from abreast.families import complete, family_of, num_layers_of, sizes
+from abreast.heal.recipe import FOLDS, check_enough
 from abreast.model import (
     advance,
     branches_of,
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
 STEPS = ("qkv", "gate_up", "out")
 # Multiples of the mean squared input, tried in this order until the error rises.
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
-FOLDS = 3
-MIN_TOKENS = 512
 CHECK_TOKENS = 4096
 Submodule = tuple[int, str]  # layer, name inside it
 Inputs = dict[Submodule, torch.Tensor]
@@ -266,11 +265,7 @@ def _check_refit(
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     if not steps or not set(steps) <= set(STEPS):
         raise AbreastError(f"refit steps {list(steps)}: choose some of {', '.join(STEPS)}")
-    if tokens.ndim != 2 or tokens.shape[0] < FOLDS + 1 or tokens.size < MIN_TOKENS:
-        raise AbreastError(
-            f"{tokens.size} tokens in {len(tokens)} windows are too little text for the "
-            f"regression; give at least {MIN_TOKENS} tokens in {FOLDS + 1} windows"
-        )
+    check_enough(tokens, "refit")
     check_tokens(tokens, model.get_input_embeddings().weight.shape[0])
 
 

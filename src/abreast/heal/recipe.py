@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from abreast.errors import AbreastError
 
+FOLDS = 3  # of the text, to choose how strongly refit regularises
 Train = Literal["lora", "groups", "all"]
 Objective = Literal["kl", "lm"]
 Optimizer = Literal["adamw", "muon"]
@@ -124,6 +125,19 @@ class Recipe:
                 f"a batch of {self.batch_size} windows cannot be split evenly over {processes()} "
                 f"processes; give a multiple of {processes()}"
             )
+
+
+def check_enough(tokens: Any, purpose: str) -> None:
+    """Raise AbreastError for windows of tokens, [windows, window], that are too few to heal on.
+
+    purpose: "refit" or "train".
+    """
+    windows, least = (FOLDS + 1, 512) if purpose == "refit" else (10, 20)
+    if tokens.ndim != 2 or len(tokens) < windows or tokens.size < least:
+        raise AbreastError(
+            f"{tokens.size} tokens in {len(tokens)} windows are too little text to {purpose} on; "
+            f"give at least {least} tokens in {windows} windows"
+        )
 
 
 def processes() -> int:

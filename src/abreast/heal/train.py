@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.heal.recipe import Recipe, processes
+from abreast.heal.recipe import Recipe, check_enough, processes
 from abreast.heal.student import (
     Checkpoints,
     align,
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HELD_OUT_TOKENS = 8192
-MIN_TRAINING_WINDOWS = 10
 
 
 @dataclass(frozen=True)
@@ -470,11 +469,7 @@ def _check_training(
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     recipe.check()
-    if tokens.ndim != 2 or len(tokens) < MIN_TRAINING_WINDOWS or tokens.shape[1] < 2:
-        raise AbreastError(
-            f"{tokens.size} tokens in {len(tokens)} windows are too little text to train on; "
-            f"give at least {MIN_TRAINING_WINDOWS} windows"
-        )
+    check_enough(tokens, "train")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_tokens(tokens, vocabulary)
     if recipe.train != "lora" and model.dtype != torch.float32:

@@ -120,6 +120,8 @@ def render(run: Run, charts: list[Chart]) -> str:
         else [],
         speed=speed_rows(last) if last is not None else [],
         tasks=task_rows(last) if last is not None else [],
+        text_columns=_TEXT_COLUMNS,
+        texts=text_rows(run),
         samples=_samples(last) if last is not None else [],
         other_columns=_OTHER_COLUMNS,
         others=[_summary(conversion) for conversion in run.others],
@@ -141,6 +143,7 @@ def numbers(run: Run) -> dict[str, Any]:
             "front": [row.to_dict() for row in run.front],
             "baselines": [row.to_dict() for row in run.baselines],
             "groups": group_rows(run),
+            "texts": [dict(zip(_TEXT_COLUMNS, row, strict=True)) for row in text_rows(run)],
         }
     )
 
@@ -173,6 +176,29 @@ def task_rows(conversion: Conversion) -> list[dict[str, Any]]:
     keys += ["metric", "kept", "p_value", "num_items"]
     tasks = (conversion.tasks or {}).get("tasks", {})
     return [{"task": task, **{k: row.get(k) for k in keys}} for task, row in tasks.items()]
+
+
+def text_rows(run: Run) -> list[tuple[str, ...]]:
+    """What the texts were like, a line per source, see _TEXT_COLUMNS."""
+    texts: dict[str, Any] = dict(run.texts)
+    if run.last is not None:
+        texts |= {
+            "healing": (run.last.healed or {}).get("data"),
+            "evaluation": (run.last.quality or {}).get("text"),
+        }
+    return [
+        (
+            use,
+            part["source"],
+            f"{part['tokens']:,}",
+            f"{part['tokens'] / max(1, sum(p['tokens'] for p in text['parts'])):.0%}",
+            f"{part['num_bytes'] / max(1, part['tokens']):.2f}",
+            " / ".join(f"“{words}”" for words in part["beginnings"]),
+        )
+        for use, text in texts.items()
+        if isinstance(text, Mapping)
+        for part in text.get("parts", ())
+    ]
 
 
 def group_rows(run: Run) -> list[dict[str, Any]]:
@@ -220,7 +246,7 @@ def _stages(conversion: Conversion) -> list[dict[str, Any]]:
     return [
         {
             "name": describe(stage, plan.group_of(stage)),
-            "size": stage_size(stage, plan.group_of(stage)),
+            "size": stage_size(stage),
             "drawing": Markup(draw_stage(stage, plan.group_of(stage))),  # numbers and fixed words
         }
         for stage in plan.stages
@@ -289,6 +315,7 @@ def _samples(conversion: Conversion) -> list[dict[str, Any]]:
     return found
 
 
+_TEXT_COLUMNS = ("for", "source", "tokens", "share", "bytes per token", "begins")
 _OTHER_COLUMNS = (
     *("depth", "plan", "healed"),
     *(f"{metric.tile},{metric.unit}".rstrip(",") for metric in METRICS if metric.tile),

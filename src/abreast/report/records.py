@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from abreast.families import num_layers_of
 from abreast.plan import Plan
 from abreast.planner import FRONT_FILE, KL, STATS_FILE, Cost, Profile, Stats
 from abreast.rivals import BASELINES_FILE, Measured
-from abreast.runs import damaged_record, read_record
+from abreast.runs import TEXT_FOLDER, damaged_record, read_record
 
 LEFT_BY = "the folder that `abreast plan` or `abreast optimize` left"
 Record = Mapping[str, Any]
@@ -64,7 +64,9 @@ class Conversion:
     @property
     def data(self) -> str:
         """The text on which quality was measured."""
-        return str((self.quality or {}).get("settings", {}).get("data") or "held-out text")
+        quality: Record = self.quality or {}
+        source = quality.get("text", {}).get("source") or quality.get("settings", {}).get("data")
+        return str(source or "held-out text")
 
     @property
     def dtype(self) -> str:
@@ -100,7 +102,8 @@ class Run:
 
     plans: every plan that was measured, with its cost on the calibration text. baselines: the
     planner's and the published ways' plans on held-out text. profile: predicts speed-ups. results:
-    the last call's numbers, None where it did not come to its end.
+    the last call's numbers, None where it did not come to its end. texts: what each text was like,
+    by the folder of the calibration that it served.
     """
 
     folder: Path
@@ -112,6 +115,7 @@ class Run:
     environment: Record | None
     last: Conversion | None
     others: tuple[Conversion, ...]
+    texts: Mapping[str, Record] = field(default_factory=dict)
 
     @cached_property
     def best(self) -> dict[int, Plan]:
@@ -205,6 +209,10 @@ def read_run(folder: str | Path) -> Run:
         environment=read_record(run / "environment.json"),
         last=last,
         others=tuple(conversion for conversion in conversions if conversion is not last),
+        texts={
+            path.parents[1].name: _text(path, read_record(path))
+            for path in sorted(run.glob(f"*/{TEXT_FOLDER}/*.json"))
+        },
     )
 
 
@@ -233,6 +241,9 @@ def _conversions(plans: Path) -> Iterator[Conversion]:
 def _conversion(folder: Path, suffix: str) -> Conversion:
     target = folder / f"converted{suffix}"
     manifest = read_manifest(target) if (target / MANIFEST).is_file() else None
+    data = (manifest.healed or {}).get("data") if manifest else None
+    if isinstance(data, dict) and "parts" in data:
+        _text(target / MANIFEST, data)
     return Conversion(
         folder=folder,
         target=target,
@@ -256,8 +267,22 @@ def _result(path: Path, needed: set[str]) -> Record | None:
         raise damaged_record(path)
     if not result.keys() >= needed:
         raise damaged_record(path)
+    if "text" in result:
+        _text(path, result["text"])
     settings = {key: settings[key] for key in settings if key not in ("model", "files")}
     return {"settings": settings, **result}
+
+
+def _text(path: Path, record: Any) -> Record:
+    """What a text was like. Raises AbreastError where the record does not say it."""
+    kinds = {"source": str, "tokens": int, "documents": int, "num_bytes": int, "beginnings": list}
+    parts = record.get("parts") if isinstance(record, dict) else None
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and all(isinstance(part.get(k), kind) for k, kind in kinds.items())
+        for part in parts
+    ):
+        raise damaged_record(path)
+    return dict(record)
 
 
 def _last(conversions: list[Conversion], results: Record | None) -> Conversion | None:

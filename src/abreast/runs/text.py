@@ -161,7 +161,7 @@ def _default(role: Role, writes: bool, record: Path | None) -> tuple[str, str]:
         if find_spec("datasets") is None:
             why = ", as wikitext-2 needs the package 'datasets'"
         else:
-            next(documents(wikitext))
+            next(documents(wikitext), None)
             source = wikitext
     except DataError:
         why = ", as wikitext-2 is out of reach"
@@ -311,10 +311,11 @@ def _own(
     }
     path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
     texts = [] if path is None else _written(path, identity)
-    rows = min(ROWS, math.ceil(max_tokens / length))
+    rows, writer = min(ROWS, math.ceil(max_tokens / length)), None
     while (left := max_tokens - sum(map(len, texts))) > 0:
+        writer = writer or author()
         texts += _write(
-            author(),
+            writer,
             tokenizer,
             prefix=prefix,
             rows=rows,
