@@ -369,12 +369,13 @@ def _scale(model: PreTrainedModel, group: Group) -> float:
 
 
 def solve(
-    folds: Sequence[Moments], start: torch.Tensor
+    folds: Sequence[Moments], start: torch.Tensor, tried: int = FOLDS
 ) -> tuple[torch.Tensor, float | None, float, float]:
     """min over W of |T - U W'|^2 + r |W - start|^2: W, r (None: start kept), errors before, after.
 
-    r is the one with the least error on each fold in turn, solved on the others. It multiplies the
-    mean square of all inputs, whichever of them take part, so that it means the same to both.
+    r is the one with the least error on each fold in turn (the first `tried` of them), solved on
+    the others. It multiplies the mean square of all inputs, whichever of them take part, so that it
+    means the same to both.
     """
     total = Moments(start.shape[1], start.shape[0], start.device)
     for fold in folds:
@@ -387,11 +388,11 @@ def solve(
             "or check how its weights were made"
         )
     scale = float(total.gram.diagonal().mean())
-    before = sum(fold.error(start) for fold in folds)
+    before = sum(fold.error(start) for fold in folds[:tried])
     best, ridge = before, None
     for candidate in RIDGES if scale else ():
         error = 0.0
-        for fold in folds:
+        for fold in folds[:tried]:
             # The other folds' sums, made in place and undone: a copy would be as large again.
             total.gram -= fold.gram
             total.cross -= fold.cross
@@ -402,7 +403,7 @@ def solve(
             break
         best, ridge = error, candidate
     solution = start if ridge is None else _ridge(total, start, ridge * scale)
-    size = max(total.size, torch.finfo(torch.float64).tiny)
+    size = max(sum(f.size for f in folds[:tried]), torch.finfo(torch.float64).tiny)
     return solution, ridge, before / size, best / size
 
 

@@ -140,7 +140,7 @@ class Streams:
             text = slice(self.prefix, None)
             folds[number % FOLDS].add(joined[:, text], targets[:, text])
             waiting.append((x.cpu(), joined.cpu()))
-        solution, *_ = solve(folds, start)
+        solution, *_ = solve(folds, start, tried=1)  # all would take three times as long
         change = (scale * (solution - start)).float().cpu()
         after = [(x + torch.nn.functional.linear(u, change)).to(x.dtype) for x, u in waiting]
         maps = dict(zip(names, solution.float().split(hidden, dim=1), strict=True))
