@@ -15,7 +15,7 @@ from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.plan import Group, Plan
-    from abreast.study import Changes, Grid, StudySettings
+    from abreast.study import Changes, Grid, StudySettings, Sweep
 
 
 @console.verb()
@@ -107,7 +107,6 @@ def _sweep(
     from abreast.evaluate import find_tasks
     from abreast.planner import NoisyTiming, ProfileSettings, saved_profile
     from abreast.report import draw_sweep
-    from abreast.study import best_by_depth
     from abreast.study import sweep as run
 
     tasks = None
@@ -144,6 +143,13 @@ def _sweep(
         draw_sweep(result.rows, result.num_layers, out)
     if as_json:
         return console.print_json(result.to_dict())
+    _print_best(result)
+
+
+def _print_best(result: Sweep) -> None:
+    """A row per depth: the plan of lowest loss."""
+    from abreast.study import best_by_depth
+
     (best,) = best_by_depth(result.rows, lambda row: "").values()
     console.print_columns(
         ("depth", "best plan", "loss increase", "perplexity", "KL", "same top"),
@@ -160,5 +166,5 @@ def _sweep(
         ],
         left={"best plan"},
         borders=False,
-        notes=[f"{len(result.rows)} plans: {Path(out) / 'sweep.csv'}"],
+        notes=[f"{len(result.rows)} plans: {Path(result.folder) / 'sweep.csv'}"],
     )

@@ -137,15 +137,15 @@ def start(
     folder, _ = resolve(model, revision=settings.revision)
     loaded, tokenizer = _load(folder, settings, settings.devices[0])
     check_norms(loaded, settings.norms)
-    config = loaded.config.get_text_config()
+    config, window = loaded.config.get_text_config(), settings.window
     longest = getattr(config, "max_position_embeddings", None)
-    check_window(settings.window, longest)
+    check_window(window, longest)
     data = token_stream(
         settings.data if stream is None else stream,
         tokenizer,
         folder,
-        max_tokens=settings.num_windows * settings.window,
-        window=settings.window,
+        max_tokens=settings.num_windows * window,
+        window=window,
         seed=settings.seed,
         add_bos=settings.add_bos,
         role="judge",
@@ -155,21 +155,11 @@ def start(
     )
     vocabulary = loaded.get_input_embeddings().weight.shape[0]
     tokens = whole_windows(
-        data,
-        settings.num_windows,
-        settings.window,
-        longest=longest,
-        vocabulary=vocabulary,
+        data, settings.num_windows, window, longest=longest, vocabulary=vocabulary
     )
-    num_layers = len(decoder_layers(loaded))
-    window_cache = window_bytes(
-        settings.window,
-        num_layers,
-        config.hidden_size,
-        loaded.dtype.itemsize,
-        vocabulary if reference else 0,
-    )
-    at_once = windows_at_once(window_cache, settings.max_cache_bytes)
+    num_layers, logits = len(decoder_layers(loaded)), vocabulary if reference else 0
+    cache = window_bytes(window, num_layers, config.hidden_size, loaded.dtype.itemsize, logits)
+    at_once = windows_at_once(cache, settings.max_cache_bytes)
     size = min(len(tokens), settings.batch_size, at_once)
     identity = identity_of(
         folder,
@@ -181,16 +171,8 @@ def start(
         dtype=settings.dtype,
     )
     identity |= {"format": FORMAT, "norms": settings.norms}
-    return Run(
-        open_run(Path(out), kind, identity),
-        folder,
-        loaded,
-        tokens,
-        size,
-        reference,
-        identity,
-        settings,
-    )
+    opened = open_run(Path(out), kind, identity)
+    return Run(opened, folder, loaded, tokens, size, reference, identity, settings)
 
 
 def cost_text(passes: float, changed: int, settings: StudySettings) -> str:
