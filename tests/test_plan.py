@@ -62,6 +62,22 @@ def test_stages_are_an_ordered_partition(plan: Plan) -> None:
     assert all(group or len(stage) == 1 for group, stage in zip(found, plan.stages, strict=True))
 
 
+@given(plans())
+def test_blocks_hold_every_attention_and_every_ffn_once(plan: Plan) -> None:
+    blocks, layers = plan.blocks, list(range(plan.num_layers))
+    assert [layer for block in blocks for layer in block.attentions] == layers
+    assert [layer for block in blocks for layer in block.ffns] == layers
+    in_order = sum(len(group.layers) - 1 for group in plan.groups if group.wiring == "ff")
+    assert len(blocks) == plan.depth + in_order
+    assert all(block.attentions for block in blocks)
+    for attentions, ffns, group in blocks:
+        if group is None or group.wiring != "ff":
+            assert attentions == ffns == (group.layers if group else attentions[:1])
+        else:  # every attention by itself, and the FFNs after all of them
+            assert len(attentions) == 1
+            assert ffns == (group.layers if attentions[0] == group.layers[-1] else ())
+
+
 @given(st.integers(0, 20), st.integers(2, 7), st.data())
 def test_who_sees_whom(first: int, size: int, data: st.DataObject) -> None:
     layers = tuple(range(first, first + size))
@@ -86,7 +102,7 @@ def test_what_follows_from_the_matrices() -> None:
     for name, group in groups.items():
         assert group.is_wide_layer == (name == "lp")
         assert group.shares_ffn_input == (name in ("lp", "ff"))
-        assert any(map(any, group.attention_sees)) == (name == "ff")
+        assert group.is_in_order == any(map(any, group.attention_sees)) == (name == "ff")
         assert group.description.startswith(group.wiring)
 
 

@@ -71,7 +71,7 @@ def test_degrees_of_vllm(layers, family, degrees):
     assert {n for n in range(1, 13) if not any(refusals(VLLM, config, row, degree=n))} == degrees
 
 
-@pytest.mark.parametrize("plan", ["1+2", "1|2|3:1", "1+2 3|4", "0+1 2+3 4+5", ""])
+@pytest.mark.parametrize("plan", ["1+2", "1|2|3:1", "1+2 3|4", "0+1 2+3 4+5", "1~2 3|4:1", ""])
 @pytest.mark.parametrize("family", CONVERTIBLE)
 def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
     config, row = complete({**CONFIG, "model_type": family}), CONVERTIBLE[family]
@@ -91,6 +91,12 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
         (TORCH_TP, "llama", "1|2|3", 2, "on 3 processes or a multiple of that, not on 2"),
         (TRANSFORMERS, "gemma2", "1|2", 1, None),
         (TRANSFORMERS, "llama", "1+2", 2, "one process"),
+        (TRANSFORMERS, "llama", "1~2", 1, None),
+        (TRANSFORMERS, "cohere", "1+2 3~4", 1, "group 3~4 cannot be converted"),
+        (TORCH_TP, "llama", "1~2 3+4", 2, None),
+        (TORCH_TP, "gemma2", "1~2", 2, "norms after a branch"),
+        (VLLM, "llama", "1~2", 1, "ff groups"),
+        (LLAMACPP, "llama", "1~2", 1, "ff groups"),
         (LLAMACPP, "llama", "1+2", 1, None),
         (LLAMACPP, "llama", "1|2", 1, "convert with an lp plan"),
         (LLAMACPP, "arcee", "1+2", 1, "its FFN has no gate"),

@@ -4,10 +4,9 @@ This file also travels inside every converted checkpoint as its remote code, so 
 and transformers only. Stock classes build all decoder layers alike; `Abreast<Family>Config`,
 `...Model` and `...ForCausalLM` build each from its entry in transformers' `per_layer_config`.
 
-Some groups are not one stock layer, because something in them stays with its member: a norm after
-a branch, or FFNs that see different attention outputs. Their entry has `abreast_members` and, where
-FFN j sees the attentions j - d .. j only, d as `abreast_bypass` (`Group.ffn_band`).
-
+Some groups keep something apart for each member: a norm after a branch, or FFNs that see different
+attentions. Their entry has `abreast_members` and, where FFN j sees attentions j - d .. j only, d as
+`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer.
 Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
 
@@ -15,6 +14,7 @@ import copy
 import functools
 import importlib
 import inspect
+import math
 from contextvars import ContextVar
 from typing import Any
 
@@ -32,7 +32,7 @@ SAME = (
 )
 FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
-# Attention classes that norm q and k after they were transposed to [B, heads, L, X].
+# Attentions that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
 ORDERS: tuple[tuple[Any, Any, Any], ...] = (
@@ -64,10 +64,10 @@ class View(nn.Module):
 
 
 class Apart(View):
-    """A linear map per member: [.., P, in] or [.., P * in] -> [.., P, out].
+    """A linear map per member, one below the other: [.., P, in] or [.., P * in] -> [.., P, out].
 
-    The module holds the members' matrices one below the other. Plain, it is one batched product;
-    otherwise it is called on every member's input, and each takes its own outputs.
+    A plain module is one batched product; others run on every member's input, and each takes its
+    own outputs.
     """
 
     def __init__(self, holder: nn.Module, name: str, members: int) -> None:
@@ -80,12 +80,9 @@ class Apart(View):
             x = x.unflatten(-1, (members, self.in_features))
         if not self.is_plain():
             return module(x).unflatten(-1, (members, -1)).diagonal(0, -3, -2).mT
-        x_PNX = x.reshape(-1, members, self.in_features).transpose(0, 1)
         weight = module.weight.view(members, -1, self.in_features)
-        out_NPX = torch.bmm(x_PNX, weight.transpose(1, 2)).transpose(0, 1)
-        if module.bias is not None:
-            out_NPX = out_NPX + module.bias.view(members, -1)
-        return out_NPX.reshape(*x.shape[:-1], -1)
+        out = torch.einsum("...px,pyx->...py", x, weight)
+        return out if module.bias is None else out + module.bias.view(members, -1)
 
 
 class ThroughViews:
@@ -115,24 +112,20 @@ class MemberNorm:
 
 
 class CqilForward:
-    """Mixed into a family's decoder layer: FFN j sees the attentions j - bypass .. j.
-
-    arXiv 2404.06709, section 3.2. It is seen in the FFN's input, not added to the residual again.
-    """
+    """Mixed into a family's decoder layer: FFN j sees the attentions j - bypass .. j in its input,
+    but they are not added to the residual again (arXiv 2404.06709, section 3.2)."""
 
     def forward(self, x_BLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         scale = getattr(self, "residual_multiplier", 1.0)
-        normed = self.input_layernorm(x_BLD) if hasattr(self, "input_layernorm") else x_BLD
-        after_attention, before, after = (getattr(self, name or "", None) for name in self.norms)
-        a_BLPD = self.self_attn(normed, *args, **kwargs)[0]
-        a_BLPD = a_BLPD * scale if scale != 1.0 else a_BLPD
-        a_BLPD = after_attention(a_BLPD) if after_attention is not None else a_BLPD
+        names = "input_layernorm", *self.norms
+        first, after, before, last = (getattr(self, name or "", torch.positive) for name in names)
+        a_BLPD = self.self_attn(first(x_BLD), *args, **kwargs)[0]
+        a_BLPD = after(a_BLPD * scale if scale != 1.0 else a_BLPD)
         y_BLPD = x_BLD.unsqueeze(-2) + a_BLPD
         for distance in range(1, self.bypass + 1):
             y_BLPD[..., distance:, :] += a_BLPD[..., :-distance, :]
-        f_BLD = self.mlp(before(y_BLPD) if before is not None else y_BLPD)
-        f_BLD = f_BLD * scale if scale != 1.0 else f_BLD
-        return x_BLD + a_BLPD.sum(-2) + (after(f_BLD) if after is not None else f_BLD)
+        f_BLD = self.mlp(before(y_BLPD))
+        return x_BLD + a_BLPD.sum(-2) + last(f_BLD * scale if scale != 1.0 else f_BLD)
 
 
 PROMPT: ContextVar[int | None] = ContextVar("abreast_prompt", default=None)  # ids generate got
@@ -166,13 +159,10 @@ class CountPrompt:
 
 
 class Passes:
-    """Mixed into a model without head: runs its prompts as sequential prefill wants them.
-
-    With `prompts_in_order` prompts run in the original order and all else abreast: prefill is
-    compute-bound and gains nothing from grouping. A pass's first `prompt_tokens` are the prompt's;
-    one that has none takes an empty cache for a prompt. PEFT's prefix tuning makes caches of equal
-    width for all layers: wider layers repeat their heads, one copy for each member.
-    """
+    """Mixed into a model without head. With `prompts_in_order` prompts run in the original order
+    and all else abreast: prefill is compute-bound and gains nothing from grouping. A pass's first
+    `prompt_tokens` are the prompt's; without, it is one where the cache is empty. PEFT's prefix
+    tuning makes caches of equal width: wider layers repeat their heads in them."""
 
     def forward(self, *args: Any, prompt_tokens: int | None = None, **kwargs: Any) -> Any:
         names = "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"
@@ -182,8 +172,7 @@ class Passes:
         alike = {entry.keys.shape[1:2] for entry in past}
         if len(past) == len(self.cache_heads) and len(alike) == 1 < len(set(self.cache_heads)):
             for entry, heads in zip(past, self.cache_heads, strict=True):
-                for name in ("keys", "values"):
-                    one = getattr(entry, name)
+                for name, one in (("keys", entry.keys), ("values", entry.values)):
                     setattr(entry, name, one.repeat(1, -(-heads // one.shape[1]), 1, 1)[:, :heads])
         if not self.prompts_in_order or getattr(self.config, "abreast_prefill", "") == "grouped":
             return super().forward(**given)
@@ -217,8 +206,7 @@ class Passes:
         return last
 
 
-# Every family's own; vLLM reads there what it may compile.
-Passes.forward.__signature__ = inspect.signature(transformers.LlamaModel.forward)
+Passes.forward.__signature__ = inspect.signature(transformers.LlamaModel.forward)  # vLLM reads it
 
 
 class InOrder:
@@ -264,11 +252,9 @@ class MemberCache:
 
 
 class Member(View):
-    """One member's part of a wide module, of which only that is computed if it is plain.
-
-    `spread` (axis, before, after): where the member's input lies among zeros for the others.
-    `take` (axis, pieces): where its output lies.
-    """
+    """One member's part of a wide module, of which only that is computed if it is plain. `spread`
+    (axis, before, after) says where its input lies among zeros for the others, `take` (axis,
+    pieces) where its output does."""
 
     def find(self, small: Any, member: int, members: int, packed: list[int] | None) -> None:
         # small: an unconverted layer's module; packed: sizes of what its output holds in turn
@@ -331,43 +317,40 @@ def _empty(*parts: Any) -> Any:
     return kind.__new__(kind)
 
 
-def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
-    """Replace what stays with its member in a layer built as one wide stock layer."""
-    members, bypass, hidden = config.abreast_members, config.abreast_bypass, config.hidden_size
+def _keep_members(layer: Any, config: Any, attentions: int, norms: Any) -> None:
+    """Replace what stays with its member in a layer built as one wide stock layer. Its attention
+    is that of `attentions` members: of all or, where they run in order, of one."""
+    members, bypass, joined = config.abreast_members, config.abreast_bypass, attentions > 1
     attention, mlp = layer.self_attn, layer.mlp
-    norms = next(order for order in ORDERS if order[2] is None or hasattr(layer, order[2]))
-    unknown = {name for name, _ in layer.named_children() if name.endswith("norm")}
-    unknown -= {"input_layernorm", *filter(None, norms)}
-    if unknown:
+    children = {name for name, _ in layer.named_children() if name.endswith("norm")}
+    if unknown := children - {"input_layernorm", *norms}:
         raise ValueError(f"no order of norms has {min(unknown)}: add the family's to ORDERS")
     sandwiched = norms[2] is not None
-    for name in ("q_norm", "k_norm", "query_layernorm", "key_layernorm"):
+    for name in ("q_norm", "k_norm", "query_layernorm", "key_layernorm") if joined else ():
         norm = getattr(attention, name, None)
         if norm is None or norm.weight.dim() > 1:  # Cohere has a gain for every head already
             continue
         heads = config.num_attention_heads if name[0] == "q" else config.num_key_value_heads
-        if norm.weight.shape[0] == attention.head_dim:
-            norm.weight = nn.Parameter(torch.ones(heads, attention.head_dim))
-            lie = "heads" if type(attention).__name__ in HEADS_BEFORE_LENGTH else None
-        else:
-            norm.weight, lie = nn.Parameter(norm.weight.data.view(members, -1)), "flat"
-        if lie:
-            mix(norm, MemberNorm, lie=lie)
+        by_head, gains = norm.weight.shape[0] == attention.head_dim, norm.weight.data
+        norm.weight = nn.Parameter(gains.repeat(heads, 1) if by_head else gains.view(members, -1))
+        if not by_head or type(attention).__name__ in HEADS_BEFORE_LENGTH:
+            mix(norm, MemberNorm, lie="heads" if by_head else "flat")
     out = "c_proj" if hasattr(mlp, "c_proj") else "down_proj"
-    stacked = [(attention, "o_proj"), (mlp, out)][: 2 if sandwiched else bypass is not None]
+    if not sandwiched and bypass is None:
+        return
+    stacked = [(attention, "o_proj")] * joined + [(mlp, out)] * sandwiched
     for holder, name in stacked:  # members side by side in the columns: one below the other
         wide = getattr(holder, name)
         rows, columns = members * wide.out_features, wide.in_features // members
         setattr(holder, name, nn.Linear(columns, rows, bias=wide.bias is not None))
-    if not stacked:
-        return
-    _through_views(attention, {"o_proj": Apart(attention, "o_proj", members)})
+    if joined:
+        _through_views(attention, {"o_proj": Apart(attention, "o_proj", members)})
     views: dict[str, nn.Module] = {out: nn.Sequential(nn.Flatten(-2), View(mlp, out))}
     if sandwiched:
         views = {out: Apart(mlp, out, members)}
-        for name in filter(None, norms[::2]):
+        for name in filter(None, norms[0 if joined else 2 :: 2]):
             norm = getattr(layer, name)
-            norm.weight = nn.Parameter(norm.weight.data.expand(members, hidden).clone())
+            norm.weight = nn.Parameter(norm.weight.data.repeat(members, 1))
             if bypass is None or name == norms[2]:
                 mix(norm, MemberNorm, lie="added")
     if bypass is not None:
@@ -378,31 +361,34 @@ def _keep_members(layer: Any, config: PreTrainedConfig) -> None:
     _through_views(mlp, views)
 
 
-def _keep_order(layer: Any, stock: Any, members: int, bare: PreTrainedConfig) -> None:
-    """Let the layer of a group run its members one by one, see InOrder."""
-    config, head = copy.copy(bare), layer.self_attn.head_dim
-    heads = config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads
-    packed = {"qkv_proj": [head * count for count in heads]}
-    if not isinstance(layer, CqilForward):
-        packed["gate_up_proj"] = [config.intermediate_size] * 2
-    with torch.device("meta"):  # in a list, so that they are no children
-        layer.narrow = [stock(config, layer.self_attn.layer_idx) for _ in range(members)]
-    for member, narrow in enumerate(layer.narrow):
+def _keep_order(members: list[Any], fed: Any, norms: Any, stock: Any, bare: Any) -> None:
+    """Let layers run their group's members one by one, see InOrder. members: which layer has their
+    attention, at which place, of how many; fed: which has their FFNs."""
+    heads = bare.num_attention_heads, bare.num_key_value_heads, bare.num_key_value_heads
+    packed = {"qkv_proj": [fed.self_attn.head_dim * count for count in heads]}
+    if not isinstance(fed, CqilForward):
+        packed["gate_up_proj"] = [bare.intermediate_size] * 2
+    for index, (layer, place, places) in enumerate(members):
+        with torch.device("meta"):
+            narrow = stock(bare, layer.self_attn.layer_idx)
         for path, small in list(narrow.named_modules()):
             if next(small.parameters(recurse=False), None) is not None:
                 above, _, name = path.rpartition(".")
-                view = Member(layer.get_submodule(above), name)
-                view.find(small, member, members, packed.get(name))
+                ffn = above.startswith("mlp") or path in norms[1:]
+                view = Member((fed if ffn else layer).get_submodule(above), name)
+                member, count = (index, len(members)) if ffn else (place, places)
+                view.find(small, member, count, packed.get(name))
                 setattr(narrow.get_submodule(above), name, view)
-    mix(layer, InOrder)
+        if place == 0:
+            mix(layer, InOrder, narrow=[])  # a list, so that they are no children
+        layer.narrow.append(narrow)
 
 
 def _check_widths(config: PreTrainedConfig) -> None:
     """Every layer's heads must share its KV heads evenly; hidden_size need not divide by them."""
     for index, layer in enumerate(config.per_layer_config):
-        # None means as many as heads; some versions check before they fill it in.
         heads, shared = layer.num_attention_heads, layer.num_key_value_heads
-        if heads % (shared or heads):
+        if heads % (shared or heads):  # None: as many; some versions check before they fill it in
             raise ValueError(f"layer {index}: {heads} heads cannot share {shared} key-value heads")
 
 
@@ -416,10 +402,8 @@ def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 
 class LayersOfOwnWidth(PreTrainedModel):
     """Mixed in before a stock model: builds it without layers, then adds layers of their own width.
-
     All share the one main config: with copies, attention would miss a change of its implementation
-    and lose its causal mask. The rotary embedding keeps the bare copy, as RoPE may read the heads.
-    """
+    and lose its causal mask. The rotary embedding keeps the bare copy: RoPE may read heads."""
 
     layer_class: type[nn.Module]
 
@@ -429,6 +413,9 @@ class LayersOfOwnWidth(PreTrainedModel):
         config._attn_implementation_internal = bare._attn_implementation_internal
         config._experts_implementation_internal = bare._experts_implementation_internal
         entries = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+        have_ffn = [own.intermediate_size > 0 for own in entries]
+        for own in entries:
+            own.intermediate_size = own.intermediate_size or 1  # torch warns of empty matrices
         layers = nn.ModuleList(self.layer_class(own, index) for index, own in enumerate(entries))
         self.base_model.layers = layers
         for module in (self, self.base_model, *layers.modules()):
@@ -436,12 +423,21 @@ class LayersOfOwnWidth(PreTrainedModel):
             if hasattr(module, "config") and not isinstance(module, Phi3Attention):
                 module.config = config
         sequential = getattr(config, "abreast_prefill", None) == "sequential"
-        for layer, own in zip(layers, entries, strict=True):
+        norms = next(names for names in ORDERS if names[2] is None or hasattr(layers[0], names[2]))
+        members: list[Any] = []  # whose FFNs are still to come
+        for layer, own, has_ffn in zip(layers, entries, have_ffn, strict=True):
+            attentions = own.num_attention_heads // bare.num_attention_heads
+            members += [(layer, place, attentions) for place in range(attentions)]
+            if not has_ffn:
+                layer.mlp = nn.Threshold(math.inf, 0.0)  # is 0 for all there is
+                for name in filter(None, norms[1:]):
+                    setattr(layer, name, nn.Identity())
+                continue
             if getattr(own, "abreast_members", 1) > 1:
-                _keep_members(layer, own)
-            members = own.num_attention_heads // bare.num_attention_heads
-            if sequential and members > 1:
-                _keep_order(layer, self.layer_class, members, bare)
+                _keep_members(layer, own, attentions, norms)
+            if sequential and len(members) > 1:
+                _keep_order(members, layer, norms, self.layer_class, bare)
+            members = []
         heads = [own.num_key_value_heads for own in entries]
         mix(self.base_model, Passes, cache_heads=heads, prompts_in_order=sequential)
         if sequential and self is not self.base_model:
@@ -461,7 +457,7 @@ class LayersOfOwnWidth(PreTrainedModel):
                 module.config._attn_implementation_internal = used
 
 
-def _make(family: str) -> tuple[Any, Any, Any]:
+def _make(family: str) -> None:
     """Make the three classes of one family."""
     name = FAMILIES[family]
     stock = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
@@ -480,12 +476,14 @@ def _make(family: str) -> tuple[Any, Any, Any]:
     body, head = (getattr(stock, name) for name in (f"{inner}Model", f"{family}ForCausalLM"))
     model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, body), own)
     causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
-    # Makes save_pretrained copy this file and write auto_map, so that a round trip keeps both.
-    config.register_for_auto_class()
-    model.register_for_auto_class("AutoModel")
-    causal.register_for_auto_class("AutoModelForCausalLM")
-    globals().update({made.__name__: made for made in (config, model, causal)})
-    return config, model, causal
+    kinds = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal}
+    for auto, made in kinds.items():
+        made.register_for_auto_class(auto)  # save_pretrained copies this file and writes auto_map
+        globals()[made.__name__] = made
+        # As remote code this would replace an installed abreast's classes.
+        if __name__ == "abreast.modeling":
+            key = config.model_type if made is config else config
+            getattr(transformers, auto).register(key, made)
 
 
 def __getattr__(name: str) -> Any:
@@ -496,10 +494,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
-# As remote code, auto_map leads here, and registering would replace an installed abreast's classes.
 if __name__ == "abreast.modeling":
     for _family in FAMILIES:
-        _config, _model, _causal = _make(_family)
-        transformers.AutoConfig.register(_config.model_type, _config)
-        transformers.AutoModel.register(_config, _model)
-        transformers.AutoModelForCausalLM.register(_config, _causal)
+        _make(_family)

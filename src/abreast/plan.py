@@ -28,7 +28,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -150,7 +150,12 @@ class Group(BaseModel):
     @property
     def is_wide_layer(self) -> bool:
         """Whether the group computes what one layer of p times the width does."""
-        return self.shares_ffn_input and not any(map(any, self.attention_sees))
+        return self.shares_ffn_input and not self.is_in_order
+
+    @property
+    def is_in_order(self) -> bool:
+        """Whether attentions read the outputs of others, so that they run one after another."""
+        return any(map(any, self.attention_sees))
 
     @property
     def ffn_band(self) -> int | None:
@@ -158,6 +163,17 @@ class Group(BaseModel):
         if self.shares_ffn_input:
             return None
         return max(j - row.index(True) for j, row in enumerate(self.ffn_sees))
+
+
+class Block(NamedTuple):
+    """A decoder layer of a converted checkpoint: the layers whose attentions and FFNs it holds.
+
+    group: of which it is, or is a part; None for a layer that stands alone.
+    """
+
+    attentions: tuple[int, ...]
+    ffns: tuple[int, ...]
+    group: Group | None
 
 
 class Plan(BaseModel):
@@ -344,6 +360,22 @@ class Plan(BaseModel):
     def group_of(self, stage: Sequence[int]) -> Group | None:
         """The group that a stage of `stages` is, or None for a single layer."""
         return next((g for g in self.groups if g.layers == tuple(stage)), None)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers of a checkpoint that is converted under this plan.
+
+        A stage is one, wide where it is a group. Attentions that run in order each keep a layer of
+        their own instead, and the last of these has all the group's FFNs.
+        """
+        blocks: list[Block] = []
+        for stage in self.stages:
+            group, together = self.group_of(stage), stage
+            if group is not None and group.is_in_order:
+                blocks += [Block((layer,), (), group) for layer in stage[:-1]]
+                together = stage[-1:]
+            blocks.append(Block(together, stage, group))
+        return tuple(blocks)
 
     def edge_groups(self) -> tuple[Group, ...]:
         """Groups that hold the first or the last layer, where quality is known to collapse."""

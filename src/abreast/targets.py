@@ -14,7 +14,9 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from abreast.errors import AbreastError
-from abreast.plan import Plan
+from abreast.plan import Block, Plan
+
+NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
 class FamilyFacts(Protocol):
@@ -127,20 +129,28 @@ def _size(config: Mapping[str, Any], key: str) -> int:
 def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -> tuple[Layer, ...]:
     """The layers that a conversion of this original under a plan has."""
     single = _layer(config)
-    found = []
-    for stage in plan.stages:
-        group, size = plan.group_of(stage), len(stage)
-        alike = group is None or family.parallel or group.is_wide_layer
-        found.append(
-            Layer(
-                heads=size * single.heads,
-                kv_heads=size * single.kv_heads,
-                intermediate=size * single.intermediate,
-                members=1 if alike and not (group and family.keeps_members) else size,
-                band=None if group is None or alike else group.ffn_band,
-            )
+    return tuple(
+        Layer(
+            heads=len(block.attentions) * single.heads,
+            kv_heads=len(block.attentions) * single.kv_heads,
+            intermediate=len(block.ffns) * single.intermediate,
+            members=members_of(family, block),
+            band=band_of(family, block),
         )
-    return tuple(found)
+        for block in plan.blocks
+    )
+
+
+def band_of(family: FamilyFacts, block: Block) -> int | None:
+    """`Group.ffn_band`, None also where FFNs read the layer's input: all wirings are one then."""
+    return None if family.parallel or block.group is None else block.group.ffn_band
+
+
+def members_of(family: FamilyFacts, block: Block) -> int:
+    """How many members' parts a layer keeps apart, 1 if it is a stock layer of whatever width."""
+    ffns = band_of(family, block) is not None or family.member_norms
+    attentions = family.keeps_members and len(block.attentions) > 1
+    return len(block.ffns) if attentions or (ffns and len(block.ffns) > 1) else 1
 
 
 def refusals(
@@ -154,7 +164,11 @@ def refusals(
 
     Arguments as for `Model`.
     """
-    return target.refuse(Model(config, family, plan), degree)
+    if plan is not None and family is not None and family.parallel:
+        for group in plan.groups:
+            if group.is_in_order:
+                yield f"group {group.shorthand} cannot be converted: {NOT_IN_ORDER}; use lp (5+6)"
+    yield from target.refuse(Model(config, family, plan), degree)
 
 
 def refused_by(config: Mapping[str, Any], family: FamilyFacts | None) -> dict[str, str]:
@@ -168,12 +182,22 @@ def _one_process(model: Model, degree: int) -> Iterator[str]:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
 
 
+def _in_order(model: Model, engine: str) -> Iterator[str]:
+    if any(layer.intermediate == 0 for layer in model.layers):
+        yield (
+            "the checkpoint has ff groups, whose attentions are layers without FFN, which "
+            f"{engine} cannot run yet; convert with an lp plan (5+6 instead of 5~6), or serve it "
+            "with transformers"
+        )
+
+
 def _vllm(model: Model, degree: int) -> Iterator[str]:
     if model.config.get("abreast_prefill") == "sequential":
         yield (
             "this checkpoint asks for sequential prefill, which vLLM cannot run; serve it grouped "
             "with --hf-overrides '{\"abreast_prefill\": null}', or convert it again without"
         )
+    yield from _in_order(model, "vLLM")
     reason = undivided(model, degree)
     if reason:
         most = max(layer.heads for layer in model.layers)
@@ -252,6 +276,7 @@ def _llamacpp(model: Model, degree: int) -> Iterator[str]:
             "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
             "convert again without --prefill sequential"
         )
+    yield from _in_order(model, "llama.cpp")
     if any(layer.band is not None for layer in model.layers):
         yield (
             "the checkpoint has groups with cqil wiring, which is no stock layer of llama.cpp; "

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from abreast.convert.fold import (
@@ -63,10 +63,12 @@ def ffn(layer: Tensors, y: torch.Tensor) -> torch.Tensor:
     return linear(layer, "mlp.down_proj", gate * gate.sigmoid() * up)
 
 
-def run(members: list[Tensors], x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """One stage under lp wiring: all attentions read x, all FFNs the sum of them."""
-    y = x + sum(attention(layer, x, head_dim) for layer in members)
-    return y + sum(ffn(layer, y) for layer in members)
+def run(layers: list[tuple[list[Tensors], list[Tensors]]], x: torch.Tensor, head_dim: int) -> Any:
+    """One after another: all attentions of a layer read its input, all FFNs the sum of them."""
+    for attentions, ffns in layers:
+        y = x + sum(attention(layer, x, head_dim) for layer in attentions)
+        x = y + sum(ffn(layer, y) for layer in ffns)
+    return x
 
 
 def cook(rule: TensorRule, source: Tensors) -> torch.Tensor:
@@ -129,7 +131,9 @@ def layers_of(tensors: Tensors, count: int) -> list[Tensors]:
 
 
 @settings(deadline=None, max_examples=60)
-@given(models(["llama", "mistral", "qwen2"], ["lp"]), st.integers(0, 2**32), st.integers(1, 5))
+@given(
+    models(["llama", "mistral", "qwen2"], ["lp", "ff"]), st.integers(0, 2**32), st.integers(1, 5)
+)
 def test_wide_layers_equal_the_group_run_member_by_member(
     model: tuple[dict[str, Any], Plan], seed: int, length: int
 ) -> None:
@@ -145,37 +149,53 @@ def test_wide_layers_equal_the_group_run_member_by_member(
 
     x = torch.randn(length, config["hidden_size"], generator=generator, dtype=torch.float64)
     narrow = layers_of(source, plan.num_layers)
-    wide = layers_of(made, plan.depth)
-    for layer, stage in zip(wide, plan.stages, strict=True):
-        want = run([narrow[member] for member in stage], x, config["head_dim"])
-        got = run([layer], x, config["head_dim"])
+    wide = iter(layers_of(made, len(plan.blocks)))
+    for stage in plan.stages:
+        group, members = plan.group_of(stage), [narrow[member] for member in stage]
+        in_order = group is not None and group.wiring == "ff"
+        chain = [([member], []) for member in members[:-1]] if in_order else []
+        chain.append((members[-1:] if in_order else members, members))
+        want = run(chain, x, config["head_dim"])
+        layers = [next(wide) for _ in chain]
+        alone = [([a], [a] if fs else []) for a, (_, fs) in zip(layers, chain, strict=True)]
+        got = run(alone, x, config["head_dim"])
         assert (got - want).abs().max() <= 1e-12 * max(1.0, float(want.abs().max()))
         x = want  # both go on from here: a chain of layers would amplify rounding
 
-        width = len(stage)
-        grown = {
-            **config,
-            "num_attention_heads": width * config["num_attention_heads"],
-            "num_key_value_heads": width * config["num_key_value_heads"],
-            "intermediate_size": width * config["intermediate_size"],
-        }
-        shapes = {name: tuple(tensor.shape) for name, tensor in layer.items()}
-        assert shapes == layer_tensors(family, grown)
+        for layer, (attentions, ffns) in zip(layers, chain, strict=True):
+            grown = {
+                **config,
+                "num_attention_heads": len(attentions) * config["num_attention_heads"],
+                "num_key_value_heads": len(attentions) * config["num_key_value_heads"],
+                "intermediate_size": max(1, len(ffns)) * config["intermediate_size"],
+            }
+            shapes = {name: tuple(tensor.shape) for name, tensor in layer.items()}
+            assert shapes == {
+                name: shape
+                for name, shape in layer_tensors(family, grown).items()
+                if ffns or not name.startswith(("mlp.", "post_attention_layernorm."))
+            }
+    assert next(wide, None) is None
 
 
-@given(models(sorted(CONVERTIBLE), ["lp", "cqil"]))
+@given(models(sorted(CONVERTIBLE), ["lp", "cqil", "ff"]))
 def test_rules_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> None:
     config, plan = model
     family = CONVERTIBLE[config["model_type"]]
+    assume(not (family.parallel and any(group.is_in_order for group in plan.groups)))
     made = tensor_rules(family, config, plan)
     used = [name for rule in made for name in rule.members]
     assert sorted(used) == sorted(all_tensors(family, config))
     assert len({rule.name for rule in made}) == len(made)
     expected = set(outer_tensors(family, config))
-    for index, stage in enumerate(plan.stages):
-        grown = dict.fromkeys(family.grown_biases, True) if plan.group_of(stage) else {}
-        names = layer_tensors(family, {**config, **grown})
-        expected |= {f"{family.layer_prefix}{index}.{name}" for name in names}
+    for index, block in enumerate(plan.blocks):
+        for ffn, members in ((False, block.attentions), (True, block.ffns)):
+            grown = dict.fromkeys(family.grown_biases, True) if len(members) > 1 else {}
+            expected |= {
+                f"{family.layer_prefix}{index}.{name}"
+                for name in layer_tensors(family, {**config, **grown})
+                if members and family.is_ffn(name.rpartition(".")[0]) == ffn
+            }
     assert {rule.name for rule in made} == expected
     folded = {name for rule in made for name in rule.gains}
     folded |= {name for rule in made for name in rule.shifts}
@@ -270,11 +290,31 @@ def test_summed_biases_rule_out_a_sequential_prefill() -> None:
         check_plan(config, plan, prefill="other")
 
 
-def test_attentions_in_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_order = ((False, False), (True, False))
-    monkeypatch.setattr(Group, "attention_sees", property(lambda _: in_order))
-    with pytest.raises(FoldError, match="group 1\\+2: no layer of a checkpoint runs attentions"):
-        check_plan(CONFIG, Plan.parse("1+2", 6))
+def test_in_order_layers_may_mix_kinds_of_attention() -> None:
+    assert check_plan(MIXED, Plan.parse("2~3", 6)) == []
+    with pytest.raises(FoldError, match=r"leave it out, or keep its attentions in order \(2~3\)"):
+        check_plan(MIXED, Plan.parse("2|3", 6))
+
+
+@pytest.mark.parametrize("family", ["cohere", "cohere2", "phi"])
+def test_in_order_needs_an_ffn_that_reads_the_attention(family: str) -> None:
+    config = {**CONFIG, "model_type": family}
+    assert check_plan(config, Plan.parse("1+2", 6)) == []
+    with pytest.raises(FoldError, match="group 1~2 cannot be fused: their attention and FFN read"):
+        check_plan(config, Plan.parse("1~2", 6))
+
+
+def test_an_attention_by_itself_has_no_norm_to_fold() -> None:
+    config = {**CONFIG, "model_type": "starcoder2", "use_bias": False}
+    assert "c_fc has no bias" in str(obstacle(config, (1, 2), in_order=True))
+    assert "q_proj has no bias" in str(obstacle(config, (1, 2)))
+
+
+def test_biases_of_attentions_in_order_are_not_summed() -> None:
+    config = {**CONFIG, "model_type": "llama", "attention_bias": True}
+    assert check_plan(config, Plan.parse("1~2", 6), prefill="sequential") == []
+    with pytest.raises(FoldError, match="down_proj has a bias"):
+        check_plan({**config, "mlp_bias": True}, Plan.parse("1~2", 6), prefill="sequential")
 
 
 def test_plan_without_groups_is_refused() -> None:

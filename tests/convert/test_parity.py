@@ -75,6 +75,10 @@ VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
             PLAN,
             {**WINDOW, "layer_types": [FULL, SLIDING, SLIDING, FULL, FULL, SLIDING]},
         ),
+        "in-order-mixed": (
+            "1|2 3~4",
+            {**WINDOW, "layer_types": [FULL, SLIDING, SLIDING, FULL, SLIDING, FULL]},
+        ),
         "rope-llama3": ("1+2+3", {"rope_parameters": LLAMA3}),
     },
 }
@@ -248,6 +252,9 @@ EVERY: dict[str, dict[str, Any]] = {
 SUMMED_BIAS = {name for name, row in FAMILY_ROWS.items() if row.norm_bias}
 
 
+PARALLEL = {name for name, row in FAMILY_ROWS.items() if row.parallel}  # have no ff
+
+
 def test_no_family_is_forgotten():
     assert set(EVERY) == set(FAMILY_ROWS)
 
@@ -256,6 +263,7 @@ def test_no_family_is_forgotten():
 # beside the FFN, biased norms. The others run in `make test`; here under the mixed plan only.
 CORE = ("llama", "phi3", "qwen3", "gemma3_text", "cohere", "nemotron")
 MIXED = "1+2 3|4:1"
+IN_ORDER = "1~2~3"
 
 
 def matrix(plans: list[str], families: list[str]) -> list[Any]:
@@ -271,7 +279,8 @@ def matrix(plans: list[str], families: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    matrix([MIXED, "1+2+3", "1+2 3+4", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"], list(EVERY)),
+    matrix([MIXED, "1+2+3", "1+2 3+4", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"], list(EVERY))
+    + matrix([IN_ORDER, "1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL]),
 )
 def test_every_family_under_every_wiring(converted, family, plan):
     agree(*pair(converted(family, plan, **EVERY[family]), plan))
@@ -279,7 +288,8 @@ def test_every_family_under_every_wiring(converted, family, plan):
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS]),
+    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS])
+    + matrix([IN_ORDER], [name for name in EVERY if name not in SUMMED_BIAS | PARALLEL]),
 )
 def test_sequential_prefill(tiny_checkpoint, tmp_path, family, plan):
     """Prompts as the original runs them, single tokens under the plan, whatever the cache."""
@@ -371,9 +381,18 @@ def test_equally_wide_stages_make_a_stock_checkpoint(tiny_checkpoint, tmp_path, 
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@each_family
-def test_half_precision(converted, family, dtype):
-    agree(*pair(converted(family, dtype=dtype)), HALF[dtype])
+@pytest.mark.parametrize(("family", "plan"), [*((f, PLAN) for f in FAMILIES), ("llama", IN_ORDER)])
+def test_half_precision(converted, family, plan, dtype):
+    agree(*pair(converted(family, plan, dtype=dtype), plan), HALF[dtype])
+
+
+def test_layers_without_ffn_have_no_tensors_of_one(converted):
+    """Groups of as many members are still no stock model: their layers are not alike."""
+    _, out = converted("llama", IN_ORDER)
+    layers = decoder_layers(load(out)[0])
+    sizes = [sum(p.numel() for p in layer.mlp.parameters()) for layer in layers]
+    assert [size // sizes[0] for size in sizes] == [1, 0, 0, 3, 1, 1]
+    assert not [name for name, _ in layers[1].named_parameters() if "post_attention" in name]
 
 
 @each_family
@@ -442,9 +461,11 @@ def test_gradient_checkpointing_changes_no_gradient(converted, family):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@each_family
-def test_save_pretrained_round_trip(converted, tmp_path, family, tied):
-    _, out = converted(family, tied=tied)
+@pytest.mark.parametrize(
+    ("family", "plan"), [*((f, PLAN) for f in FAMILIES), ("llama", "1~2"), ("gemma3_text", "1~2")]
+)
+def test_save_pretrained_round_trip(converted, tmp_path, family, plan, tied):
+    _, out = converted(family, plan, tied=tied, **EVERY[family])
     model = load(out)[0]
     model.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
@@ -524,7 +545,8 @@ torch.save(results, job["results"])
 @pytest.mark.slow
 def test_remote_code_without_abreast(converted, tmp_path):
     """Trusted, the checkpoint alone is enough; not trusted, none of its code runs."""
-    folders = {family: converted(family)[1] for family in FAMILIES}
+    plans = dict(zip(FAMILIES, (PLAN, "1|2 3~4", "1~2 3+4"), strict=True))
+    folders = {family: converted(family, plan)[1] for family, plan in plans.items()}
     trap = tmp_path / "trap"
     marker = tmp_path / "marker"
     trap.mkdir()
@@ -553,14 +575,15 @@ def test_remote_code_without_abreast(converted, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = torch.load(tmp_path / "results.pt")
-    for family, (original, out) in ((f, converted(f)) for f in FAMILIES):
+    for family, plan in plans.items():
+        original, out = converted(family, plan)
         model = load(out)[0]
         with torch.inference_mode():
             assert torch.equal(results[family], uncached(model)), family
             text = greedy(model, tokens(2, LENGTH)[:, :8])
             assert results[f"{family}.text"].tolist() == text, family
             reference = load(original)[0]
-            with grouped(reference, PLAN):
+            with grouped(reference, plan):
                 assert difference(results[family], uncached(reference)) <= FLOAT32, family
         written = json.loads((tmp_path / "again" / family / "config.json").read_text())
         assert set(written["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
@@ -571,11 +594,11 @@ def test_a_norm_that_no_order_has_is_an_error():
     """Otherwise a new family's FFN would run without its norm, silently."""
     from types import SimpleNamespace
 
-    from abreast.modeling import _keep_members
+    from abreast.modeling import ORDERS, _keep_members
 
     layer = torch.nn.Module()
     for name in ("input_layernorm", "pre_feedforward_layernorm", "self_attn", "mlp"):
         setattr(layer, name, torch.nn.Identity())
     config = SimpleNamespace(abreast_members=2, abreast_bypass=0, hidden_size=8)
     with pytest.raises(ValueError, match="pre_feedforward_layernorm"):
-        _keep_members(layer, config)
+        _keep_members(layer, config, 2, ORDERS[2])

@@ -14,7 +14,7 @@ import torch
 from abreast.checkpoint.tensors import TensorInfo, as_loaded, open_checkpoint, read_rows
 from abreast.convert.refold import Refold
 from abreast.convert.rewrite import convert
-from abreast.families.table import family_of
+from abreast.families.table import CONVERTIBLE, family_of
 from abreast.plan import Plan
 
 DEMO = Path(str(resources.files("abreast") / "demo_model"))
@@ -140,10 +140,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("plan", ["1+2+3", "1|2 3|4:1"])
+@pytest.mark.parametrize("plan", ["1+2+3", "1|2 3|4:1", "1~2 3+4"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", KINDS)
 def test_every_kind_of_tensor(tiny_checkpoint, tmp_path, family, stored, plan) -> None:
+    if "~" in plan and CONVERTIBLE[family].parallel:
+        plan = plan.replace("~", "+")
     original, out = tiny_checkpoint(family, dtype=stored, **KINDS[family]), tmp_path / "out"
     cast = "float16" if plan == "1+2+3" and stored == "float32" else None
     convert(original, plan, out, dtype=cast)

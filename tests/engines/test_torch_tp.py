@@ -146,6 +146,7 @@ def test_two_ranks(tiny_checkpoint, tmp_path, on_ranks):
         "mixed": (biased, "1|2:1 3+4"),
         "qwen3": (headed, "1|2 3+4"),
         "granite": (tiny_checkpoint("granite"), "1|2 3|4"),
+        "ff": (biased, "1~2 3|4"),
     }
     for name, (source, plan) in plans.items():
         convert(source, plan, tmp_path / name)
@@ -163,8 +164,9 @@ def test_two_ranks(tiny_checkpoint, tmp_path, on_ranks):
         2 * 2 + 1 + 2 + 1,
         2 * 2 + 1 + 2 + 1,
         2 * 2 + 2 * 1 + 1,
+        2 * 2 + 3 + 1 + 1,  # and an ff pair 3: each attention one, the FFNs together one
     ]
-    assert [found["p2p"] for found in counts] == [0, 0, 0, 1, 1, 0, 0]
+    assert [found["p2p"] for found in counts] == [0, 0, 0, 1, 1, 0, 0, 0]
     # Each holds half of the matrices, and the norms.
     for folder in folders:
         whole = sum(p.numel() for p in load(folder)[0].model.layers.parameters())

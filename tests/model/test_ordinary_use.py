@@ -13,8 +13,8 @@ from torch import nn
 from abreast.convert.rewrite import convert
 from abreast.model.grouping import apply, decoder_layers, load, remove
 
-PLANS = {"llama": "1|2:1 3+4", "gemma3_text": "1|2:1 3+4", "phi3": "1+2 3|4:1"}
-ONE_KIND = {"gemma3_text": {"layer_types": ["full_attention"] * 6}}
+PLANS = {"llama": "1|2:1 3+4", "gemma3_text": "1|2:1 3+4 5~6", "phi3": "1+2 3|4:1"}
+ONE_KIND = {"gemma3_text": {"layer_types": ["full_attention"] * 8, "num_layers": 8}}
 IDS = torch.arange(3, 19)[None]
 
 

@@ -297,15 +297,16 @@ def test_a_bar_that_reaches_zero_stays_on_a_logarithmic_axis():
     assert "var(--" not in painted(chart.spec)
 
 
-@pytest.mark.parametrize("text", ["1+2", "1+2+3", "1|2", "1|2|3", "1|2|3:1", "1|2|3|4:2"])
+@pytest.mark.parametrize("text", ["1+2", "1+2+3", "1|2", "1|2|3", "1|2|3:1", "1|2|3|4:2", "1~2~3"])
 def test_the_picture_shows_every_wire(text):
     group = Plan.parse(text, 8).groups[0]
     drawing = draw_stage(group.layers, group)
     size = len(group.layers)
     seen = 2 * size if group.shares_ffn_input else sum(map(sum, group.ffn_sees))
+    seen -= (size - 1) * group.is_in_order  # only the last attention leads to the sum
     assert drawing.count('class="wire"') == 2 * size + seen
     assert drawing.count("<rect") == 2 * size
-    assert ("<circle" in drawing) == (group.wiring == "lp")
+    assert ("<circle" in drawing) == (group.wiring in ("lp", "ff"))
 
 
 def test_stages_in_words():

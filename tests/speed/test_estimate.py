@@ -95,6 +95,9 @@ def test_collectives_are_counted_as_the_theory_says():
     # Two for a single layer and for an lp group, one for a cqil group, two around the layers.
     assert estimate(CONFIG, PAIRS, on(two)).all_reduces == (66, 24 * 2 + 4 * 2 + 2)
     assert estimate(CONFIG, MEMBERS, on(two)).all_reduces == (66, 24 * 2 + 4 * 1 + 2)
+    # An attention in order costs one each, the FFNs of its group one together.
+    in_order = Plan.parse("14~15~16 18~19", 32)
+    assert estimate(CONFIG, in_order, on(two)).all_reduces == (66, 27 * 2 + 4 + 3 + 2)
     # Four devices for two members: those that share one add its attention up among themselves.
     assert estimate(CONFIG, MEMBERS, on("4xA100-NVLink")).all_reduces[1] == 24 * 2 + 4 * 2 + 2
     one = estimate(CONFIG, MEMBERS, on(two, replicated=True))
@@ -121,8 +124,16 @@ def test_stages_add_up_to_the_forward_pass():
     assert len(stages) == 28 + 1
     assert stages[14] == pair
     assert sum(stages) == pytest.approx(under)
-    halves = [stage_cost(CONFIG, None, hardware, part=p) for p in ("attention", "ffn")]
-    assert sum(halves) == pytest.approx(single)
+    in_order = Group(layers=(14, 15, 16), wiring="ff")
+    for group in (None, PAIR, in_order):
+        halves = [stage_cost(CONFIG, group, hardware, part=p) for p in ("attention", "ffn")]
+        assert sum(halves) == pytest.approx(stage_cost(CONFIG, group, hardware))
+    # Attentions in order take what single ones take, FFNs what those of an lp group take.
+    attention, ffn = (
+        stage_cost(CONFIG, group, hardware, part=p)
+        for group, p in ((None, "attention"), (Group(layers=(14, 15, 16)), "ffn"))
+    )
+    assert stage_cost(CONFIG, in_order, hardware) == pytest.approx(3 * attention + ffn)
 
 
 @given(

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from abreast.checkpoint import read_json
-from abreast.convert.rules import attention_kinds, ffn_inputs_differ, keeps_members, rope_layers
+from abreast.convert.rules import attention_kinds, rope_layers
 from abreast.families import Family, head_dim_of
 from abreast.model import load_tokenizer
-from abreast.plan import Group, Plan
+from abreast.plan import Block, Plan
+from abreast.targets import band_of, members_of
 
 # save_pretrained writes the file back under the name of its module: keep the two the same.
 REMOTE_CODE = "modeling.py"
@@ -30,17 +31,17 @@ def converted_config(
     new.pop("torch_dtype", None)
     base = {key: config.get(key) or config["num_attention_heads"] for key in family.wide}
     new.update(
-        num_hidden_layers=plan.depth,
+        num_hidden_layers=len(plan.blocks),
         head_dim=head_dim_of(config),
         dtype=dtype,
         abreast={"num_layers": plan.num_layers, "plan": plan.shorthand},
         **base,
-        **_per_stage_lists(config, plan),
+        **_per_layer_lists(config, plan),
     )
     sequential = prefill == "sequential"
     if sequential:
         new["abreast_prefill"] = prefill
-    apart = sequential or any(keeps_members(family, group) for group in plan.groups)
+    apart = sequential or any(members_of(family, block) > 1 for block in plan.blocks)
     width = _common_width(plan)
     if (
         width
@@ -50,11 +51,11 @@ def converted_config(
         new.update({key: width * value for key, value in base.items()})
         new.update(model_type=family.model_type, architectures=[family.stock])
         return new
-    digits = len(str(plan.depth - 1))
+    digits = len(str(len(plan.blocks) - 1))
     new["per_layer_config"] = {
-        str(index).zfill(digits): _layer_entry(family, group, base)
-        for index, group in enumerate(map(plan.group_of, plan.stages))
-        if group is not None
+        str(index).zfill(digits): _layer_entry(family, block, base)
+        for index, block in enumerate(plan.blocks)
+        if block.group is not None
     }
     if apart:
         # The schema wants a global value for whatever a layer may override.
@@ -73,26 +74,28 @@ def converted_config(
 
 
 def _common_width(plan: Plan) -> int | None:
-    """The number of layers in every stage, None where stages differ."""
-    widths = {len(stage) for stage in plan.stages}
+    """The number of layers whose attentions and FFNs every layer holds, None where they differ."""
+    widths = {len(members) for block in plan.blocks for members in (block.attentions, block.ffns)}
     return widths.pop() if len(widths) == 1 else None
 
 
-def _layer_entry(family: Family, group: Group, base: Mapping[str, int]) -> dict[str, Any]:
-    """What a group's layer overrides in the config."""
-    members = len(group.layers)
-    entry: dict[str, Any] = {key: members * value for key, value in base.items()}
-    entry.update(dict.fromkeys(family.grown_biases, True))
-    if keeps_members(family, group):
-        entry["abreast_members"] = members
-        if ffn_inputs_differ(family, group):
-            entry["abreast_bypass"] = group.ffn_band
-    return entry
+def _layer_entry(family: Family, block: Block, base: Mapping[str, int]) -> dict[str, Any]:
+    """What a layer of a group overrides in the config."""
+    attentions, ffns = len(block.attentions), len(block.ffns)
+    times = {key: ffns if key == "intermediate_size" else attentions for key in base}
+    entry: dict[str, Any] = {key: n * base[key] for key, n in times.items() if n != 1}
+    for matrix in family.matrices:
+        if matrix.bias in family.grown_biases:
+            joined = ffns if family.is_ffn(matrix.name) else attentions
+            entry |= {matrix.bias: True} if joined > 1 else {}
+    members, band = members_of(family, block), band_of(family, block)
+    entry |= {"abreast_members": members} if members > 1 else {}
+    return entry | ({"abreast_bypass": band} if band is not None else {})
 
 
-def _per_stage_lists(config: Mapping[str, Any], plan: Plan) -> dict[str, list[Any]]:
-    """Config lists with an entry per layer, rewritten to one per stage."""
-    firsts = [stage[0] for stage in plan.stages]
+def _per_layer_lists(config: Mapping[str, Any], plan: Plan) -> dict[str, list[Any]]:
+    """Config lists with an entry per layer, rewritten for the layers of the conversion."""
+    firsts = [block.attentions[0] for block in plan.blocks]
     lists: dict[str, list[Any]] = {}
     kinds = [kind.removesuffix(" without RoPE") for kind in attention_kinds(config)]
     if config.get("layer_types") is not None or len(set(kinds)) > 1:

@@ -3,9 +3,10 @@
 With RMSNorm, N(x) = xhat * g, and W (xhat * g) = (W diag(g)) xhat: the gain folds into the columns
 of every matrix that reads the norm. All members of an lp group then read one xhat, so their
 matrices stack along output rows (q, k, v, gate, up) or input columns (o, down), and the group is
-one stock layer with p times the heads and intermediate size and gains of 1. Exact but for one
-rounding: products are formed in float32, where those of two half-precision numbers are exact, and
-cast once.
+one stock layer with p times the heads and intermediate size and gains of 1. Where attentions run in
+order (ff), each stays a layer without FFN, and only the FFNs are joined, in the last. Exact but for
+one rounding: products are formed in float32, where those of two half-precision numbers are exact,
+and cast once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from abreast.families import (
     outer_tensors,
     sizes,
 )
-from abreast.plan import Group, Plan
+from abreast.plan import Block, Plan
 
 Operation = Literal["copy", "rows", "columns", "sum", "shift", "heads", "fill"]
 
@@ -117,15 +118,9 @@ def tensor_rules(family: Family, config: Mapping[str, Any], plan: Plan) -> list[
     Every source tensor is a member of exactly one rule. Raises RuntimeError if not, which is a
     fault of the family's row, not of the user.
     """
-    tensors = layer_tensors(family, config)
     rules = [TensorRule(family.embedding, "copy", (family.embedding,))]
-    for index, stage in enumerate(plan.stages):
-        group, target = plan.group_of(stage), f"{family.layer_prefix}{index}."
-        if group is None:
-            source = f"{family.layer_prefix}{stage[0]}."
-            rules += [TensorRule(target + name, "copy", (source + name,)) for name in tensors]
-        else:
-            rules += _WideLayer(family, config, group, target).rules()
+    for index, block in enumerate(plan.blocks):
+        rules += _Layer(family, config, block, f"{family.layer_prefix}{index}.").rules()
     outer = [name for name in outer_tensors(family, config) if name != family.embedding]
     rules += [TensorRule(name, "copy", (name,)) for name in outer]
     consumed = sorted(name for rule in rules for name in rule.members)
@@ -135,47 +130,53 @@ def tensor_rules(family: Family, config: Mapping[str, Any], plan: Plan) -> list[
 
 
 @dataclass(frozen=True)
-class _WideLayer:
-    """The layer that a group becomes; its tensors' names begin with `prefix`."""
+class _Layer:
+    """A layer of the converted checkpoint; its tensors' names begin with `prefix`."""
 
     family: Family
     config: Mapping[str, Any]
-    group: Group
+    block: Block
     prefix: str
 
     def rules(self) -> Iterator[TensorRule]:
-        yield from self._norms()
-        for matrix in self.family.matrices:
-            yield self._weight(matrix)
-            if has_bias(matrix, self.config):
+        """A tensor of one member is copied, those of several are joined."""
+        matrices = {matrix.name: matrix for matrix in self.family.matrices}
+        for name in layer_tensors(self.family, self.config):
+            module, _, kind = name.rpartition(".")
+            sources, matrix = self._sources(name), matrices.get(module)
+            if len(sources) == 1:
+                yield TensorRule(self.prefix + name, "copy", sources)
+            elif not sources:
+                continue
+            elif matrix is None:
+                yield self._norm(module, kind)
+            elif kind == "bias":
                 yield self._bias(matrix)
-            elif self.family.grown_biases:
-                yield self._grown_bias(matrix)
+            else:
+                yield self._weight(matrix)
+                if self.family.grown_biases and not has_bias(matrix, self.config):
+                    yield self._grown_bias(matrix)
 
     def _sources(self, tensor: str) -> tuple[str, ...]:
-        prefix = self.family.layer_prefix
-        return tuple(f"{prefix}{layer}.{tensor}" for layer in self.group.layers)
+        ffn = self.family.is_ffn(tensor.rpartition(".")[0])
+        members = self.block.ffns if ffn else self.block.attentions
+        return tuple(f"{self.family.layer_prefix}{layer}.{tensor}" for layer in members)
 
-    def _norms(self) -> Iterator[TensorRule]:
-        family, head_dim = self.family, head_dim_of(self.config)
-        for norm in family.norms:
-            folded = {f"{norm}.weight": 1.0 - family.gain_offset}
-            if family.norm_bias:
-                folded[f"{norm}.bias"] = 0.0
-            for name, fill in folded.items():
-                yield TensorRule(self.prefix + name, "fill", self._sources(name), fill=fill)
-        repeats = {norm: sizes(self.config)[s] // head_dim for norm, s in family.head_norms}
-        repeats |= dict.fromkeys((*family.member_norms, *(n for n, _ in family.flat_norms)), 1)
-        for norm, heads in repeats.items():
-            name = f"{norm}.weight"
-            yield TensorRule(self.prefix + name, "heads", self._sources(name), heads=heads)
-        for norm, _ in family.wide_norms if self.config.get("use_qk_norm") else ():
-            name = f"{norm}.weight"
-            yield TensorRule(self.prefix + name, "rows", self._sources(name))
+    def _norm(self, module: str, kind: str) -> TensorRule:
+        family, sources = self.family, self._sources(f"{module}.{kind}")
+        name = f"{self.prefix}{module}.{kind}"
+        if module in family.norms:
+            fill = 1.0 - family.gain_offset if kind == "weight" else 0.0
+            return TensorRule(name, "fill", sources, fill=fill)
+        if module in dict(family.wide_norms):
+            return TensorRule(name, "rows", sources)
+        symbol = dict(family.head_norms).get(module)
+        heads = sizes(self.config)[symbol] // head_dim_of(self.config) if symbol else 1
+        return TensorRule(name, "heads", sources, heads=heads)
 
     def _weight(self, matrix: Matrix) -> TensorRule:
         name, norm = f"{matrix.name}.weight", self.family.norm_of(matrix)
-        apart = stays_apart(self.family, matrix, self.group)
+        apart = stays_apart(self.family, matrix, self.block)
         packed = matrix.join == "rows" and not apart and len(matrix.rows) > 1
         size = sizes(self.config)
         return TensorRule(
@@ -191,7 +192,7 @@ class _WideLayer:
         name, norm = f"{matrix.name}.bias", self.family.norm_of(matrix)
         if norm and self.family.norm_bias:
             return self._shifted(matrix, norm, members=self._sources(name))
-        summed = matrix.join == "columns" and not stays_apart(self.family, matrix, self.group)
+        summed = matrix.join == "columns" and not stays_apart(self.family, matrix, self.block)
         return TensorRule(self.prefix + name, "sum" if summed else "rows", self._sources(name))
 
     def _grown_bias(self, matrix: Matrix) -> TensorRule:
@@ -199,7 +200,7 @@ class _WideLayer:
         norm, weights = self.family.norm_of(matrix), self._sources(f"{matrix.name}.weight")
         if norm:
             return self._shifted(matrix, norm, like=weights[0])
-        apart = stays_apart(self.family, matrix, self.group)
+        apart = stays_apart(self.family, matrix, self.block)
         return TensorRule(
             f"{self.prefix}{matrix.name}.bias",
             "fill",

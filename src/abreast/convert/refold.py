@@ -17,7 +17,7 @@ import torch
 
 from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json, read_rows
 from abreast.families import Family, sizes
-from abreast.plan import Group, Plan
+from abreast.plan import Block, Plan
 
 CHUNK_BYTES = 2 << 20
 
@@ -92,22 +92,25 @@ class Refold:
         W becomes round(W diag(g)) diag(1 / g), b + W beta and sums of biases are rounded as a
         whole, and so is every other number where the conversion casts.
         """
-        family, prefix = self.family, self.family.layer_prefix
+        family, prefix, blocks = self.family, self.family.layer_prefix, self.plan.blocks
         stored = main_dtype(self.made.folder)
         made = {
             name: DTYPES.get(tensor.dtype, stored) for name, tensor in self.made.tensors.items()
         }
         dtypes = {name: dtype for name, dtype in made.items() if not name.startswith(prefix)}
         for name in made.keys() - dtypes.keys():
-            index, _, short = name.removeprefix(prefix).partition(".")
-            if index.isdecimal() and int(index) < self.plan.depth:
-                for layer in self.plan.stages[int(index)]:
+            number, _, short = name.removeprefix(prefix).partition(".")
+            if number.isdecimal() and int(number) < len(blocks):
+                for layer in self._members(blocks[int(number)], short):
                     dtypes[f"{prefix}{layer}.{short}"] = made[name]
         folded = set()
-        for group in self.plan.groups:
-            members = [model.get_submodule(f"{prefix}{layer}") for layer in group.layers]
+        for index, block in enumerate(blocks):
             for matrix in family.matrices:
-                name = f"{prefix}{group.layers[0]}.{matrix.name}"
+                layers = self._members(block, f"{matrix.name}.weight")
+                if len(layers) < 2:
+                    continue
+                members = [model.get_submodule(f"{prefix}{layer}") for layer in layers]
+                name = f"{prefix}{layers[0]}.{matrix.name}"
                 dtype, norm = dtypes.get(f"{name}.weight", stored), family.norm_of(matrix)
                 maps = [member.get_submodule(matrix.name) for member in members]
                 if norm is not None:
@@ -116,8 +119,7 @@ class Refold:
                         _round_product(linear, norms, family, dtype)
                         folded |= {id(p) for m in (linear, norms) for p in m.parameters()}
                 elif matrix.join == "columns" and maps[0].bias is not None:
-                    stage = self.plan.stages.index(group.layers)
-                    bias = self.made.tensors.get(f"{prefix}{stage}.{matrix.name}.bias")
+                    bias = self.made.tensors.get(f"{prefix}{index}.{matrix.name}.bias")
                     if bias is None or bias.shape == maps[0].bias.shape:
                         total = torch.stack([linear.bias for linear in maps]).sum(0)
                         for linear in maps:
@@ -137,62 +139,64 @@ class Refold:
             else:
                 outer[name] = _stacked([tensor])
         yield from outer.items()
-        for index, stage in enumerate(self.plan.stages):
-            members, group = [layers[layer] for layer in stage], self.plan.group_of(stage)
-            folds = (
-                ((name, _stacked([tensor])) for name, tensor in members[0].items())
-                if group is None
-                else self._wide_layer(members, group, f"{prefix}{index}.")
-            )
-            for name, fold in folds:
-                yield f"{prefix}{index}.{name}", fold
+        for index, block in enumerate(self.plan.blocks):
+            for name in layers[0]:
+                members = [layers[layer] for layer in self._members(block, name)]
+                if len(members) == 1:
+                    yield f"{prefix}{index}.{name}", _stacked([members[0][name]])
+                elif members:
+                    yield from self._joined(name, members, block, f"{prefix}{index}.")
 
-    def _wide_layer(
-        self, members: list[dict[str, TensorInfo]], group: Group, prefix: str
+    def _members(self, block: Block, tensor: str) -> tuple[int, ...]:
+        """The layers whose tensors of this name a block joins."""
+        ffn = self.family.is_ffn(tensor.rpartition(".")[0])
+        return block.ffns if ffn else block.attentions
+
+    def _joined(
+        self, name: str, members: list[dict[str, TensorInfo]], block: Block, prefix: str
     ) -> Iterator[tuple[str, Fold]]:
+        """What several members' tensors of this name become; a matrix brings its bias along."""
         family, size = self.family, sizes(self.source.config)
-        matrices = {matrix.name: matrix for matrix in family.matrices}
-        heads = {norm: size[symbol] for norm, symbol in family.head_norms}
-        for name in members[0]:
-            tensors = [member[name] for member in members]
-            module, _, kind = name.rpartition(".")
-            if module in family.norms:
-                neutral = 1.0 - family.gain_offset if kind == "weight" else 0.0
-                yield name, _constant(tensors[0].shape, tensors[0].dtype, neutral)
-            elif module not in matrices:
-                length = tensors[0].shape[0]
-                repeats = heads[module] // length if module in heads else 1
-                yield (
-                    name,
-                    _stacked(tensors) if len(tensors[0].shape) > 1 else _gains(tensors, repeats),
-                )
-        for module, matrix in matrices.items():
-            weights = [member[f"{module}.weight"] for member in members]
-            biases = [member[f"{module}.bias"] for member in members if f"{module}.bias" in member]
-            rows, columns = weights[0].shape
-            norm = family.norm_of(matrix)
-            if norm is None:
-                made = self.made.tensors.get(f"{prefix}{module}.weight")
-                apart = made is not None and made.shape == (len(members) * rows, columns)
-                yield f"{module}.weight", (_stacked if apart else _side_by_side)(weights)
-                if biases:
-                    yield f"{module}.bias", (_stacked if apart else _summed)(biases)
-                elif family.grown_biases:
-                    shape = (len(members) * rows if apart else rows,)
-                    yield f"{module}.bias", _constant(shape, weights[0].dtype, 0.0)
-                continue
-            ffn = module.startswith(f"{family.branches.mlp}.")
-            apart = ffn and not family.parallel and len(set(group.ffn_sees)) > 1
-            parts = [rows] if apart else [size[part] for part in matrix.rows]
-            ends = list(itertools.accumulate(parts))
-            spans = [(end - part, end) for part, end in zip(parts, ends, strict=True)]
-            gains = [_gain(member[f"{norm}.weight"], family.gain_offset) for member in members]
-            yield f"{module}.weight", _stacked(weights, gains, spans)
-            if family.norm_bias:
-                shifts = [member[f"{norm}.bias"] for member in members]
-                yield f"{module}.bias", _shifted(weights, shifts, biases)
-            elif biases:
-                yield f"{module}.bias", _stacked(biases, spans=spans)
+        tensors = [member[name] for member in members]
+        module, _, kind = name.rpartition(".")
+        matrix = next((matrix for matrix in family.matrices if matrix.name == module), None)
+        name = prefix + name
+        if module in family.norms:
+            neutral = 1.0 - family.gain_offset if kind == "weight" else 0.0
+            yield name, _constant(tensors[0].shape, tensors[0].dtype, neutral)
+        elif matrix is None:
+            heads = {norm: size[symbol] for norm, symbol in family.head_norms}
+            repeats = heads[module] // tensors[0].shape[0] if module in heads else 1
+            by_head = len(tensors[0].shape) > 1
+            yield name, _stacked(tensors) if by_head else _gains(tensors, repeats)
+        if matrix is None or kind == "bias":
+            return
+        bias = f"{module}.bias"
+        biases = [member[bias] for member in members if bias in member]
+        rows, columns = tensors[0].shape
+        norm = family.norm_of(matrix)
+        if norm is None:
+            made = self.made.tensors.get(name)
+            apart = made is not None and made.shape == (len(members) * rows, columns)
+            yield name, (_stacked if apart else _side_by_side)(tensors)
+            if biases:
+                yield prefix + bias, (_stacked if apart else _summed)(biases)
+            elif family.grown_biases:
+                shape = (len(members) * rows if apart else rows,)
+                yield prefix + bias, _constant(shape, tensors[0].dtype, 0.0)
+            return
+        wiring = block.group.ffn_sees if block.group is not None else ()
+        apart = family.is_ffn(module) and not family.parallel and len(set(wiring)) > 1
+        parts = [rows] if apart else [size[part] for part in matrix.rows]
+        ends = list(itertools.accumulate(parts))
+        spans = [(end - part, end) for part, end in zip(parts, ends, strict=True)]
+        gains = [_gain(member[f"{norm}.weight"], family.gain_offset) for member in members]
+        yield name, _stacked(tensors, gains, spans)
+        if family.norm_bias:
+            shifts = [member[f"{norm}.bias"] for member in members]
+            yield prefix + bias, _shifted(tensors, shifts, biases)
+        elif biases:
+            yield prefix + bias, _stacked(biases, spans=spans)
 
 
 def _round_product(linear: Any, norm: Any, family: Family, dtype: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from abreast.errors import AbreastError
@@ -16,7 +17,8 @@ from abreast.families import (
     num_layers_of,
     positive,
 )
-from abreast.plan import Group, Plan
+from abreast.plan import Block, Group, Plan
+from abreast.targets import NOT_IN_ORDER, band_of
 
 
 class FoldError(AbreastError):
@@ -81,40 +83,38 @@ def _default_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
     return ("full_attention",) * count
 
 
-def obstacle(config: Mapping[str, Any], layers: Sequence[int]) -> str | None:
-    """Why these layers cannot become one layer, or None if they can."""
+def obstacle(
+    config: Mapping[str, Any], layers: Sequence[int], *, in_order: bool = False
+) -> str | None:
+    """Why these layers cannot be written as one group, or None if they can.
+
+    in_order: their attentions run in order (ff) and so keep a layer each.
+    """
     kinds = attention_kinds(config)
     mixed = {kinds[layer] for layer in layers}
-    if len(mixed) > 1:
+    if len(mixed) > 1 and not in_order:
         return f"they mix {' and '.join(sorted(mixed))}"
     if config.get("qk_layernorm"):
         return "their q and k are normed with biases of their own (qk_layernorm)"
     family = FAMILIES.get(str(config.get("model_type")))
-    if family is not None and family.norm_bias and not family.grown_biases:
-        for matrix in family.matrices:
-            if family.norm_of(matrix) and not has_bias(matrix, config):
-                return f"{matrix.name} has no bias to take up that of its norm"
+    if family is None:
+        return None
+    if in_order and family.parallel:
+        return NOT_IN_ORDER
+    for matrix in family.matrices if family.norm_bias and not family.grown_biases else ():
+        joined = family.norm_of(matrix) and (family.is_ffn(matrix.name) or not in_order)
+        if joined and not has_bias(matrix, config):
+            return f"{matrix.name} has no bias to take up that of its norm"
     return None
 
 
-def ffn_inputs_differ(family: Family, group: Group) -> bool:
-    """Whether the members' FFNs read different inputs, which one wide layer cannot give them."""
-    return not (family.parallel or group.shares_ffn_input)
-
-
-def keeps_members(family: Family, group: Group) -> bool:
-    """Whether a group keeps something apart for each member instead of being one stock layer."""
-    return family.keeps_members or not (family.parallel or group.is_wide_layer)
-
-
-def stays_apart(family: Family, matrix: Matrix, group: Group) -> bool:
+def stays_apart(family: Family, matrix: Matrix, block: Block) -> bool:
     """Whether members of a matrix are stored one below the other and applied one by one.
 
     Outputs must stay apart where a norm of the member's own follows, and those of the attention
     also where FFNs see different ones; FFN inputs must where they differ.
     """
-    ffn = matrix.name.startswith(f"{family.branches.mlp}.")
-    differ = ffn_inputs_differ(family, group)
+    ffn, differ = family.is_ffn(matrix.name), band_of(family, block) is not None
     if matrix.join == "columns":
         return bool(family.member_norms) or (differ and not ffn)
     return differ and ffn
@@ -135,14 +135,13 @@ def check_plan(
     if not plan.groups:
         raise FoldError("the plan has no group; name at least one, for example 5+6")
     for group in plan.groups:
-        reason = obstacle(config, group.layers)
+        reason = obstacle(config, group.layers, in_order=group.is_in_order)
         if reason:
-            raise FoldError(f"group {group.shorthand} cannot be fused: {reason}; leave it out")
-        if any(map(any, group.attention_sees)):
-            raise FoldError(
-                f"group {group.shorthand}: no layer of a checkpoint runs attentions one after "
-                "another; run it grouped in memory"
-            )
+            message = f"group {group.shorthand} cannot be fused: {reason}; leave it out"
+            in_order = Group.wired(group.layers, "ff").shorthand
+            if obstacle(config, group.layers, in_order=True) is None:
+                message += f", or keep its attentions in order ({in_order})"
+            raise FoldError(message)
     warnings = []
     for group in plan.edge_groups():
         message = f"group {group.shorthand} holds the first or the last layer"
@@ -159,9 +158,10 @@ def _check_members_come_back(config: Mapping[str, Any], plan: Plan) -> None:
             f"members of a {family.model_type} group have no biases of their own to run with: "
             "prefill cannot be sequential; leave it grouped"
         )
-    for matrix in family.matrices:
-        summed = matrix.join == "columns" and has_bias(matrix, config)
-        if summed and not all(stays_apart(family, matrix, group) for group in plan.groups):
+    for matrix, block in product(family.matrices, plan.blocks):
+        joined = block.ffns if family.is_ffn(matrix.name) else block.attentions
+        summed = matrix.join == "columns" and has_bias(matrix, config) and len(joined) > 1
+        if summed and not stays_apart(family, matrix, block):
             raise FoldError(
                 f"{matrix.name} has a bias, of which a group keeps only the sum: prefill cannot be "
                 "sequential; leave it grouped"

@@ -149,6 +149,12 @@ class Family:
         before = self.branches.before_attention if own else self.branches.before_mlp
         return before[0] if before and self.norm_gains and matrix.join == "rows" else None
 
+    def is_ffn(self, module: str) -> bool:
+        """Whether a submodule of a layer belongs to its FFN branch, not to its attention's."""
+        own, shared = self.branches, self.branches.before_attention
+        beside = module in own.before_mlp + own.after_mlp and module not in shared
+        return module.startswith(f"{own.mlp}.") or beside
+
     @property
     def member_norms(self) -> tuple[str, ...]:
         """Norms after a branch, which stay with their member."""

@@ -11,6 +11,7 @@ from abreast.plan import Group, Plan
 
 BOX, HEIGHT, PITCH = (34, 24, 34)  # width and height of a box, distance between members
 LEAD, JOIN = 14, 40  # the wires before and after, and between attention and FFN of a group
+GAP = 10  # and where one box follows another
 
 
 def describe(stage: tuple[int, ...], group: Group | None) -> str:
@@ -21,27 +22,36 @@ def describe(stage: tuple[int, ...], group: Group | None) -> str:
     return f"layers {names} abreast, {group.description}"
 
 
-def stage_size(stage: tuple[int, ...]) -> tuple[int, int]:
+def stage_size(stage: tuple[int, ...], group: Group | None) -> tuple[int, int]:
     """Width and height of a stage's drawing."""
-    join, members = (JOIN, len(stage)) if len(stage) > 1 else (10, 1)
-    return 2 * LEAD + 2 * BOX + join, (members - 1) * PITCH + HEIGHT + 12
+    in_order = group is not None and group.is_in_order
+    width = 2 * (LEAD + BOX) + (JOIN if group is not None else GAP)
+    more = len(stage) - 1
+    return width + in_order * more * (BOX + GAP), more * PITCH + HEIGHT + 12
 
 
 def draw_stage(stage: tuple[int, ...], group: Group | None) -> str:
     """The elements of a stage's drawing, without the svg element around them."""
-    width, height = stage_size(stage)
+    width, height = stage_size(stage, group)
     middle = height / 2
     rows = [6 + HEIGHT / 2 + PITCH * place for place in range(len(stage))]
-    attn_end, ffn = LEAD + BOX, width - LEAD - BOX
-    found: list[str] = []
-    for row in rows:
-        found += [_wire(0, middle, LEAD, row), _wire(width - LEAD, row, width, middle)]
+    attentions = [(LEAD, row) for row in rows]
+    if group is not None and group.is_in_order:
+        attentions = [(LEAD + place * (BOX + GAP), middle) for place in range(len(stage))]
+    attn_end, ffn = attentions[-1][0] + BOX, width - LEAD - BOX
+    found = [_wire(width - LEAD, row, width, middle) for row in rows]
+    for left, row in attentions:
+        found.append(_wire(0 if left == LEAD else left - GAP, middle, left, row))
     if group is None:
         found.append(_wire(attn_end, middle, ffn, middle))
     elif group.shares_ffn_input:
         joint = (attn_end + ffn) / 2
-        for row in rows:
-            found += [_wire(attn_end, row, joint, middle), _wire(joint, middle, ffn, row)]
+        found += [
+            _wire(left + BOX, row, joint, middle)
+            for left, row in attentions
+            if left == attentions[-1][0]
+        ]
+        found += [_wire(joint, middle, ffn, row) for row in rows]
         found.append(f'<circle class="node" cx="{joint:g}" cy="{middle:g}" r="8"/>')
         found.append(_text("+", joint, middle))
     else:
@@ -49,8 +59,9 @@ def draw_stage(stage: tuple[int, ...], group: Group | None) -> str:
             for other, visible in zip(rows, seen, strict=True):
                 if visible:
                     found.append(_wire(attn_end, other, ffn, row))
-    for layer, row in zip(stage, rows, strict=True):
-        for letter, kind, left in (("A", "attn", LEAD), ("F", "ffn", ffn)):
+    boxes = [("A", "attn", attentions), ("F", "ffn", [(ffn, row) for row in rows])]
+    for letter, kind, places in boxes:
+        for layer, (left, row) in zip(stage, places, strict=True):
             found.append(
                 f'<rect class="box {kind}" x="{left}" y="{row - HEIGHT / 2:g}" '
                 f'width="{BOX}" height="{HEIGHT}" rx="4"/>'
@@ -64,22 +75,22 @@ def draw_plan(plan: Plan, colours: Mapping[str, str], width: int = 1200) -> str:
 
     colours: paper, fg, wire, attn, ffn as CSS colours.
     """
-    lines: list[list[tuple[int, ...]]] = [[]]
+    lines: list[list[tuple[tuple[int, int], str]]] = [[]]
     for stage in plan.stages:
-        if sum(stage_size(each)[0] for each in [*lines[-1], stage]) > width and lines[-1]:
+        group = plan.group_of(stage)
+        size = stage_size(stage, group)
+        if sum(placed[0] for placed, _ in lines[-1]) + size[0] > width and lines[-1]:
             lines.append([])
-        lines[-1].append(stage)
+        lines[-1].append((size, draw_stage(stage, group)))
     found, top = [], 10.0
     for line in lines:
-        tallest, left = max(stage_size(stage)[1] for stage in line), 10.0
-        for stage in line:
-            size = stage_size(stage)
-            inner = draw_stage(stage, plan.group_of(stage))
+        tallest, left = max(height for (_, height), _ in line), 10.0
+        for size, inner in line:
             at = f"translate({left:g} {top + (tallest - size[1]) / 2:g})"
             found.append(f'<g transform="{at}">{inner}</g>')
             left += size[0]
         top += tallest + 14
-    widest = 20 + max(sum(stage_size(stage)[0] for stage in line) for line in lines)
+    widest = 20 + max(sum(size[0] for size, _ in line) for line in lines)
     style = (
         f".box{{stroke:{colours['fg']};stroke-width:1}}.attn{{fill:{colours['attn']}}}"
         f".ffn{{fill:{colours['ffn']}}}.wire{{stroke:{colours['wire']};stroke-width:1.5;fill:none}}"

@@ -246,7 +246,7 @@ def _stages(conversion: Conversion) -> list[dict[str, Any]]:
     return [
         {
             "name": describe(stage, plan.group_of(stage)),
-            "size": stage_size(stage),
+            "size": stage_size(stage, plan.group_of(stage)),
             "drawing": Markup(draw_stage(stage, plan.group_of(stage))),  # numbers and fixed words
         }
         for stage in plan.stages

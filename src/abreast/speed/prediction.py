@@ -393,10 +393,11 @@ def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "bo
     width = len(group.layers) if group is not None else 1
     split = setting.split(group)
     device, kernels = 0.0, 0
+    steps = {"attention": _attentions(group), "ffn": 1}
     for half, elements in (("attention", shape.attention), ("ffn", shape.ffn)):
         if part in ("both", half):
             device += _matrix_seconds(elements * width / split, setting.tokens, setting)
-            kernels += kernels_of[half] * (1 if setting.fused else width)
+            kernels += kernels_of[half] * (steps[half] if setting.fused else width)
     if part != "ffn":
         device += _attention_seconds(shape, width / split, setting)
     all_reduces = _all_reduces(shape, group, setting, part)
@@ -412,6 +413,11 @@ def _outside(shape: Shape, setting: Setting) -> Cost:
     device += 2 * setting.hardware.all_reduce(setting.batch * shape.hidden * 2.0, ranks)
     kernels = table()["runtimes"][setting.runtime]["kernels"]["outside"]
     return _launched(kernels, 2 if ranks > 1 else 0, device, setting)
+
+
+def _attentions(group: Group | None) -> int:
+    """How many attentions of a stage run one after another."""
+    return len(group.layers) if group is not None and group.is_in_order else 1
 
 
 def _matrix_seconds(elements: float, tokens: int, setting: Setting) -> float:
@@ -450,9 +456,9 @@ def _all_reduces(
     if ranks == 1 or (group is None and setting.replicated):
         return []
     if part != "both":
-        return [(nbytes, ranks)]
+        return [(nbytes, ranks)] * (_attentions(group) if part == "attention" else 1)
     if group is None or group.shares_ffn_input:
-        return [(nbytes, ranks)] * 2
+        return [(nbytes, ranks)] * (_attentions(group) + 1)
     width = len(group.layers)
     if ranks % width:
         raise HardwareError(
