@@ -30,6 +30,7 @@ ALIKE = {
     **dict.fromkeys(("gemma2", "gemma3_text", "cohere2", "olmo3", "exaone4"), FULL),
 }
 MIXED = "1+2 3|4:1"
+SLOW = pytest.mark.slow
 PLAN = "1+2 3+4"  # stages 0, 1+2, 3+4, 5: the groups are layers 1 and 2 of the conversion
 Weights = dict[str, torch.Tensor]
 
@@ -124,13 +125,14 @@ def test_a_cast_conversion_is_held_to_its_own_dtype(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "family",
-    [f if f in CORE else pytest.param(f, marks=pytest.mark.slow) for f in CONVERTIBLE],
+    ("family", "plan"),
+    [(f, MIXED) if f in CORE else pytest.param(f, MIXED, marks=SLOW) for f in CONVERTIBLE]
+    + [("gemma3_text", "1~2 3|4:1"), ("nemotron", "1~2~3"), ("starcoder2", "1~2 3+4")],
 )
-def test_every_family_passes(tiny_checkpoint, tmp_path, family, dtype):
+def test_every_family_passes(tiny_checkpoint, tmp_path, family, plan, dtype):
     """The noise that is allowed is of the size of the difference: not less, not many times it."""
     original = tiny_checkpoint(family, dtype=dtype, **ALIKE.get(family, {}))
-    convert(original, MIXED, tmp_path / "out")
+    convert(original, plan, tmp_path / "out")
     result = verify(tmp_path / "out", original, num_tokens=24, new_tokens=4)
     assert result.ok, result.faults
     assert result.tolerance < 1e-4

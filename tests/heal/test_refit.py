@@ -96,13 +96,18 @@ def test_solve_keeps_weights_where_nothing_can_be_learnt():
     assert ridge is None or float(found.norm()) < 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi", "gemma2", "phi3"])
-def test_refit_brings_the_grouped_model_nearer(tiny_checkpoint, family):
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [(family, PLAN) for family in ("llama", "qwen3", "granite", "phi", "gemma2", "phi3")]
+    + [(family, Plan.parse("1~2 3|4", 6)) for family in ("llama", "gemma2")],
+    ids=str,
+)
+def test_refit_brings_the_grouped_model_nearer(tiny_checkpoint, family, plan):
     model, _ = load(tiny_checkpoint(family, biases=True))
     before = weights_of(model)
-    found = refit(model, PLAN, words(40, 32))
+    found = refit(model, plan, words(40, 32))
     assert found.kl_after < found.kl_before and not found.kept
-    members = {f"layers.{layer}." for group in PLAN.groups for layer in group.layers}
+    members = {f"layers.{layer}." for group in plan.groups for layer in group.layers}
     for name, weight in model.named_parameters():
         grouped_matrix = weight.dim() == 2 and any(member in name for member in members)
         assert grouped_matrix or torch.equal(weight, before[name]), name

@@ -78,9 +78,11 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     refused = []
     if plan is None:
         for first in range(count - 1):
-            reason = obstacle(config, (first, first + 1))
-            if reason:
-                refused.append((first, first + 1, reason))
+            pair = first, first + 1
+            if (reason := obstacle(config, pair)) is not None:
+                in_order = obstacle(config, pair, in_order=True) is None
+                only = f"; only {first}~{first + 1} joins them" if in_order else ""
+                refused.append((*pair, reason + only))
     names = config.get("architectures")
     heads = positive(config, "num_attention_heads")
     return Inspection(
