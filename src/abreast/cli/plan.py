@@ -349,22 +349,21 @@ def _print_rivals(rows: Sequence[Measured]) -> None:
         return "" if value is None else f"{value:.1%}"
 
     console.print_columns(
-        ("depth", "method", "plan", "KL", "loss", "same token", "decode ms", "speed"),
+        ("depth", "method", "plan", "KL", "loss", "same", "ms"),
         [
             (
                 str(row.depth),
-                row.name,
+                row.method + (", refit" if row.refit else ""),
                 row.plan,
                 f"{row.cost.kl:.4f} ± {row.cost.kl_stderr:.4f}",
-                f"{row.cost.loss_increase:+.4f} ± {row.cost.loss_stderr:.4f}",
+                f"{row.cost.loss_increase:+.4f}",
                 percent(row.agreement),
                 "" if row.seconds is None else f"{1000 * row.seconds:.2f}",
-                "" if row.speedup is None else f"{row.speedup:.2f}x",
             )
             for row in sorted(rows, key=lambda row: (-row.depth, row.refit))
         ],
-        left=("method", "plan"),
-        title="on held-out text",
+        left=("plan",),
+        title="on held-out text (same: next tokens that stay; ms: decode, per token)",
         borders=False,
         notes=[caption(rows, KL)],
     )
