@@ -16,9 +16,10 @@ from pathlib import Path
 
 from abreast.data import CALIBRATION, HELD_OUT
 from abreast.demo import model_folder
-from abreast.planner.calibration import calibrate, candidates, difference, score
+from abreast.planner.calibration import calibrate, candidates
 from abreast.planner.find import find_plan
 from abreast.planner.front import Budget, CalibrationSettings
+from abreast.planner.measuring import difference, score
 from abreast.planner.objective import KL
 from abreast.planner.search import contiguous
 from abreast.report import draw_costs

@@ -17,7 +17,7 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.optimize import Checks, Healing, optimize
 from abreast.plan import Group, Plan
-from abreast.planner.calibration import calibrate, full_forwards
+from abreast.planner.calibration import calibrate
 from abreast.planner.find import (
     ProfileSettings,
     estimated_profile,
@@ -35,6 +35,7 @@ from abreast.planner.front import (
     kind_of,
     reasons,
 )
+from abreast.planner.measuring import full_forwards
 from abreast.planner.objective import Cost
 from abreast.report.records import read_run
 from abreast.speed import bench
@@ -54,7 +55,8 @@ def folder(tiny_checkpoint):
 
 
 def calibration(folder, out, **options):
-    settings = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 4, **options}
+    settings = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 4, "keep": 0.6}
+    settings |= {"max_group": 2, "wirings": ("lp",), **options}
     return calibrate(folder, out / "calibration", CalibrationSettings(**settings), stream=text())
 
 
@@ -161,7 +163,6 @@ def test_a_depth_out_of_reach_is_refused_before_measuring(folder, tmp_path, dept
 
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
     first = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    monkeypatch.setattr("abreast.planner.calibration.measure", None)
     monkeypatch.setattr(
         import_module("abreast.planner.calibration"), "load", None
     )  # not even loaded
@@ -269,14 +270,15 @@ def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_
 
     monkeypatch.setattr(module, "measured_profile", measure)
     both = calibration(folder, tmp_path, wirings=("lp", "cqil"))
-    assert set(profile_here(both, tmp_path).groups) == {"lp 2", "cqil:0 2"}
-    profile_here(calibration(folder, tmp_path), tmp_path)
+    assert set(profile_here(both, {"lp 2", "cqil:0 2"}, tmp_path).groups) == {"lp 2", "cqil:0 2"}
+    found = calibration(folder, tmp_path)
+    profile_here(found, {"lp 2"}, tmp_path)
     assert made == [{"lp 2", "cqil:0 2"}]
     record = json.loads((tmp_path / "profile.json").read_text())
     record["profile"]["groups"]["lp 2"] = -0.1  # as earlier versions wrote it
     (tmp_path / "profile.json").write_text(json.dumps(record))
     assert read_run(tmp_path).profile is None
-    assert profile_here(calibration(folder, tmp_path), tmp_path).groups == {"lp 2": 1.2}
+    assert profile_here(found, {"lp 2"}, tmp_path).groups == {"lp 2": 1.2}
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ _MOVED = {
     "abreast.grouped": "abreast.model.grouping",
     "abreast.harness": "abreast.evaluate.tasks",
     "abreast.load": "abreast.model.grouping",
-    "abreast.measure": "abreast.planner.calibration",
+    "abreast.measure": "abreast.planner.measuring",
     "abreast.planning": "abreast.planner.find",
     "abreast.verify": "abreast.convert.verification",
 }

@@ -191,7 +191,7 @@ def test_chunking_changes_nothing(
 ) -> None:
     stream = stream_of(100)
     expected = compare(perturbed, model, stream, window=32, stride=8, batch_size=2)
-    monkeypatch.setattr(scoring, "CHUNK_VALUES", values)
+    monkeypatch.setattr(scoring, "CHUNK_VALUES", {"cpu": values})
     assert compare(perturbed, model, stream, window=32, stride=8, batch_size=2) == expected
 
 

@@ -16,16 +16,14 @@ from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
 from abreast.model.grouping import load
 from abreast.plan import Group, Plan
-from abreast.planner import calibration
+from abreast.planner import measuring
 from abreast.planner.calibration import (
     calibrate,
     candidates,
     expect,
-    full_forwards,
-    measure,
-    score,
 )
 from abreast.planner.front import CalibrationSettings, Stats
+from abreast.planner.measuring import candidate_costs, full_forwards, measure, score
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 6
 
@@ -37,8 +35,10 @@ def text(seed: int = 0, windows: int = WINDOWS) -> TokenStream:
 
 def run(model, out, **options):
     stream = options.pop("stream", None) or (None if "data" in options else text())
-    settings = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 2, **options}
-    return calibrate(model, out, CalibrationSettings(**settings), stream=stream)
+    part = options.pop("part", (0, 1))
+    settings = {"num_windows": WINDOWS, "window": WINDOW, "batch_size": 2}
+    settings |= {"max_group": 2, "wirings": ("lp",), "keep": 0.6, **options}
+    return calibrate(model, out, CalibrationSettings(**settings), stream=stream, part=part)
 
 
 def test_costs_are_those_of_the_grouped_model(tiny_checkpoint, tmp_path):
@@ -115,7 +115,7 @@ def test_all_of_the_text_for_the_better_candidates_only(tiny_checkpoint, tmp_pat
 def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, monkeypatch):
     folder = tiny_checkpoint()
     whole = measure(run(folder, tmp_path / "whole"))
-    real, programs = calibration.run_programs, 0
+    real, programs = measuring.run_programs, 0
 
     def breaking(*arguments, **options):
         nonlocal programs
@@ -125,7 +125,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, m
                 raise KeyboardInterrupt
             yield each
 
-    monkeypatch.setattr(calibration, "run_programs", breaking)
+    monkeypatch.setattr(measuring, "run_programs", breaking)
     with pytest.raises(KeyboardInterrupt):
         measure(run(folder, tmp_path / "broken"))
     journal = (tmp_path / "broken" / "journal-0.jsonl").read_text().splitlines()
@@ -134,7 +134,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, m
         file.write('{"program": "0 1+2')  # as a power cut would leave it
     ran = []
     monkeypatch.setattr(
-        calibration,
+        measuring,
         "run_programs",
         lambda *a, **k: ((ran.append(each), each)[1] for each in real(*a, **k)),
     )
@@ -150,9 +150,8 @@ def _lines(folder) -> int:
 
 def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint(num_layers=10)
-    settings = CalibrationSettings(num_windows=WINDOWS, window=WINDOW, batch_size=1)
-    foretold = expect(folder, settings)
     calibration = run(folder, tmp_path / "run", batch_size=1)
+    foretold = expect(folder, calibration.settings)
     stats = measure(calibration)
     assert 0.6 * foretold.full_forwards < stats.full_forwards <= foretold.full_forwards
     assert stats.full_forwards == pytest.approx(sum(full_forwards(calibration).values()))
@@ -169,11 +168,55 @@ def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
     assert measure(fresh).full_forwards == pytest.approx(calls / 10 / WINDOWS)
 
 
-@pytest.mark.parametrize("wirings", [["lp"], ["lp", "cqil-full"]], ids="-".join)
-def test_measuring_32_layers_takes_at_most_20_forward_passes(tiny_checkpoint, wirings):
+def test_measuring_32_layers_takes_at_most_20_forward_passes(tiny_checkpoint):
     folder = tiny_checkpoint(num_layers=32)
-    settings = CalibrationSettings(num_windows=128, window=WINDOW, wirings=tuple(wirings))
-    assert expect(folder, settings).full_forwards <= 20
+    assert expect(folder, CalibrationSettings(window=WINDOW)).full_forwards <= 20
+
+
+def test_of_larger_groups_those_of_the_best_pairs_are_measured(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint(num_layers=8)
+    calibration = run(folder, tmp_path / "run", max_group=3, wirings=["lp", "ff"], larger=0.5)
+    stats = measure(calibration)
+    pairs = {group: cost.kl for group, cost in stats.groups.items() if len(group.layers) == 2}
+    assert len(pairs) == 2 * 5
+    least = {
+        first: min(cost for group, cost in pairs.items() if group.layers[0] == first)
+        for first in range(1, 6)
+    }
+    ranked = sorted(range(1, 5), key=lambda first: least[first] + least[first + 1])
+    triples = {group for group in stats.groups if len(group.layers) == 3}
+    assert {group.layers[0] for group in triples} == set(ranked[:2]) and len(triples) == 4
+    costs = candidate_costs(calibration)
+    assert set(costs.groups) == set(stats.groups)
+    [screened] = score(calibration, [Plan(num_layers=8, groups=costs.groups[:1])], batches=[0])
+    assert costs.costs[0] == screened.kl and not costs.coupling.any()
+    every = run(folder, tmp_path / "all", max_group=3, larger=0)
+    assert len(measure(every).groups) == 5  # and where pairs do not reach far enough, all
+    assert len(measure(every, depth=4).groups) == 9
+
+
+def test_only_groups_that_an_engine_loads(tiny_checkpoint, tmp_path):
+    config = json.loads((tiny_checkpoint() / "config.json").read_text())
+    options = {"wirings": ["lp", "cqil-full"], "max_group": 3}
+    every = candidates(config, **options)
+    assert candidates(config, engines=["transformers"], **options) == every
+    stock = {group for group in every if group.wiring == "lp"}
+    assert set(candidates(config, engines=["vllm", "llama.cpp"], **options)) == stock
+    with pytest.raises(AbreastError, match=r"llama.cpp loads no such group: .* cqil wiring"):
+        candidates(config, engines=["llama.cpp"], wirings=["cqil-full"])
+    with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from vllm, "):
+        candidates(config, engines=["mxnet"])
+
+
+def test_parts_of_a_text_have_no_window_in_common(tiny_checkpoint, tmp_path):
+    stream = text(windows=3 * WINDOWS + 1)
+    parts = [
+        run(tiny_checkpoint(), tmp_path / f"{n}", stream=stream, part=(n, 3)) for n in range(3)
+    ]
+    tokens = np.concatenate([part.tokens for part in parts])
+    assert (tokens.reshape(-1) == stream.tokens[: tokens.size]).all()
+    with pytest.raises(AbreastError, match="gives 1 windows of 32 tokens behind the 24 that were"):
+        run(tiny_checkpoint(), tmp_path / "3", stream=stream, part=(3, 4))
 
 
 def planted(folder, independent: list[tuple[int, int]]):

@@ -23,7 +23,9 @@ def test_an_objective_from_outside_ranks_candidates_plans_and_reasons(tiny_check
     calibration = calibrate(
         tiny_checkpoint(num_layers=8),
         tmp_path / "calibration",
-        CalibrationSettings(num_windows=8, window=32, batch_size=4),
+        CalibrationSettings(
+            num_windows=8, window=32, batch_size=4, max_group=2, wirings=("lp",), keep=0.6
+        ),
         stream=data,
     )
     messages: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abreast.plan import Group, Plan
-from abreast.planner.search import additive, contiguous, neighbours, refine, total
+from abreast.planner.search import (
+    Candidates,
+    additive,
+    changes,
+    contiguous,
+    predicted,
+    refine,
+    total,
+)
 
 
 def pairs(num_layers: int, cost=lambda first: 1.0, *, size: int = 2) -> dict[Group, float]:
@@ -70,29 +79,68 @@ def test_the_best_few_are_the_best_few(given_costs, best):
         assert len(set(plans)) == len(plans)
 
 
-@given(some_costs, st.data())
-def test_neighbours_are_plans_of_the_same_depth_and_known_groups(given_costs, data):
+def coupled(num_layers: int, costs: dict[Group, float], seed: int = 0) -> Candidates:
+    """Candidates of which every two cost something more, or less, than their sum."""
+    candidates = Candidates.of(num_layers, costs)
+    n = len(candidates.groups)
+    random = np.random.default_rng(seed).normal(size=(n, n)) / 4
+    return dataclasses.replace(candidates, coupling=np.triu(random, 1) + np.triu(random, 1).T)
+
+
+@given(some_costs, st.integers(0, 3))
+def test_predicted_costs_are_sums_of_costs_and_couplings(given_costs, seed):
     num_layers, costs = given_costs
-    plan = data.draw(st.sampled_from(every_plan(num_layers, costs)))
-    found = neighbours(plan, costs)
-    assert plan not in found
-    for near in found:
-        assert near.depth == plan.depth
-        assert set(near.groups) <= set(costs)
-        assert near == Plan.parse(near.shorthand, num_layers)
+    candidates = coupled(num_layers, costs, seed)
+    place = {group: at for at, group in enumerate(candidates.groups)}
+    ranked = predicted(candidates, best=1000)
+    assert sum(map(len, ranked.values())) == len(every_plan(num_layers, costs))
+    for depth, plans in ranked.items():
+        assert [cost for cost, _ in plans] == sorted(cost for cost, _ in plans)
+        for cost, choice in plans:
+            plan = candidates.plan(choice)
+            couplings = (
+                candidates.coupling[place[a], place[b]]
+                for a, b in itertools.combinations(plan.groups, 2)
+            )
+            assert plan == Plan.parse(plan.shorthand, num_layers) and plan.depth == depth
+            assert cost == pytest.approx(total(plan, costs) + sum(couplings))
+            assert candidates.cost(choice) == pytest.approx(cost)
 
 
 @given(some_costs, st.data())
-def test_moves_can_be_taken_back(given_costs, data):
+def test_changes_are_plans_of_the_same_depth_and_known_groups(given_costs, data):
     num_layers, costs = given_costs
-    plan = data.draw(st.sampled_from(every_plan(num_layers, costs)))
-    assert all(plan in neighbours(near, costs) for near in neighbours(plan, costs))
+    candidates = coupled(num_layers, costs)
+    plan = data.draw(st.sampled_from([p for p in every_plan(num_layers, costs) if p.groups]))
+    places = tuple(candidates.groups.index(group) for group in plan.groups)
+    changed = changes(candidates, places)
+    assert places not in changed
+    for near, cost in changed.items():
+        assert candidates.plan(near).depth == plan.depth
+        assert candidates.plan(near) == Plan.parse(candidates.plan(near).shorthand, num_layers)
+        assert cost == pytest.approx(candidates.cost(near))
 
 
-def test_neighbours_of_a_full_stretch_shift_it():
-    costs = pairs(8)
-    plan = Plan.parse("1+2 3+4", 8)
-    assert {near.shorthand for near in neighbours(plan, costs)} >= {"2+3 4+5", "1+2 4+5", "1+2 5+6"}
+@given(some_costs, st.data())
+def test_the_best_plan_with_one_group_replaced_is_among_the_changes(given_costs, data):
+    num_layers, costs = given_costs
+    candidates = coupled(num_layers, costs)
+    plan = data.draw(st.sampled_from([p for p in every_plan(num_layers, costs) if p.groups]))
+    places = tuple(candidates.groups.index(group) for group in plan.groups)
+    others = [p for p in every_plan(num_layers, costs) if p.depth == plan.depth and p != plan]
+    near = [p for p in others if len({*p.groups} - {*plan.groups}) == 1]
+    near = [p for p in near if len({*plan.groups} - {*p.groups}) == 1]
+    expected = [candidates.cost(tuple(map(candidates.groups.index, p.groups))) for p in near]
+    if expected:
+        assert min(changes(candidates, places).values()) <= min(expected) + 1e-9
+
+
+def test_changes_of_a_full_stretch_shift_it():
+    candidates = Candidates.of(8, pairs(8))
+    plan = [g.shorthand for g in candidates.groups].index
+    changed = changes(candidates, (plan("1+2"), plan("3+4")))
+    names = {candidates.plan(choice).shorthand for choice in changed}
+    assert names >= {"2+3 4+5", "1+2 4+5", "1+2 5+6"}
 
 
 def test_a_stretch_for_every_start():
@@ -105,7 +153,7 @@ def test_a_stretch_for_every_start():
 
 def everything(num_layers, costs, score, **options):
     found = {}
-    for _, plans in refine(num_layers, costs, score, **options):
+    for _, plans in refine(Candidates.of(num_layers, costs), score, **options):
         found |= plans
     return found
 
@@ -146,7 +194,8 @@ def test_search_keeps_to_its_budget_and_measures_nothing_twice():
         asked.extend(plans)
         return [float(np.random.default_rng(len(asked)).random()) for _ in plans]
 
-    for depth, plans in refine(16, pairs(16), measured, least_depth=10, per_group=4):
+    candidates = Candidates.of(16, pairs(16))
+    for depth, plans in refine(candidates, measured, least_depth=10, per_group=4):
         groups = 16 - depth
         assert all(plan.depth == depth for plan in plans)
         assert len(plans) <= 4 * groups

@@ -34,7 +34,9 @@ def pictures(folder: Path) -> list[str]:
 def test_front(tmp_path, compared):
     front, plan = make_front("org/model"), Plan.parse(PLAN, LAYERS)
     profile = Profile("made up", 1.0, {"lp 2": 1.5, "cqil:0 2": 1.5}, 2.0)
-    planned = Planned(plan, (), front.plans[plan], front, profile if compared else None)
+    planned = Planned(
+        plan, (), front.plans[plan], front.plans[plan], front, profile if compared else None
+    )
     rows = [
         Measured(method, p.depth, p.shorthand, cost, speedup=profile.speedup(p))
         for method in ("planner", "random")

@@ -14,7 +14,7 @@ from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
-    from abreast.planner import Budget, CalibrationSettings, Planned
+    from abreast.planner import Budget, Calibration, CalibrationSettings, Expected, Planned
     from abreast.rivals import Measured
 
 out_option = click.option(
@@ -38,8 +38,12 @@ class Search:
     per_group: int = field(
         default=4, metadata={"help": "Plans to measure at each depth, per group of the plan."}
     )
-    baseline_data: str = field(
-        default="auto", metadata={"help": "Text for the comparison with the baselines."}
+    held_out_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text to judge plans on. Default: another part of that of --data.",
+            "option": "--held-out-data --baseline-data",
+        },
     )
     plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
 
@@ -62,17 +66,7 @@ def measure(
     from abreast.planner import measure as run
 
     if dry_run:
-        expected = expect(model, calibration)
-        if as_json:
-            return console.print_json(expected.__dict__)
-        return console.print_table(
-            {
-                "candidates": str(expected.candidates),
-                "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
-                "weights": console.bytes_text(expected.weights),
-                "kept states": console.bytes_text(expected.activations),
-            }
-        )
+        return _print_expected(expect(model, calibration), as_json)
     opened = calibrate(model, Path(out) / "calibration", calibration, step=console.say)
     with console.progress_bar("measure", as_json) as progress:
         stats = run(opened, progress=progress)
@@ -97,6 +91,13 @@ def measure(
 @budget_options
 @search_options
 @click.option("--baselines", is_flag=True, help="Compare with published ways to choose a plan.")
+@click.option(
+    "--repeat",
+    type=click.IntRange(1),
+    default=1,
+    help="Searches, each on a text of its own, to see how far they differ.",
+)
+@click.option("--dry-run", is_flag=True, help="Only print what it would take.")
 @out_option
 @console.chat_option
 @calibration_options
@@ -107,6 +108,8 @@ def plan(
     budget: Budget,
     search: Search,
     baselines: bool,
+    repeat: int,
+    dry_run: bool,
     calibration: CalibrationSettings,
     as_json: bool,
 ) -> None:
@@ -114,19 +117,27 @@ def plan(
 
     Writes OUT/plan.yaml, OUT/why.md and OUT/front.json. Reuses earlier measurements in OUT.
     """
-    from abreast.planner import explain
+    from abreast.planner import expect, explain
 
-    planned, rivals = _find(model, Path(out), budget, calibration, search, baselines, as_json)
+    if dry_run:
+        expected = expect(model, calibration, depth=budget.depth or 1, per_group=search.per_group)
+        return _print_expected(expected, as_json)
+    planned, rivals = _find(
+        model, Path(out), budget, calibration, search, baselines, as_json, repeat=repeat
+    )
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
     planned.front.stats.on_record(planned.plan).save(plan_file)
     reasons.write_text(explain(planned.plan, planned.front), encoding="utf-8")
+    searches = _repeated(model, Path(out), budget, calibration, search, planned, repeat, as_json)
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}
+        record["searches"] = [each.to_dict() for each in searches]
         return console.print_json({**planned.to_dict(), **record})
     if rivals:
         _print_rivals(rivals)
     _print_plan(planned)
     console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
+    _print_searches(searches)
 
 
 @console.verb()
@@ -269,15 +280,16 @@ def _find(
     *,
     best: int = 1,
     timed: bool = False,
+    repeat: int = 1,
     command: Sequence[str] | None = None,
 ) -> tuple[Planned, tuple[Measured, ...]]:
     """Calibrate, profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
         NoisyTiming,
-        calibrate,
         check_depth,
         estimated_profile,
         find_plan,
+        kind_of,
         profile_here,
     )
     from abreast.report import check_drawing, draw_front
@@ -286,50 +298,44 @@ def _find(
 
     if search.plots:
         check_drawing()
-    calibration = calibrate(model, out / "calibration", settings, step=console.say)
+    calibration, held_out = _texts(model, out, settings, search.held_out_data, repeat)
     check_depth(calibration, budget.depth)
     if command is not None:
         record_environment(out, settings.device, command)
-    held_out = None
-    if compare_baselines:  # what is wrong with its text comes before the search
-        held_out = calibrate(
-            model,
-            out / "held-out",
-            replace(settings, data=search.baseline_data, num_windows=32),
-            role="judge",
-            option="--baseline-data",
-            step=console.say,
-        )
     profile = None
+    groups, revision = calibration.candidates, settings.revision
     if search.hardware is not None:
-        groups, revision = calibration.candidates, settings.revision
         profile = estimated_profile(model, groups, search.hardware, revision=revision)
-    elif timed or compare_baselines or budget.speedup is not None:
-        try:
-            profile = profile_here(calibration, out, step=console.say)
-        except NoisyTiming as error:
-            if budget.speedup is not None:
-                raise
-            console.say(f"no speed is predicted: {error}")
+    elif budget.speedup is not None:
+        profile = profile_here(calibration, {*map(kind_of, groups)}, out, step=console.say)
     with console.progress_bar("plan", as_json) as progress:
         planned = find_plan(
             calibration,
             out,
             budget,
+            held_out=held_out,
             profile=profile,
             best=best,
             per_group=search.per_group,
             step=console.say,
             progress=progress,
         )
+        if (timed or compare_baselines) and planned.profile is None:
+            chosen = planned.front.best().values()
+            kinds = {kind_of(group) for plan in chosen for group in plan.groups}
+            try:
+                profile = profile_here(calibration, kinds, out, step=console.say)
+                planned = replace(planned, profile=profile)
+            except NoisyTiming as error:
+                console.say(f"no speed is predicted: {error}")
         rows: tuple[Measured, ...] = ()
-        if held_out is not None:
+        if compare_baselines:
             front = planned.front
             rows = compare(
                 front.best(),
                 front.stats.geometry,
                 *(calibration, held_out, out),
-                profile=profile,
+                profile=planned.profile,
                 objective=front.objective,
                 seed=settings.seed,
                 step=console.say,
@@ -369,13 +375,114 @@ def _print_rivals(rows: Sequence[Measured]) -> None:
     )
 
 
+def _texts(
+    model: str,
+    out: Path,
+    settings: CalibrationSettings,
+    held_out_data: str | None,
+    repeat: int,
+    number: int = 0,
+) -> tuple[Calibration, Calibration]:
+    """The text of one of `repeat` searches, and that which plans are judged on; none is in both."""
+    from abreast.data import AUTO, OWN
+    from abreast.planner import calibrate
+
+    other = held_out_data or settings.data
+    # These have a text for each role; of any other, a part is left for judging.
+    another = other != settings.data or other in (AUTO, OWN)
+    parts, first = repeat + (not another), out / "calibration"
+    calibration = calibrate(
+        model,
+        out / f"repeat-{number + 1}" / "calibration" if number else first,
+        settings,
+        part=(number, parts),
+        text=first,
+        step=console.say,
+    )
+    held_out = calibrate(
+        model,
+        out / "held-out",
+        replace(settings, data=other),
+        part=(0, 1) if another else (repeat, parts),
+        role="judge",
+        option="--held-out-data",
+        step=console.say,
+    )
+    return calibration, held_out
+
+
+def _repeated(
+    model: str,
+    out: Path,
+    budget: Budget,
+    settings: CalibrationSettings,
+    search: Search,
+    planned: Planned,
+    repeat: int,
+    as_json: bool,
+) -> list[Planned]:
+    """The first search and the others, on other texts, all judged on the same."""
+    from abreast.planner import find_plan
+
+    searches = [planned]
+    for number in range(1, repeat):
+        console.say(f"search {number + 1} of {repeat}, on another text")
+        calibration, held_out = _texts(model, out, settings, search.held_out_data, repeat, number)
+        with console.progress_bar("plan", as_json) as progress:
+            again = find_plan(
+                calibration,
+                calibration.folder.parent,
+                budget,
+                held_out=held_out,
+                profile=planned.profile,
+                per_group=search.per_group,
+                step=console.say,
+                progress=progress,
+            )
+        searches.append(again)
+    return searches
+
+
+def _print_expected(expected: Expected, as_json: bool) -> None:
+    if as_json:
+        return console.print_json(expected.__dict__)
+    console.print_table(
+        {
+            "candidates": str(expected.candidates),
+            "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
+            "weights": console.bytes_text(expected.weights),
+            "kept states": console.bytes_text(expected.activations),
+        }
+    )
+
+
+def _print_searches(searches: Sequence[Planned]) -> None:
+    """What each search chose, where there are several, and how far they differ."""
+    if len(searches) < 2:
+        return
+    rows = {}
+    for number, planned in enumerate(searches, start=1):
+        rows[f"search {number}"] = (
+            f"{planned.plan.label}: KL {planned.expected.kl:.5f} on held-out text, "
+            f"{planned.searched.kl:.5f} where it was searched"
+        )
+    losses = [planned.expected.kl for planned in searches]
+    shared = set.intersection(*(set(planned.plan.groups) for planned in searches))
+    rows["differ by"] = (
+        f"KL {max(losses) - min(losses):.5f}; {len(shared)} groups are in all of their plans"
+    )
+    console.print_table(rows)
+
+
 def _print_plan(planned: Planned) -> None:
-    cost = planned.expected
+    cost, searched = planned.expected, planned.searched
+    optimism = searched.kl - cost.kl
     rows = {
         "plan": planned.plan.label,
         "depth": f"{planned.plan.num_layers} -> {planned.plan.depth}",
-        "calibration KL": f"{cost.kl:.5f} ± {cost.kl_stderr:.5f} nats",
-        "calibration loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats",
+        "KL": f"{cost.kl:.5f} ± {cost.kl_stderr:.5f} nats, on held-out text",
+        "loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats, on held-out text",
+        "searched KL": f"{searched.kl:.5f} nats, {optimism:+.5f} against held-out text",
         "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
     }
     if planned.profile is not None:

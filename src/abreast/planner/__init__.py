@@ -5,13 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.planner.calibration import (
-        Calibration,
-        calibrate,
-        expect,
-        measure,
-        score_programs,
-    )
+    from abreast.planner.calibration import Calibration, Expected, calibrate, expect
     from abreast.planner.find import (
         NoisyTiming,
         Planned,
@@ -33,6 +27,7 @@ if TYPE_CHECKING:
         explain,
         kind_of,
     )
+    from abreast.planner.measuring import measure, score, score_programs
     from abreast.planner.objective import KL, Cost, Objective
     from abreast.planner.search import Costs, additive, contiguous
 

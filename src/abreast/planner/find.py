@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from abreast.checkpoint import read_json, write
 from abreast.convert import convert
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, num_layers_of
-from abreast.model import decoder_layers, load
+from abreast.model import decoder_layers, load, logits_of
 from abreast.plan import Group, Plan
-from abreast.planner.calibration import (
-    Calibration,
-    Progress,
-    full_forwards,
-    measured_plans,
-    saved_or_measured,
-    score,
-)
+from abreast.planner.calibration import PLAN_SCREEN, Calibration, expect, share_of
 from abreast.planner.front import (
     FRONT_FILE,
     Budget,
@@ -31,6 +27,14 @@ from abreast.planner.front import (
     kind_of,
     reasons,
     unreachable,
+)
+from abreast.planner.measuring import (
+    Progress,
+    candidate_costs,
+    full_forwards,
+    measure,
+    measured_plans,
+    score,
 )
 from abreast.planner.objective import KL, Cost, Objective
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
@@ -48,14 +52,16 @@ class NoisyTiming(AbreastError):
 
 @dataclass(frozen=True)
 class Planned:
-    """The plan chosen within a budget. expected: its cost on the calibration text.
+    """The plan chosen within a budget.
 
-    others: the next best plans of its depth, as many as requested.
+    others: the next best plans of its depth, as many as requested. searched: the plan's cost on the
+    text that it was searched on; expected: on held-out text, where it was measured there.
     """
 
     plan: Plan
     others: tuple[Plan, ...]
     expected: Cost
+    searched: Cost
     front: Front
     profile: Profile | None
 
@@ -68,11 +74,14 @@ class Planned:
             "depth": self.plan.depth,
             "others": [plan.shorthand for plan in self.others],
             "expected": asdict(self.expected),
+            "searched": asdict(self.searched),
+            "optimism": self.front.objective.value(self.searched)
+            - self.front.objective.value(self.expected),
             "predicted_speedup": self.profile.speedup(self.plan) if self.profile else None,
             "full_forwards": sum(self.front.full_forwards.values()),
             "full_forwards_by_depth": dict(self.front.full_forwards),
             "front": [
-                {"plan": plan.shorthand, "depth": depth, **asdict(self.front.plans[plan])}
+                {"plan": plan.shorthand, "depth": depth, **asdict(self.front.judged(plan))}
                 for depth, plan in best.items()
             ],
             "reasons": reasons(self.plan, self.front),
@@ -97,6 +106,7 @@ def find_plan(
     out: str | Path,
     budget: Budget,
     *,
+    held_out: Calibration | None = None,
     profile: Profile | None = None,
     best: int = 1,
     per_group: int = PER_GROUP,
@@ -105,62 +115,94 @@ def find_plan(
     step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> Planned:
-    """Measure what has not been measured, search as deep as the budget goes, choose.
+    """Measure what has not been measured, search as deep as the budget goes, choose, judge.
 
-    out: the run folder; front.json there gets every plan that this and earlier calls measured, of
-    which one is chosen that consists of candidates. best: how many plans to return,
-    the best and the next ones of its depth. per_group: plans measured per group at each depth; 0
-    measures the additive optima only. objective: what candidates
-    and plans are ranked by. Nothing in the calibration's journal is measured again, so another
-    budget takes seconds where the first search went deep enough. Raises AbreastError for a budget
-    that no plan meets, naming the nearest.
+    Plans are first measured on a share of the calibration text (`PLAN_SCREEN`), and the `beam` best
+    of each depth on all of it. held_out: other text, on which the best plan of each depth is then
+    measured; what a plan costs there is what it is said to cost. out: the run folder; front.json
+    there gets every plan that this and earlier calls measured, of which one is chosen that consists
+    of candidates. best: how many plans to return, the best and the next ones of its depth.
+    per_group: plans measured per group at each depth; 0 measures the predicted optima only.
+    objective: what candidates and plans are ranked by. Nothing in the calibration's journal is
+    measured again, so another budget takes seconds where the first search went deep enough. Raises
+    AbreastError for a budget that no plan meets, naming the nearest.
     """
     deepest = check_depth(calibration, budget.depth)
-    num_layers = calibration.num_layers
-    stats = saved_or_measured(calibration, objective=objective, step=step, progress=progress)
-    costs = {group: objective.value(stats.groups[group]) for group in calibration.candidates}
-    plans: dict[Plan, Cost] = {}
+    least_depth = budget.depth or deepest
+    step(_expected_work(calibration, least_depth, per_group, beam))
+    step("measure groups alone")
+    stats = measure(calibration, objective=objective, depth=budget.depth, progress=progress)
+    few = calibration.batches[: share_of(calibration.batches, PLAN_SCREEN)]
 
-    def measured_values(batch: Sequence[Plan]) -> list[float]:
-        measured = score(calibration, batch, progress=progress)
-        plans.update(zip(batch, measured, strict=True))
-        return [objective.value(cost) for cost in measured]
+    def screened(plans: Sequence[Plan]) -> list[float]:
+        return [
+            objective.value(cost)
+            for cost in score(calibration, plans, batches=few, progress=progress)
+        ]
 
     for depth, values in refine(
-        num_layers,
-        costs,
-        measured_values,
-        least_depth=budget.depth or deepest,
+        candidate_costs(calibration, objective),
+        screened,
+        least_depth=least_depth,
         per_group=per_group,
         beam=beam,
     ):
+        best_few = sorted(values, key=lambda plan: (values[plan], plan.shorthand))[:beam]
+        measured = dict(zip(best_few, score(calibration, best_few, progress=progress), strict=True))
         step(
-            f"depth {depth}: {objective.name} {min(values.values()):.5f}, "
+            f"depth {depth}: {objective.name} {min(map(objective.value, measured.values())):.5f}, "
             f"the best of {len(values)} plans"
         )
-        if budget.exhausted({plan: plans[plan] for plan in values}, profile):
+        if budget.exhausted(measured, profile):
             break
-    measured = Front(stats, measured_plans(calibration), full_forwards(calibration), objective)
-    write(Path(out) / FRONT_FILE, json.dumps(measured.to_dict(), indent=1) + "\n")
-    front = measured.among(calibration.candidates)
+    found = Front(stats, measured_plans(calibration), full_forwards(calibration), objective)
+    front = found.among(calibration.candidates)
+    if held_out is not None:
+        step("measure the best plan of each depth on held-out text")
+        plans = [*front.best().values()]
+        costs = score(held_out, plans, progress=progress)
+        front = replace(front, held_out=dict(zip(plans, costs, strict=True)))
+        found = replace(found, held_out=front.held_out)
+    write(Path(out) / FRONT_FILE, json.dumps(found.to_dict(), indent=1) + "\n")
     chosen, *others = front.choose(budget, profile, best=best)
-    return Planned(chosen, tuple(others), front.plans[chosen], front, profile)
+    expected, searched = front.judged(chosen), front.plans[chosen]
+    return Planned(chosen, tuple(others), expected, searched, front, profile)
+
+
+def _expected_work(calibration: Calibration, least_depth: int, per_group: int, beam: int) -> str:
+    """What a search takes; in minutes as well where it begins, from a pass over a few windows."""
+    passes = expect(
+        calibration.checkpoint,
+        calibration.settings,
+        depth=least_depth,
+        per_group=per_group,
+        beam=beam,
+    ).full_forwards
+    work = f"at most {passes:.0f} full forward passes over {calibration.tokens.size:,} tokens"
+    if (done := sum(full_forwards(calibration).values())) > 0:
+        return f"{work}, of which earlier calls made {done:.0f}"
+    ids = torch.from_numpy(calibration.tokens[: calibration.size])
+    begin = time.perf_counter()
+    logits_of(calibration.model, ids, len(ids))
+    seconds = (time.perf_counter() - begin) * len(calibration.batches) * passes
+    return f"{work}, about {seconds / 60:.0f} minutes here"
 
 
 def profile_here(
     calibration: Calibration,
+    kinds: Set[str],
     out: str | Path,
     *,
     rounds: int = 12,
     context: int = 128,
     step: Callable[[str], None] = lambda message: None,
 ) -> Profile:
-    """As `saved_profile`, of the groups that a calibration has as candidates."""
+    """As `saved_profile`, of these kinds of groups, packed from the candidates of a calibration."""
     settings = calibration.settings
     timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
     return saved_profile(
         calibration.checkpoint,
-        calibration.candidates,
+        [group for group in calibration.candidates if kind_of(group) in kinds],
         Path(out),
         timing,
         trust_remote_code=settings.trust_remote_code,
@@ -242,11 +284,14 @@ def measured_profile(
 ) -> Profile:
     """Time decoding here and solve for the seconds per kind of stage.
 
-    Timed in turn: the model, the model with half of its layers, and for each kind among `groups` a
-    conversion (grouped in memory for families that cannot be converted) with as many groups of that
-    kind as fit one after another. work: folder for the conversions. Raises NoisyTiming where noise
-    leaves no time for a kind of stage, and as `convert`, `load` and `bench` do.
+    Timed in turn against the model: the model with half of its layers, and for each kind among
+    `groups` a conversion (grouped in memory for families that cannot be converted) with as many
+    groups of that kind as fit one after another; one of them is in memory at a time. work: folder
+    for the conversions. Raises NoisyTiming where noise leaves no time for a kind of stage, and as
+    `convert`, `load` and `bench` do.
     """
+
+    seconds: dict[str, float] = {}
 
     def loaded(checkpoint: Path, plan: Plan | None = None) -> PreTrainedModel:
         model, _ = load(
@@ -258,28 +303,35 @@ def measured_profile(
         )
         return model
 
-    models = {"whole": loaded(folder), "half": loaded(folder)}
-    layers = decoder_layers(models["half"])
-    count, half = len(layers), len(layers) // 2
-    del layers[half:]
-    plans = _plans_by_kind(groups, count)
-    with tempfile.TemporaryDirectory(dir=work) as staging:
-        for number, (kind, plan) in enumerate(plans.items()):
-            if models["whole"].config.model_type in CONVERTIBLE:
-                target = Path(staging) / str(number)
-                convert(folder, plan, target, force=True)
-                models[kind] = loaded(target)
-            else:
-                models[kind] = loaded(folder, plan)
+    def timed(kind: str, model: PreTrainedModel) -> tuple[float, float]:
         timings = bench(
-            models,
+            {"whole": whole, kind: model},
             task="decode",
             rounds=settings.rounds,
             context=settings.context,
             new_tokens=PROFILED_TOKENS,
             seed=settings.seed,
         ).timings
-    seconds = {name: timing.median / PROFILED_TOKENS for name, timing in timings.items()}
+        return timings["whole"].median, timings[kind].median
+
+    whole, shorter = loaded(folder), loaded(folder)
+    layers = decoder_layers(shorter)
+    count, half = len(layers), len(layers) // 2
+    del layers[half:]
+    original, seconds["half"] = timed("half", shorter)
+    seconds["whole"] = original
+    del shorter, layers
+    plans = _plans_by_kind(groups, count)
+    for kind, plan in plans.items():
+        with tempfile.TemporaryDirectory(dir=work) as staging:
+            target, converted = Path(staging) / "converted", None
+            if whole.config.model_type in CONVERTIBLE:
+                convert(folder, plan, target, force=True)
+                converted = loaded(target)
+            # what the machine does at the time slows both
+            beside, own = timed(kind, converted or loaded(folder, plan))
+            seconds[kind] = own * original / beside
+    seconds = {name: median / PROFILED_TOKENS for name, median in seconds.items()}
     # What lies outside the layers takes no less than nothing; the layers then take all there is.
     rest = max(0.0, (count * seconds["half"] - half * seconds["whole"]) / (count - half))
     single = (seconds["whole"] - rest) / count

@@ -172,11 +172,12 @@ class CalibrationSettings:
     """How to measure groups of layers.
 
     window: in tokens, of which those of the text are scored, and without a prefix all but the
-    first. add_bos: see `prefix_of`. max_group, wirings, force: see
-    `candidates`. screen: share of the text that every candidate is measured on. keep: share of the
-    stretches of layers whose best wiring is then measured on the rest. batch_size: windows at once,
-    fewer where their hidden states and logits would exceed max_cache_bytes. Fields with a help text
-    are options of the verbs that measure.
+    first. add_bos: see `prefix_of`. max_group, wirings, engines, force: see `candidates`. screen:
+    share of the text that candidates are measured on. larger: share of the stretches of more than
+    the fewest layers that are measured at all, those within which the smallest groups cost least.
+    keep: share of the stretches whose best wiring is then measured on the rest. batch_size: windows
+    at once, fewer where their hidden states and logits would exceed max_cache_bytes.
+    Fields with a help text are options of the verbs that measure.
     """
 
     data: str = field(default=AUTO, metadata={"help": "Text to measure on; sources as for eval."})
@@ -188,20 +189,32 @@ class CalibrationSettings:
         },
     )
     num_windows: int = field(
-        default=128, metadata={"help": "Number of windows of text.", "option": "--windows"}
+        default=32, metadata={"help": "Number of windows of text.", "option": "--windows"}
     )
     window: int = field(default=256, metadata={"help": "Tokens per window."})
-    max_group: int = field(default=2, metadata={"help": "Most layers in a group."})
+    max_group: int = field(default=4, metadata={"help": "Most layers in a group."})
     wirings: tuple[str, ...] = field(
-        default=("lp",), metadata={"help": "Comma-separated, of lp, cqil and cqil-full."}
+        default=("lp", "cqil-full", "ff"),
+        metadata={"help": "Comma-separated, of lp, cqil, cqil-full and ff."},
+    )
+    engines: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "Only plans that these load, of vllm, transformers and llama.cpp.",
+            "option": "--for",
+        },
     )
     screen: float = field(
         default=0.125, metadata={"help": "Fraction of the text that every group is measured on."}
     )
     keep: float = field(
-        default=0.6, metadata={"help": "Fraction of the groups measured on the rest of the text."}
+        default=0.1, metadata={"help": "Fraction of the groups measured on the rest of the text."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Windows per forward pass."})
+    larger: float = field(
+        default=0.3,
+        metadata={"help": "Fraction of the larger groups measured: those of the best pairs."},
+    )
+    batch_size: int = field(default=4, metadata={"help": "Windows per forward pass."})
     max_cache_bytes: int = field(
         default=10**9,
         metadata={
@@ -280,19 +293,25 @@ class Front:
     """Every plan that was measured as a whole, with its cost on the calibration text.
 
     full_forwards: cost of measuring each depth, in full forward passes over that text. objective:
-    what the plans are ranked by.
+    what the plans are ranked by. held_out: costs of the best plan of each depth on text that the
+    search has not seen; empty where none was measured.
     """
 
     stats: Stats
     plans: Mapping[Plan, Cost]
     full_forwards: Mapping[int, float]
     objective: Objective = KL
+    held_out: Mapping[Plan, Cost] = field(default_factory=dict)
 
     def among(self, groups: Iterable[Group]) -> Front:
         """The front with the plans that consist of these groups only."""
         known = set(groups)
         plans = {plan: cost for plan, cost in self.plans.items() if known.issuperset(plan.groups)}
         return replace(self, plans=plans)
+
+    def judged(self, plan: Plan) -> Cost:
+        """The cost of a plan on held-out text, where it was measured there."""
+        return self.held_out.get(plan, self.plans[plan])
 
     def rank(self, plan: Plan) -> tuple[float, str]:
         """Sort key of a measured plan, the best first."""
@@ -310,11 +329,14 @@ class Front:
     ) -> list[Plan]:
         """Plans within the budget, best first, at most `best`, all of one depth.
 
-        With a depth or a speed-up, those best by the objective; with a limit on quality, the
-        fastest (without a profile, those of least depth). Raises AbreastError for a budget that no
-        measured plan meets, naming the nearest one that can be met.
+        With a depth or a speed-up, those best by the objective on the calibration text; with a
+        limit on quality, which has to hold on held-out text where that was measured, the fastest
+        (without a profile, those of least depth). Raises AbreastError for a budget that no measured
+        plan meets, naming the nearest one that can be met.
         """
-        meeting = [plan for plan, cost in self.plans.items() if budget.met(plan, cost, profile)]
+        meeting = [
+            plan for plan, cost in self._limited(budget).items() if budget.met(plan, cost, profile)
+        ]
         if not meeting:
             raise self._unmet(budget, profile)
 
@@ -325,8 +347,17 @@ class Front:
             first = min(meeting, key=lambda plan: (latency(plan), self.rank(plan)))
         else:
             first = min(meeting, key=self.rank)
-        others = {plan for plan in meeting if plan.depth == first.depth} - {first}
-        return [first, *sorted(others, key=self.rank)][:best]
+        others = [
+            plan
+            for plan in self.plans
+            if plan.depth == first.depth and budget.met(plan, self.judged(plan), profile)
+        ]
+        return [first, *sorted({*others} - {first}, key=self.rank)][:best]
+
+    def _limited(self, budget: Budget) -> Mapping[Plan, Cost]:
+        """The plans that a budget chooses from, with the costs that it limits."""
+        of_quality = budget.depth is None and budget.speedup is None
+        return self.held_out if of_quality and self.held_out else self.plans
 
     def _unmet(self, budget: Budget, profile: Profile | None) -> AbreastError:
         if not self.plans:
@@ -336,10 +367,10 @@ class Front:
         if budget.depth is not None:
             return unreachable(budget.depth, self.stats.num_layers, self.best())
         if budget.max_kl is not None:
-            least = min(cost.kl for cost in self.plans.values())
+            least = min(cost.kl for cost in self._limited(budget).values())
             message = f"no plan has a KL of at most {budget.max_kl:g}; the least is {least:.2g}"
         elif budget.max_ppl_increase is not None:
-            least = min(cost.ppl_increase for cost in self.plans.values())
+            least = min(cost.ppl_increase for cost in self._limited(budget).values())
             message = (
                 f"no plan raises the perplexity by at most {budget.max_ppl_increase:.2%}; "
                 f"the least is {least:.2%}"
@@ -357,6 +388,9 @@ class Front:
             "identity": dict(self.stats.identity),
             "full_forwards": dict(self.full_forwards),
             "plans": [{"plan": p.shorthand, **asdict(cost)} for p, cost in self.plans.items()],
+            "held_out": [
+                {"plan": p.shorthand, **asdict(cost)} for p, cost in self.held_out.items()
+            ],
         }
 
 
@@ -415,16 +449,24 @@ def reasons(plan: Plan, front: Front) -> list[dict[str, Any]]:
 def explain(plan: Plan, front: Front) -> str:
     """One page of Markdown: cost of the plan, and `reasons` as a table."""
     cost, stats, objective = front.plans[plan], front.stats, front.objective
-    name, key = objective.name, objective.key
+    judged, name, key = front.judged(plan), objective.name, objective.key
     total = sum(objective.value(stats.groups[group]) for group in plan.groups)
+    text, searched = "calibration", ""
+    if plan in front.held_out:
+        text = "held-out"
+        searched = (
+            f"On the {cost.tokens:,} tokens that it was searched on it costs {name} "
+            f"{objective.value(cost):.5f}, {objective.value(cost) - objective.value(judged):+.5f} "
+            "against held-out text. "
+        )
     lines = [
         f"# Why {plan.shorthand}",
         "",
-        f"{stats.num_layers} layers in {plan.depth} stages. On {cost.tokens:,} tokens of "
-        f"calibration text this plan costs {name} {objective.value(cost):.5f} ± "
-        f"{objective.stderr(cost):.5f} {objective.unit}, loss "
-        f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f}, perplexity {cost.ppl_increase:+.2%}. "
-        f"Its groups alone cost {total:.5f} in sum. "
+        f"{stats.num_layers} layers in {plan.depth} stages. On {judged.tokens:,} tokens of "
+        f"{text} text this plan costs {name} {objective.value(judged):.5f} ± "
+        f"{objective.stderr(judged):.5f} {objective.unit}, loss "
+        f"{judged.loss_increase:+.5f} ± {judged.loss_stderr:.5f}, perplexity "
+        f"{judged.ppl_increase:+.2%}. {searched}Its groups alone cost {total:.5f} in sum. "
         f"It is the best of {sum(p.depth == plan.depth for p in front.plans)} plans of this depth "
         "that were measured as a whole.",
         "",

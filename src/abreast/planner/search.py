@@ -1,62 +1,155 @@
-"""From costs to plans: exact for additive costs, then refined on measured costs.
+"""From costs to plans: predicted from what groups do alone, then refined on measured plans.
 
-A *candidate* is a group with the cost of forming it alone. Were costs additive, the best plan of
-every depth would follow from dynamic programming over disjoint groups. They are not: several groups
-together cost more, or less, than their sum. So the search measures whole plans, starting from the
-additive optimum, the papers' contiguous stretches, and the best plans found so far with one more
-group.
+A *candidate* is a group with the cost of forming it alone, and a *coupling* with every other: what
+both together are expected to cost more, or less, than their sum. The best plans of every depth
+under that prediction follow from dynamic programming over the layers. What they really cost is
+measured; so are the papers' contiguous stretches, and what single changes make of the best so far.
 
 Knows no torch: the caller passes the costs and a function that measures plans.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import combinations, zip_longest
 
 import numpy as np
 
 from abreast.plan import Group, Plan
 
 Costs = Mapping[Group, float]
-Groups = tuple[Group, ...]
+Choice = tuple[int, ...]  # a plan as places in `Candidates.groups`, ascending
+Ranked = list[tuple[float, Choice]]
 Score = Callable[[Sequence[Plan]], Sequence[float]]
 PER_GROUP = 4  # plans measured per group of a plan, at each depth
+COUNTED = 4  # groups of a plan that count for that
 BEAM = 3
+FIRSTS = 3  # ways to begin replacing groups by two others
+REACH = 3  # groups at most so many apart are replaced together
 GAPS = (0, 1, 2, 4)  # layers between two groups, at least
 RIDGE = 0.1
-CHUNK = 4  # neighbours measured at once, at least
+# Where the published stretches end, as shares of the depth: 28 of 32 layers (arXiv 2502.02790,
+# Llama 2 7B), 25 of 28 (Llama 3.2 3B) and 30 of 32 (arXiv 2404.06709).
+PUBLISHED_ENDS = (28 / 32, 25 / 28, 30 / 32)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The groups that plans of a model are made of, in order of their layers.
+
+    costs: [n], of each alone. coupling: [n, n], symmetric with a diagonal of zeros: what each two
+    together cost beyond their sum.
+    """
+
+    num_layers: int
+    groups: tuple[Group, ...]
+    costs: np.ndarray
+    coupling: np.ndarray
+
+    @classmethod
+    def of(cls, num_layers: int, costs: Costs) -> Candidates:
+        """Candidates of these costs whose costs just add up."""
+        groups = tuple(sorted(costs, key=lambda group: (group.layers, group.shorthand)))
+        alone = np.array([costs[group] for group in groups], dtype=np.float64)
+        return cls(num_layers, groups, alone, np.zeros((len(groups), len(groups))))
+
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """[n, 2]: the first layer of each group and the one after its last."""
+        return np.array([(g.layers[0], g.layers[-1] + 1) for g in self.groups]).reshape(-1, 2)
+
+    @cached_property
+    def saved(self) -> np.ndarray:
+        """[n]: by how many stages forming each group makes a model shallower."""
+        return np.asarray(self.spans[:, 1] - self.spans[:, 0] - 1)
+
+    @cached_property
+    def _places(self) -> dict[Group, int]:
+        return {group: place for place, group in enumerate(self.groups)}
+
+    @cached_property
+    def apart(self) -> np.ndarray:
+        """[n, n]: which two groups have no layer in common."""
+        first, end = self.spans.T
+        return np.asarray((end[:, None] <= first) | (end <= first[:, None]))
+
+    @cached_property
+    def gaps(self) -> np.ndarray:
+        """[n, n]: which of GAPS lies between two groups; -1 where they have a layer in common."""
+        first, end = self.spans.T
+        between = np.maximum(first - end[:, None], first[:, None] - end)
+        return np.where(self.apart, np.searchsorted(GAPS, between, side="right") - 1, -1)
+
+    def cost(self, choice: Choice) -> float:
+        """What the groups together are expected to cost."""
+        chosen = list(choice)
+        return float(self.costs[chosen].sum() + self.coupling[chosen][:, chosen].sum() / 2)
+
+    def plan(self, choice: Choice) -> Plan:
+        groups = tuple(self.groups[place] for place in choice)
+        return Plan.model_construct(num_layers=self.num_layers, groups=groups)
+
+    def choice(self, plan: Plan) -> Choice | None:
+        """The places of a plan's groups, or None where one is no candidate."""
+        places = [self._places.get(group, -1) for group in plan.groups]
+        return None if -1 in places else tuple(places)
+
+    def depth(self, choice: Choice) -> int:
+        return self.num_layers - int(self.saved[list(choice)].sum())
+
+    def free(self, choice: Choice) -> np.ndarray:
+        """[n]: which candidates have no layer in common with those chosen."""
+        return np.asarray(self.apart[list(choice)].all(0))
+
+    def added(self, choice: Choice) -> np.ndarray:
+        """[n]: what each candidate is expected to cost beside those chosen."""
+        return np.asarray(self.costs + self.coupling[list(choice)].sum(0))
 
 
 def additive(num_layers: int, costs: Costs, *, best: int = 1) -> dict[int, list[Plan]]:
     """The `best` plans of lowest summed cost at every depth that can be reached, cheapest first.
 
-    Exact: dynamic programming over the layers, with the `best` cheapest ways to reach each layer
-    in each number of stages. costs: candidate groups; a single layer costs nothing.
+    Exact. costs: candidate groups; a single layer costs nothing.
     """
-    ending: dict[int, list[Group]] = {}
-    for group in costs:
-        ending.setdefault(group.layers[-1] + 1, []).append(group)
-    reached: list[dict[int, list[tuple[float, Groups]]]] = [{0: [(0.0, ())]}]
-    for layer in range(1, num_layers + 1):
-        paths: dict[int, list[tuple[float, Groups]]] = {}
-        for stages, shorter in reached[layer - 1].items():
-            paths.setdefault(stages + 1, []).extend(shorter)
-        for group in ending.get(layer, []):
-            for stages, shorter in reached[group.layers[0]].items():
-                longer = [(cost + costs[group], (*groups, group)) for cost, groups in shorter]
-                paths.setdefault(stages + 1, []).extend(longer)
-        reached.append({stages: sorted(p, key=_path_rank)[:best] for stages, p in paths.items()})
+    candidates = Candidates.of(num_layers, costs)
     return {
-        depth: [_plan(num_layers, groups) for _, groups in paths]
-        for depth, paths in sorted(reached[-1].items(), reverse=True)
+        depth: [candidates.plan(choice) for _, choice in ranked]
+        for depth, ranked in predicted(candidates, best=best).items()
     }
 
 
+def predicted(candidates: Candidates, *, best: int = 1) -> dict[int, Ranked]:
+    """(expected cost, choice) of the `best` plans of every depth, deepest first, cheapest first.
+
+    Dynamic programming over the layers, with the `best` cheapest ways to reach each layer in each
+    number of stages: exact where costs just add up, a beam search where they do not.
+    """
+    ending: dict[int, list[int]] = {}
+    for place, (_, end) in enumerate(candidates.spans.tolist()):
+        ending.setdefault(end, []).append(place)
+    costs, coupling = candidates.costs.tolist(), candidates.coupling.tolist()
+    firsts = candidates.spans[:, 0].tolist()
+    reached: list[dict[int, Ranked]] = [{0: [(0.0, ())]}]
+    for layer in range(1, candidates.num_layers + 1):
+        paths: dict[int, Ranked] = {}
+        for stages, shorter in reached[layer - 1].items():
+            paths.setdefault(stages + 1, []).extend(shorter)
+        for place in ending.get(layer, []):
+            beside = coupling[place]
+            for stages, shorter in reached[firsts[place]].items():
+                paths.setdefault(stages + 1, []).extend(
+                    (cost + costs[place] + sum(beside[other] for other in path), (*path, place))
+                    for cost, path in shorter
+                )
+        reached.append({stages: sorted(ranked)[:best] for stages, ranked in paths.items()})
+    return dict(sorted(reached[-1].items(), reverse=True))
+
+
 def refine(
-    num_layers: int,
-    costs: Costs,
+    candidates: Candidates,
     score: Score,
     *,
     least_depth: int,
@@ -65,79 +158,105 @@ def refine(
 ) -> Iterator[tuple[int, dict[Plan, float]]]:
     """Measure plans of one depth after another, down to least_depth; yield (depth, their costs).
 
-    score(plans) measures the cost of each, of at most per_group plans per group at each depth.
-    First come starting points: the additive optima, contiguous stretches of equal groups, and the
-    `beam` best plans of the previous depth with one more group; then `neighbours` of the `beam`
-    best. The order is by cost as `predict` expects it, corrected by the measured cost of the plan
-    that they come from. Deterministic: ties are broken by shorthand.
+    score(plans) measures the cost of each, of at most per_group plans per group at each depth, no
+    more than COUNTED groups counted.
+    First come starting points: the best plans as predicted, contiguous stretches of equal groups,
+    the `beam` best plans of one stage more, and as predicted of one less, with one group changed;
+    then `changes` of the `beam` best. The order is by predicted cost, corrected by the measured
+    cost of the plan that they come from. Deterministic: ties are broken by the layers.
     """
-    optima = additive(num_layers, costs, best=beam)
-    measured: dict[Plan, float] = {}
-    parents: dict[Plan, float] = {Plan(num_layers=num_layers): 0.0}
-    for depth in sorted((d for d in optima if least_depth <= d < num_layers), reverse=True):
-        budget = max(1, per_group * len(optima[depth][0].groups))
-        at_depth: dict[Plan, float] = {}
-        coupling = interactions(measured, costs)
-        batch = _starts(costs, coupling, depth, optima[depth], parents)[: -(-budget // 2)]
+    optima = predicted(candidates, best=max(beam, 1))
+    before: dict[Choice, float] = {}
+    above: dict[Choice, float] = {(): 0.0}
+    learned = candidates
+    for depth in (d for d in optima if least_depth <= d < candidates.num_layers):
+        budget = max(1, per_group * min(COUNTED, len(optima[depth][0][1])))
+        shallower = [choice for _, choice in optima.get(depth - 1, [])]
+        starts = _starts(learned, depth, optima[depth], above, shallower)
+        batch, measured = starts[: -(-budget // 2)], dict[Choice, float]()
+        near: dict[Choice, dict[Choice, float]] = {}
         while batch:
-            at_depth |= zip(batch, score(batch), strict=True)
-            measured |= at_depth
-            coupling = interactions(measured, costs)
-            parents = dict(sorted(at_depth.items(), key=_rank)[:beam])
-            moves = [(plan, near) for plan in parents for near in neighbours(plan, costs)]
-            ranked = _ranked(moves, parents, costs, coupling)
-            room = min(max(CHUNK, budget // 4), budget - len(at_depth))
-            batch = [plan for plan in ranked if plan not in at_depth][: max(0, room)]
-        yield depth, at_depth
+            plans = [candidates.plan(choice) for choice in batch]
+            measured |= zip(batch, score(plans), strict=True)
+            if not near:  # once at a depth: it takes longer than it tells
+                learned = learn(candidates, before | measured)
+            above = dict(sorted(measured.items(), key=_rank)[:beam])
+            near |= {choice: changes(learned, choice) for choice in above.keys() - near.keys()}
+            ranked = _expected(learned, {choice: near[choice] for choice in above}, above)
+            room = min(max(4, budget // 4), budget - len(measured))
+            batch = [choice for choice in ranked if choice not in measured][: max(0, room)]
+        before = measured
+        yield depth, {candidates.plan(choice): cost for choice, cost in measured.items()}
 
 
-def predict(plan: Plan, costs: Costs, coupling: np.ndarray) -> float:
-    """Expected cost of a plan: the c_i of its groups, and the interaction of every two.
+def learn(candidates: Candidates, measured: Mapping[Choice, float]) -> Candidates:
+    """Candidates whose couplings agree better with measured plans.
 
     To second order, the KL divergence of a small change d of the logits is a quadratic form in d.
     If groups i and j alone change them by d_i and d_j, both together cost
-    c_i + c_j + 2 rho sqrt(c_i c_j) with a correlation rho, which is taken to depend on the number
-    of layers between the two only. coupling: 2 rho for each of GAPS.
+    c_i + c_j + 2 rho sqrt(c_i c_j) with a correlation rho. What the couplings leave unexplained is
+    taken for a rho that depends on the number of layers between the two only, one for each of GAPS,
+    by ridge regression on relative costs.
     """
-    return total(plan, costs) + float(_couplings(plan, costs) @ coupling)
-
-
-def interactions(measured: Mapping[Plan, float], costs: Costs) -> np.ndarray:
-    """2 rho for each of GAPS, from measured plans by ridge regression on relative costs."""
+    roots = np.sqrt(np.maximum(candidates.costs, 0.0))
     rows, excess = [], []
-    for plan, cost in measured.items():
-        size = total(plan, costs)
-        if len(plan.groups) > 1 and size > 0:
-            rows.append(_couplings(plan, costs) / size)
-            excess.append(cost / size - 1)
+    for choice, cost in measured.items():
+        expected, chosen = candidates.cost(choice), list(choice)
+        if len(chosen) > 1 and expected > 0:
+            pairs = np.outer(roots[chosen], roots[chosen])
+            gaps = candidates.gaps[chosen][:, chosen]
+            rows.append([pairs[gaps == gap].sum() / 2 / expected for gap in range(len(GAPS))])
+            excess.append(cost / expected - 1)
     if not rows:
-        return np.zeros(len(GAPS))
+        return candidates
     x, y = np.array(rows), np.array(excess)
-    return np.asarray(np.linalg.solve(x.T @ x + RIDGE * np.eye(len(GAPS)), x.T @ y))
+    rho = np.linalg.solve(x.T @ x + RIDGE * np.eye(len(GAPS)), x.T @ y)
+    more = np.append(rho, 0.0)[candidates.gaps] * np.outer(roots, roots)
+    return replace(candidates, coupling=candidates.coupling + more)
 
 
-def neighbours(plan: Plan, costs: Costs) -> set[Plan]:
-    """Plans of the same depth that differ from `plan` by one move, with known groups only.
+def changes(candidates: Candidates, choice: Choice, *, most: int = 64) -> dict[Choice, float]:
+    """Plans of the same depth with one or two groups replaced, and their expected costs.
 
-    The moves: put one stage, layer or group, elsewhere, the stages between shifting over; move a
-    layer from one group to another stage; wire one group differently.
+    One or two others take their place, of any size and wiring, anywhere; the `most` best.
     """
-    kinds = {_kind(group) for group in costs}
-    stages = [(1, "", 0) if (g := plan.group_of(s)) is None else _kind(g) for s in plan.stages]
-    changed: list[list[Kind]] = []
-    indices = range(len(stages))
-    for here in indices:
-        rest = stages[:here] + stages[here + 1 :]
-        changed += [
-            [*rest[:there], stages[here], *rest[there:]] for there in indices if there != here
-        ]
-        same_size = [kind for kind in kinds if kind[0] == stages[here][0]]
-        changed += [[*stages[:here], kind, *stages[here + 1 :]] for kind in same_size]
-        for there in indices:
-            if here != there and stages[here][0] > 1:
-                changed += _layer_moved(stages, here, there, kinds)
-    plans = {_from_stages(plan.num_layers, variant, costs) for variant in changed}
-    return {near for near in plans if near is not None and near != plan}
+    changed: dict[Choice, float] = {}
+    for removed in _removals(choice):
+        rest = tuple(place for place in choice if place not in removed)
+        saved = int(candidates.saved[list(removed)].sum())
+        base = candidates.cost(rest)
+        for added, cost in _fillings(candidates, rest, saved).items():
+            new = tuple(sorted((*rest, *added)))
+            changed[new] = base + cost
+    changed.pop(choice, None)
+    return dict(sorted(changed.items(), key=_rank)[:most])
+
+
+def _removals(choice: Choice) -> Iterator[Choice]:
+    yield from ((place,) for place in choice)
+    for a, b in combinations(range(len(choice)), 2):
+        if b - a <= REACH:
+            yield choice[a], choice[b]
+
+
+def _fillings(candidates: Candidates, rest: Choice, saved: int) -> dict[Choice, float]:
+    """One or two groups that save `saved` stages beside the rest, with what they cost there."""
+    cost, free = candidates.added(rest), candidates.free(rest)
+    fillings: dict[Choice, float] = {}
+    for place in _cheapest(cost, free & (candidates.saved == saved), 4 * FIRSTS):
+        fillings[(place,)] = float(cost[place])
+    for first in _cheapest(cost / candidates.saved, free & (candidates.saved < saved), FIRSTS):
+        fits = candidates.saved == saved - candidates.saved[first]
+        both = cost + candidates.coupling[first]
+        for second in _cheapest(both, free & fits & candidates.free((first,)), FIRSTS):
+            fillings[tuple(sorted((first, second)))] = float(cost[first] + both[second])
+    return fillings
+
+
+def _cheapest(cost: np.ndarray, allowed: np.ndarray, most: int) -> list[int]:
+    places = np.flatnonzero(allowed)
+    order: list[int] = places[np.argsort(cost[places], kind="stable")[:most]].tolist()
+    return order
 
 
 def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
@@ -145,18 +264,24 @@ def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
 
     With pairs wired lp these are the plans of Layer Parallelism (arXiv 2502.02790), one per start.
     """
-    plans = []
-    for size, wiring, bypass in sorted({_kind(group) for group in costs}):
+    candidates = Candidates.of(num_layers, costs)
+    return [candidates.plan(choice) for choice in _stretches(candidates, depth)]
+
+
+def _stretches(candidates: Candidates, depth: int) -> list[Choice]:
+    """The choices of `contiguous`."""
+    num_layers = candidates.num_layers
+    places = {(g.layers[0], len(g.layers), g.kind): i for i, g in enumerate(candidates.groups)}
+    stretches = []
+    for size, kind in sorted({(size, kind) for _, size, kind in places}):
         count, left = divmod(num_layers - depth, size - 1)
         if left or not count:
             continue
         for start in range(num_layers - count * size + 1):
-            stages: list[Kind] = [(1, "", 0)] * start + [(size, wiring, bypass)] * count
-            stages += [(1, "", 0)] * (num_layers - start - count * size)
-            plan = _from_stages(num_layers, stages, costs)
-            if plan is not None:
-                plans.append(plan)
-    return plans
+            chosen = [places.get((start + size * i, size, kind), -1) for i in range(count)]
+            if -1 not in chosen:
+                stretches.append(tuple(chosen))
+    return stretches
 
 
 def total(plan: Plan, costs: Costs) -> float:
@@ -164,104 +289,63 @@ def total(plan: Plan, costs: Costs) -> float:
     return sum(costs[group] for group in plan.groups)
 
 
-Kind = tuple[int, str, int]  # size, wiring, bypass; of a single layer (1, "", 0)
-
-
 def _starts(
-    costs: Costs,
-    coupling: np.ndarray,
+    candidates: Candidates,
     depth: int,
-    optima: Sequence[Plan],
-    parents: Mapping[Plan, float],
-) -> list[Plan]:
-    """Starting points at a depth: the first optimum, then the kinds in turn."""
-    stretches = contiguous(optima[0].num_layers, depth, costs)
-    stretches.sort(key=lambda plan: (predict(plan, costs, coupling), plan.shorthand))
-    longer = _ranked(
-        [
-            (plan, more)
-            for plan in parents
-            for group in costs
-            if (more := _with_group(plan, group)) is not None and more.depth == depth
-        ],
-        parents,
-        costs,
-        coupling,
+    optima: Ranked,
+    above: Mapping[Choice, float],
+    shallower: Sequence[Choice],
+) -> list[Choice]:
+    """Starting points at a depth: the kinds in turn, each by expected cost.
+
+    Of the contiguous stretches, one that ends where a published one does comes first. above: plans
+    of one stage more and their measured costs; shallower: predicted plans of one stage less.
+    """
+    ends = {round(share * candidates.num_layers) for share in PUBLISHED_ENDS}
+    stretches = sorted(
+        _stretches(candidates, depth), key=lambda choice: (candidates.cost(choice), choice)
     )
-    kinds = [list(optima), longer, stretches]
-    turns = [kind[at] for at in range(max(map(len, kinds))) for kind in kinds if at < len(kind)]
-    return list(dict.fromkeys(turns))
+    published = [c for c in stretches if candidates.spans[c[-1], 1] in ends][:1]
+    costs = {**{choice: candidates.cost(choice) for choice in shallower}, **above}
+    steps = {choice: dict(_one_step(candidates, choice, depth)) for choice in costs}
+    near = _expected(candidates, steps, costs)
+    turns = [[choice for _, choice in optima], near, published + stretches]
+    in_turn = zip_longest(*turns)
+    return [*dict.fromkeys(choice for turn in in_turn for choice in turn if choice is not None)]
 
 
-def _ranked(
-    moves: Iterable[tuple[Plan, Plan]],
-    measured: Mapping[Plan, float],
-    costs: Costs,
-    coupling: np.ndarray,
-) -> list[Plan]:
-    """The new plans of (plan, new plan), by expected cost."""
-    excess = {plan: cost - predict(plan, costs, coupling) for plan, cost in measured.items()}
-    expected: dict[Plan, float] = {}
-    for plan, new in moves:
-        cost = excess[plan] + predict(new, costs, coupling)
-        expected[new] = min(cost, expected.get(new, cost))
-    return [plan for plan, _ in sorted(expected.items(), key=_rank)]
+def _one_step(candidates: Candidates, choice: Choice, depth: int) -> Iterator[tuple[Choice, float]]:
+    """Plans of this depth from one of another, and their expected costs.
+
+    They have one group more or less, or a larger or smaller one in the place of one.
+    """
+    gap = candidates.depth(choice) - depth
+    for removed in ((), *((place,) for place in choice)):
+        saved = gap + int(candidates.saved[list(removed)].sum())
+        rest = tuple(place for place in choice if place not in removed)
+        base, added = candidates.cost(rest), candidates.added(rest)
+        if saved == 0:
+            yield rest, base
+        fits = candidates.free(rest) & (candidates.saved == saved)
+        for place in removed:
+            fits &= ~candidates.apart[place]
+        for place in np.flatnonzero(fits).tolist():
+            yield tuple(sorted((*rest, place))), base + float(added[place])
 
 
-def _couplings(plan: Plan, costs: Costs) -> np.ndarray:
-    """Summed sqrt(c_i c_j) over the pairs of groups at each of GAPS."""
-    sums = np.zeros(len(GAPS))
-    for first, second in itertools.combinations(plan.groups, 2):
-        gap = second.layers[0] - first.layers[-1] - 1
-        index = max(i for i, least in enumerate(GAPS) if gap >= least)
-        sums[index] += math.sqrt(max(0.0, costs[first]) * max(0.0, costs[second]))
-    return sums
+def _expected(
+    candidates: Candidates,
+    changed: Mapping[Choice, Mapping[Choice, float]],
+    measured: Mapping[Choice, float],
+) -> list[Choice]:
+    """New plans by their expected costs, corrected by the error made for what they come from."""
+    expected: dict[Choice, float] = {}
+    for choice, news in changed.items():
+        excess = measured[choice] - candidates.cost(choice)
+        for new, cost in news.items():
+            expected[new] = min(excess + cost, expected.get(new, math.inf))
+    return [choice for choice, _ in sorted(expected.items(), key=_rank)]
 
 
-def _layer_moved(
-    stages: list[Kind], here: int, there: int, kinds: Iterable[Kind]
-) -> Iterator[list[Kind]]:
-    for less in kinds if stages[here][0] > 2 else [(1, "", 0)]:
-        for more in kinds:
-            if less[0] == stages[here][0] - 1 and more[0] == stages[there][0] + 1:
-                changed = list(stages)
-                changed[here], changed[there] = less, more
-                yield changed
-
-
-def _from_stages(num_layers: int, stages: Sequence[Kind], costs: Costs) -> Plan | None:
-    """The plan of these stages in order, or None if one of its groups is no candidate."""
-    groups, first = [], 0
-    for size, wiring, bypass in stages:
-        if size > 1:
-            layers = tuple(range(first, first + size))
-            group = Group.model_construct(layers=layers, wiring=wiring, bypass=bypass)
-            if group not in costs:
-                return None
-            groups.append(group)
-        first += size
-    return _plan(num_layers, groups)
-
-
-def _with_group(plan: Plan, group: Group) -> Plan | None:
-    taken = {layer for other in plan.groups for layer in other.layers}
-    if taken & set(group.layers):
-        return None
-    groups = sorted((*plan.groups, group), key=lambda other: other.layers)
-    return _plan(plan.num_layers, groups)
-
-
-def _plan(num_layers: int, groups: Iterable[Group]) -> Plan:
-    return Plan.model_construct(num_layers=num_layers, groups=tuple(groups))
-
-
-def _kind(group: Group) -> Kind:
-    return len(group.layers), group.wiring, group.bypass
-
-
-def _rank(item: tuple[Plan, float]) -> tuple[float, str]:
-    return item[1], item[0].shorthand
-
-
-def _path_rank(path: tuple[float, Groups]) -> tuple[float, tuple[str, ...]]:
-    return path[0], tuple(group.shorthand for group in path[1])
+def _rank(item: tuple[Choice, float]) -> tuple[float, Choice]:
+    return item[1], item[0]

@@ -37,11 +37,11 @@ def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> N
     rows: as `rivals.compare` returns them, or none to draw the front on the calibration text alone.
     """
     front, profile = planned.front, planned.profile
-    text = "held-out" if rows else "calibration"
+    text = "held-out" if rows or front.held_out else "calibration"
     title = f"{planned.plan.num_layers} layers, on {text} text"
     rows = [row for row in rows if not row.refit] or [
         Measured(
-            *("planner", depth, plan.shorthand, front.plans[plan]),
+            *("planner", depth, plan.shorthand, front.judged(plan)),
             speedup=profile.speedup(plan) if profile is not None else None,
         )
         for depth, plan in front.best().items()

@@ -100,7 +100,8 @@ class Missing:
 class Run:
     """A run folder. last: the conversion of the last call; others: the rest, deepest first.
 
-    plans: every plan that was measured, with its cost on the calibration text. baselines: the
+    plans: every plan that was measured, with its cost on the calibration text. held_out: the best
+    of each depth, with its cost on other text, where that was measured. baselines: the
     planner's and the published ways' plans on held-out text. profile: predicts speed-ups. results:
     the last call's numbers, None where it did not come to its end. texts: what each text was like,
     by the folder of the calibration that it served.
@@ -109,6 +110,7 @@ class Run:
     folder: Path
     stats: Stats | None
     plans: Mapping[Plan, Cost]
+    held_out: Mapping[Plan, Cost]
     baselines: tuple[Measured, ...]
     profile: Profile | None
     results: Record | None
@@ -127,9 +129,9 @@ class Run:
 
     @property
     def front(self) -> tuple[Measured, ...]:
-        """The best plans with their costs there."""
+        """The best plans with their costs, on held-out text where they were measured there."""
         return tuple(
-            Measured("planner", depth, plan.shorthand, self.plans[plan])
+            Measured("planner", depth, plan.shorthand, self.held_out.get(plan, self.plans[plan]))
             for depth, plan in self.best.items()
         )
 
@@ -203,6 +205,7 @@ def read_run(folder: str | Path) -> Run:
         folder=run,
         stats=stats,
         plans=_plans(run / FRONT_FILE, num_layers),
+        held_out=_plans(run / FRONT_FILE, num_layers, "held_out"),
         baselines=_baselines(run / BASELINES_FILE),
         profile=_profile(run / "profile.json"),
         results=results,
@@ -300,15 +303,17 @@ def _last(conversions: list[Conversion], results: Record | None) -> Conversion |
     return max(conversions, key=planned, default=None)
 
 
-def _plans(path: Path, num_layers: int | None) -> dict[Plan, Cost]:
-    """Every plan in front.json with its cost."""
+def _plans(path: Path, num_layers: int | None, key: str = "plans") -> dict[Plan, Cost]:
+    """The plans in front.json with their costs, or those that were measured on held-out text."""
     record = read_record(path) or {"plans": []}
     try:
-        count = int(num_layers or record["identity"]["num_layers"]) if record["plans"] else 1
-        plans = [Plan.parse(row["plan"], count) for row in record["plans"]]
+        # earlier versions measured nothing on held-out text
+        written = record[key] if key == "plans" else record.get(key, ())
+        count = int(num_layers or record["identity"]["num_layers"]) if written else 1
+        plans = [Plan.parse(row["plan"], count) for row in written]
         rows = [
             Measured.from_dict(row, depth=plan.depth)
-            for row, plan in zip(record["plans"], plans, strict=True)
+            for row, plan in zip(written, plans, strict=True)
         ]
     except (LookupError, TypeError, ValueError, AttributeError):
         raise damaged_record(path) from None

@@ -1,0 +1,305 @@
+"""Measuring: the cost of plans on a calibration's text, of groups alone, how the layers depend."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+
+from abreast.checkpoint import replacing
+from abreast.errors import AbreastError
+from abreast.evaluate import ratio_of_means
+from abreast.model import Program, geometry, name_of, run_programs
+from abreast.plan import Group, Plan, PlanError
+from abreast.planner.calibration import DEPENDENCY_SHARE, Calibration, share_of
+from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
+from abreast.planner.objective import KL, Cost, Objective
+from abreast.planner.search import Candidates, additive
+from abreast.runs import JOURNAL, Journal, read_journal
+
+Progress = Callable[[int, int], None]
+GEOMETRY = "geometry.safetensors"
+
+
+def score(
+    calibration: Calibration,
+    plans: Sequence[Plan],
+    *,
+    batches: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> list[Cost]:
+    """The cost of each plan on the calibration text, or on some of its batches.
+
+    Nothing in the journal is run again; every evaluation is on disk before the next one runs.
+    progress: called with (evaluations done, in all), one being a plan on a batch. Raises
+    AbreastError where a model's logits are not finite.
+    """
+    programs = [_program(plan) for plan in plans]
+    scores = score_programs(calibration, programs, batches=batches, progress=progress)
+    return [cost for cost, *_ in scores]
+
+
+def score_programs(
+    calibration: Calibration,
+    programs: Sequence[Program],
+    *,
+    batches: Iterable[int] | None = None,
+    progress: Progress | None = None,
+) -> list[tuple[Cost, float, float]]:
+    """As `score`; with each cost the share of next tokens that stay the same, and its error."""
+    chosen = list(calibration.batches if batches is None else batches)
+    lines = read_journal(calibration.folder)
+    todo = {
+        batch: [p for p in dict.fromkeys(programs) if (name_of(p), batch) not in lines]
+        for batch in chosen
+    }
+    total = len(chosen) * len(set(programs))
+    finished = total - sum(map(len, todo.values()))
+    with open(calibration.folder / JOURNAL.format(0), "a", encoding="utf-8") as journal:
+        for batch, missing in todo.items():
+            for line in _evaluate(calibration, batch, missing) if missing else ():
+                lines[line["program"], batch] = line
+                journal.write(json.dumps(line) + "\n")
+                journal.flush()
+                finished += 1
+                if progress is not None:
+                    progress(finished, total)
+    scores = []
+    for program in programs:
+        sums = _sums(lines, program, chosen)
+        same = ratio_of_means(sums[:, 3], np.full(len(sums), calibration.scored))
+        scores.append((_cost(sums, calibration.scored), *same))
+    return scores
+
+
+def measured_plans(calibration: Calibration, *, least: int | None = None) -> dict[Plan, Cost]:
+    """The cost of every plan in the journal, the deepest first, whatever call it was measured for.
+
+    least: also plans that were measured on so many batches only; None: those on the whole text.
+    """
+    lines = read_journal(calibration.folder)
+    batches_of: dict[str, list[int]] = {}
+    for program, batch in sorted(lines):
+        batches_of.setdefault(program, []).append(batch)
+    costs = {}
+    for program, batches in batches_of.items():
+        plan = _plan_of(program, calibration.num_layers)
+        if plan is not None and len(batches) >= (least or len(calibration.batches)):
+            costs[plan] = _cost(_sums(lines, _program(plan), batches), calibration.scored)
+    return dict(sorted(costs.items(), key=lambda item: (-item[0].depth, item[0].shorthand)))
+
+
+def _plan_of(program: str, num_layers: int) -> Plan | None:
+    """The plan of a journal's program, or None where layers are left out or changed."""
+    groups = " ".join(word for word in program.split() if not word.isdigit())
+    try:
+        plan = Plan.parse(groups, num_layers)
+    except PlanError:
+        return None
+    return plan if name_of(_program(plan)) == program else None
+
+
+def _evaluate(
+    calibration: Calibration, batch: int, programs: Sequence[Program]
+) -> Iterator[dict[str, Any]]:
+    """Run programs on a batch; yield the journal's line of each."""
+    original = _program(Plan(num_layers=calibration.num_layers))
+    ids = torch.from_numpy(calibration.tokens[batch * calibration.size :][: calibration.size])
+    layers_run = 0
+    for program, sums, evaluated in run_programs(
+        calibration.model, ids, programs, prefix=calibration.prefix, reference=original
+    ):
+        name = name_of(program)
+        if not np.isfinite(sums).all():
+            raise AbreastError(
+                f"the model gives logits that are not finite (plan '{name}'); "
+                "use --dtype bfloat16 or float32, or check its weights"
+            )
+        layers_run += evaluated
+        if program != original:  # whose layers count as run for the program after it
+            yield {"program": name, "batch": batch, "evaluated": layers_run, "sums": sums.tolist()}
+            layers_run = 0
+
+
+def measure(
+    calibration: Calibration,
+    *,
+    objective: Objective = KL,
+    depth: int | None = None,
+    progress: Progress | None = None,
+) -> Stats:
+    """Measure candidates alone and how layers depend on each other; write stats.safetensors.
+
+    The file also has the groups that earlier calls measured, and nothing in the journal is measured
+    again. Of candidates larger than the smallest only those that promise most (`larger` in the
+    settings) are measured, or all where the others do not reach `depth`; after a part of the text
+    (`screen`) only the best by the objective (`keep`) are measured on the rest. All three 1:
+    everything on everything. progress: as for `score`, of the current step. Raises as `score`.
+    """
+    screen, keep = calibration.settings.screen, calibration.settings.keep
+    larger = calibration.settings.larger
+    if not (0 < screen <= 1 and 0 < keep <= 1 and 0 <= larger <= 1):
+        raise AbreastError(
+            f"screen, keep and larger are shares, not {screen}, {keep} and {larger}; "
+            "use 0.125, 0.1 and 0.3"
+        )
+    arrays = _geometry(calibration)
+    num_layers, batches = calibration.num_layers, calibration.batches
+    screened = batches[: share_of(batches, screen)]
+    smallest = min(len(group.layers) for group in calibration.candidates)
+    first = [group for group in calibration.candidates if len(group.layers) == smallest]
+    costs = _costs_alone(calibration, first, screened, progress)
+    more = _worth_measuring(calibration, costs, objective, depth)
+    costs |= _costs_alone(calibration, more, screened, progress)
+    promising = _promising(costs, keep, objective)
+    _costs_alone(calibration, promising, batches, progress)
+    original = Plan(num_layers=num_layers, groups=(promising[0],))
+    measured = measured_plans(calibration, least=len(screened))
+    original_nll = _sums(read_journal(calibration.folder), _program(original), batches)[:, 1]
+    stats = Stats(
+        identity=calibration.identity,
+        source=calibration.source,
+        num_layers=num_layers,
+        loss=float(original_nll.mean()) / calibration.scored,
+        groups={plan.groups[0]: c for plan, c in measured.items() if len(plan.groups) == 1},
+        full_forwards=sum(full_forwards(calibration).values()),
+        revision=calibration.revision,
+        **{name: arrays[name] for name in GEOMETRY_ARRAYS},
+    )
+    stats.check()
+    stats.save(calibration.folder / STATS_FILE)
+    return stats
+
+
+def _costs_alone(
+    calibration: Calibration,
+    groups: Sequence[Group],
+    batches: Sequence[int],
+    progress: Progress | None = None,
+) -> dict[Group, Cost]:
+    plans = [Plan(num_layers=calibration.num_layers, groups=(group,)) for group in groups]
+    costs = score(calibration, plans, batches=batches, progress=progress)
+    return dict(zip(groups, costs, strict=True))
+
+
+def _worth_measuring(
+    calibration: Calibration, costs: dict[Group, Cost], objective: Objective, depth: int | None
+) -> list[Group]:
+    """The larger candidates, of each size the share whose smallest ones within cost least alone.
+
+    All of them where the others do not reach the depth. costs: of the smallest candidates.
+    """
+    cheapest: dict[tuple[int, ...], float] = {}
+    for group, cost in costs.items():
+        value = objective.value(cost)
+        cheapest[group.layers] = min(value, cheapest.get(group.layers, value))
+    size = min(map(len, cheapest))
+
+    def within(layers: tuple[int, ...]) -> float:
+        return sum(
+            cheapest.get(layers[at : at + size], math.inf) for at in range(len(layers) - size + 1)
+        )
+
+    stretches: dict[int, set[tuple[int, ...]]] = {}
+    for group in set(calibration.candidates) - costs.keys():
+        stretches.setdefault(len(group.layers), set()).add(group.layers)
+    chosen: set[tuple[int, ...]] = set()
+    for of_size in stretches.values():
+        ranked = sorted(of_size, key=lambda layers: (within(layers), layers))
+        chosen.update(ranked[: math.ceil(calibration.settings.larger * len(ranked))])
+    larger = [group for group in calibration.candidates if group not in costs]
+    some = [group for group in larger if group.layers in chosen]
+    reached = additive(calibration.num_layers, dict.fromkeys([*costs, *some], 0.0))
+    return some if depth is None or depth in reached else larger
+
+
+def candidate_costs(calibration: Calibration, objective: Objective = KL) -> Candidates:
+    """The candidates that `measure` measured, with their costs on the text that all share."""
+    batches = calibration.batches
+    screened = batches[: share_of(batches, calibration.settings.screen)]
+    measured = read_journal(calibration.folder)
+    num_layers = calibration.num_layers
+    groups = [
+        group
+        for group in calibration.candidates
+        if all(
+            (name_of(_program(Plan(num_layers=num_layers, groups=(group,)))), batch) in measured
+            for batch in screened
+        )
+    ]
+    costs = _costs_alone(calibration, groups, screened)
+    return Candidates.of(num_layers, {g: objective.value(cost) for g, cost in costs.items()})
+
+
+def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
+    """Cost of `first` over `second`, both measured before; errors paired over windows."""
+    lines = read_journal(calibration.folder)
+    one, two = (_sums(lines, _program(plan), calibration.batches) for plan in (first, second))
+    return _cost(np.stack([one[:, 0], two[:, 0], one[:, 2] - two[:, 2]], 1), calibration.scored)
+
+
+def full_forwards(calibration: Calibration) -> dict[int, float]:
+    """Cost of the run so far, in full forward passes over the calibration text, by depth.
+
+    Candidates alone count at their depth; what `Stats` has besides them at the full depth.
+    """
+    path = calibration.folder / GEOMETRY
+    layers = {calibration.num_layers: load_file(path)["layers"].item() if path.is_file() else 0.0}
+    for (program, _), line in read_journal(calibration.folder).items():
+        depth = len(program.split())
+        layers[depth] = layers.get(depth, 0.0) + line["evaluated"] * len(line["sums"])
+    full = calibration.num_layers * len(calibration.tokens)
+    return {depth: total / full for depth, total in sorted(layers.items(), reverse=True)}
+
+
+def _promising(costs: dict[Group, Cost], keep: float, objective: Objective) -> list[Group]:
+    """The best wiring of each stretch of layers, for the `keep` best share of the stretches."""
+
+    def rank(group: Group) -> tuple[float, str]:
+        return objective.value(costs[group]), group.shorthand
+
+    best: dict[tuple[int, ...], Group] = {}
+    for group, cost in costs.items():
+        rival = best.setdefault(group.layers, group)
+        if objective.value(cost) < objective.value(costs[rival]):
+            best[group.layers] = group
+    ranked = sorted(best.values(), key=rank)
+    chosen = set(ranked[: math.ceil(keep * len(ranked))])
+    return [group for group in costs if group in chosen]
+
+
+def _program(plan: Plan) -> Program:
+    return tuple(plan.group_of(stage) or stage[0] for stage in plan.stages)
+
+
+def _sums(lines: Journal, program: Program, batches: Iterable[int]) -> np.ndarray:
+    """`token_scores` summed per window, shape [num_windows, 4]."""
+    name = name_of(program)
+    return np.concatenate([np.asarray(lines[name, batch]["sums"]) for batch in batches])
+
+
+def _cost(sums: np.ndarray, scored: int) -> Cost:
+    """From sums per window: columns nll, the original's nll, KL."""
+    counts = np.full(len(sums), scored)
+    kl, kl_stderr = ratio_of_means(sums[:, 2], counts)
+    loss, loss_stderr = ratio_of_means(sums[:, 0] - sums[:, 1], counts)
+    return Cost(kl, kl_stderr, loss, loss_stderr, int(counts.sum()))
+
+
+def _geometry(calibration: Calibration) -> dict[str, np.ndarray]:
+    """Arrays of `geometry`, kept in the folder once computed."""
+    path = calibration.folder / GEOMETRY
+    if path.is_file():
+        return dict(load_file(path))
+    few = math.ceil(len(calibration.tokens) / DEPENDENCY_SHARE)
+    arrays = geometry(
+        calibration.model, calibration.tokens, calibration.size, few, calibration.prefix
+    )
+    with replacing(path) as staging:
+        save_file(arrays, staging)
+    return arrays
