@@ -356,8 +356,8 @@ class Front:
 
     def _limited(self, budget: Budget) -> Mapping[Plan, Cost]:
         """The plans that a budget chooses from, with the costs that it limits."""
-        of_quality = budget.depth is None and budget.speedup is None
-        return self.held_out if of_quality and self.held_out else self.plans
+        searched = budget.depth is not None or budget.speedup is not None
+        return self.plans if searched else self.held_out or self.plans
 
     def _unmet(self, budget: Budget, profile: Profile | None) -> AbreastError:
         if not self.plans:
@@ -453,11 +453,11 @@ def explain(plan: Plan, front: Front) -> str:
     total = sum(objective.value(stats.groups[group]) for group in plan.groups)
     text, searched = "calibration", ""
     if plan in front.held_out:
-        text = "held-out"
-        searched = (
+        text, searched = (
+            "held-out",
             f"On the {cost.tokens:,} tokens that it was searched on it costs {name} "
             f"{objective.value(cost):.5f}, {objective.value(cost) - objective.value(judged):+.5f} "
-            "against held-out text. "
+            "against held-out text. ",
         )
     lines = [
         f"# Why {plan.shorthand}",
