@@ -388,9 +388,7 @@ class Front:
             "identity": dict(self.stats.identity),
             "full_forwards": dict(self.full_forwards),
             "plans": [{"plan": p.shorthand, **asdict(cost)} for p, cost in self.plans.items()],
-            "held_out": [
-                {"plan": p.shorthand, **asdict(cost)} for p, cost in self.held_out.items()
-            ],
+            "held_out": [{"plan": p.shorthand, **asdict(c)} for p, c in self.held_out.items()],
         }
 
 
