@@ -23,7 +23,7 @@ from abreast.model import geometry, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner.calibration import calibrate
 from abreast.planner.find import find_plan, profile_here
-from abreast.planner.front import Budget, CalibrationSettings
+from abreast.planner.front import Budget, CalibrationSettings, kind_of
 from abreast.planner.objective import KL
 from abreast.rivals import METHODS, caption, compare
 
@@ -84,7 +84,8 @@ def main() -> None:
         planned = find_plan(calibration, out, Budget(depth=min(depths)), step=step)
         best, arrays = planned.front.best(), planned.front.stats.geometry
         ours = {depth: best[depth] for depth in depths}
-    profile = profile_here(calibration, out, step=step) if options.speed else None
+    kinds = {kind_of(group) for group in calibration.candidates}
+    profile = profile_here(calibration, kinds, out, step=step) if options.speed else None
     rows = compare(
         ours,
         arrays,
