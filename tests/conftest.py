@@ -165,3 +165,25 @@ def browser() -> Iterator[Any]:
         launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         yield launched
         launched.close()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command in this process: (exit status, stdout, stderr)."""
+    import signal
+    import sys
+
+    from abreast.cli.main import main
+
+    for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, {"TQDM_DISABLE": "1"}.get(name, "error"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["abreast", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call

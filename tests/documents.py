@@ -25,12 +25,12 @@ SHORTER = {
     "verify": "--tokens 16",
     "bench": "--rounds 1 --warmup 0 --steps 1 --new-tokens 1 --batch 1 --context 8",
     "measure": "--data stdlib --windows 8 --window 32",
-    "plan": "--data stdlib --windows 8 --window 32 --per-group 1",
+    "plan": "--data stdlib --windows 8 --window 32 --per-group 1 --max-group 2 --wirings lp",
     # What is timed here is noise: tests/test_optimize.py takes a profile.
-    "plan --speedup": "--data stdlib --windows 8 --window 32 --per-group 1 "
-    "--hardware 2xA100-NVLink",
-    "optimize": "--data stdlib --windows 8 --window 32 --per-group 1 --eval-data stdlib "
-    "--max-tokens 600 --rounds 1 --no-baselines",
+    "plan --speedup": "--data stdlib --windows 8 --window 32 --per-group 1 --max-group 2 "
+    "--wirings lp --hardware 2xA100-NVLink",
+    "optimize": "--data stdlib --windows 8 --window 32 --per-group 1 --max-group 2 --wirings lp "
+    "--eval-data stdlib --max-tokens 600 --rounds 1 --no-baselines",
     "study --sweep": "--data stdlib --windows 2 --window 32 --max-groups 1 --wirings lp",
     "study": "--data stdlib --windows 2 --window 32 --max-length 2 --permutations 1 --devices cpu",
     "heal": "--data stdlib-train --tokens 4000 --window 64 --steps 2 --batch-size 2 "

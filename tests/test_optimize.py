@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import abreast.optimize as optimizing
-from abreast.cli.main import main
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.optimize import Checks, Healing, optimize
@@ -367,26 +366,6 @@ def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
     assert again.to_dict() == result.to_dict() and counted.calls == ["heal", "heal"]
     plain = optimize(model_folder(), tmp_path, planned, **options)
     assert plain.converted != result.converted and plain.healed == {}
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command in this process: (exit status, stdout, stderr)."""
-    import signal
-    import sys
-
-    for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, {"TQDM_DISABLE": "1"}.get(name, "error"))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["abreast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 SMALL = ("--data", "stdlib", "--windows", 8, "--window", 32, "--batch-size", 8)

@@ -1,0 +1,121 @@
+"""Searches as a user runs them: judged on text that they do not see, repeated, foretold."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from abreast.data import TokenStream
+from abreast.errors import AbreastError
+from abreast.planner import Budget, CalibrationSettings, calibrate, find_plan, score
+from abreast.planner.front import explain
+from abreast.planner.measuring import full_forwards
+from abreast.report.records import read_run
+
+WINDOW, WINDOWS, LAYERS = 32, 8, 8
+SIZES = ("--windows", WINDOWS, "--window", WINDOW, "--no-plots", "--per-group", 1)
+
+
+@pytest.fixture
+def texts(tiny_checkpoint, tmp_path):
+    """A calibration of pairs in two wirings, and another part of the same text."""
+    tokens = np.random.default_rng(0).integers(128, size=2 * WINDOWS * WINDOW)
+    stream = TokenStream(tokens, "random", 1, tokens.size)
+    settings = CalibrationSettings(
+        num_windows=WINDOWS, window=WINDOW, max_group=2, wirings=("lp", "ff")
+    )
+    return [
+        calibrate(
+            tiny_checkpoint(num_layers=LAYERS),
+            tmp_path / name,
+            settings,
+            stream=stream,
+            part=(number, 2),
+        )
+        for number, name in enumerate(("calibration", "held-out"))
+    ]
+
+
+def test_a_plan_costs_what_it_costs_on_held_out_text(texts, tmp_path):
+    calibration, held_out = texts
+    messages = []
+    planned = find_plan(
+        calibration, tmp_path, Budget(depth=6), held_out=held_out, step=messages.append
+    )
+    [searched], [expected] = score(calibration, [planned.plan]), score(held_out, [planned.plan])
+    assert (planned.searched, planned.expected) == (searched, expected) and searched != expected
+    assert planned.to_dict()["optimism"] == searched.kl - expected.kl
+    best = planned.front.best()
+    assert [*planned.front.held_out] == [*best.values()] and [*best] == [7, 6]
+    assert planned.to_dict()["front"][1]["kl"] == expected.kl
+    page = explain(planned.plan, planned.front)
+    assert f"tokens of held-out text this plan costs KL {expected.kl:.5f}" in page
+    assert f"{searched.kl - expected.kl:+.5f} against held-out text" in page
+    found = read_run(tmp_path)
+    assert [row.cost for row in found.front] == [planned.front.held_out[p] for p in best.values()]
+    assert "full forward passes over 256 tokens, about" in messages[0]
+    find_plan(calibration, tmp_path, Budget(depth=6), held_out=held_out, step=messages.append)
+    assert any("of which earlier calls made" in message for message in messages)
+
+
+def test_a_limit_on_quality_has_to_hold_on_held_out_text(texts, tmp_path):
+    calibration, held_out = texts
+    planned = find_plan(calibration, tmp_path, Budget(depth=6), held_out=held_out)
+    limits = {cost.kl for cost in planned.front.held_out.values()}
+    limited = find_plan(calibration, tmp_path, Budget(max_kl=min(limits)), held_out=held_out)
+    assert limited.expected.kl == min(limits)
+    with pytest.raises(AbreastError, match="no plan has a KL of at most"):
+        find_plan(calibration, tmp_path, Budget(max_kl=min(limits) / 2), held_out=held_out)
+
+
+def test_plans_are_screened_on_a_part_of_the_text(texts, tmp_path):
+    calibration, _ = texts
+    find_plan(calibration, tmp_path, Budget(depth=5))
+    lines = [
+        json.loads(line)
+        for line in (calibration.folder / "journal-0.jsonl").read_text().splitlines()
+    ]
+    batches = {}
+    for line in lines:
+        if len(line["program"].split()) < LAYERS - 1:
+            batches.setdefault(line["program"], set()).add(line["batch"])
+    counts = [len(seen) for seen in batches.values()]
+    assert set(counts) == {1, len(calibration.batches)}
+    assert counts.count(len(calibration.batches)) == 2 * 3  # the three best of both depths
+    assert sum(full_forwards(calibration).values()) > 0
+
+
+def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
+    command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
+    options = ("--max-group", 2, "--wirings", "lp", "--depth", 7)
+    status, out, _ = run(*command, *options, "--dry-run")
+    assert status == 0 and "full forward passes" in out and not (tmp_path / "run").exists()
+    status, out, err = run(*command, *options, "--repeat", 2, "--json")
+    assert status == 0, err
+    first, second = json.loads(out)["searches"]
+    assert first["plan"] == json.loads(out)["plan"] and second["depth"] == 7
+    seen = set()
+    for name in ("calibration", "repeat-2/calibration", "held-out"):
+        seen.add(
+            json.loads((tmp_path / "run" / name / "measure.json").read_text())["identity"]["tokens"]
+        )
+    assert len(seen) == 3
+    assert first["expected"]["tokens"] == second["expected"]["tokens"]
+    status, out, _ = run(*command, *options, "--repeat", 2)
+    assert status == 0 and "search 2" in out and "differ by" in out
+    status, _, err = run(*command, *options, "--repeat", 100)
+    assert status == 2 and "name a text of at least" in err and "\n" not in err.strip()
+
+
+def test_an_engine_that_loads_none_is_refused_before_anything_is_measured(
+    tiny_checkpoint, tmp_path, run
+):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    options = ("--wirings", "cqil-full", "--for", "llama.cpp", "--depth", 7, "--data", "stdlib")
+    status, _, err = run("plan", model, "-o", tmp_path / "run", *SIZES, *options)
+    assert status == 2 and "llama.cpp loads no such group" in err
+    assert not (tmp_path / "run").exists()
