@@ -25,7 +25,8 @@ CHECKPOINTS = sorted(path.name for path in (OLD / "checkpoints").iterdir())
 COMMAND = (
     "abreast optimize model -o out --depth 4 --data text.md --eval-data text.md "
     "--baseline-data text.md --windows 8 --window 64 --rounds 2 --max-tokens 2000 "
-    "--dtype float32 --no-plots --no-report --json"
+    "--dtype float32 --no-plots --no-report --json "
+    "--max-group 2 --wirings lp --batch-size 16"  # what were the defaults
 )
 IDS = torch.arange(3, 43)[None]
 

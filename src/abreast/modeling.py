@@ -13,7 +13,6 @@ Shapes: B batch, L length, D hidden, P members, and X for any other width.
 import copy
 import functools
 import importlib
-import inspect
 import math
 from contextvars import ContextVar
 from typing import Any
@@ -65,10 +64,7 @@ class View(nn.Module):
 
 class Apart(View):
     """A linear map per member, one below the other: [.., P, in] or [.., P * in] -> [.., P, out].
-
-    A plain module is one batched product; others run on every member's input, and each takes its
-    own outputs.
-    """
+    A plain module is one batched product; others run on all inputs, and each takes its outputs."""
 
     def __init__(self, holder: nn.Module, name: str, members: int) -> None:
         super().__init__(holder, name)
@@ -89,8 +85,10 @@ class ThroughViews:
     """Mixed into an attention or an FFN: runs its stock code on views of its modules."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.viewing[0].training = self.training
-        return self.viewing[0].forward(*args, **kwargs)
+        viewing = self.viewing[0]
+        viewing.training = self.training
+        viewing._modules = self._modules | viewing._modules  # vLLM adds one
+        return viewing.forward(*args, **kwargs)
 
 
 def _through_views(module: Any, views: dict[str, nn.Module]) -> None:
@@ -206,9 +204,6 @@ class Passes:
         return last
 
 
-Passes.forward.__signature__ = inspect.signature(transformers.LlamaModel.forward)  # vLLM reads it
-
-
 class InOrder:
     """Mixed into the layer of a group: can run its members in their original order."""
 
@@ -252,9 +247,8 @@ class MemberCache:
 
 
 class Member(View):
-    """One member's part of a wide module, of which only that is computed if it is plain. `spread`
-    (axis, before, after) says where its input lies among zeros for the others, `take` (axis,
-    pieces) where its output does."""
+    """One member's part of a wide module, of which only that is computed if it is plain. Its input
+    lies at `spread` (axis, before, after) among zeros, its output at `take` (axis, pieces)."""
 
     def find(self, small: Any, member: int, members: int, packed: list[int] | None) -> None:
         # small: an unconverted layer's module; packed: sizes of what its output holds in turn
@@ -300,7 +294,8 @@ class Member(View):
 
 def mix(module: Any, mixin: type, **attributes: Any) -> None:
     """Put `mixin` before the class of a module, which stays an instance of that class."""
-    module.__class__ = _mixed(module.__class__, mixin)
+    if not isinstance(module, mixin):
+        module.__class__ = _mixed(module.__class__, mixin)
     module.__dict__.update(attributes)
 
 
@@ -309,17 +304,22 @@ def _mixed(kind: Any, mixin: Any) -> type:
     parts = (*getattr(kind, "mixed_of", (kind,)), mixin)
     # Its old name lets others know it, but not pickle and copy find it.
     own = {"mixed_of": parts, "__reduce__": lambda self: (_empty, parts, self.__dict__)}
+    if "forward" in vars(mixin):
+        own["forward"] = _forward_of(mixin, kind)
     return type(kind.__name__, (mixin, kind), own | {"__module__": kind.__module__})
 
 
+def _forward_of(mixin: Any, kind: Any) -> Any:
+    forward = lambda self, *args, **kwargs: mixin.forward(self, *args, **kwargs)  # noqa: E731
+    return functools.wraps(kind.forward)(forward)  # vLLM reads the stock signature and source
+
+
 def _empty(*parts: Any) -> Any:
-    kind = functools.reduce(_mixed, parts)
-    return kind.__new__(kind)
+    return (kind := functools.reduce(_mixed, parts)).__new__(kind)
 
 
 def _keep_members(layer: Any, config: Any, attentions: int, norms: Any) -> None:
-    """Replace what stays with its member in a layer built as one wide stock layer. Its attention
-    is that of `attentions` members: of all or, where they run in order, of one."""
+    """Replace what stays with its member in a wide layer of `attentions` members' attentions."""
     members, bypass, joined = config.abreast_members, config.abreast_bypass, attentions > 1
     attention, mlp = layer.self_attn, layer.mlp
     children = {name for name, _ in layer.named_children() if name.endswith("norm")}
@@ -474,7 +474,8 @@ def _make(family: str) -> None:
     own = {"layer_class": getattr(stock, f"{family}DecoderLayer"), "config_class": config}
     own |= {"__module__": __name__, "__annotations__": {"config": config}}
     body, head = (getattr(stock, name) for name in (f"{inner}Model", f"{family}ForCausalLM"))
-    model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, body), own)
+    passing = own | {"forward": _forward_of(Passes, body)}
+    model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, Passes, body), passing)
     causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
     kinds = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal}
     for auto, made in kinds.items():

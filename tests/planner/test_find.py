@@ -99,7 +99,7 @@ def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
     first, second = json.loads(out)["searches"]
     assert first["plan"] == json.loads(out)["plan"] and second["depth"] == 7
     seen = set()
-    for name in ("calibration", "repeat-2/calibration", "held-out"):
+    for name in ("calibration", "repeat-2/calibration", "judge"):
         seen.add(
             json.loads((tmp_path / "run" / name / "measure.json").read_text())["identity"]["tokens"]
         )

@@ -173,7 +173,7 @@ def run(tiny_checkpoint, tmp_path):
     """`compare` on a tiny model: our plans, its rows, and the two texts."""
     folder = tiny_checkpoint(num_layers=LAYERS)
     settings = CalibrationSettings(
-        num_windows=WINDOWS, window=WINDOW, batch_size=4, wirings=("lp", "ff")
+        num_windows=WINDOWS, window=WINDOW, batch_size=4, max_group=2, wirings=("lp", "ff")
     )
     texts = [
         calibrate(folder, tmp_path / name, settings, stream=text(seed))
@@ -254,7 +254,7 @@ def test_an_interrupted_comparison_goes_on(run, monkeypatch, tmp_path):
     some = ("planner", "sleb", "replaceme")
     whole = call(methods=some)
     monkeypatch.setattr(module, "Streams", None)
-    monkeypatch.setattr("abreast.planner.calibration.run_programs", None)
+    monkeypatch.setattr("abreast.planner.measuring.run_programs", None)
     assert call(methods=some) == whole
     journal = tmp_path / "rivals" / "held-out" / "journal-0.jsonl"
     lines = journal.read_text().splitlines()

@@ -401,7 +401,7 @@ def _texts(
     )
     held_out = calibrate(
         model,
-        out / "held-out",
+        out / "judge",
         replace(settings, data=other),
         part=(0, 1) if another else (repeat, parts),
         role="judge",
