@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,10 @@ def measure(
         **{name: arrays[name] for name in GEOMETRY_ARRAYS},
     )
     stats.check()
-    stats.save(calibration.folder / STATS_FILE)
+    path = calibration.folder / STATS_FILE
+    if path.is_file() and (saved := Stats.load(path)).groups == stats.groups:
+        return replace(saved, source=calibration.source, revision=calibration.revision)
+    stats.save(path)
     return stats
 
 
