@@ -355,6 +355,8 @@ def test_groups_that_cannot_be_fused_are_no_candidates(tiny_checkpoint):
     config = json.loads((tiny_checkpoint("gemma2") / "config.json").read_text())
     with pytest.raises(AbreastError, match="no group of this model can be formed"):
         candidates(config)  # its layers alternate between sliding and full attention
+    across = candidates(config, wirings=["lp", "cqil-full", "ff"])
+    assert {group.wiring for group in across} == {"ff"} and len(across) == LAYERS - 3
     plain = json.loads((tiny_checkpoint() / "config.json").read_text())
     assert {group.layers for group in candidates(plain)} == {(1, 2), (2, 3), (3, 4)}
     assert len(candidates(plain, force=True)) == 5

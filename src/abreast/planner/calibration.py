@@ -142,9 +142,12 @@ def candidates(
     groups = []
     for size in range(2, max_group + 1):
         for first in range(edge, num_layers - size + 1 - edge):
-            layers = tuple(range(first, first + size))
-            if obstacle(config, layers) is None:
-                groups += [Group.wired(layers, name) for name in wirings]
+            formed = (Group.wired(range(first, first + size), name) for name in wirings)
+            groups += [
+                group
+                for group in formed
+                if obstacle(config, group.layers, in_order=group.is_in_order) is None
+            ]
     if not groups:
         raise AbreastError("no group of this model can be formed; see `abreast inspect`")
     for name in engines:
