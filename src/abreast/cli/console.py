@@ -2,7 +2,8 @@
 
 Options that fill a settings dataclass come from its fields: every field with a help text in its
 metadata is an option. Other metadata: `option`, its name where it is not the field's (a flag that
-is on by default gets --no-NAME); `bytes`, for sizes like 5GB; `parse`, a function of the text.
+is on by default gets --no-NAME); `bytes`, for sizes like 5GB; `parse`, a function of the text;
+`options`, of a field that holds such settings in turn.
 """
 
 from __future__ import annotations
@@ -82,9 +83,21 @@ class _Settings:
             if "help" in entry.metadata
         ]
 
+    @cached_property
+    def parts(self) -> list[_Settings]:
+        """Of the fields that are settings themselves."""
+        types = get_type_hints(self.type)
+        names = [entry.name for entry in fields(self.type) if "options" in entry.metadata]
+        return [_Settings(n, types[n].__module__, types[n].__name__) for n in names]
+
+    def every(self) -> list[click.Option]:
+        """The options of its parts too."""
+        return [*self.options, *(option for part in self.parts for option in part.every())]
+
     def take(self, values: dict[str, Any]) -> Any:
         """The settings, from parsed values of options, which are removed."""
-        return self.type(**{str(o.name): values.pop(str(o.name)) for o in self.options})
+        own = {str(option.name): values.pop(str(option.name)) for option in self.options}
+        return self.type(**own, **{part.argument: part.take(values) for part in self.parts})
 
 
 class SettingsCommand(click.Command):
@@ -97,7 +110,7 @@ class SettingsCommand(click.Command):
             self.params = [
                 option
                 for entry in entries
-                for option in (entry.options if isinstance(entry, _Settings) else [entry])
+                for option in (entry.every() if isinstance(entry, _Settings) else [entry])
             ]
         return super().get_params(ctx)
 

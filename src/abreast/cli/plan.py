@@ -14,7 +14,14 @@ from abreast.cli import console
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
-    from abreast.planner import Budget, Calibration, CalibrationSettings, Expected, Planned
+    from abreast.planner import (
+        Budget,
+        Calibration,
+        CalibrationSettings,
+        Expected,
+        Objective,
+        Planned,
+    )
     from abreast.rivals import Measured
 
 out_option = click.option(
@@ -78,9 +85,10 @@ def measure(
         "statistics": str(opened.folder / "stats.safetensors"),
         "took": f"{stats.full_forwards:.1f} full forward passes",
     }
-    for group, cost in sorted(stats.groups.items(), key=lambda item: item[1].kl):
+    objective = opened.objective
+    for group, cost in sorted(stats.groups.items(), key=lambda item: objective.value(item[1])):
         rows[group.shorthand] = (
-            f"KL {cost.kl:.5f} ± {cost.kl_stderr:.5f}, "
+            f"{objective.name} {objective.value(cost):.5f} ± {objective.stderr(cost):.5f}, "
             f"loss {cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f}"
         )
     console.print_table(rows)
@@ -134,7 +142,7 @@ def plan(
         record["searches"] = [each.to_dict() for each in searches]
         return console.print_json({**planned.to_dict(), **record})
     if rivals:
-        _print_rivals(rivals)
+        _print_rivals(rivals, planned.front.objective)
     _print_plan(planned)
     console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
     _print_searches(searches)
@@ -245,7 +253,7 @@ def optimize(
     if as_json:
         return console.print_json(result.to_dict())
     if rivals:
-        _print_rivals(rivals)
+        _print_rivals(rivals, planned.front.objective)
     _print_plan(planned)
     rows = {
         f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
@@ -346,22 +354,21 @@ def _find(
     return planned, rows
 
 
-def _print_rivals(rows: Sequence[Measured]) -> None:
+def _print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
     """A line per method and depth, and where layers abreast are the better buy."""
-    from abreast.planner import KL
     from abreast.rivals import caption
 
     def percent(value: float | None) -> str:
         return "" if value is None else f"{value:.1%}"
 
     console.print_columns(
-        ("depth", "method", "plan", "KL", "loss", "same", "ms"),
+        ("depth", "method", "plan", objective.name, "loss", "same", "ms"),
         [
             (
                 str(row.depth),
                 row.method + (", refit" if row.refit else ""),
                 row.plan,
-                f"{row.cost.kl:.4f} ± {row.cost.kl_stderr:.4f}",
+                f"{objective.value(row.cost):.4f} ± {objective.stderr(row.cost):.4f}",
                 f"{row.cost.loss_increase:+.4f}",
                 percent(row.agreement),
                 "" if row.seconds is None else f"{1000 * row.seconds:.2f}",
@@ -371,7 +378,7 @@ def _print_rivals(rows: Sequence[Measured]) -> None:
         left=("plan",),
         title="on held-out text (same: next tokens that stay; ms: decode, per token)",
         borders=False,
-        notes=[caption(rows, KL)],
+        notes=[caption(rows, objective)],
     )
 
 
@@ -388,8 +395,9 @@ def _texts(
     from abreast.planner import calibrate
 
     other = held_out_data or settings.data
-    # These have a text for each role; of any other, a part is left for judging.
-    another = other != settings.data or other in (AUTO, OWN)
+    # Some have a text for each role; of any other, a part is left for judging.
+    by_role = settings.scoring.score == "kl" and other in (AUTO, OWN)
+    another = other != settings.data or by_role
     parts, first = repeat + (not another), out / "calibration"
     calibration = calibrate(
         model,
@@ -460,29 +468,30 @@ def _print_searches(searches: Sequence[Planned]) -> None:
     """What each search chose, where there are several, and how far they differ."""
     if len(searches) < 2:
         return
-    rows = {}
+    rows, objective = dict[str, str](), searches[0].front.objective
     for number, planned in enumerate(searches, start=1):
         rows[f"search {number}"] = (
-            f"{planned.plan.label}: KL {planned.expected.kl:.5f} on held-out text, "
-            f"{planned.searched.kl:.5f} where it was searched"
+            f"{planned.plan.label}: {objective.name} {objective.value(planned.expected):.5f} on "
+            f"held-out text, {objective.value(planned.searched):.5f} where it was searched"
         )
-    losses = [planned.expected.kl for planned in searches]
+    losses = [objective.value(planned.expected) for planned in searches]
     shared = set.intersection(*(set(planned.plan.groups) for planned in searches))
     rows["differ by"] = (
-        f"KL {max(losses) - min(losses):.5f}; {len(shared)} groups are in all of their plans"
+        f"{objective.name} {max(losses) - min(losses):.5f}; "
+        f"{len(shared)} groups are in all of their plans"
     )
     console.print_table(rows)
 
 
 def _print_plan(planned: Planned) -> None:
-    cost, searched = planned.expected, planned.searched
-    optimism = searched.kl - cost.kl
+    cost, objective = planned.expected, planned.front.objective
+    name, value, searched = objective.name, objective.value(cost), objective.value(planned.searched)
     rows = {
         "plan": planned.plan.label,
         "depth": f"{planned.plan.num_layers} -> {planned.plan.depth}",
-        "KL": f"{cost.kl:.5f} ± {cost.kl_stderr:.5f} nats, on held-out text",
+        name: f"{value:.5f} ± {objective.stderr(cost):.5f} nats, on held-out text",
         "loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats, on held-out text",
-        "searched KL": f"{searched.kl:.5f} nats, {optimism:+.5f} against held-out text",
+        f"searched {name}": f"{searched:.5f} nats, {searched - value:+.5f} against held-out text",
         "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
     }
     if planned.profile is not None:

@@ -9,20 +9,21 @@ stretch, the pairs that a longer stretch shares with a shorter one, and equal pr
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.model.grouping import by_name, decoder_layers, device_of, grouped
+from abreast.model.grouping import branches_of, by_name, decoder_layers, device_of, grouped
 from abreast.model.scores import token_scores
 from abreast.plan import WIRING_NAMES, Group, Norms, Plan
 
@@ -140,6 +141,8 @@ def run_programs(
     prefix: int = 0,
     reference: Program | None = None,
     norms: Norms = "own",
+    scored: torch.Tensor | None = None,
+    prompts: torch.Tensor | None = None,
 ) -> Iterator[tuple[Program, np.ndarray, int]]:
     """Yield (program, sums, evaluated) of each program, in the order that shares most work.
 
@@ -162,16 +165,49 @@ def run_programs(
     previous: Program = ()
     states = [embedded]
     logits: list[torch.Tensor | None] = []
-    for program in [*first, *sorted(set(programs) - set(first), key=_order)]:
-        shared = shared_steps(previous, program)
-        del states[shared + 1 :]
-        for step in program[shared:]:
-            states.append(advance(model, layers, arguments, step, states[-1], norms))
-        previous = program
-        if program == reference:
-            logits = list(_logits(model, layers, states[-1], ids, prefix))
-        sums = _score(model, layers, states[-1], ids, prefix, logits)
-        yield program, sums, cost_of(program[shared:])
+    if prompts is not None:
+        prompts = prompts.to(ids.device)[..., None]
+    with _prompts_held(model, layers, prompts):
+        for program in [*first, *sorted(set(programs) - set(first), key=_order)]:
+            shared = shared_steps(previous, program)
+            del states[shared + 1 :]
+            for step in program[shared:]:
+                states.append(advance(model, layers, arguments, step, states[-1], norms))
+            previous, last = program, states[-1]
+            if program == reference:
+                logits, theirs = list(_logits(model, layers, last, ids, prefix)), last
+            if prompts is not None:
+                last = torch.where(prompts, theirs, last)
+            sums = _score(model, layers, last, ids, prefix, logits, scored)
+            yield program, sums, cost_of(program[shared:])
+
+
+@contextmanager
+def _prompts_held(
+    model: PreTrainedModel, layers: nn.ModuleList, prompts: torch.Tensor | None
+) -> Iterator[None]:
+    """Inside, every attention reads at `prompts`, [batch, window, 1], what it read the first time.
+
+    So its keys and values there stay those of the program that runs first. None changes nothing.
+    """
+    held: dict[nn.Module, torch.Tensor] = {}
+
+    def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        name = [*inspect.signature(type(module).forward).parameters][1]  # families differ
+        x = args[0] if args else kwargs[name]
+        if module not in held:
+            held[module] = x
+            return None
+        x = torch.where(cast(torch.Tensor, prompts).to(x.device), held[module], x)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, name: x})
+
+    with ExitStack() as hooks:
+        if prompts is not None:
+            attention = branches_of(model).attention
+            for layer in layers:
+                module = getattr(layer, attention)
+                hooks.enter_context(module.register_forward_pre_hook(hold, with_kwargs=True))
+        yield
 
 
 def split(programs: set[Program], original: Program, workers: int) -> list[set[Program]]:
@@ -359,12 +395,16 @@ def _score(
     ids: torch.Tensor,
     prefix: int,
     reference: list[torch.Tensor | None],
+    scored: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Sums per window as `run_programs` yields; reference: logits from `_logits`, or empty."""
     targets = ids[:, max(prefix, 1) :].split(_rows(model, ids))
     others = reference or [None] * len(targets)
     parts = zip(_logits(model, layers, state, ids, prefix), targets, others, strict=True)
-    return np.concatenate([token_scores(*part).sum(1) for part in parts])
+    scores = np.concatenate([token_scores(*part) for part in parts])
+    if scored is not None:  # what is not scored may be no number
+        scores = np.where(scored[:, max(prefix, 1) :, None].numpy(), scores, 0.0)
+    return np.asarray(scores.sum(1))
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         kind_of,
     )
     from abreast.planner.measuring import measure, score, score_programs
-    from abreast.planner.objective import KL, Cost, Objective
+    from abreast.planner.objective import KL, Cost, Objective, Scoring
     from abreast.planner.search import Costs, additive, contiguous
 
 attach(__name__)

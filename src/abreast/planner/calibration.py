@@ -11,7 +11,7 @@ of it: the others would be in no good plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,17 +32,25 @@ from abreast.model import (
 )
 from abreast.plan import WIRING_NAMES, Group, Plan
 from abreast.planner.front import CalibrationSettings
+from abreast.planner.objective import Objective
+from abreast.planner.scoring import (
+    MIN_CALIBRATION_WINDOWS,
+    Sample,
+    Source,
+    of_answers,
+    of_tasks,
+    of_text,
+)
 from abreast.planner.search import BEAM, COUNTED, PER_GROUP, additive
 from abreast.runs import (
     Author,
     Role,
     check_least,
     check_run,
+    check_tokens,
     check_window,
     identity_of,
     open_run,
-    token_stream,
-    whole_windows,
     window_bytes,
     windows_at_once,
 )
@@ -52,7 +60,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KIND = "measure"
-MIN_CALIBRATION_WINDOWS = 8
 PLAN_SCREEN = 0.25  # share of the calibration text that every plan is measured on
 DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 
@@ -62,14 +69,14 @@ class Calibration:
     """A model and the windows that its plans are measured on; made by `calibrate`.
 
     folder: of the run; checkpoint: of the model, named `source` by the user, of this revision where
-    it comes from the Hub. tokens: int64
-    [num_windows, window]. size: windows at once. candidates: the groups to measure.
+    it comes from the Hub. sample: what is scored. size: items at once, windows of text or all
+    windows of a question. candidates: the groups to measure.
     """
 
     folder: Path
     checkpoint: Path
     source: str
-    tokens: np.ndarray
+    sample: Sample
     size: int
     candidates: tuple[Group, ...]
     identity: dict[str, Any]
@@ -82,14 +89,25 @@ class Calibration:
         return self.load()
 
     @property
+    def tokens(self) -> np.ndarray:
+        """Int64 [num_windows, window]."""
+        return self.sample.tokens
+
+    @property
     def prefix(self) -> int:
         """How many tokens at the beginning of every window are there before the text."""
         return len(self.identity.get("prefix", ()))
 
     @property
-    def scored(self) -> int:
-        """Scored tokens per window: those of the text, without a prefix all but the first."""
-        return int(self.tokens.shape[1]) - max(self.prefix, 1)
+    def objective(self) -> Objective:
+        """What plans are ranked by, unless told otherwise."""
+        return self.settings.scoring.objective
+
+    def windows_of(self, batches: Iterable[int]) -> np.ndarray:
+        """The numbers of the windows in these batches."""
+        items = self.sample.items
+        bounds = [np.searchsorted(items, (b * self.size, (b + 1) * self.size)) for b in batches]
+        return np.concatenate([np.arange(begin, end) for begin, end in bounds])
 
     @property
     def num_layers(self) -> int:
@@ -97,7 +115,7 @@ class Calibration:
 
     @property
     def batches(self) -> range:
-        return range(math.ceil(len(self.tokens) / self.size))
+        return range(math.ceil(self.sample.num_items / self.size))
 
 
 @dataclass(frozen=True)
@@ -213,46 +231,31 @@ def calibrate(
     tokenizer = load_tokenizer(checkpoint.folder, **options) if stream is None else None
     options |= {"dtype": settings.dtype, "device": settings.device}
     loaded = cache(lambda: load(checkpoint.folder, **options)[0])
-    stream = token_stream(
-        settings.data if stream is None else stream,
-        tokenizer,
-        checkpoint.folder,
-        max_tokens=part[1] * settings.num_windows * window,
-        window=window,
-        seed=settings.seed,
-        add_bos=settings.add_bos,
-        role=role,
-        author=loaded,
-        folder=text or run,
-        option=option,
-        step=step,
-    )
-    before, vocabulary = part[0] * settings.num_windows, positive(config, "vocab_size")
-    tokens = whole_windows(
-        stream, before + settings.num_windows, window, longest=longest, vocabulary=vocabulary
-    )[before:]
-    if len(tokens) < MIN_CALIBRATION_WINDOWS:
-        least = (before + MIN_CALIBRATION_WINDOWS) * window
-        behind = f" behind the {before} that were searched on" if before else ""
-        raise AbreastError(
-            f"the data gives {len(tokens)} windows of {window} tokens{behind}, too few to tell "
-            f"plans apart; name a text of at least {least} tokens, or ask for fewer --windows"
-        )
-    size = min(len(tokens), settings.batch_size, at_once)
+    source = Source(tokenizer, checkpoint.folder, loaded, text or run, option, role, step)
+    scoring = settings.scoring
+    if stream is not None or scoring.score == "kl":
+        sample = of_text(source, settings, stream, part, config)
+    elif scoring.score == "answers":
+        sample = of_answers(source, settings, part)
+    else:
+        sample = of_tasks(source, settings, part)
+    check_tokens(sample.tokens, positive(config, "vocab_size"))
+    size = max(1, min(len(sample.tokens), settings.batch_size, at_once) // sample.per_item)
     identity = identity_of(
         checkpoint.folder,
-        tokens,
-        stream.prefix,
+        sample.tokens,
+        sample.prefix,
         num_layers=num_layers_of(config),
         batch=size,
         seed=settings.seed,
         dtype=settings.dtype,
     )
+    identity |= sample.identity
     return Calibration(
         folder=open_run(run, KIND, identity),
         checkpoint=checkpoint.folder,
         source=str(model),
-        tokens=tokens,
+        sample=sample,
         size=size,
         candidates=groups,
         identity=identity,
@@ -321,7 +324,10 @@ def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     """Bytes of the states and logits kept of one window."""
     config, itemsize = checkpoint.config, _loaded_dtype(checkpoint, settings.dtype).itemsize
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
-    return window_bytes(settings.window, num_layers_of(config), hidden, itemsize, vocabulary)
+    states = num_layers_of(config)
+    if settings.scoring.prefill == "sequential":  # the inputs of its attentions as well
+        states *= 2
+    return window_bytes(settings.window, states, hidden, itemsize, vocabulary)
 
 
 def _candidates(config: dict[str, Any], settings: CalibrationSettings) -> tuple[Group, ...]:

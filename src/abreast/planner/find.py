@@ -36,7 +36,7 @@ from abreast.planner.measuring import (
     measured_plans,
     score,
 )
-from abreast.planner.objective import KL, Cost, Objective
+from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
 from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
 
@@ -111,7 +111,7 @@ def find_plan(
     best: int = 1,
     per_group: int = PER_GROUP,
     beam: int = BEAM,
-    objective: Objective = KL,
+    objective: Objective | None = None,
     step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
 ) -> Planned:
@@ -123,10 +123,11 @@ def find_plan(
     there gets every plan that this and earlier calls measured, of which one is chosen that consists
     of candidates. best: how many plans to return, the best and the next ones of its depth.
     per_group: plans measured per group at each depth; 0 measures the predicted optima only.
-    objective: what candidates and plans are ranked by. Nothing in the calibration's journal is
-    measured again, so another budget takes seconds where the first search went deep enough. Raises
-    AbreastError for a budget that no plan meets, naming the nearest.
+    objective: what candidates and plans are ranked by, None for that of the calibration. Nothing in
+    the calibration's journal is measured again, so another budget takes seconds where the first
+    search went deep enough. Raises AbreastError for a budget that no plan meets, with the nearest.
     """
+    objective = objective or calibration.objective
     deepest = check_depth(calibration, budget.depth)
     least_depth = budget.depth or deepest
     step(_expected_work(calibration, least_depth, per_group, beam))

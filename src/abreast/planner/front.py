@@ -20,13 +20,14 @@ from abreast.checkpoint import replacing
 from abreast.data import AUTO
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
-from abreast.planner.objective import KL, Cost, Objective
+from abreast.planner.objective import KL, Cost, Objective, Scoring
 
 STATS_FILE = "stats.safetensors"
 FRONT_FILE = "front.json"
 GEOMETRY_ARRAYS = ("similarity", "angular", "influence", "dependency")
 _METADATA_KEY = "abreast"
 _COST_ARRAYS = ("kl", "kl_stderr", "loss_increase", "loss_stderr", "tokens")
+_MARGINS = ("margin_loss", "margin_stderr")  # where tasks were scored
 _NOT_FINITE = "is not finite; measure again with --dtype float32, or check the model's weights"
 
 
@@ -81,10 +82,9 @@ class Stats:
             "groups": names,
             "full_forwards": self.full_forwards,
         }
-        arrays = {
-            name: np.array([getattr(cost, name) for cost in self.groups.values()], dtype=np.float64)
-            for name in _COST_ARRAYS
-        }
+        costs = [asdict(cost) for cost in self.groups.values()]
+        columns = {name: [cost[name] for cost in costs] for name in _COST_ARRAYS + _MARGINS}
+        arrays = {n: np.array(c, dtype=np.float64) for n, c in columns.items() if None not in c}
         arrays |= {name: np.ascontiguousarray(getattr(self, name)) for name in GEOMETRY_ARRAYS}
         with replacing(Path(path)) as staging:
             save_file(arrays, staging, metadata={_METADATA_KEY: json.dumps(header)})
@@ -95,11 +95,12 @@ class Stats:
         try:
             with safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {})[_METADATA_KEY])
-                arrays = {name: file.get_tensor(name) for name in (*_COST_ARRAYS, *GEOMETRY_ARRAYS)}
+                costs = (*_COST_ARRAYS, *(_MARGINS if _MARGINS[0] in [*file.keys()] else ()))
+                arrays = {name: file.get_tensor(name) for name in (*costs, *GEOMETRY_ARRAYS)}
             num_layers = int(header["num_layers"])
             groups = [Plan.parse(name, num_layers).groups[0] for name in header["groups"]]
             arrays["tokens"] = arrays["tokens"].astype(int)
-            columns = [arrays[name].tolist() for name in _COST_ARRAYS]
+            columns = [arrays[name].tolist() for name in costs]
             stats = cls(
                 identity=dict(header["identity"]),
                 source=str(header["source"]),
@@ -177,7 +178,7 @@ class CalibrationSettings:
     the fewest layers that are measured at all, those within which the smallest groups cost least.
     keep: share of the stretches whose best wiring is then measured on the rest. batch_size: windows
     at once, fewer where their hidden states and logits would exceed max_cache_bytes.
-    Fields with a help text are options of the verbs that measure.
+    Fields with a help text are options.
     """
 
     data: str = field(default=AUTO, metadata={"help": "Text to measure on; sources as for eval."})
@@ -238,6 +239,7 @@ class CalibrationSettings:
         metadata={"help": "cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk."},
     )
     seed: int = field(default=0, metadata={"help": "Random seed."})
+    scoring: Scoring = field(default=Scoring(), metadata={"options": True})
 
 
 @dataclass(frozen=True)
@@ -361,9 +363,7 @@ class Front:
 
     def _unmet(self, budget: Budget, profile: Profile | None) -> AbreastError:
         if not self.plans:
-            return AbreastError(
-                "no plan has been measured; run `abreast plan` on this folder first"
-            )
+            return AbreastError("no plan has been measured; run `abreast plan` here first")
         if budget.depth is not None:
             return unreachable(budget.depth, self.stats.num_layers, self.best())
         if budget.max_kl is not None:

@@ -19,7 +19,7 @@ from abreast.model import Program, geometry, name_of, run_programs
 from abreast.plan import Group, Plan, PlanError
 from abreast.planner.calibration import DEPENDENCY_SHARE, Calibration, share_of
 from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
-from abreast.planner.objective import KL, Cost, Objective
+from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import Candidates, additive
 from abreast.runs import JOURNAL, Journal, read_journal
 
@@ -73,8 +73,9 @@ def score_programs(
     scores = []
     for program in programs:
         sums = _sums(lines, program, chosen)
-        same = ratio_of_means(sums[:, 3], np.full(len(sums), calibration.scored))
-        scores.append((_cost(sums, calibration.scored), *same))
+        counts = calibration.sample.counts[calibration.windows_of(chosen)]
+        same = ratio_of_means(sums[:, 3], counts)
+        scores.append((_cost(calibration, sums, chosen), *same))
     return scores
 
 
@@ -91,7 +92,7 @@ def measured_plans(calibration: Calibration, *, least: int | None = None) -> dic
     for program, batches in batches_of.items():
         plan = _plan_of(program, calibration.num_layers)
         if plan is not None and len(batches) >= (least or len(calibration.batches)):
-            costs[plan] = _cost(_sums(lines, _program(plan), batches), calibration.scored)
+            costs[plan] = _cost(calibration, _sums(lines, _program(plan), batches), batches)
     return dict(sorted(costs.items(), key=lambda item: (-item[0].depth, item[0].shorthand)))
 
 
@@ -110,11 +111,17 @@ def _evaluate(
 ) -> Iterator[dict[str, Any]]:
     """Run programs on a batch; yield the journal's line of each."""
     original = _program(Plan(num_layers=calibration.num_layers))
-    ids = torch.from_numpy(calibration.tokens[batch * calibration.size :][: calibration.size])
-    layers_run = 0
-    for program, sums, evaluated in run_programs(
-        calibration.model, ids, programs, prefix=calibration.prefix, reference=original
-    ):
+    sample, windows = calibration.sample, calibration.windows_of([batch])
+    ids, layers_run = torch.from_numpy(sample.tokens[windows]), 0
+    options: dict[str, Any] = {"prefix": calibration.prefix, "reference": original}
+    if sample.scored is not None:
+        scored = torch.from_numpy(sample.scored[windows])
+        end = int(scored.any(0).nonzero().max()) + 1  # nothing behind it is scored
+        ids, scored = ids[:, :end], scored[:, :end]
+        options["scored"] = scored
+        if sample.sequential:
+            options["prompts"] = scored.cumsum(1) == 0
+    for program, sums, evaluated in run_programs(calibration.model, ids, programs, **options):
         name = name_of(program)
         if not np.isfinite(sums).all():
             raise AbreastError(
@@ -130,7 +137,7 @@ def _evaluate(
 def measure(
     calibration: Calibration,
     *,
-    objective: Objective = KL,
+    objective: Objective | None = None,
     depth: int | None = None,
     progress: Progress | None = None,
 ) -> Stats:
@@ -142,6 +149,7 @@ def measure(
     (`screen`) only the best by the objective (`keep`) are measured on the rest. All three 1:
     everything on everything. progress: as for `score`, of the current step. Raises as `score`.
     """
+    objective = objective or calibration.objective
     screen, keep = calibration.settings.screen, calibration.settings.keep
     larger = calibration.settings.larger
     if not (0 < screen <= 1 and 0 < keep <= 1 and 0 <= larger <= 1):
@@ -166,7 +174,7 @@ def measure(
         identity=calibration.identity,
         source=calibration.source,
         num_layers=num_layers,
-        loss=float(original_nll.mean()) / calibration.scored,
+        loss=float(original_nll.sum() / calibration.sample.counts.sum()),
         groups={plan.groups[0]: c for plan, c in measured.items() if len(plan.groups) == 1},
         full_forwards=sum(full_forwards(calibration).values()),
         revision=calibration.revision,
@@ -222,8 +230,9 @@ def _worth_measuring(
     return some if depth is None or depth in reached else larger
 
 
-def candidate_costs(calibration: Calibration, objective: Objective = KL) -> Candidates:
+def candidate_costs(calibration: Calibration, objective: Objective | None = None) -> Candidates:
     """The candidates that `measure` measured, with their costs on the text that all share."""
+    objective = objective or calibration.objective
     batches = calibration.batches
     screened = batches[: share_of(batches, calibration.settings.screen)]
     measured = read_journal(calibration.folder)
@@ -244,7 +253,8 @@ def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
     """Cost of `first` over `second`, both measured before; errors paired over windows."""
     lines = read_journal(calibration.folder)
     one, two = (_sums(lines, _program(plan), calibration.batches) for plan in (first, second))
-    return _cost(np.stack([one[:, 0], two[:, 0], one[:, 2] - two[:, 2]], 1), calibration.scored)
+    sums = np.stack([one[:, 0], two[:, 0], one[:, 2] - two[:, 2]], 1)
+    return _cost(calibration, sums, calibration.batches)
 
 
 def full_forwards(calibration: Calibration) -> dict[int, float]:
@@ -287,12 +297,15 @@ def _sums(lines: Journal, program: Program, batches: Iterable[int]) -> np.ndarra
     return np.concatenate([np.asarray(lines[name, batch]["sums"]) for batch in batches])
 
 
-def _cost(sums: np.ndarray, scored: int) -> Cost:
-    """From sums per window: columns nll, the original's nll, KL."""
-    counts = np.full(len(sums), scored)
-    kl, kl_stderr = ratio_of_means(sums[:, 2], counts)
-    loss, loss_stderr = ratio_of_means(sums[:, 0] - sums[:, 1], counts)
-    return Cost(kl, kl_stderr, loss, loss_stderr, int(counts.sum()))
+def _cost(calibration: Calibration, sums: np.ndarray, batches: Iterable[int]) -> Cost:
+    """From sums per window of these batches: columns nll, the original's nll, KL.
+
+    Of several texts the one that costs most, where the settings say so.
+    """
+    sample, windows = calibration.sample, calibration.windows_of(batches)
+    texts = sample.texts[windows]
+    costs = [sample.cost(sums[texts == t], windows[texts == t]) for t in np.unique(texts)]
+    return max(costs, key=calibration.objective.value)
 
 
 def _geometry(calibration: Calibration) -> dict[str, np.ndarray]:

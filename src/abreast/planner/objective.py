@@ -6,8 +6,10 @@ A new objective is one more `Objective`, here or in a program of your own:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -18,6 +20,8 @@ class Cost:
 
     kl: mean KL(original || model) of the next-token distributions. loss_increase: of the mean
     negative log-likelihood, paired. *_stderr: cluster-robust over windows. tokens: scored.
+    margin_loss: of tasks, how much the mean margin of the right choice falls, in nats per item, and
+    its standard error over items; None where no task is scored.
     """
 
     kl: float
@@ -25,11 +29,57 @@ class Cost:
     loss_increase: float
     loss_stderr: float
     tokens: int
+    margin_loss: float | None = None
+    margin_stderr: float | None = None
 
     @property
     def ppl_increase(self) -> float:
         """Relative increase of the perplexity: 0.02 is 2 %."""
         return float(np.expm1(self.loss_increase))
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What plans are scored on.
+
+    score: `kl`, predictions on text; `answers`, those on the original's own greedy answers to chat
+    prompts; `tasks`, the margin of the right choice: log p(right) less log of the mean p(wrong).
+    prefill: of answers, whether prompts run under the plan or in the original order, see `apply`.
+    texts: mean over all texts (tasks where these are scored), or the one that a plan costs most on.
+    """
+
+    score: Literal["kl", "answers", "tasks"] = field(
+        default="kl",
+        metadata={
+            "help": "Score plans by KL on text, KL on the original's own answers to chat prompts "
+            "(those of --chat, or neutral ones), or the margin of tasks' right choices. "
+            "--windows then counts prompts or items."
+        },
+    )
+    prefill: Literal["grouped", "sequential"] = field(
+        default="grouped",
+        metadata={"help": "With --score answers: how prompts run, as in convert."},
+    )
+    texts: Literal["mean", "worst"] = field(
+        default="mean",
+        metadata={"help": "With several texts, --data A,B: their mean, or the worst of them."},
+    )
+    tasks: tuple[str, ...] = field(
+        default=("offline",),
+        metadata={
+            "help": "With --score tasks: tasks with choices, named as in eval.",
+            "option": "--score-tasks",
+        },
+    )
+
+    @property
+    def objective(self) -> Objective:
+        """What the search makes small."""
+        objective = OBJECTIVES[self.score]
+        if self.texts == "mean":
+            return objective
+        worst = f"{objective.label}, worst text"
+        return replace(objective, name=f"worst {objective.name}", label=worst)
 
 
 @dataclass(frozen=True)
@@ -59,3 +109,20 @@ KL = Objective(
     value=lambda cost: cost.kl,
     stderr=lambda cost: cost.kl_stderr,
 )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+OBJECTIVES = {
+    "kl": KL,
+    "answers": replace(KL, name="answer KL", label="KL divergence on the original's own answers"),
+    "tasks": Objective(
+        name="margin lost",
+        label="margin of the right choice lost",
+        unit="nats per item",
+        value=lambda cost: _number(cost.margin_loss),
+        stderr=lambda cost: _number(cost.margin_stderr),
+    ),
+}

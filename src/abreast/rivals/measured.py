@@ -77,6 +77,8 @@ class Measured:
                 loss_increase=float(row["loss_increase"]),
                 loss_stderr=number("loss_stderr"),
                 tokens=int(row["tokens"]),
+                margin_loss=known("margin_loss"),
+                margin_stderr=known("margin_stderr"),
             ),
             refit=bool(row.get("refit", False)),
             agreement=known("agreement"),

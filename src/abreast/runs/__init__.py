@@ -27,6 +27,13 @@ if TYPE_CHECKING:
         window_bytes,
         windows_at_once,
     )
-    from abreast.runs.text import Author, Role, token_stream
+    from abreast.runs.text import (
+        Author,
+        Role,
+        conversations,
+        save_texts,
+        saved_texts,
+        token_stream,
+    )
 
 attach(__name__)

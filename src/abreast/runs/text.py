@@ -223,11 +223,7 @@ def _chats(path: Path, tokenizer: Any, seed: int) -> Iterator[str]:
             "the model's tokenizer has no chat template to render conversations with; "
             "give plain text with --data"
         )
-    if not path.is_file():
-        raise DataError(f"no file '{path}' of conversations; check the path")
-    lines = _lines(path)
-    if not lines:
-        raise DataError(f"'{path}' holds no conversation; name a longer file")
+    lines = conversations(path)
     for index in np.random.default_rng(seed).permutation(len(lines)):
         number, messages, tools = lines[index]
         try:
@@ -239,8 +235,13 @@ def _chats(path: Path, tokenizer: Any, seed: int) -> Iterator[str]:
             ) from None
 
 
-def _lines(path: Path) -> list[tuple[int, list[dict[str, Any]], Any]]:
-    """(line number, messages, tools) of every line that is not empty."""
+def conversations(path: Path) -> list[tuple[int, list[dict[str, Any]], Any]]:
+    """(line number, messages, tools) of every line of a file of chats that is not empty.
+
+    Raises DataError for a file that is missing or empty, and lines that hold something else.
+    """
+    if not path.is_file():
+        raise DataError(f"no file '{path}' of conversations; check the path")
     found = []
     try:
         text = path.read_text(encoding="utf-8")
@@ -262,6 +263,8 @@ def _lines(path: Path) -> list[tuple[int, list[dict[str, Any]], Any]]:
                 'content under "messages"'
             )
         found.append((number, messages, record.get("tools")))
+    if not found:
+        raise DataError(f"'{path}' holds no conversation; name a longer file")
     return found
 
 
@@ -310,7 +313,7 @@ def _own(
         "role": role,
     }
     path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
-    texts = [] if path is None else _written(path, identity)
+    texts = [] if path is None else saved_texts(path, identity)
     rows, writer = min(ROWS, math.ceil(max_tokens / length)), None
     while (left := max_tokens - sum(map(len, texts))) > 0:
         writer = writer or author()
@@ -328,7 +331,7 @@ def _own(
         )
         step = _silent
         if path is not None:
-            _keep(path, identity, texts, tokenizer)
+            save_texts(path, identity, texts, tokenizer)
     tokens = np.concatenate(texts)[:max_tokens].astype(np.int64)
     whole = sum(len(tokenizer.decode(text, skip_special_tokens=True).encode()) for text in texts)
     size = round(whole * len(tokens) / sum(map(len, texts)))
@@ -337,8 +340,8 @@ def _own(
     return TokenStream(tokens, OWN, len(texts), size, prefix, (part,))
 
 
-def _written(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:
-    """The texts in a file, none where it is damaged or was written otherwise."""
+def saved_texts(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:
+    """The texts in a file, token ids each, none where it is damaged or was written otherwise."""
     try:
         with safe_open(path, framework="np") as file:
             if json.loads((file.metadata() or {})["identity"]) != identity:
@@ -350,9 +353,10 @@ def _written(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:
     return texts[:-1] if texts and not len(texts[-1]) and all(map(len, texts[:-1])) else []
 
 
-def _keep(
+def save_texts(
     path: Path, identity: dict[str, Any], texts: Sequence[np.ndarray], tokenizer: Any
 ) -> None:
+    """Write a file that `saved_texts` reads, and one for people beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     ends = np.cumsum([len(text) for text in texts])
     with replacing(path) as staging:
