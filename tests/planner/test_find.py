@@ -10,6 +10,7 @@ import pytest
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.planner import Budget, CalibrationSettings, calibrate, find_plan, score
+from abreast.planner.find import best_per_engine
 from abreast.planner.front import explain
 from abreast.planner.measuring import full_forwards
 from abreast.report.records import read_run
@@ -119,3 +120,36 @@ def test_an_engine_that_loads_none_is_refused_before_anything_is_measured(
     status, _, err = run("plan", model, "-o", tmp_path / "run", *SIZES, *options)
     assert status == 2 and "llama.cpp loads no such group" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_every_engine_is_told_the_best_plan_that_it_loads(tiny_checkpoint, tmp_path):
+    tokens = np.random.default_rng(0).integers(128, size=2 * WINDOWS * WINDOW)
+    stream = TokenStream(tokens, "random", 1, tokens.size)
+
+    def searched(*wirings):
+        settings = CalibrationSettings(
+            num_windows=WINDOWS, window=WINDOW, max_group=2, wirings=wirings
+        )
+        texts = [
+            calibrate(
+                tiny_checkpoint(num_layers=LAYERS),
+                tmp_path / "-".join(wirings) / str(number),
+                settings,
+                stream=stream,
+                part=(number, 2),
+            )
+            for number in range(2)
+        ]
+        planned = find_plan(texts[0], tmp_path, Budget(depth=6), held_out=texts[1], per_group=1)
+        return planned, texts, best_per_engine(planned, *texts)
+
+    planned, (calibration, held_out), engines = searched("ff", "lp")
+    assert {*engines} == {"vLLM", "transformers", "llama.cpp"}
+    assert engines["transformers"] == (planned.plan, planned.expected)
+    plan, cost = engines["llama.cpp"]
+    assert plan.depth == 6 and {group.wiring for group in plan.groups} == {"lp"}
+    assert score(held_out, [plan]) == [cost]
+    loaded = [p for p in planned.front.plans if {group.wiring for group in p.groups} == {"lp"}]
+    costs = [cost.kl for cost in score(calibration, [p for p in loaded if p.depth == 6])]
+    assert score(calibration, [plan])[0].kl <= min(costs, default=np.inf)
+    assert searched("cqil-full")[2]["llama.cpp"] is None

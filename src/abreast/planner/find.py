@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from abreast.checkpoint import read_json, write
+from abreast.checkpoint import open_checkpoint, read_json, write
 from abreast.convert import convert
 from abreast.errors import AbreastError
-from abreast.families import CONVERTIBLE, num_layers_of
+from abreast.families import CONVERTIBLE, FAMILIES, num_layers_of
 from abreast.model import decoder_layers, load, logits_of
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import PLAN_SCREEN, Calibration, expect, share_of
@@ -39,6 +39,7 @@ from abreast.planner.measuring import (
 from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
 from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
+from abreast.targets import SERVERS, Target, refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ class Planned:
     """The plan chosen within a budget.
 
     others: the next best plans of its depth, as many as requested. searched: the plan's cost on the
-    text that it was searched on; expected: on held-out text, where it was measured there.
+    text that it was searched on; expected: on held-out text, where it was measured there. engines:
+    see `best_per_engine`.
     """
 
     plan: Plan
@@ -64,6 +66,7 @@ class Planned:
     searched: Cost
     front: Front
     profile: Profile | None
+    engines: Mapping[str, tuple[Plan, Cost] | None] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values, with the best plan of each depth."""
@@ -85,6 +88,10 @@ class Planned:
                 for depth, plan in best.items()
             ],
             "reasons": reasons(self.plan, self.front),
+            "engines": {
+                name: best and {"plan": best[0].shorthand, **asdict(best[1])}
+                for name, best in self.engines.items()
+            },
         }
 
 
@@ -168,6 +175,46 @@ def find_plan(
     chosen, *others = front.choose(budget, profile, best=best)
     expected, searched = front.judged(chosen), front.plans[chosen]
     return Planned(chosen, tuple(others), expected, searched, front, profile)
+
+
+def best_per_engine(
+    planned: Planned,
+    calibration: Calibration,
+    held_out: Calibration | None = None,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, tuple[Plan, Cost] | None]:
+    """For each engine the best plan of the chosen one's depth that it loads, and what that costs.
+
+    Where an engine does not load the chosen plan: the best of those measured that it loads, and of
+    the best as predicted of groups that it loads; None where it loads none of this depth. A search
+    for that engine alone (`engines` in the settings) may find a better one.
+    """
+    config = open_checkpoint(calibration.checkpoint, weights=False).config
+    family = FAMILIES.get(str(config.get("model_type")))
+    front, depth = planned.front, planned.plan.depth
+    costs = candidate_costs(calibration, front.objective)
+    rows: dict[str, tuple[Plan, Cost] | None] = {}
+    for server in SERVERS:
+
+        def loads(*groups: Group, server: Target = server) -> bool:
+            plan = Plan(num_layers=calibration.num_layers, groups=groups)
+            return next(refusals(server, config, family, plan), None) is None
+
+        rows[server.name] = (planned.plan, planned.expected)
+        if loads(*planned.plan.groups):
+            continue
+        measured = [p for p in front.plans if p.depth == depth and loads(*p.groups)]
+        alone = {g: c for g, c in zip(costs.groups, costs.costs, strict=True) if loads(g)}
+        optima = additive(calibration.num_layers, alone, best=BEAM).get(depth, [])
+        plans = [*dict.fromkeys([*measured, *optima])]
+        scores = dict(zip(plans, score(calibration, plans, progress=progress), strict=True))
+        best = min(plans, key=lambda plan: front.objective.value(scores[plan]), default=None)
+        if best is None:
+            rows[server.name] = None
+        else:
+            rows[server.name] = best, score(held_out or calibration, [best], progress=progress)[0]
+    return rows
 
 
 def _expected_work(calibration: Calibration, least_depth: int, per_group: int, beam: int) -> str:
