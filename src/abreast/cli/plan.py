@@ -16,7 +16,6 @@ from abreast.errors import AbreastError
 if TYPE_CHECKING:
     from abreast.planner import (
         Budget,
-        Calibration,
         CalibrationSettings,
         Expected,
         Objective,
@@ -294,11 +293,13 @@ def _find(
     """Calibrate, profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
         NoisyTiming,
+        best_per_engine,
         check_depth,
         estimated_profile,
         find_plan,
         kind_of,
         profile_here,
+        search_texts,
     )
     from abreast.report import check_drawing, draw_front
     from abreast.rivals import compare
@@ -306,7 +307,9 @@ def _find(
 
     if search.plots:
         check_drawing()
-    calibration, held_out = _texts(model, out, settings, search.held_out_data, repeat)
+    calibration, held_out = search_texts(
+        model, out, settings, search.held_out_data, repeat=repeat, step=console.say
+    )
     check_depth(calibration, budget.depth)
     if command is not None:
         record_environment(out, settings.device, command)
@@ -328,6 +331,9 @@ def _find(
             step=console.say,
             progress=progress,
         )
+        if not settings.engines:
+            engines = best_per_engine(planned, calibration, held_out, progress=progress)
+            planned = replace(planned, engines=engines)
         if (timed or compare_baselines) and planned.profile is None:
             chosen = planned.front.best().values()
             kinds = {kind_of(group) for plan in chosen for group in plan.groups}
@@ -382,43 +388,6 @@ def _print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
     )
 
 
-def _texts(
-    model: str,
-    out: Path,
-    settings: CalibrationSettings,
-    held_out_data: str | None,
-    repeat: int,
-    number: int = 0,
-) -> tuple[Calibration, Calibration]:
-    """The text of one of `repeat` searches, and that which plans are judged on; none is in both."""
-    from abreast.data import AUTO, OWN
-    from abreast.planner import calibrate
-
-    other = held_out_data or settings.data
-    # Some have a text for each role; of any other, a part is left for judging.
-    by_role = settings.scoring.score == "kl" and other in (AUTO, OWN)
-    another = other != settings.data or by_role
-    parts, first = repeat + (not another), out / "calibration"
-    calibration = calibrate(
-        model,
-        out / f"repeat-{number + 1}" / "calibration" if number else first,
-        settings,
-        part=(number, parts),
-        text=first,
-        step=console.say,
-    )
-    held_out = calibrate(
-        model,
-        out / "judge",
-        replace(settings, data=other),
-        part=(0, 1) if another else (repeat, parts),
-        role="judge",
-        option="--held-out-data",
-        step=console.say,
-    )
-    return calibration, held_out
-
-
 def _repeated(
     model: str,
     out: Path,
@@ -430,12 +399,17 @@ def _repeated(
     as_json: bool,
 ) -> list[Planned]:
     """The first search and the others, on other texts, all judged on the same."""
-    from abreast.planner import find_plan
+    from abreast.planner import find_plan, search_texts
 
     searches = [planned]
     for number in range(1, repeat):
         console.say(f"search {number + 1} of {repeat}, on another text")
-        calibration, held_out = _texts(model, out, settings, search.held_out_data, repeat, number)
+        calibration, held_out = search_texts(
+            *(model, out, settings, search.held_out_data),
+            repeat=repeat,
+            number=number,
+            step=console.say,
+        )
         with console.progress_bar("plan", as_json) as progress:
             again = find_plan(
                 calibration,
@@ -494,6 +468,10 @@ def _print_plan(planned: Planned) -> None:
         f"searched {name}": f"{searched:.5f} nats, {searched - value:+.5f} against held-out text",
         "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
     }
+    for engine, best in planned.engines.items():
+        plan = "none of this depth" if best is None else best[0].label
+        costs = "" if best is None else f": {objective.name} {objective.value(best[1]):.5f}"
+        rows[f"best for {engine}"] = f"{plan}{costs}"
     if planned.profile is not None:
         rows["predicted decode"] = f"{planned.profile.speedup(planned.plan):.2f}x"
     console.print_table(rows)

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.planner.calibration import Calibration, Expected, calibrate, expect
+    from abreast.planner.calibration import Calibration, Expected, calibrate, expect, search_texts
     from abreast.planner.find import (
         NoisyTiming,
         Planned,
         ProfileSettings,
+        best_per_engine,
         check_depth,
         estimated_profile,
         find_plan,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import torch
 
 from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from abreast.convert import obstacle
-from abreast.data import TokenStream
+from abreast.data import AUTO, OWN, TokenStream
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.model import (
@@ -263,6 +263,45 @@ def calibrate(
         load=loaded,
         revision=checkpoint.revision,
     )
+
+
+def search_texts(
+    model: str | Path,
+    out: str | Path,
+    settings: CalibrationSettings,
+    held_out_data: str | None = None,
+    *,
+    repeat: int = 1,
+    number: int = 0,
+    step: Callable[[str], None] = lambda message: None,
+) -> tuple[Calibration, Calibration]:
+    """The text of one of `repeat` searches, and that which plans are judged on; none is in both.
+
+    held_out_data: names the latter; without it, a text that has none of its own for judging gives a
+    part of itself. out: the run folder. Raises as `calibrate`.
+    """
+    out, other = Path(out), held_out_data or settings.data
+    by_role = settings.scoring.score == "kl" and other in (AUTO, OWN)
+    another = other != settings.data or by_role
+    parts, first = repeat + (not another), out / "calibration"
+    calibration = calibrate(
+        model,
+        out / f"repeat-{number + 1}" / "calibration" if number else first,
+        settings,
+        part=(number, parts),
+        text=first,
+        step=step,
+    )
+    held_out = calibrate(
+        model,
+        out / "judge",
+        replace(settings, data=other),
+        part=(0, 1) if another else (repeat, parts),
+        role="judge",
+        option="--held-out-data",
+        step=step,
+    )
+    return calibration, held_out
 
 
 def expect(
