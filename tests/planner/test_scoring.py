@@ -56,7 +56,7 @@ def chatty(tiny_checkpoint, tmp_path_factory):
 
 def run(model, out, *, part=(0, 1), stream=None, **options):
     settings = {"num_windows": 8, "window": 40, "batch_size": 3, "max_group": 2}
-    names = ("score", "prefill", "texts", "tasks")
+    names = ("score", "prefill", "texts", "score_tasks")
     chosen = Scoring(**{name: options.pop(name) for name in names if name in options})
     settings |= {"wirings": ("lp",), "keep": 0.6, **options, "scoring": chosen}
     return calibrate(model, out, CalibrationSettings(**settings), part=part, stream=stream)
@@ -148,7 +148,7 @@ def test_chats_are_asked_up_to_their_first_answer_and_never_in_two_parts(chatty,
 
 def test_tasks_cost_the_margin_of_the_right_choice(tiny_checkpoint, tmp_path):
     folder = tiny_checkpoint(tokenizer=True)
-    options = {"score": "tasks", "tasks": ("python_brackets",), "window": 512}
+    options = {"score": "tasks", "score_tasks": ("python_brackets",), "window": 512}
     calibration = run(folder, tmp_path / "run", **options, part=(0, 2))
     plan = Plan.parse("2+3", LAYERS)
     (cost,) = score(calibration, [plan])
@@ -221,7 +221,7 @@ def test_what_cannot_be_scored_is_refused_at_once(chatty, tiny_checkpoint, tmp_p
     with pytest.raises(AbreastError, match=r"0 prompts of its own \(\d+ do not fit --window 16\)"):
         run(chatty(), out, score="answers", window=16)
     with pytest.raises(AbreastError, match=r"there are 0 questions with choices, .* --score-tasks"):
-        run(plain, out, score="tasks", tasks=("python_attribute",))
+        run(plain, out, score="tasks", score_tasks=("python_attribute",))
     for name in ("lm_eval", "lm_eval.tasks"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(AbreastError, match=r"pip install 'abreast\[eval\]'"):
@@ -256,7 +256,7 @@ def test_plan_by_answers(chatty, tmp_path, monkeypatch, capsys):
 
 
 def test_search_by_tasks_takes_the_plan_of_the_least_margin_lost(tiny_checkpoint, tmp_path):
-    options = {"score": "tasks", "tasks": ("python_brackets",), "window": 512}
+    options = {"score": "tasks", "score_tasks": ("python_brackets",), "window": 512}
     calibration = run(tiny_checkpoint(tokenizer=True), tmp_path / "calibration", **options)
     planned = find_plan(calibration, tmp_path, Budget(depth=5))
     costs = planned.front.plans

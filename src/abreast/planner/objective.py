@@ -64,12 +64,9 @@ class Scoring:
         default="mean",
         metadata={"help": "With several texts, --data A,B: their mean, or the worst of them."},
     )
-    tasks: tuple[str, ...] = field(
+    score_tasks: tuple[str, ...] = field(
         default=("offline",),
-        metadata={
-            "help": "With --score tasks: tasks with choices, named as in eval.",
-            "option": "--score-tasks",
-        },
+        metadata={"help": "With --score tasks: tasks with choices, named as in eval."},
     )
 
     @property

@@ -238,7 +238,7 @@ def of_tasks(source: Source, settings: CalibrationSettings, part: tuple[int, int
         )
     if source.tokenizer is None:
         raise AbreastError(f"'{source.checkpoint}' has no tokenizer; give a folder with its files")
-    names = settings.scoring.tasks
+    names = settings.scoring.score_tasks
     tasks = find_tasks(names, limit=part[1] * settings.num_windows, seed=settings.seed)
     prefix = prefix_of(source.tokenizer, settings.add_bos)
     chosen = [
