@@ -35,6 +35,8 @@ SEARCH = (
     "32",
     "--batch-size",
     "8",
+    "--max-group",
+    "2",
     "--dtype",
     "float32",
 )
