@@ -144,7 +144,7 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     found = calibrate(
         model,
         run / "calibration",
-        CalibrationSettings(num_windows=8, window=32),
+        CalibrationSettings(num_windows=8, window=32, max_group=2, wirings=("lp",)),
         stream=TokenStream(tokens, "random", 1, 256),
     )
     plan = find_plan(found, run, Budget(depth=4)).plan

@@ -21,6 +21,7 @@ SHOWN = {"text", "yaml"}  # languages of blocks that are no programs
 # A key may name an option as well, "eval --tasks": the longest key that is in the command is taken.
 SHORTER = {
     "eval": "--data stdlib --max-tokens 600 --window 64 --stride 64",
+    "eval --data": "--max-tokens 600 --window 64 --stride 64",  # more data would be another text
     "eval --tasks": "--limit 2",
     "verify": "--tokens 16",
     "bench": "--rounds 1 --warmup 0 --steps 1 --new-tokens 1 --batch 1 --context 8",

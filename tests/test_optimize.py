@@ -368,7 +368,10 @@ def test_the_plan_that_heals_best_is_kept(tmp_path, monkeypatch):
     assert plain.converted != result.converted and plain.healed == {}
 
 
-SMALL = ("--data", "stdlib", "--windows", 8, "--window", 32, "--batch-size", 8)
+SMALL = (
+    *("--data", "stdlib", "--windows", 8, "--window", 32, "--batch-size", 8),
+    *("--max-group", 2, "--wirings", "lp"),
+)
 
 
 @pytest.mark.slow

@@ -173,15 +173,17 @@ def _curves(
     )
     shape = alt.Shape("method:N").scale(domain=methods)
     axis = value_axis(alt.Y, f"{objective.label} ({objective.unit})", logarithmic=logarithmic)
-    ringed = alt.Chart(alt.Data(values=[point for point in points if point["chosen"]]))
-    layers = alt.layer(
+    layers = [
         # Vega-Lite makes a legend clickable for the first layer's parameters only
         interval(base, axis).add_params(selection),
         base.mark_line(strokeWidth=1.8).encode(y=axis),
         base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
-        ringed.mark_point(size=240, strokeWidth=2, color="var(--fg)").encode(x=x, y=axis),
-    )
-    return _spec(layers, 300)
+    ]
+    if chosen := [point for point in points if point["chosen"]]:  # it warns of empty layers
+        ringed = alt.Chart(alt.Data(values=chosen))
+        ring = ringed.mark_point(size=240, strokeWidth=2, color="var(--fg)")
+        layers.append(ring.encode(x=x, y=axis))
+    return _spec(alt.layer(*layers), 300)
 
 
 def groups_chart(rows: Sequence[Row]) -> Chart:
