@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from abreast.checkpoint import replacing
 from abreast.errors import AbreastError
 from abreast.evaluate import ratio_of_means
-from abreast.model import Program, geometry, name_of, run_programs
+from abreast.model import Program, geometry, name_of, program_of, run_programs
 from abreast.plan import Group, Plan, PlanError
 from abreast.planner.calibration import DEPENDENCY_SHARE, Calibration, share_of
 from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
@@ -40,7 +40,7 @@ def score(
     progress: called with (evaluations done, in all), one being a plan on a batch. Raises
     AbreastError where a model's logits are not finite.
     """
-    programs = [_program(plan) for plan in plans]
+    programs = [program_of(plan) for plan in plans]
     scores = score_programs(calibration, programs, batches=batches, progress=progress)
     return [cost for cost, *_ in scores]
 
@@ -92,7 +92,7 @@ def measured_plans(calibration: Calibration, *, least: int | None = None) -> dic
     for program, batches in batches_of.items():
         plan = _plan_of(program, calibration.num_layers)
         if plan is not None and len(batches) >= (least or len(calibration.batches)):
-            costs[plan] = _cost(calibration, _sums(lines, _program(plan), batches), batches)
+            costs[plan] = _cost(calibration, _sums(lines, program_of(plan), batches), batches)
     return dict(sorted(costs.items(), key=lambda item: (-item[0].depth, item[0].shorthand)))
 
 
@@ -103,14 +103,14 @@ def _plan_of(program: str, num_layers: int) -> Plan | None:
         plan = Plan.parse(groups, num_layers)
     except PlanError:
         return None
-    return plan if name_of(_program(plan)) == program else None
+    return plan if name_of(program_of(plan)) == program else None
 
 
 def _evaluate(
     calibration: Calibration, batch: int, programs: Sequence[Program]
 ) -> Iterator[dict[str, Any]]:
     """Run programs on a batch; yield the journal's line of each."""
-    original = _program(Plan(num_layers=calibration.num_layers))
+    original = program_of(Plan(num_layers=calibration.num_layers))
     sample, windows = calibration.sample, calibration.windows_of([batch])
     ids, layers_run = torch.from_numpy(sample.tokens[windows]), 0
     options: dict[str, Any] = {"prefix": calibration.prefix, "reference": original}
@@ -169,7 +169,7 @@ def measure(
     _costs_alone(calibration, promising, batches, progress)
     original = Plan(num_layers=num_layers, groups=(promising[0],))
     measured = measured_plans(calibration, least=len(screened))
-    original_nll = _sums(read_journal(calibration.folder), _program(original), batches)[:, 1]
+    original_nll = _sums(read_journal(calibration.folder), program_of(original), batches)[:, 1]
     stats = Stats(
         identity=calibration.identity,
         source=calibration.source,
@@ -241,7 +241,7 @@ def candidate_costs(calibration: Calibration, objective: Objective | None = None
         group
         for group in calibration.candidates
         if all(
-            (name_of(_program(Plan(num_layers=num_layers, groups=(group,)))), batch) in measured
+            (name_of(program_of(Plan(num_layers=num_layers, groups=(group,)))), batch) in measured
             for batch in screened
         )
     ]
@@ -252,7 +252,7 @@ def candidate_costs(calibration: Calibration, objective: Objective | None = None
 def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
     """Cost of `first` over `second`, both measured before; errors paired over windows."""
     lines = read_journal(calibration.folder)
-    one, two = (_sums(lines, _program(plan), calibration.batches) for plan in (first, second))
+    one, two = (_sums(lines, program_of(plan), calibration.batches) for plan in (first, second))
     sums = np.stack([one[:, 0], two[:, 0], one[:, 2] - two[:, 2]], 1)
     return _cost(calibration, sums, calibration.batches)
 
@@ -285,10 +285,6 @@ def _promising(costs: dict[Group, Cost], keep: float, objective: Objective) -> l
     ranked = sorted(best.values(), key=rank)
     chosen = set(ranked[: math.ceil(keep * len(ranked))])
     return [group for group in costs if group in chosen]
-
-
-def _program(plan: Plan) -> Program:
-    return tuple(plan.group_of(stage) or stage[0] for stage in plan.stages)
 
 
 def _sums(lines: Journal, program: Program, batches: Iterable[int]) -> np.ndarray:

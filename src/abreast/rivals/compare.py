@@ -18,7 +18,7 @@ import numpy as np
 
 from abreast.checkpoint import write
 from abreast.errors import AbreastError
-from abreast.model import Mapped, Program, name_of
+from abreast.model import Mapped, Program, name_of, program_of
 from abreast.plan import Group, Plan
 from abreast.planner import (
     KL,
@@ -220,11 +220,6 @@ def compare(
     }
     write(out / BASELINES_FILE, json.dumps(record, indent=1) + "\n")
     return rows
-
-
-def program_of(plan: Plan) -> Program:
-    """The stages of a plan as steps."""
-    return tuple(plan.group_of(stage) or stage[0] for stage in plan.stages)
 
 
 def described(program: Program, num_layers: int) -> str:
