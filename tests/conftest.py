@@ -175,6 +175,7 @@ def run(monkeypatch, capsys):
 
     from abreast.cli.main import main
 
+    # main sets both for its own process; here they would outlive the test
     for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
         monkeypatch.setenv(name, {"TQDM_DISABLE": "1"}.get(name, "error"))
     monkeypatch.setattr(signal, "signal", lambda *_: None)

@@ -7,36 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from abreast.checkpoint.files import sha256_of
-from abreast.cli.main import main
 from abreast.demo import model_folder
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys) -> Run:
-    """Calls the command in this process: (exit status, stdout, stderr)."""
-    # main sets both for its own process; here they would outlive the test
-    for name in ("TRANSFORMERS_VERBOSITY", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, {"TQDM_DISABLE": "1"}.get(name, "error"))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def call(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["abreast", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,14 @@ import pytest
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.planner import Budget, CalibrationSettings, calibrate, find_plan, score
+from abreast.planner import (
+    Budget,
+    CalibrationSettings,
+    calibrate,
+    find_plan,
+    score,
+    search_texts,
+)
 from abreast.planner.find import best_per_engine
 from abreast.planner.front import explain
 from abreast.planner.measuring import full_forwards
@@ -153,3 +160,10 @@ def test_every_engine_is_told_the_best_plan_that_it_loads(tiny_checkpoint, tmp_p
     costs = [cost.kl for cost in score(calibration, [p for p in loaded if p.depth == 6])]
     assert score(calibration, [plan])[0].kl <= min(costs, default=np.inf)
     assert searched("cqil-full")[2]["llama.cpp"] is None
+
+
+def test_both_texts_of_a_search_share_one_model(tiny_checkpoint, tmp_path):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    settings = CalibrationSettings("stdlib", num_windows=WINDOWS, window=WINDOW)
+    calibration, held_out = search_texts(model, tmp_path, settings)
+    assert calibration.model is held_out.model

@@ -199,6 +199,7 @@ def calibrate(
     part: tuple[int, int] = (0, 1),
     text: Path | None = None,
     role: Role = "calibrate",
+    author: Author | None = None,
     option: str = "--data",
     step: Callable[[str], None] = lambda message: None,
 ) -> Calibration:
@@ -208,6 +209,7 @@ def calibrate(
     measure on this instead of the source in the settings. part: which one of how many parts of the
     text, each as long as the settings say; no two have a window in common. text: the folder that
     keeps what the model writes for it, `out` by default. role, option, step: see `token_stream`.
+    author: gives the loaded model, where another calibration of it has it.
 
     Raises AbreastError for fewer than MIN_CALIBRATION_WINDOWS windows of text, a folder with a run
     on another model, other text or sizes, or anything else in it, and as `load` and `load_tokens`.
@@ -230,7 +232,7 @@ def calibrate(
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     tokenizer = load_tokenizer(checkpoint.folder, **options) if stream is None else None
     options |= {"dtype": settings.dtype, "device": settings.device}
-    loaded = cache(lambda: load(checkpoint.folder, **options)[0])
+    loaded = author or cache(lambda: load(checkpoint.folder, **options)[0])
     source = Source(tokenizer, checkpoint.folder, loaded, text or run, option, role, step)
     scoring = settings.scoring
     if stream is not None or scoring.score == "kl":
@@ -298,6 +300,7 @@ def search_texts(
         replace(settings, data=other),
         part=(0, 1) if another else (repeat, parts),
         role="judge",
+        author=calibration.load,
         option="--held-out-data",
         step=step,
     )

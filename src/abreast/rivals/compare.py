@@ -55,8 +55,10 @@ class _Text:
         size = max(1, min(calibration.size, math.ceil(count / SCREEN)))
         identity = {**calibration.identity, "batch": size}
         open_run(folder, "rivals", identity)
-        self.run = replace(calibration, folder=folder, size=size, identity=identity)
-        vars(self.run)["model"] = model  # loaded once for both texts
+        # loaded once for both texts
+        self.run = replace(
+            calibration, folder=folder, size=size, identity=identity, load=lambda: model
+        )
 
     def costs(
         self,
