@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abreast.errors import AbreastError
-from abreast.plan import WIRING_NAMES, Group, Plan, PlanError
+from abreast.plan import FOLDER, WIRING_NAMES, Group, Plan, PlanError
 
 TEXT = st.none() | st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -210,7 +211,7 @@ def one_line(caught: pytest.ExceptionInfo[PlanError]) -> str:
         ("٢+٣", "cannot read group"),  # digits, but not ASCII ones
         ("1+" + "2" * 5000, "cannot read group"),
         ("1+2\x00", "cannot read group"),
-        ("no-such-plan", "cannot read group"),
+        ("no such-plan", "cannot read group"),
         ("x" * 5000, "cannot read group"),
     ],
     ids=lambda value: value[:20].encode("unicode_escape").decode(),
@@ -222,6 +223,25 @@ def test_malformed_shorthand(text: str, fault: str) -> None:
     with pytest.raises(PlanError) as caught:
         Plan.read(text, 6)
     assert fault in one_line(caught)
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_plans_of_the_package(file: Path) -> None:
+    """Each by its name, for one model, with the numbers that speak for it."""
+    plan = Plan.load(file)
+    assert Plan.read(file.stem, plan.num_layers) == plan
+    assert file.stem.rpartition("-")[2] == str(plan.depth) and not plan.edge_groups()
+    assert plan.source and re.fullmatch("[0-9a-f]{64}", str(plan.sha256))
+    assert re.search(r"^# .* loss \+[\d.]+ ± [\d.]+, KL [\d.]+ ± ", file.read_text("utf-8"), re.M)
+
+
+def test_a_plan_of_the_package_is_for_one_model_only() -> None:
+    with pytest.raises(PlanError, match=r"no plan is named 'smollm2-7'; choose from .*smollm2-25"):
+        Plan.read("smollm2-7", 30)
+    with pytest.raises(PlanError, match="'smollm2-25' is for 30 layers, the model has 6"):
+        Plan.read("smollm2-25", 6)
+    with pytest.raises(PlanError, match=r"made for another model \(SmolLM2.*--plan '3\|4:1 7\|8:1"):
+        Plan.read("smollm2-25", 30).check_model("0" * 64, "mine")
 
 
 @pytest.mark.parametrize("num_layers", [0, -1, True, 6.0, "6", None])

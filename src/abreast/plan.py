@@ -39,6 +39,7 @@ Wiring = Literal["lp", "cqil", "ff"]
 Norms = Literal["own", "split", "shared"]  # of a group's members, see `model.apply`
 WIRING_NAMES = ("lp", "cqil", "cqil-full", "ff")  # for `Group.wired`
 Sees = tuple[tuple[bool, ...], ...]
+FOLDER = Path(__file__).with_name("plans")  # that come with the package
 _NUMBER = "[0-9]{1,9}"
 _JOINED = {"lp": "+", "cqil": "|", "ff": "~"}
 _GROUP = re.compile(
@@ -257,15 +258,24 @@ class Plan(BaseModel):
 
     @classmethod
     def read(cls, argument: str, num_layers: int) -> Plan:
-        """What a user typed after ``--plan``: shorthand, or the path of a plan file.
+        """What a user typed after ``--plan``: shorthand, a file, or a plan of this package by name.
 
         Raises PlanError, also when a file's plan is for another number of layers.
         """
+        path = Path(argument)
         if not re.search(r"[^\d+|~:,\s]", argument):
             return cls.parse(argument, num_layers)
         if not re.search(r"\.(ya?ml|json)$", argument) and not os.path.isfile(argument):
-            return cls.parse(argument, num_layers)
-        plan = cls.load(argument)
+            if _CQIL.fullmatch(argument) or not re.fullmatch(r"[A-Za-z][\w.-]{,99}", argument):
+                return cls.parse(argument, num_layers)
+            named = {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
+            if argument not in named:
+                raise PlanError(
+                    f"no plan is named '{argument}'; choose from {', '.join(named)}, "
+                    "or write groups such as 5+6"
+                )
+            path = named[argument]
+        plan = cls.load(path)
         if plan.num_layers != num_layers:
             raise PlanError(
                 f"plan file '{argument}' is for {plan.num_layers} layers, "

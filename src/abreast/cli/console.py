@@ -51,7 +51,7 @@ chat_option = click.option(
 )
 PLAN_HELP = (
     'Groups such as "5+6 7+8" (lp), "7|8" (cqil), "7|8:1" (bypass 1), "5~6" (ff), CQIL\'s names '
-    '"P2 D1 S4 E8", or a plan file.'
+    '"P2 D1 S4 E8", a plan file, or a plan of this package such as smollm2-25.'
 )
 plan_option = click.option("--plan", required=True, help=PLAN_HELP)
 prefill_option = click.option(
