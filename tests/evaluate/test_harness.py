@@ -18,7 +18,14 @@ from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate import tasks as harness
-from abreast.evaluate.accuracy import Answers, mean_kept, paired_scores, pool, score_task
+from abreast.evaluate.accuracy import (
+    Answers,
+    above_chance_kept,
+    mean_kept,
+    paired_scores,
+    pool,
+    score_task,
+)
 from abreast.evaluate.statistics import mcnemar, metric_stderr
 from abreast.evaluate.tasks import FOLDER, OFFLINE, evaluate_tasks, find_tasks
 from abreast.model.grouping import load_tokenizer
@@ -124,6 +131,7 @@ def test_a_comparison_of_a_model_with_itself(folder: Path, tmp_path: Path) -> No
     assert (row.metric, row.num_items, row.num_fewshot, row.truncated) == ("acc", 8, 0, 0)
     assert (row.only_original, row.only_converted, row.p_value, row.test) == (0, 0, 1, "mcnemar")
     assert row.converted == row.original
+    assert found.above_chance_kept in (None, 1) and found.above_chance_interval in (None, (1, 1))
     assert row.kept == 1 if row.original else row.kept is None
     words = found.tasks["python_last_name"]
     assert words.metric == "acc" and set(words.metrics) == {"acc", "perplexity"}
@@ -394,6 +402,30 @@ def test_kept_where_lower_is_better_and_where_nothing_was_right() -> None:
     assert paired_scores(some, none, "acc")["kept"] is None
     row = score_task("t", some, none, 0)
     assert row.original == 0 and row.kept is None and mean_kept({"t": row}) == (None, None)
+
+
+def test_accuracy_above_chance_that_is_kept() -> None:
+    """By hand, and the interval against items drawn one task at a time; both models alike."""
+    rng = np.random.default_rng(1)
+    sizes, chance = {"a": 300, "b": 200}, {"a": 0.25, "b": 0.5}
+    old = {task: (rng.random(size) < 0.8).astype(float) for task, size in sizes.items()}
+    new = {task: was * (rng.random(len(was)) < 0.95) for task, was in old.items()}
+    ours, theirs = ({t: answers(acc=v.tolist()) for t, v in of.items()} for of in (new, old))
+    scores = {task: score_task(task, ours[task], theirs[task], 0) for task in sizes}
+    guess = {task: np.full(size, chance[task]) for task, size in sizes.items()}
+    kept, within = above_chance_kept(scores, ours, theirs, guess)
+
+    def share(drawn: dict[str, np.ndarray]) -> float:
+        top, bottom = (sum(of[t][drawn[t]].mean() - chance[t] for t in sizes) for of in (new, old))
+        return float(top / bottom)
+
+    assert kept == pytest.approx(share({task: np.arange(size) for task, size in sizes.items()}))
+    draws = [{t: rng.integers(n, size=n) for t, n in sizes.items()} for _ in range(2000)]
+    assert within == pytest.approx(np.percentile(list(map(share, draws)), [2.5, 97.5]), abs=0.01)
+    assert above_chance_kept(scores, theirs, theirs, guess) == (1.0, (1.0, 1.0))
+    guessing = {task: np.ones(size) for task, size in sizes.items()}
+    assert above_chance_kept(scores, ours, theirs, guessing) == (None, None)
+    assert above_chance_kept(scores, ours, {}, guess) == (None, None)
 
 
 def test_the_mean_that_is_kept() -> None:

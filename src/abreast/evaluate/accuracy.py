@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from abreast.checkpoint import write
 from abreast.errors import AbreastError
 from abreast.evaluate.statistics import (
+    RESAMPLES,
+    Interval,
     all_binary,
+    interval,
     item_values,
     mcnemar,
     metric_stderr,
     ratio_of_means,
+    resampled,
     sign_flips,
 )
 
@@ -68,12 +77,17 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by task. kept_mean: mean of `kept` over the tasks where higher is better."""
+    """Scores by task. kept_mean: mean of `kept` over the tasks where higher is better.
+
+    above_chance_kept, above_chance_interval: see the function, over the multiple-choice tasks.
+    """
 
     tasks: dict[str, TaskScore]
     kept_mean: float | None
     kept_mean_stderr: float | None
     settings: dict[str, Any]
+    above_chance_kept: float | None = None
+    above_chance_interval: Interval | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -167,6 +181,64 @@ def mean_kept(scores: dict[str, TaskScore]) -> tuple[float | None, float | None]
         return None, None
     mean = sum(kept for kept, _ in pairs) / len(pairs)
     return mean, math.sqrt(sum(stderr**2 for _, stderr in pairs)) / len(pairs)
+
+
+def above_chance_kept(
+    scores: Mapping[str, TaskScore],
+    converted: Mapping[str, Answers],
+    original: Mapping[str, Answers],
+    chance: Mapping[str, np.ndarray],
+    seed: int = 0,
+) -> tuple[float | None, Interval | None]:
+    """Share of the accuracy above chance that is kept, summed over tasks, and its 95 % interval.
+
+    All by task, original empty where there is none. chance: how often a guess is right,
+    [num_items], of the tasks that count. A task's metric is that of its score; one that is not
+    right or wrong item by item does not count. The interval is a percentile bootstrap that draws
+    items anew within every task, the same ones of both models (B. Efron and R. Tibshirani, An
+    Introduction to the Bootstrap, 1993, section 8.3).
+    None where the original is no better than chance.
+    """
+    rng = np.random.default_rng(seed)
+    sums, drawn = np.zeros(2), np.zeros((RESAMPLES, 2))
+    for task in (task for task in chance if task in original):
+        metric = scores[task].metric
+        ours, theirs = (item_values(of[task].items[metric]) for of in (converted, original))
+        if ours is None or theirs is None or not (all_binary(ours) and all_binary(theirs)):
+            continue
+        above = np.stack([ours - chance[task], theirs - chance[task]], axis=1)
+        sums += above.mean(0)
+        drawn += resampled(above, rng) / len(above)
+    if sums[1] <= 0:
+        return None, None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(sums[0] / sums[1]), interval(drawn[:, 0] / drawn[:, 1])
+
+
+def save(
+    folder: Path, name: str, fingerprint: str, answers: Answers, samples: list[dict[str, Any]]
+) -> None:
+    """One line per item, then the scores, which say that the lines are complete."""
+    stem = _stem(name)
+    lines = (json.dumps(item, default=str, ensure_ascii=False) + "\n" for item in samples)
+    write(folder / f"{stem}.jsonl", "".join(lines))
+    record = {"task": name, "sha256": fingerprint, "answers": asdict(answers)}
+    write(folder / f"{stem}.json", json.dumps(record) + "\n")
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def saved(folder: Path, name: str, fingerprint: str) -> Answers | None:
+    path = folder / f"{_stem(name)}.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if (record["task"], record["sha256"]) != (name, fingerprint):
+            return None
+        return Answers(**record["answers"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _is_mean_of_items(answers: Answers, metric: str) -> bool:

@@ -56,26 +56,37 @@ def bootstrap(
     no value is finite. See B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993.
     """
     columns = np.stack([np.asarray(values, dtype=np.float64) for values in sums.values()], axis=1)
-    clusters = len(columns)
-    if clusters < 2:
+    if len(columns) < 2:
         return dict.fromkeys(statistics, (math.nan, math.nan))
-    rng = np.random.default_rng(seed)
-    chunk = max(1, _MAX_DRAWS // (clusters * columns.shape[1]))
-    drawn = np.concatenate(
-        [
-            columns[rng.integers(clusters, size=(min(chunk, resamples - start), clusters))].sum(1)
-            for start in range(0, resamples, chunk)
-        ]
-    )
+    drawn = resampled(columns, np.random.default_rng(seed), resamples)
     totals = dict(zip(sums, drawn.T, strict=True))
     intervals = {}
     for name, statistic in statistics.items():
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             values = statistic(totals)
-        values = values[np.isfinite(values)]
-        low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
-        intervals[name] = (float(low), float(high))
+        intervals[name] = interval(values)
     return intervals
+
+
+def resampled(
+    columns: np.ndarray, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Totals, [resamples, columns], of as many rows of [num_clusters, columns], drawn anew."""
+    clusters = len(columns)
+    chunk = max(1, _MAX_DRAWS // (clusters * columns.shape[1]))
+    return np.concatenate(
+        [
+            columns[rng.integers(clusters, size=(min(chunk, resamples - start), clusters))].sum(1)
+            for start in range(0, resamples, chunk)
+        ]
+    )
+
+
+def interval(values: np.ndarray) -> Interval:
+    """What holds 95 % of the values that are finite; NaN where none is."""
+    values = values[np.isfinite(values)]
+    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (math.nan, math.nan)
+    return float(low), float(high)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

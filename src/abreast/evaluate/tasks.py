@@ -18,7 +18,7 @@ import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ import torch
 from abreast.checkpoint import open_checkpoint, plan_for, resolve, sha256_of, write
 from abreast.data import hub_or_cache
 from abreast.errors import AbreastError
-from abreast.evaluate.accuracy import Answers, Evaluation, mean_kept, pool, score_task
+from abreast.evaluate import accuracy
+from abreast.evaluate.accuracy import Answers, Evaluation
 from abreast.evaluate.statistics import metric_stderr
 from abreast.model import device_of, inference, load
 from abreast.plan import Norms, Plan
@@ -185,11 +186,12 @@ def evaluate_tasks(
             progress(done, total)
 
     *theirs, ours = [subject.answer(tasks, out, step, advance) for subject in subjects]
+    before = theirs[0] if theirs else {}
     rows = {
-        name: score_task(name, ours[name], theirs[0][name] if theirs else None, tasks.seed)
+        name: accuracy.score_task(name, ours[name], before.get(name), tasks.seed)
         for name in tasks.rows
     }
-    mean, stderr = mean_kept(rows)
+    mean, stderr = accuracy.mean_kept(rows)
     grouping = subjects[-1].plan
     about: dict[str, Any] = {
         "model": str(model),
@@ -205,7 +207,8 @@ def evaluate_tasks(
             for name, task in tasks.loaded.items()
         },
     }
-    result = Evaluation(rows, mean, stderr, about)
+    kept = accuracy.above_chance_kept(rows, ours, before, _chance(tasks), tasks.seed)
+    result = Evaluation(rows, mean, stderr, about, *kept)
     if out is not None:
         write(Path(out) / "tasks.json", json.dumps(result.to_dict(), indent=1) + "\n")
     return result
@@ -228,17 +231,20 @@ class _Subject:
         answers, model = {}, None
         for name, task in tasks.loaded.items():
             sha256 = tasks.fingerprints[name]
-            saved = None if saved_in is None else _saved(saved_in, name, sha256)
+            saved = None if saved_in is None else accuracy.saved(saved_in, name, sha256)
             if saved is None:
                 under = f" under {self.plan.shorthand}" if self.plan else ""
                 step(f"{self.folder.resolve().name}{under}: {name}")
                 model = model or self._load()
                 saved, samples = _run_task(model, name, task, tasks, step)
                 if saved_in is not None:
-                    _save(saved_in, name, sha256, saved, samples)
+                    accuracy.save(saved_in, name, sha256, saved, samples)
             answers[name] = saved
             advance()
-        return {row: pool([answers[part] for part in parts]) for row, parts in tasks.rows.items()}
+        return {
+            row: accuracy.pool([answers[part] for part in parts])
+            for row, parts in tasks.rows.items()
+        }
 
     def _load(self) -> Any:
         """The harness's own model class around ours."""
@@ -391,6 +397,17 @@ def _shots(task: Any) -> int:
     return int(task.get_config("num_fewshot") or 0)
 
 
+def _chance(tasks: Tasks) -> dict[str, np.ndarray]:
+    """How often a guess is right, item by item, of the rows that are multiple choice throughout."""
+    n, loaded = tasks.limit, tasks.loaded
+    rows = {row: [loaded[part] for part in parts] for row, parts in tasks.rows.items()}
+    return {
+        row: np.array([1 / len(t.doc_to_choice(d)) for t in of for _, d in t.doc_iterator(limit=n)])
+        for row, of in rows.items()
+        if all(task.OUTPUT_TYPE == "multiple_choice" for task in of)
+    }
+
+
 def _plan(folder: Path, plan: Plan | str | None) -> Plan | None:
     """The plan itself: a file's name says nothing about what is in it."""
     return None if plan is None else plan_for(open_checkpoint(folder), plan)
@@ -464,29 +481,3 @@ def _plain(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         return str(value)
-
-
-def _save(
-    folder: Path, name: str, fingerprint: str, answers: Answers, samples: list[dict[str, Any]]
-) -> None:
-    """One line per item, then the scores, which say that the lines are complete."""
-    stem = _stem(name)
-    lines = (json.dumps(item, default=str, ensure_ascii=False) + "\n" for item in samples)
-    write(folder / f"{stem}.jsonl", "".join(lines))
-    record = {"task": name, "sha256": fingerprint, "answers": asdict(answers)}
-    write(folder / f"{stem}.json", json.dumps(record) + "\n")
-
-
-def _stem(name: str) -> str:
-    return re.sub(r"[^\w.-]", "_", name)
-
-
-def _saved(folder: Path, name: str, fingerprint: str) -> Answers | None:
-    path = folder / f"{_stem(name)}.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if (record["task"], record["sha256"]) != (name, fingerprint):
-            return None
-        return Answers(**record["answers"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
