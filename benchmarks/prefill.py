@@ -18,14 +18,15 @@ import torch
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
 from abreast.model.grouping import grouped, load
+from abreast.plan import Plan
 
 PROMPT, SCORED = 192, 64
-PLANS = {  # depth: groups, by what single pairs cost on calibration text
-    12: "2+3 4+5 6+7 10+11",
-    11: "2+3 4+5 6+7 9+10 11+12",
-    10: "1+2 3+4 5+6 7+8 9+10 11+12",
-    9: "1+2 3+4 5+6 7+8 9+10 11+12 13+14",
-}
+PLANS = (  # of the bundled model, by what single pairs cost on calibration text
+    "2+3 4+5 6+7 10+11",
+    "2+3 4+5 6+7 9+10 11+12",
+    "1+2 3+4 5+6 7+8 9+10 11+12",
+    "1+2 3+4 5+6 7+8 9+10 11+12 13+14",
+)
 WORDS = (
     *("name", "path", "data", "value", "index", "size", "text", "line"),
     *("node", "item", "count", "start", "limit", "offset", "buffer"),
@@ -34,9 +35,10 @@ WORDS = (
 
 def stepwise(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [batch, SCORED, vocab] of the tokens after the prompt, fed one by one."""
-    step = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+    prompt = ids.shape[1] - SCORED
+    step = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)
     found = [step.logits[:, -1]]
-    for place in range(PROMPT, PROMPT + SCORED - 1):
+    for place in range(prompt, prompt + SCORED - 1):
         step = model(
             ids[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True
         )
@@ -44,11 +46,13 @@ def stepwise(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return torch.stack(found, 1).log_softmax(-1)
 
 
-def quality(model: torch.nn.Module, ids: torch.Tensor) -> list[dict[str, object]]:
-    targets = ids[:, PROMPT:, None]
+def quality(
+    model: torch.nn.Module, ids: torch.Tensor, plans: dict[int, Plan]
+) -> list[dict[str, object]]:
+    targets = ids[:, -SCORED:, None]
     reference = stepwise(model, ids)
     rows = []
-    for depth, plan in PLANS.items():
+    for depth, plan in plans.items():
         for prefill in ("grouped", "sequential"):
             with grouped(model, plan, prefill=prefill):  # type: ignore[arg-type]
                 found = stepwise(model, ids)
@@ -74,8 +78,9 @@ def few_shot(seed: int = 0, count: int = 150) -> list[tuple[str, str]]:
     return tasks
 
 
-def answered(model: torch.nn.Module, tokenizer: object, tasks: list[tuple[str, str]]) -> float:
-    right = 0
+def answered(model: torch.nn.Module, tokenizer: object, tasks: list[tuple[str, str]]) -> list[bool]:
+    """Which of the tasks a model answers right, greedily."""
+    right = []
     for prompt, answer in tasks:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])  # type: ignore[operator]
         out = model.generate(  # type: ignore[operator]
@@ -87,26 +92,37 @@ def answered(model: torch.nn.Module, tokenizer: object, tasks: list[tuple[str, s
             eos_token_id=None,
         )
         text = tokenizer.decode(out[0, ids.shape[1] :])  # type: ignore[attr-defined]
-        right += text.startswith(answer)
-    return right / len(tasks)
+        right.append(text.startswith(answer))
+    return right
+
+
+def share(right: list[bool]) -> float:
+    return round(sum(right) / len(right), 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default=str(model_folder()))
+    parser.add_argument("--plan", action="append", help="instead of those of the bundled model")
+    parser.add_argument("--data", default=HELD_OUT)
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--tasks", type=int, default=150)
     options = parser.parse_args()
-    model, tokenizer = load(model_folder(), dtype="float32")
-    stream = load_tokens(tokenizer, HELD_OUT, max_tokens=options.prompts * (PROMPT + SCORED))
+    model, tokenizer = load(options.model, dtype="float32")
+    count = model.config.get_text_config().num_hidden_layers
+    plans = {p.depth: p for p in (Plan.read(text, count) for text in options.plan or PLANS)}
+    stream = load_tokens(tokenizer, options.data, max_tokens=options.prompts * (PROMPT + SCORED))
     ids = torch.from_numpy(stream.tokens).view(-1, PROMPT + SCORED)
+    prefix = torch.tensor([stream.prefix] * len(ids), dtype=torch.long).view(len(ids), -1)
+    ids = torch.cat([prefix, ids], dim=1)
     tasks = few_shot(count=options.tasks)
     with torch.inference_mode():
-        rows = quality(model, ids)
-        accuracy = {"original": round(answered(model, tokenizer, tasks), 3)}
-        for depth, plan in PLANS.items():
+        rows = quality(model, ids, plans)
+        accuracy = {"original": share(answered(model, tokenizer, tasks))}
+        for depth, plan in plans.items():
             for prefill in ("grouped", "sequential"):
                 with grouped(model, plan, prefill=prefill):  # type: ignore[arg-type]
-                    accuracy[f"{depth} {prefill}"] = round(answered(model, tokenizer, tasks), 3)
+                    accuracy[f"{depth} {prefill}"] = share(answered(model, tokenizer, tasks))
     for row in rows:
         print(row, file=sys.stderr)
     print(accuracy, file=sys.stderr)

@@ -112,8 +112,8 @@ def excess(both: Comparison, grouped: Comparison, quantised: Comparison) -> tupl
     return ratio_of_means(sums, both.windows["tokens"])
 
 
-def llama_cpp_kl(file: Path, reference: Any, stream: TokenStream, positions: int) -> tuple:
-    """KL of what llama.cpp itself predicts at the ends of prefixes of the text; mean, error."""
+def serve(file: Path) -> Any:
+    """A GGUF file in llama.cpp, one thread, float32 cache, 256 tokens."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -123,7 +123,12 @@ def llama_cpp_kl(file: Path, reference: Any, stream: TokenStream, positions: int
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.no_extra_bufts = True  # repacked weights crash on CPUs with AMX
-    server = xllamacpp.Server(params)
+    return xllamacpp.Server(params)
+
+
+def llama_cpp_kl(file: Path, reference: Any, stream: TokenStream, positions: int) -> tuple:
+    """KL of what llama.cpp itself predicts at the ends of prefixes of the text; mean, error."""
+    server = serve(file)
     found = []
     size = reference.config.vocab_size
     for place in np.linspace(0, len(stream) - 256, positions).astype(int):

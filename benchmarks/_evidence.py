@@ -1,0 +1,341 @@
+"""docs/evidence.md, and README's first table, from the rows that benchmarks/real_models.py left.
+
+A row is a JSON file in benchmarks/real_models, named MODEL-DEPTH-KIND. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from abreast.rivals import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "benchmarks" / "real_models"
+PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
+MARKED = re.compile("(?<=<!-- evidence-table -->\n).*(?=<!-- end of evidence-table -->)", re.DOTALL)
+MODELS = {"smollm2": ("SmolLM2-135M-Instruct", 30), "gemma3": ("gemma-3-270m", 18)}
+SHARES = (0.93, 0.83, 0.73, 0.67)
+DISTILLED = 0.83  # the only share at which models are trained
+KINDS = (
+    *("rivals", "refit", "distilled", "tasks", "answers", "long", "speed", "llamacpp", "text"),
+)
+TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande", "hellaswag")
+VARIANTS = {
+    "original": "original",
+    "plan": "plan",
+    "refit": "+ refit",
+    "distilled": "+ refit and distillation",
+}
+ENGINES = {"eager": "transformers", "compile": "torch.compile", "vllm": "vLLM"}
+MISSING = "not measured yet"
+Row = dict[str, Any]
+
+
+def depths(model: str) -> dict[int, float]:
+    """The depths at which a model is measured -> share of the layers."""
+    return {round(share * MODELS[model][1]): share for share in SHARES}
+
+
+def every_row() -> dict[str, tuple[str, int, str]]:
+    """Name -> model, depth, kind."""
+    return {
+        f"{model}-{depth}-{kind}": (model, depth, kind)
+        for kind in KINDS
+        for model in MODELS
+        for depth, share in depths(model).items()
+        if kind != "distilled" or share == DISTILLED
+    }
+
+
+def read_rows(folder: Path = ROWS) -> dict[str, Row]:
+    return {file.stem: json.loads(file.read_text("utf-8")) for file in folder.glob("*.json")}
+
+
+def with_error(pair: Sequence[float] | None, digits: int = 4, sign: str = "") -> str:
+    """A number and its standard error."""
+    return "" if pair is None else f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
+
+
+def share(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f} %"
+
+
+def interval(triple: Sequence[float] | None, digits: int = 2) -> str:
+    if triple is None:
+        return ""
+    return "{0:.{d}f} [{1:.{d}f}, {2:.{d}f}]".format(*triple, d=digits)
+
+
+def groups(plan: str) -> str:
+    return f"`{plan}`".replace("|", "\\|")
+
+
+def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; a line that is shorter than the headings is filled up."""
+    filled = [[*line, *[""] * (len(headings) - len(line))] for line in lines]
+    marks = ["---"] * len(headings)
+    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *filled))
+
+
+def quality(rows: dict[str, Row], model: str) -> str:
+    lines = []
+    for depth in depths(model):
+        row = rows.get(f"{model}-{depth}-rivals")
+        if row is None:
+            lines.append([str(depth), "planner and rivals", MISSING])
+        elif not lines:
+            perplexity = f"{row['results']['original']['perplexity']:.2f}"
+            lines.append([str(MODELS[model][1]), "original", perplexity])
+        for entry in row["results"]["methods"] if row else []:
+            lines.append(
+                [
+                    str(depth),
+                    "**planner**" if entry["method"] == "planner" else METHODS[entry["method"]],
+                    f"{entry['perplexity']:.2f}",
+                    with_error(entry["loss"], sign="+"),
+                    with_error(entry["kl"]),
+                    share(entry["agreement"]),
+                    with_error(entry["refit_loss"], sign="+"),
+                    with_error(entry["refit_kl"]),
+                    share(entry["refit_agreement"]),
+                    groups(entry["plan"]),
+                ]
+            )
+        for kind in ("refit", "distilled"):
+            if kind == "distilled" and depths(model)[depth] != DISTILLED:
+                continue
+            name = f"planner, `heal`: {VARIANTS[kind].removeprefix('+ ')}"
+            row = rows.get(f"{model}-{depth}-{kind}")
+            lines.append([str(depth), name, *(_healed(row["results"][kind]) if row else [MISSING])])
+    headings = ("left", "method", "perplexity", "loss", "KL", "same next token")
+    return table((*headings, "loss, refit", "KL, refit", "same, refit", "choice"), lines)
+
+
+def _healed(result: Row) -> list[str]:
+    return [
+        with_error(result["perplexity"], 2),
+        with_error(result["loss"], sign="+"),
+        with_error(result["kl"]),
+        share(result["agreement"]),
+    ]
+
+
+def by_variant(
+    rows: dict[str, Row], model: str, kind: str, headings: Sequence[str], cells: Any
+) -> str:
+    """A line for the original, and for each variant at each depth; cells(result) fills it."""
+    present = [row for d in depths(model) if (row := rows.get(f"{model}-{d}-{kind}"))]
+    lines = []
+    if present and "original" in present[0]["results"]:
+        layers = str(MODELS[model][1])
+        lines.append([layers, "original", *cells(present[0]["results"]["original"])])
+    for depth in depths(model):
+        row = rows.get(f"{model}-{depth}-{kind}")
+        if row is None:
+            lines.append([str(depth), MISSING])
+        for variant, result in row["results"].items() if row else []:
+            if variant != "original":
+                lines.append([str(depth), VARIANTS[variant], *cells(result)])
+    return table(("left", "", *headings), lines)
+
+
+def task_cells(result: Row) -> list[str]:
+    share_kept = interval(result.get("above_chance"), 3)
+    return [share_kept, *(f"{100 * result['accuracy'][task]:.1f}" for task in TASKS)]
+
+
+def long_cells(result: Row) -> list[str]:
+    kl = [with_error(pair, 3) for pair in result.get("kl", [])] or [""] * 8
+    return [*kl, share(result["repeated"]), with_error(result.get("own_kl"), 3)]
+
+
+def speed_cells(result: Row) -> list[str]:
+    """Tokens per second of both and their ratio, or the engine's one line of refusal."""
+    return [
+        f"refused: {cell['refused']}"
+        if "refused" in cell
+        else f"{cell['original']:.1f} → {cell['converted']:.1f}, {interval(cell['ratio'])}x"
+        for cell in (result[engine] for engine in ENGINES)
+    ]
+
+
+def llamacpp_cells(result: Row) -> list[str]:
+    if "kl" not in result:
+        return [f"refused: {result['refused']}"]
+    note = f"refused: {result['refused']}; measured" if result.get("refused") else "measured"
+    kl = result["kl"]
+    return [
+        f"{note}: {groups(result['plan'])}",
+        *(with_error(kl[name]) for name in ("quantised", "grouped", "both")),
+        with_error(result["excess"], sign="+"),
+        with_error(result["perplexity"]["quantised"], 2),
+        with_error(result["perplexity"]["both"], 2),
+        "{:.1f} → {:.1f}".format(*result["tokens_per_second"]),
+    ]
+
+
+def texts(rows: dict[str, Row], model: str) -> str:
+    parts = []
+    for depth in depths(model):
+        row = rows.get(f"{model}-{depth}-text")
+        if row is None:
+            parts.append(f"{depth} of {MODELS[model][1]}: {MISSING}.\n")
+        for variant, result in row["results"].items() if row else []:
+            if variant == "original" and any("\n```" in part for part in parts):
+                continue
+            name = "original" if variant == "original" else f"{depth}, {VARIANTS[variant]}"
+            written = " ".join(result["text"].split()).replace("```", "'''")
+            parts.append(f"{name}:\n\n```text\n{written}\n```\n")
+    return "\n".join(parts)
+
+
+# heading -> kind of row, what is said of it, and the function that makes one model's part
+SECTIONS: dict[str, tuple[str, str, Any]] = {
+    "Predictions": (
+        "rivals",
+        "16,384 tokens of the second half of wikitext-2 (valid), windows of 256; the first half "
+        "was searched, chosen and refitted on. Loss and KL in nats per token over the original, "
+        "± one standard error. *Refit*, right: closed form on 8,192 tokens of the first half, the "
+        "same for all. `heal` has its default text instead (rows `-refit`, `-distilled`).",
+        quality,
+    ),
+    "Tasks": (
+        "tasks",
+        "400 items of each task in lm-eval; per cent right, and how much of the accuracy above "
+        "chance is kept, summed over tasks, with the paired 95 % interval.",
+        lambda rows, model: by_variant(
+            rows, model, "tasks", ("above chance, kept", *TASKS), task_cells
+        ),
+    ),
+    "Sums and copying": (
+        "answers",
+        "Loss per token of GSM8K's reference answers, given the question, and its paired increase; "
+        "copied: prompts with six worked examples whose greedy answer is right, prompts read "
+        "abreast or in the original order (`--prefill sequential`).",
+        lambda rows, model: by_variant(
+            rows,
+            model,
+            "answers",
+            ("GSM8K loss", "increase", "copied", "copied, exact prefill"),
+            lambda r: [
+                with_error(r["loss"], 3),
+                with_error(r.get("increase"), sign="+"),
+                share(r["copied"]),
+                share(r.get("copied_sequential")),
+            ],
+        ),
+    ),
+    "Long text": (
+        "long",
+        "KL by position, each column 1,024 tokens, up to 8,192; then 512 freely sampled tokens "
+        "after each of 8 prompts: share of 4-grams that were there before, and KL along the "
+        "original's own text.",
+        lambda rows, model: by_variant(
+            rows,
+            model,
+            "long",
+            (*(f"to {1024 * n:,}" for n in range(1, 9)), "repeated", "KL, own text"),
+            long_cells,
+        ),
+    ),
+    "Decode speed": (
+        "speed",
+        "Tokens per second, original → converted, batch 1, context 512, float32, and the paired "
+        "ratio with its 95 % interval; or why the engine refuses. llama.cpp: see below. Two cores: "
+        "what it shows is fewer layers, not fewer exchanges.",
+        lambda rows, model: by_variant(rows, model, "speed", ENGINES.values(), speed_cells),
+    ),
+    "Four bits in llama.cpp": (
+        "llamacpp",
+        "Q4_K_M by llama.cpp's quantiser. KL to the original in float32: quantised alone, grouped "
+        "alone, both; *excess* is what both lose beyond the sum. Perplexity on the same text. "
+        "Where llama.cpp refuses the plan, its groups are wired `lp` instead.",
+        lambda rows, model: by_variant(
+            rows,
+            model,
+            "llamacpp",
+            (
+                *("plan", "KL, Q4", "KL, grouped", "KL, both", "excess"),
+                *("perplexity, Q4", "perplexity, both", "tokens/s, Q4"),
+            ),
+            llamacpp_cells,
+        ),
+    ),
+    "What they write": ("text", "The same prompt, decoded greedily.", texts),
+}
+
+
+def page(rows: dict[str, Row]) -> str:
+    """docs/evidence.md."""
+    made = sorted({row["date"] for row in rows.values()})
+    parts = [
+        "# Evidence from real models\n",
+        "SmolLM2-135M-Instruct (30 layers) and gemma-3-270m (18 layers), imported from GGUF files "
+        "(`make test-real` fetches them), at 93, 83, 73 and 67 % of their layers. The plans come "
+        "with the package (`--plan smollm2-25`). Every number is in a row that one command "
+        "measured, in `benchmarks/real_models`, with hashes of model and text and the machine; "
+        "`python benchmarks/real_models.py --page` writes this page from them, and "
+        "`python benchmarks/real_models.py` lists what is missing. "
+        + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
+    ]
+    for heading, (kind, about, section) in SECTIONS.items():
+        parts.append(f"## {heading}\n")
+        parts.append(f"`python benchmarks/real_models.py MODEL-DEPTH-{kind}`. {about}\n")
+        for model, (name, layers) in MODELS.items():
+            parts.append(f"### {heading}: {name}\n")
+            parts.append(section(rows, model) or f"{layers} layers: {MISSING}.\n")
+    return "\n".join(parts)
+
+
+def readme_table(rows: dict[str, Row]) -> str:
+    """One block per model, at the share at which it was trained as well."""
+    lines = []
+    for model, (name, layers) in MODELS.items():
+        (depth,) = (d for d, share in depths(model).items() if share == DISTILLED)
+        of = {
+            kind: row["results"]
+            for kind in ("rivals", "refit", "distilled", "tasks")
+            if (row := rows.get(f"{model}-{depth}-{kind}"))
+        }
+        if "rivals" in of:
+            perplexity = f"{of['rivals']['original']['perplexity']:.2f}"
+            lines.append([f"{name}, {layers} → {depth}", "original", perplexity])
+            methods = of["rivals"]["methods"]
+            best = next(entry for entry in methods if entry["method"] == "planner")
+            lines.append(["", "our plan, as it is", *_numbers(best), _kept(of, "plan")])
+            others = [entry for entry in methods if entry["method"] != "planner"]
+            if others:
+                rival = min(others, key=lambda entry: entry["kl"][0])
+                lines.append(["", f"the best rival, {METHODS[rival['method']]}", *_numbers(rival)])
+        for kind in ("refit", "distilled"):
+            if kind in of:
+                healed = {**of[kind][kind], "perplexity": of[kind][kind]["perplexity"][0]}
+                lines.append(["", VARIANTS[kind], *_numbers(healed), _kept(of, kind)])
+        if not of:
+            lines.append([f"{name}, {layers} → {depth}", MISSING])
+    headings = ("model, layers → stages", "", "perplexity", "loss, nats", "KL, nats")
+    made = table((*headings, "same next token", "accuracy above chance kept"), lines)
+    return f"\n{made}\n"
+
+
+def _numbers(entry: Row) -> list[str]:
+    return [
+        f"{entry['perplexity']:.2f}",
+        with_error(entry["loss"], 3, "+"),
+        with_error(entry["kl"], 3),
+        share(entry["agreement"]),
+    ]
+
+
+def _kept(of: dict[str, Any], variant: str) -> str:
+    return interval(of.get("tasks", {}).get(variant, {}).get("above_chance"))
+
+
+def write_pages(rows: dict[str, Row]) -> None:
+    PAGE.write_text(page(rows), encoding="utf-8")
+    text = MARKED.sub(lambda _: readme_table(rows), README.read_text("utf-8"))
+    README.write_text(text, encoding="utf-8")

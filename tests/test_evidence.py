@@ -1,0 +1,228 @@
+"""docs/evidence.md is what its rows say; how rows are measured, in miniature."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from abreast.errors import AbreastError
+from abreast.model import token_scores
+from abreast.plan import FOLDER, Plan
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import _evidence  # noqa: E402
+
+ROWS = sorted(_evidence.ROWS.glob("*.json"))
+WORDS = "the lamp of a small house on the hill was seen from every boat that came near it\n"
+
+
+def test_the_page_is_what_its_rows_say() -> None:
+    rows = _evidence.read_rows()
+    hint = "python benchmarks/real_models.py --page"
+    assert _evidence.PAGE.read_text("utf-8") == _evidence.page(rows), hint
+    (table,) = _evidence.MARKED.findall(_evidence.README.read_text("utf-8"))
+    assert table == _evidence.readme_table(rows), hint
+
+
+@pytest.mark.parametrize("file", ROWS, ids=lambda file: file.stem)
+def test_rows_say_what_they_rest_on(file: Path) -> None:
+    row = json.loads(file.read_text("utf-8"))
+    model, depth, _ = file.stem.split("-")
+    assert row["row"] == file.stem and row["command"].endswith(f"real_models.py {file.stem}")
+    assert (row["model"], row["layers"]) == _evidence.MODELS[model]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in row["rests_on"].values())
+    plan = Plan.load(FOLDER / f"{model}-{depth}.yaml")
+    assert (plan.shorthand, plan.sha256) == (row["plan"], row["rests_on"]["model"])
+    assert not re.search(r'"[^"\n]*(/root|/work|/home)', file.read_text("utf-8"))
+
+
+def made_up(kind: str) -> dict[str, Any]:
+    """Results of a row as `real_models.py` leaves them."""
+    pair, text = [0.1234, 0.005], {"text": "One | two\n```\nthree"}
+    of = {"perplexity": [9.0, 0.1], "loss": pair, "kl": pair, "agreement": [0.75, 0.01]}
+    method = {"method": "planner", "plan": "1|2:1", **of, "perplexity": 9.5}
+    refit = {"refit_loss": pair, "refit_kl": pair, "refit_agreement": None}
+    accuracy = {"accuracy": dict.fromkeys(_evidence.TASKS, 0.5)}
+    long = {"repeated": pair}
+    return {
+        "rivals": {
+            "original": {"perplexity": 8.0},
+            "methods": [{**method, **refit}, {**method, **refit, "method": "sleb"}],
+        },
+        "refit": {"refit": of},
+        "distilled": {"distilled": of},
+        "tasks": {"original": accuracy, "plan": {**accuracy, "above_chance": [0.9, 0.8, 1.0]}},
+        "answers": {
+            "original": {"loss": pair, "copied": pair},
+            "plan": {"loss": pair, "copied": pair, "increase": pair, "copied_sequential": pair},
+        },
+        "long": {"original": long, "plan": {**long, "own_kl": pair, "kl": [pair] * 8}},
+        "speed": {
+            "plan": {
+                "eager": {"original": 10.0, "converted": 12.0, "ratio": [1.2, 1.1, 1.3]},
+                "compile": {"original": 10.0, "converted": 12.0, "ratio": [1.2, 1.1, 1.3]},
+                "vllm": {"refused": "it has ff groups"},
+            }
+        },
+        "llamacpp": {
+            "plan": {
+                "refused": "cqil",
+                "plan": "1+2",
+                "kl": dict.fromkeys(("quantised", "grouped", "both"), pair),
+                "perplexity": dict.fromkeys(("quantised", "both"), pair),
+                "excess": pair,
+                "tokens_per_second": [50.0, 60.0],
+            }
+        },
+        "text": {"original": text, "plan": text},
+    }[kind]
+
+
+def test_a_page_of_every_kind_of_row() -> None:
+    empty = _evidence.page({})
+    assert empty.count(_evidence.MISSING) >= 8 * 7
+    rows = {
+        name: {"date": "2026-11-26", "results": made_up(kind)}
+        for name, (_, _, kind) in _evidence.every_row().items()
+    }
+    full = _evidence.page(rows)
+    assert _evidence.MISSING not in full and "refused: it has ff groups" in full
+    for line in full.splitlines():  # every line of a table has as many cells as its headings
+        if line.startswith("| left"):
+            cells = len(re.findall(r"(?<!\\)\|", line))
+        if line.startswith("|"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == cells, line
+    table = _evidence.readme_table(rows)
+    assert "+ refit and distillation" in table and "the best rival, greedy (SLEB)" in table
+    assert "0.90 [0.80, 1.00]" in table
+
+
+@pytest.fixture
+def setting(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A random model of six layers with a plan, texts and tasks; everything as small as it gets."""
+    import _measures
+    import real_models
+
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_checkpoint(tokenizer=True))
+    monkeypatch.setitem(_evidence.MODELS, "tiny", ("a random model", 6))
+    for module in (_measures, real_models):
+        monkeypatch.setattr(module, "PLANS", tmp_path)
+    (tmp_path / "tiny-5.yaml").write_text(Plan.parse("2|3:1", 6).to_yaml(), "utf-8")
+    (tmp_path / _measures.WIKITEXT).write_text(WORDS * 100, "utf-8")
+    sums = {"question": "How many are two and two?", "target": "2 + 2 = 4"}
+    (tmp_path / _measures.SUMS).write_text(json.dumps(sums) + "\n" + json.dumps(sums), "utf-8")
+    for name in _evidence.TASKS:
+        item = {"question": "The _ is", "choices": ["lamp", "house"], "answer": 1}
+        (tmp_path / f"{name}.jsonl").write_text((json.dumps(item) + "\n") * 3, "utf-8")
+    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, _measures.SMALL.heal)
+    return _measures.Setting(
+        tmp_path / "models", tmp_path, tmp_path / "work", sizes=sizes, rows=tmp_path / "rows"
+    )
+
+
+def test_kl_by_position_is_that_of_whole_windows(setting: Any) -> None:
+    from _measures import Subject, kl_by_position
+
+    (model, _), (original, _) = (
+        Subject(setting, "tiny", 5, variant).load() for variant in ("plan", "original")
+    )
+    stream = Subject(setting, "tiny", 5).text(2 * 64 + 1)
+    columns = kl_by_position(model, original, stream, 64, 4)
+    with torch.inference_mode():
+        ids = torch.tensor(np.array([stream.tokens[at : at + 65] for at in (0, 64)]))
+        ours, theirs = (each(ids[:, :-1]).logits for each in (model, original))
+    kl = token_scores(ours, ids[:, 1:], theirs)[..., 2].reshape(2, 4, 16).mean(2)
+    assert [mean for mean, _ in columns] == pytest.approx(kl.mean(0), rel=1e-3)
+    assert [error for _, error in columns] == pytest.approx(abs(kl[0] - kl[1]) / 2, rel=1e-2)
+
+
+def test_repeated_grams() -> None:
+    from _measures import repeated
+
+    assert repeated([1, 2, 3, 4, 5, 6, 7, 8]) == 0
+    assert repeated([1] * 13) == pytest.approx(0.9)
+
+
+def test_a_row_goes_on_and_is_kept(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _measures
+    import real_models
+
+    monkeypatch.setattr(real_models, "variants_of", lambda *of: ("original", "plan"))
+    row = real_models.measure_row(setting, "tiny-5-answers")
+    assert json.loads((setting.rows / "tiny-5-answers.json").read_text("utf-8")) == row
+    assert row["plan"] == "2|3:1" and set(row["rests_on"]) == {"model", _measures.SUMS}
+    plan, original = row["results"]["plan"], row["results"]["original"]
+    assert "items" not in plan and "copied_sequential" in plan and "increase" not in original
+    difference = plan["loss"][0] - original["loss"][0]
+    assert plan["increase"][0] == pytest.approx(difference, abs=1e-4)
+
+    def no_more(*of: Any) -> Any:
+        raise AssertionError("measured again")
+
+    answers = replace(_measures.KINDS["answers"], measure=no_more)
+    monkeypatch.setitem(_measures.KINDS, "answers", answers)
+    assert real_models.measure_row(setting, "tiny-5-answers")["results"] == row["results"]
+    (setting.data / "tiny-5.yaml").write_text(Plan.parse("2+3", 6).to_yaml(), "utf-8")
+    with pytest.raises(AssertionError, match="measured again"):
+        real_models.measure_row(setting, "tiny-5-answers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tasks", "long", "text", "refit"])
+def test_other_kinds_of_row(setting: Any, kind: str) -> None:
+    import real_models
+
+    row = real_models.measure_row(setting, f"tiny-5-{kind}")
+    assert row["results"] and _evidence.page({f"tiny-5-{kind}": row})
+
+
+def test_rows_and_plans_taken_from_rivals(setting: Any) -> None:
+    import real_models
+    from _measures import WIKITEXT
+
+    from abreast.planner import CalibrationSettings, calibrate
+
+    out = setting.work / "rivals-out"
+    settings = CalibrationSettings(
+        data=str(setting.half(1)), num_windows=8, window=32, dtype="float32"
+    )
+    identity = calibrate(setting.models / "tiny", out / "judge", settings).identity
+    numbers = {"kl": 0.2, "kl_stderr": 0.01, "loss_increase": 0.1, "loss_stderr": 0.02}
+    numbers |= {"tokens": 248, "agreement": 0.7, "agreement_stderr": 0.01, "depth": 5}
+    plans = [
+        {"method": "sleb", "plan": "without 3", "refit": False, **numbers, "kl": 0.1},
+        {"method": "planner", "plan": "1|2:1", "refit": False, **numbers},
+        {"method": "planner", "plan": "1|2:1", "refit": True, **numbers, "kl": 0.15},
+    ]
+    record = {"rests_on": identity, "full_forwards": {}, "plans": plans}
+    (out / "baselines.json").write_text(json.dumps(record))
+    journal = out / "rivals" / "held-out"
+    journal.mkdir(parents=True)
+    line = {"program": "0 1|2:1 3 4 5", "batch": 0, "evaluated": 5, "sums": [[1, 31.0, 0, 0]] * 8}
+    (journal / "journal-0.jsonl").write_text(json.dumps(line) + "\n")
+    assert real_models.take(setting, out) == ["tiny-5-rivals"]
+    row = json.loads((setting.rows / "tiny-5-rivals.json").read_text("utf-8"))
+    assert row["results"]["original"]["perplexity"] == pytest.approx(np.e, abs=1e-4)
+    ours, rival = row["results"]["methods"]
+    assert (ours["method"], ours["refit_kl"]) == ("planner", [0.15, 0.01])
+    assert ours["perplexity"] == pytest.approx(np.exp(1.1), abs=1e-4) and rival["refit_kl"] is None
+    assert set(row["rests_on"]) == {"model", WIKITEXT}
+    assert Plan.load(setting.data / "tiny-5.yaml").shorthand == "2|3:1"  # not the package's rows
+    (setting.data / WIKITEXT).write_text(WORDS.upper() * 100, "utf-8")
+    real_models.hash_of.cache_clear()
+    with pytest.raises(AbreastError, match="rests on another tokens"):
+        real_models.take(setting, out)
