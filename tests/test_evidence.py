@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.model import token_scores
 from abreast.plan import FOLDER, Plan
@@ -23,7 +25,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import _evidence  # noqa: E402
 
-ROWS = sorted(_evidence.ROWS.glob("*.json"))
 WORDS = "the lamp of a small house on the hill was seen from every boat that came near it\n"
 
 
@@ -35,16 +36,16 @@ def test_the_page_is_what_its_rows_say() -> None:
     assert table == _evidence.readme_table(rows), hint
 
 
-@pytest.mark.parametrize("file", ROWS, ids=lambda file: file.stem)
-def test_rows_say_what_they_rest_on(file: Path) -> None:
-    row = json.loads(file.read_text("utf-8"))
-    model, depth, _ = file.stem.split("-")
-    assert row["row"] == file.stem and row["command"].endswith(f"real_models.py {file.stem}")
-    assert (row["model"], row["layers"]) == _evidence.MODELS[model]
-    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in row["rests_on"].values())
-    plan = Plan.load(FOLDER / f"{model}-{depth}.yaml")
-    assert (plan.shorthand, plan.sha256) == (row["plan"], row["rests_on"]["model"])
-    assert not re.search(r'"[^"\n]*(/root|/work|/home)', file.read_text("utf-8"))
+def test_rows_say_what_they_rest_on() -> None:
+    for file in _evidence.ROWS.glob("*.json"):
+        row = json.loads(file.read_text("utf-8"))
+        model, depth, _ = file.stem.split("-")
+        assert row["row"] == file.stem and row["command"].endswith(f"real_models.py {file.stem}")
+        assert (row["model"], row["layers"]) == _evidence.MODELS[model]
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in row["rests_on"].values())
+        plan = Plan.load(FOLDER / f"{model}-{depth}.yaml")
+        assert (plan.shorthand, plan.sha256) == (row["plan"], row["rests_on"]["model"])
+        assert not re.search(r'"[^"\n]*(/root|/work|/home)', file.read_text("utf-8"))
 
 
 def made_up(kind: str) -> dict[str, Any]:
@@ -116,8 +117,10 @@ def setting(
     import _measures
     import real_models
 
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "tiny").symlink_to(tiny_checkpoint(tokenizer=True))
+    model = tmp_path / "models" / "tiny"
+    shutil.copytree(tiny_checkpoint(vocab_size=4096, max_position_embeddings=256), model)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model_folder() / name, model)
     monkeypatch.setitem(_evidence.MODELS, "tiny", ("a random model", 6))
     for module in (_measures, real_models):
         monkeypatch.setattr(module, "PLANS", tmp_path)
@@ -183,9 +186,11 @@ def test_a_row_goes_on_and_is_kept(setting: Any, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tasks", "long", "text", "refit"])
-def test_other_kinds_of_row(setting: Any, kind: str) -> None:
+def test_other_kinds_of_row(setting: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import real_models
 
+    if kind != "refit":  # healed models are measured as others are
+        monkeypatch.setattr(real_models, "variants_of", lambda *of: ("original", "plan"))
     row = real_models.measure_row(setting, f"tiny-5-{kind}")
     assert row["results"] and _evidence.page({f"tiny-5-{kind}": row})
 
