@@ -276,10 +276,10 @@ def page(rows: dict[str, Row]) -> str:
         "# Evidence from real models\n",
         "SmolLM2-135M-Instruct (30 layers) and gemma-3-270m (18 layers), imported from GGUF files "
         "(`make test-real` fetches them), at 93, 83, 73 and 67 % of their layers. The plans come "
-        "with the package (`--plan smollm2-25`). Every number is in a row that one command "
-        "measured, in `benchmarks/real_models`, with hashes of model and text and the machine; "
-        "`python benchmarks/real_models.py --page` writes this page from them, and "
-        "`python benchmarks/real_models.py` lists what is missing. "
+        "with the package (`--plan smollm2-25`). Every number is in a row, a JSON file in a folder "
+        "beside `benchmarks/real_models.py`, that one command measured; it has the hashes of model "
+        "and text, and the machine. `python benchmarks/real_models.py --page` writes this page "
+        "from the rows; without a row the script lists what is missing. "
         + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
     ]
     for heading, (kind, about, section) in SECTIONS.items():
