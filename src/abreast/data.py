@@ -32,6 +32,7 @@ from abreast.errors import AbreastError, first_line
 
 HELD_OUT = "stdlib"
 CALIBRATION = "stdlib-train"
+PROSE = "pydoc"
 AUTO, OWN, CHAT = "auto", "self", "chat:"
 WIKITEXT = "Salesforce/wikitext"
 REACH_TIMEOUT = 2  # seconds to wait for the Hub, where it is asked whether it is there
@@ -295,6 +296,8 @@ def _documents(source: str) -> Iterator[tuple[str, str | Path]]:
         raise DataError(f"the data source is empty; name a text file, a folder or '{HELD_OUT}'")
     if source in (HELD_OUT, CALIBRATION):
         yield from _stdlib_documents(held_out=source == HELD_OUT)
+    elif source == PROSE:
+        yield from _reference_topics()
     elif source.startswith("hub:"):
         yield from _hub_documents(source)
     else:
@@ -318,7 +321,7 @@ def _read(document: str | Path, characters: int = -1) -> str:
 def _stdlib_documents(held_out: bool) -> tuple[tuple[str, Path], ...]:
     readable = []
     for name, path in stdlib_files().items():
-        if is_held_out(name) == held_out:
+        if is_held_out(name) == held_out and not name.startswith("pydoc_data/"):
             with suppress(DataError):
                 if _read(path).strip():
                     readable.append((name, path))
@@ -327,6 +330,16 @@ def _stdlib_documents(held_out: bool) -> tuple[tuple[str, Path], ...]:
             "this Python has no source files of its standard library; name a text file or folder"
         )
     return tuple(readable)
+
+
+def _reference_topics() -> Iterator[tuple[str, str]]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise DataError(
+            "this Python has no documentation of its own; name a text file or folder"
+        ) from None
+    yield from sorted(topics.items())
 
 
 def _file_documents(path: Path) -> Iterator[tuple[str, Path]]:
@@ -340,7 +353,7 @@ def _file_documents(path: Path) -> Iterator[tuple[str, Path]]:
     else:
         raise DataError(
             f"data source '{path}' not found; name a text file, a folder, '{HELD_OUT}', "
-            f"'{CALIBRATION}', '{OWN}', '{AUTO}', '{CHAT}FILE' or 'hub:DATASET'"
+            f"'{CALIBRATION}', '{PROSE}', '{OWN}', '{AUTO}', '{CHAT}FILE' or 'hub:DATASET'"
         )
     empty = True
     for file in files:

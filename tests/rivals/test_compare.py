@@ -127,7 +127,7 @@ def test_a_linear_map_is_recovered(tiny_checkpoint):
     layers = model.base_model.layers
     torch.manual_seed(0)
     linear = torch.eye(64) + 0.3 * torch.randn(64, 64) / 8
-    streams = Streams(model, tokens(), 0, 4)
+    streams = Streams(model, tokens(), 4)
     original = streams.original
     for number, batch in enumerate(streams.batches):  # the state after layer 3, as if it did that
         ffn = []
@@ -144,7 +144,7 @@ def test_a_linear_map_is_recovered(tiny_checkpoint):
 def test_refit_never_raises_the_calibration_error(model, plan):
     """In each place the stream comes no further from the original's; more of it is then right."""
     program = (0, 1, 4, 5) if plan == "cut" else program_of(Plan.parse(plan, LAYERS))
-    streams = Streams(model, tokens(), 0, 4)
+    streams = Streams(model, tokens(), 4)
     fitted = streams.fitted(marked(program, LAYERS, "refit"))
     assert [step for step in fitted if isinstance(step, Mapped)]
     ids = torch.from_numpy(tokens())
@@ -164,7 +164,7 @@ def test_refit_never_raises_the_calibration_error(model, plan):
 def test_refit_improves_only_what_is_changed_and_leaves_the_model_alone(model):
     ids = torch.from_numpy(tokens()[:2])
     before = logits(model, ids)
-    Streams(model, tokens(), 0, 4).fitted(marked((0, 1, 4, 5), LAYERS, "refit"))
+    Streams(model, tokens(), 4).fitted(marked((0, 1, 4, 5), LAYERS, "refit"))
     assert torch.equal(before, logits(model, ids))
 
 

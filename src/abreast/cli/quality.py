@@ -416,10 +416,15 @@ def heal(
         return console.print_json(healed.to_dict())
     rows = {
         "converted": f"{out}, {healed.depth} stages: {healed.plan}",
-        "KL before": f"{healed.kl_before:.5f} nats per token from the original, "
-        f"on {healed.data['held_out_tokens']} tokens held out from healing",
-        "KL after": f"{healed.kl_after:.5f}",
     }
+    for on in healed.judged:
+        part = "held-out part of the healing text" if on.known else "a kind not healed on"
+        rows[f"{on.text} ({part})"] = (
+            f"KL {on.kl_before:.4f} ± {on.kl_before_stderr:.4f} -> "
+            f"{on.kl_after:.4f} ± {on.kl_after_stderr:.4f}, loss "
+            f"{on.loss_before:+.4f} ± {on.loss_before_stderr:.4f} -> "
+            f"{on.loss_after:+.4f} ± {on.loss_after_stderr:.4f} nats, {on.tokens} tokens"
+        )
     if healed.refit is not None:
         verdict = "won nothing, undone" if healed.refit.kept else f"{len(healed.refit.fits)} fits"
         rows["refit"] = f"{verdict}, on {healed.refit.num_tokens} tokens"

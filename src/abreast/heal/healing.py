@@ -43,11 +43,12 @@ from abreast.convert import convert, hash_inputs, preview
 from abreast.data import AUTO, HELD_OUT, TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, family_of
+from abreast.heal.judging import Judge, Judged, other_kind
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
 from abreast.heal.recipe import Recipe, check_enough, is_main_process, processes
 from abreast.heal.student import full
 from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill
-from abreast.model import decoder_layers, kl_under, load, logits_of
+from abreast.model import decoder_layers, load
 from abreast.plan import Plan
 from abreast.runs import check_run, open_run, to_csv, token_stream, whole_windows
 
@@ -63,10 +64,10 @@ Draw = Callable[[Refit | None, Distilled | None, Path], None]
 
 @dataclass(frozen=True)
 class Healed:
-    """What `heal` did. kl_before, kl_after: mean KL(original || grouped) in nats per token, on the
-    same windows of the healing text, which neither regression nor training saw; before rounding to
-    the checkpoint's dtype. data: source, hash and number of tokens. kept: folder of the healed
-    weights in the original's shape, if they were kept.
+    """What `heal` did. judged: on parts of the healing text that neither regression nor training
+    saw, then on a kind of text that healing did not see at all, if there is one; before rounding to
+    the checkpoint's dtype. kl_before, kl_after: those of the first. data: source, hash and number
+    of tokens. kept: folder of the healed weights in the original's shape, if they were kept.
     """
 
     out: str
@@ -77,6 +78,7 @@ class Healed:
     data: dict[str, Any]
     kl_before: float
     kl_after: float
+    judged: tuple[Judged, ...]
     refit: Refit | None
     distilled: Distilled | None
     kept: str | None
@@ -89,14 +91,15 @@ class Healed:
 
 @dataclass(frozen=True)
 class _Text:
-    """The healing text as windows [n, window]: for the regression, for training, for neither.
+    """The healing text as windows [n, window]: for the regression, for training.
 
-    prefix: tokens before the text of every window.
+    judged: what neither saw, by source, and text of another kind. prefix: tokens before the text of
+    every window.
     """
 
     refit: np.ndarray
     train: np.ndarray
-    held_out: np.ndarray
+    judged: dict[str, np.ndarray]
     prefix: tuple[int, ...]
     about: dict[str, Any]
 
@@ -228,11 +231,11 @@ def heal(
     if is_main_process():
         open_run(folder, "heal", json.loads(json.dumps(identity)))
 
-    held_out, prefix = torch.from_numpy(text.held_out), len(text.prefix)
-    reference = logits_of(student, held_out, recipe.micro_batch, prefix)
-    kl_before = kl_under(student, plan, held_out, reference, prefix)
+    judge = Judge(student, plan, text.judged, len(text.prefix), recipe.micro_batch)
+    before = judge.scores()
     solved = _refit(setup, text, refit_steps) if method != "distill" else None
     trained = _distil(setup, text, solved) if method != "refit" else None
+    judged = judge.judged(before, judge.scores())
     healed = Healed(
         out=str(target),
         plan=plan.shorthand,
@@ -240,8 +243,9 @@ def heal(
         method=method,
         seed=seed,
         data=text.about,
-        kl_before=kl_before,
-        kl_after=kl_under(student, plan, held_out, reference, prefix),
+        kl_before=judged[0].kl_before,
+        kl_after=judged[0].kl_after,
+        judged=judged,
         refit=solved,
         distilled=trained,
         kept=str(keep) if keep is not None else None,
@@ -322,7 +326,13 @@ def _text(
         check_enough(few, "refit")
     if method != "refit":
         check_enough(train, "train")
-    return _Text(few, train, held_out, stream.prefix, about)
+    judged = {stream.source: held_out}
+    if (other := other_kind(stream, tokenizer, num_held_out * window)) is not None:
+        size = min(num_held_out, len(other) // window)
+        judged[other.source] = whole_windows(
+            other, size, window, longest=longest, vocabulary=vocabulary
+        )
+    return _Text(few, train, judged, stream.prefix, about)
 
 
 def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
@@ -432,7 +442,7 @@ def _write_weights(setup: _Setup, folder: Path, healed: Healed, draw: Draw | Non
 
 def _manifest_entry(setup: _Setup, healed: Healed) -> dict[str, Any]:
     """The manifest's entry "healed", and the source that the manifest names."""
-    keys = ("method", "seed", "data", "kl_before", "kl_after", "refit", "distilled")
+    keys = ("method", "seed", "data", "kl_before", "kl_after", "judged", "refit", "distilled")
     return {
         "source": {
             "name": setup.source.source,

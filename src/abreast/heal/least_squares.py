@@ -14,16 +14,20 @@ matrices, and are answered in turn (`STEPS`):
   original's residual stream at that depth? The target is that stream less the group's real input,
   so errors of earlier groups are corrected, not passed on.
 
-Every answer is pulled towards the present weights by a ridge r, chosen by cross-validation over
+Every answer is pulled towards the present weights by a ridge r, chosen on every third batch of the
 calibration windows; "keep the weights as they are" is one of the choices. Only second moments of
 activations are kept, so memory does not depend on the amount of text, except for the two residual
 streams, which wait in host memory. The idea of a linear map fitted to a model's own activations is
 that of ReplaceMe (arXiv 2505.02819), which removes layers instead.
 
-The tokens before a text, most often one beginning-of-text token, are attended to from everywhere,
-and their residual stream can be a thousand times as large as any other. ``out`` leaves them out:
-their squared errors would outweigh all the text's. ``qkv`` and ``gate_up`` take them as one token
-among others: their inputs are normalised, and all attention rests on the keys that they make.
+``out`` counts errors relative to the size of each token's residual stream, for that is what the
+norms behind it make of them. Besides, the first token of a window, at which attention rests when
+there is nothing to attend to, has a stream that can be a thousand times as large as any other, and
+its squared error would outweigh all the text's.
+
+Where a norm follows a branch (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4, GLM 4), the branch adds
+g * W u / rms(W u), g being the norm's gain. With the root mean square as it is now, that is linear
+in W as well, so ``out`` solves for diag(g) W on inputs divided by it, and then for a factor of g.
 """
 
 from __future__ import annotations
@@ -48,8 +52,8 @@ from abreast.model import (
     capture,
     decoder_layers,
     inference,
-    kl_under,
     logits_of,
+    mean_kl,
 )
 from abreast.plan import Group, Plan
 from abreast.runs import check_tokens
@@ -61,6 +65,7 @@ STEPS = ("qkv", "gate_up", "out")
 # Multiples of the mean squared input, tried in this order until the error rises.
 RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-5)
 CHECK_TOKENS = 4096
+_TINY = 1e-30
 Submodule = tuple[int, str]  # layer, name inside it
 Inputs = dict[Submodule, torch.Tensor]
 
@@ -69,7 +74,8 @@ Inputs = dict[Submodule, torch.Tensor]
 class Fit:
     """One regression. layers and step say which matrices; ridge is None where they were kept.
 
-    before, after: held-out squared error of what they had to reproduce, as a fraction of its size.
+    before, after: squared error of what they had to reproduce, as a fraction of its size, on the
+    batches that the ridge was chosen on.
     """
 
     layers: tuple[int, ...]
@@ -115,17 +121,14 @@ class Moments:
 class _Streams:
     """The residual streams of all calibration batches, in host memory, at one depth of the model.
 
-    original: those of the original model; arriving: those under the plan, refitted so far. prefix:
-    how many tokens of each window are there before the text.
+    original: those of the original model; arriving: those under the plan, refitted so far.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, ids: torch.Tensor, batch_size: int, prefix: int
-    ) -> None:
-        self.model, self.layers, self.prefix = model, decoder_layers(model), prefix
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, batch_size: int) -> None:
+        self.model, self.layers = model, decoder_layers(model)
         self.arguments: dict[int, list[dict[str, Any]]] = {}  # of the layers, by size of the batch
         self.original = []
-        # At least as many batches as folds, for a fold is made of whole batches.
+        # The ridge is chosen on whole batches.
         for batch in ids.tensor_split(max(FOLDS, math.ceil(len(ids) / batch_size))):
             entering, arguments = capture(model, self.layers, batch.to(model.device))
             self.arguments.setdefault(len(batch), arguments)
@@ -173,9 +176,7 @@ def refit(
 
     model: the original, not grouped, on any device; it must be of a family that can be converted.
     tokens: calibration windows, ids of shape [windows, window]; prefix: how many of each are there
-    before the text. steps: some of `STEPS`; a family
-    with norms after its branches (Gemma 2 and 3, OLMo 2 and 3, EXAONE 4, GLM 4) has no linear
-    ``out`` and goes without. progress: called with (stages done, stages).
+    before the text. steps: some of `STEPS`. progress: called with (stages done, stages).
     One window in ten, at least one, is kept from the regressions; if the KL divergence from the
     original is not lower there afterwards, the model gets its old weights back.
 
@@ -187,8 +188,6 @@ def refit(
     config = model.config.get_text_config(decoder=True).to_dict()
     family = family_of(config)
     _check_refit(model, plan, tokens, steps)
-    if family.member_norms:
-        steps = tuple(step for step in steps if step != "out")
     if "out" in steps and model.device.type == "cuda":
         _check_memory(model, config, plan)
     ids = torch.from_numpy(np.ascontiguousarray(tokens))
@@ -201,20 +200,19 @@ def refit(
         "out": [matrix.name for matrix in family.matrices if matrix.join == "columns"],
     }
     weights = [
-        layers[member].get_submodule(name).get_parameter("weight")
+        weight
         for group in plan.groups
         for member in group.layers
-        for names in matrices.values()
-        for name in names
+        for weight in layers[member].parameters()
     ]
     old = [weight.detach().to("cpu", copy=True) for weight in weights]
     with inference(model):
         reference = logits_of(model, held_out, batch_size, prefix)
-        kl_before = kl_under(model, plan, held_out, reference, prefix)
+        kl_before = mean_kl(model, plan, held_out, reference, prefix)
         try:
-            streams = _Streams(model, ids, batch_size, prefix)
+            streams = _Streams(model, ids, batch_size)
             fits = _walk(streams, plan, [(step, matrices[step]) for step in steps], progress)
-            kl_after = kl_under(model, plan, held_out, reference, prefix)
+            kl_after = mean_kl(model, plan, held_out, reference, prefix)
         except BaseException:
             _restore(weights, old)
             raise
@@ -234,8 +232,8 @@ def memory_needed(
     """Bytes that `refit` needs on the model's device, by what they are for, from a config.json.
 
     largest_group: layers in the plan's largest group. batch_tokens: tokens run at once.
-    moments: one set per fold and one of them all, for the widest regression, ``out``, whose inputs
-    are all members' heads and FFN neurons. solve: the ridged matrix and its Cholesky factor.
+    moments: two sets, for the widest regression, ``out``, whose inputs are all members' heads and
+    FFN neurons. solve: the ridged matrix and its Cholesky factor.
     activations: recorded inputs of one batch in float32, twice over, and the layer's own. Host
     memory, which grows with the text, is not included.
     """
@@ -250,7 +248,7 @@ def memory_needed(
     square, cross = 8 * inputs**2, 8 * inputs * size["D"]
     needs = {
         "weights": weights * bytes_per_weight,
-        "moments": (FOLDS + 1) * (square + cross),
+        "moments": 2 * (square + cross),
         "solve": 2 * square + 3 * cross,
         "activations": 4 * batch_tokens * (2 * inputs + 8 * size["D"]),
     }
@@ -305,8 +303,10 @@ def _walk(
                 if step == "out":
                     fits.append(_fit_outputs(streams, group, names))
                     continue
-                for member in stage:
-                    fits.append(_fit_inputs(streams, group, step, member, names, original_inputs))
+                # in an ff group an attention reads what those before it, refitted, leave
+                in_turn = group.wiring == "ff" and step == "qkv"
+                for members in [(member,) for member in stage] if in_turn else [stage]:
+                    fits += _fit_inputs(streams, group, step, members, names, original_inputs)
         arriving = streams.run(streams.arriving, stage if group is None else (group,))
         streams.arriving = [x.cpu() for x, _ in arriving]
         if progress is not None:
@@ -318,93 +318,163 @@ def _fit_inputs(
     streams: _Streams,
     group: Group,
     step: str,
-    member: int,
+    members: Sequence[int],
     names: Sequence[str],
     original_inputs: Sequence[Inputs],
-) -> Fit:
-    """Let a member's matrices reproduce, from what they now get, what they gave in the original."""
-    weights = [streams.submodule(member, name).weight for name in names]
-    reader = (member, names[0])
-    width, device = weights[0].shape[1], weights[0].device
-    folds = [Moments(width, width, device) for _ in range(FOLDS)]
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), [reader])):
-        targets = original_inputs[number][reader].to(device)
-        folds[number % FOLDS].add(inputs[reader], targets)
+) -> Iterator[Fit]:
+    """Let members' matrices reproduce, from what they now get, what they gave in the original."""
+    readers = [(member, names[0]) for member in members]
+    device = streams.submodule(*readers[0]).weight.device
+    width = streams.submodule(*readers[0]).weight.shape[1]
+    sums = {reader: moments_pair(width, width, device) for reader in readers}
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), readers)):
+        for reader, part in sums.items():
+            targets = original_inputs[number][reader].to(device)
+            part[number % FOLDS > 0].add(inputs[reader], targets)
     start = torch.eye(width, dtype=torch.float64, device=device)
-    solution, ridge, before, after = solve(folds, start)
-    if ridge is not None:
-        for weight in weights:
+    for (member, _), part in sums.items():
+        solution, ridge, before, after = solve(*part, start)
+        for name in names if ridge is not None else ():
+            weight = streams.submodule(member, name).weight
             weight.copy_(weight.double() @ solution)
-    return Fit((member,), step, ridge, before, after)
+        yield Fit((member,), step, ridge, before, after)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """The matrices with which a group's branches end, and the norms behind them, if any.
+
+    keys: layer and name of each; gains: of the norms, [hidden], ones where there is none.
+    """
+
+    keys: list[Submodule]
+    modules: list[nn.Module]
+    norms: list[nn.Sequential]
+    gains: list[torch.Tensor]
+    scale: float
+
+    @classmethod
+    def of(cls, streams: _Streams, group: Group, names: Sequence[str]) -> _Outputs:
+        branches = branches_of(streams.model)
+        keys = [(member, name) for member in group.layers for name in names]
+        modules = [streams.submodule(*key) for key in keys]
+        norms = []
+        for member, name in keys:
+            in_mlp = name.startswith(f"{branches.mlp}.")
+            after = branches.after_mlp if in_mlp else branches.after_attention
+            norms.append(nn.Sequential(*(streams.submodule(member, norm) for norm in after)))
+        # A norm gives back its gain, where all that it reads is 1.
+        ones = [module.weight.new_ones(len(module.weight)) for module in modules]
+        gains = [norm(one) for norm, one in zip(norms, ones, strict=True)]
+        scale = getattr(streams.layers[group.layers[0]], branches.scale) if branches.scale else 1
+        return cls(keys, modules, norms, gains, float(scale))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for each in (*self.modules, *self.norms) for p in each.parameters()]
+
+    def missing(self, streams: _Streams, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the branches of a batch should add up to, and the size of each token's stream."""
+        device = self.gains[0].device
+        target = streams.original[number].to(device).float()
+        missing = (target - streams.arriving[number].to(device).float()) / self.scale
+        return missing, target.norm(dim=-1, keepdim=True).clamp(min=_TINY)
 
 
 def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
     """Let the group's output matrices, all together, end at the original's residual stream."""
-    outputs = [(member, name) for member in group.layers for name in names]
-    modules = [streams.submodule(member, name) for member, name in outputs]
-    weights = [module.weight for module in modules]
-    device = weights[0].device
-    start = torch.cat([weight.double().to(device) for weight in weights], dim=1)
-    scale = _scale(streams.model, group)
-    bias = sum(m.bias.float().to(device) for m in modules if m.bias is not None)
-    folds = [Moments(start.shape[1], start.shape[0], start.device) for _ in range(FOLDS)]
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs)):
-        target = streams.original[number].to(device).float()
-        missing = target - streams.arriving[number].to(device).float()
-        joined = torch.cat([inputs[output].float().to(device) for output in outputs], dim=-1)
-        text, targets = slice(streams.prefix, None), missing / scale - bias
-        folds[number % FOLDS].add(joined[:, text], targets[:, text])
-    solution, ridge, before, after = solve(folds, start)
-    if ridge is not None:
-        widths = [weight.shape[1] for weight in weights]
-        for weight, part in zip(weights, solution.split(widths, dim=1), strict=True):
-            weight.copy_(part)
+    outputs = _Outputs.of(streams, group, names)
+    device = outputs.gains[0].device
+    pairs = list(zip(outputs.modules, outputs.gains, strict=True))
+    start = torch.cat([(m.weight.double() * g[:, None]).to(device) for m, g in pairs], dim=1)
+    sums = moments_pair(start.shape[1], start.shape[0], device)
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs.keys)):
+        missing, size = outputs.missing(streams, number)
+        rows = []
+        for key, norm, (module, gain) in zip(outputs.keys, outputs.norms, pairs, strict=True):
+            plain = module(inputs[key])
+            scaled = plain.float() * gain.float()
+            # 1 / rms(plain), 1 without a norm
+            factor = (norm(plain).float() * scaled).sum(-1, keepdim=True)
+            factor = factor / scaled.square().sum(-1, keepdim=True).clamp(min=_TINY)
+            rows.append((inputs[key].float() * factor).to(device))
+            if module.bias is not None:
+                missing = missing - (factor * gain.float() * module.bias.float()).to(device)
+        sums[number % FOLDS > 0].add(torch.cat(rows, dim=-1) / size, missing / size)
+    error = sums[0].error(start) + sums[1].error(start)
+    solution, ridge, before, after = solve(*sums, start)
+    if ridge is None:
+        return Fit(group.layers, "out", None, before, after)
+    old = [parameter.detach().clone() for parameter in outputs.parameters]
+    parts = solution.split([module.weight.shape[1] for module in outputs.modules], dim=1)
+    for (module, gain), part in zip(pairs, parts, strict=True):
+        # What a norm mutes cannot be solved for.
+        heard = (gain.abs() > 1e-3 * gain.abs().max())[:, None]
+        part = part.to(gain.device) / gain[:, None]
+        module.weight.copy_(torch.where(heard, part.to(module.weight.dtype), module.weight))
+    has_norms = any(True for norm in outputs.norms for _ in norm.parameters())
+    if has_norms and _fit_gains(streams, group, outputs) >= error:
+        _restore(outputs.parameters, old)
+        return Fit(group.layers, "out", None, before, before)
     return Fit(group.layers, "out", ridge, before, after)
 
 
-def _scale(model: PreTrainedModel, group: Group) -> float:
-    """What a family multiplies its branches by before they join the residual stream."""
-    scale = branches_of(model).scale
-    return float(getattr(decoder_layers(model)[group.layers[0]], scale)) if scale else 1.0
+def _fit_gains(streams: _Streams, group: Group, outputs: _Outputs) -> float:
+    """One factor for the gain of each norm behind the group's matrices; the squared error then.
+
+    The norms undo whatever size the solution has, and what is small in it is small for a reason.
+    """
+    device, count = outputs.gains[0].device, len(outputs.norms)
+    sums = Moments(count, 1, device)
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs.keys)):
+        missing, size = outputs.missing(streams, number)
+        branches = [
+            norm(module(inputs[key])).to(device).float() / size
+            for key, module, norm in zip(outputs.keys, outputs.modules, outputs.norms, strict=True)
+        ]
+        sums.add(torch.stack(branches, dim=-1), (missing / size)[..., None])
+    start = torch.ones(1, count, dtype=torch.float64, device=device)
+    factors = _ridge(sums, start, 1e-6 * float(sums.gram.diagonal().mean()))
+    for norm, gain, factor in zip(outputs.norms, outputs.gains, factors[0].tolist(), strict=True):
+        for weight in norm.parameters():  # Gemma's has 1 less than the gain
+            weight += ((factor - 1) * gain).to(weight.dtype)
+    return sums.error(factors)
+
+
+def moments_pair(inputs: int, targets: int, device: torch.device) -> tuple[Moments, Moments]:
+    """Empty sums of the batches that `solve` chooses the ridge on, and of the others."""
+    return Moments(inputs, targets, device), Moments(inputs, targets, device)
 
 
 def solve(
-    folds: Sequence[Moments], start: torch.Tensor, tried: int = FOLDS
+    check: Moments, fit: Moments, start: torch.Tensor
 ) -> tuple[torch.Tensor, float | None, float, float]:
     """min over W of |T - U W'|^2 + r |W - start|^2: W, r (None: start kept), errors before, after.
 
-    r is the one with the least error on each fold in turn (the first `tried` of them), solved on
-    the others. It multiplies the mean square of all inputs, whichever of them take part, so that it
-    means the same to both.
+    W rests on both sums, r has the least error on `check` of those solved on `fit` alone; both
+    errors are on `check`, as fractions of |T|^2. r multiplies the mean square of the inputs. `fit`
+    holds both sums afterwards.
     """
-    total = Moments(start.shape[1], start.shape[0], start.device)
-    for fold in folds:
-        total.gram += fold.gram
-        total.cross += fold.cross
-        total.size += fold.size
-    if not math.isfinite(total.size) or not bool(total.gram.isfinite().all()):
+    size = max(check.size, torch.finfo(torch.float64).tiny)
+    if not math.isfinite(fit.size + check.size) or not bool(fit.gram.isfinite().all()):
         raise AbreastError(
             "activations are not finite (NaN or infinite); load the model in float32 or bfloat16, "
             "or check how its weights were made"
         )
-    scale = float(total.gram.diagonal().mean())
-    before = sum(fold.error(start) for fold in folds[:tried])
-    best, ridge = before, None
+    scale = float(fit.gram.diagonal().mean())
+    before = best = check.error(start)
+    ridge = None
     for candidate in RIDGES if scale else ():
-        error = 0.0
-        for fold in folds[:tried]:
-            # The other folds' sums, made in place and undone: a copy would be as large again.
-            total.gram -= fold.gram
-            total.cross -= fold.cross
-            error += fold.error(_ridge(total, start, candidate * scale))
-            total.gram += fold.gram
-            total.cross += fold.cross
+        error = check.error(_ridge(fit, start, candidate * scale))
         if error >= best:
             break
         best, ridge = error, candidate
-    solution = start if ridge is None else _ridge(total, start, ridge * scale)
-    size = max(sum(f.size for f in folds[:tried]), torch.finfo(torch.float64).tiny)
-    return solution, ridge, before / size, best / size
+    if ridge is None:
+        return start, None, before / size, before / size
+    fit.gram += check.gram
+    fit.cross += check.cross
+    scale = float(fit.gram.diagonal().mean())
+    return _ridge(fit, start, ridge * scale), ridge, before / size, best / size
 
 
 def _ridge(moments: Moments, start: torch.Tensor, ridge: float) -> torch.Tensor:

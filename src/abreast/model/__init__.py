@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     )
     from abreast.model.scores import (
         divergence,
-        kl_under,
         logits_of,
+        mean_kl,
         next_token_loss,
+        scores_under,
         token_scores,
         weighted_mean,
     )

@@ -93,17 +93,34 @@ def logits_of(
     ]
 
 
-def kl_under(
+def scores_under(
+    model: PreTrainedModel,
+    plan: Plan,
+    ids: torch.Tensor,
+    reference: Sequence[torch.Tensor],
+    prefix: int = 0,
+) -> np.ndarray:
+    """`token_scores` of the model under a plan, summed over each window: float64 [windows, 4].
+
+    ids: [windows, window]; every window is scored from its token `prefix` on, without a prefix from
+    the second. reference: what `logits_of` gives for them.
+    """
+    sums = []
+    with grouped(model, plan):
+        for batch, theirs in zip(ids.split([*map(len, reference)]), reference, strict=True):
+            (ours,) = logits_of(model, batch, len(batch), prefix)
+            targets = batch[:, max(1, prefix) :].cpu()
+            sums.append(token_scores(ours[:, :-1], targets, theirs[:, :-1]).sum(1))
+    return np.concatenate(sums)
+
+
+def mean_kl(
     model: PreTrainedModel,
     plan: Plan,
     ids: torch.Tensor,
     reference: Sequence[torch.Tensor],
     prefix: int = 0,
 ) -> float:
-    """Mean KL(reference || model under plan) in nats; reference: as `logits_of` gives for them."""
-    pairs = []
-    with grouped(model, plan):
-        for batch, theirs in zip(ids.split([*map(len, reference)]), reference, strict=True):
-            (ours,) = logits_of(model, batch, len(batch), prefix)
-            pairs.append((float(divergence(ours, theirs)), batch.numel()))
-    return weighted_mean(pairs)
+    """Mean KL(reference || model under plan) in nats per token; arguments as `scores_under`."""
+    kl = scores_under(model, plan, ids, reference, prefix)[:, 2]
+    return float(kl.mean()) / (ids.shape[1] - max(1, prefix))

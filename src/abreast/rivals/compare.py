@@ -284,7 +284,7 @@ def _fit_and_score(
         return
     tokens = text.run.tokens[: max(4, REFIT_TOKENS // text.run.tokens.shape[1])]
     step(f"fit {len(to_fit)} on {tokens.size} tokens, and judge them on held-out text")
-    streams = Streams(judge.run.model, tokens, text.run.prefix, text.run.size)
+    streams = Streams(judge.run.model, tokens, text.run.size)
     waiting: list[Program] = []
     for number, program in enumerate(to_fit):
         waiting.append(streams.fitted(program))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from abreast.heal import FOLDS, Moments, solve
+from abreast.heal import FOLDS, moments_pair, solve
 from abreast.model import (
     Mapped,
     Program,
@@ -56,13 +56,11 @@ def marked(program: Program, num_layers: int, repair: Repair) -> Program:
 class Streams:
     """A model's residual streams at every depth, of some windows of text, in host memory.
 
-    tokens: int64 [windows, window], of which each begins with `prefix` tokens before the text.
+    tokens: int64 [windows, window].
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokens: np.ndarray, prefix: int, batch_size: int
-    ) -> None:
-        self.model, self.layers, self.prefix = model, decoder_layers(model), prefix
+    def __init__(self, model: PreTrainedModel, tokens: np.ndarray, batch_size: int) -> None:
+        self.model, self.layers = model, decoder_layers(model)
         ids = torch.from_numpy(np.ascontiguousarray(tokens))
         # At least as many batches as folds, for a fold is made of whole batches.
         self.batches = ids.tensor_split(max(FOLDS, -(-len(ids) // batch_size)))
@@ -124,7 +122,7 @@ class Streams:
         waiting = []
         hidden = arriving[0].shape[-1]
         start = torch.eye(hidden, dtype=torch.float64, device=device).repeat(1, len(names))
-        folds = [Moments(len(names) * hidden, hidden, device) for _ in range(FOLDS)]
+        sums = moments_pair(len(names) * hidden, hidden, device)
         for number, states in enumerate(self.original):
             x = arriving[number].to(device)
             outputs: dict[tuple[int, str], torch.Tensor] = {}
@@ -137,10 +135,10 @@ class Streams:
             joined = torch.cat([outputs[key].to(device) for key in names], dim=-1)
             missing = (states[end].to(device).float() - x.float()) / scale
             targets = missing + sum(outputs[key].to(device) for key in names)
-            text = slice(self.prefix, None)
-            folds[number % FOLDS].add(joined[:, text], targets[:, text])
+            relative = states[end].to(device).float().norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            sums[number % FOLDS > 0].add(joined / relative, targets / relative)
             waiting.append((x.cpu(), joined.cpu()))
-        solution, *_ = solve(folds, start, tried=1)  # all would take three times as long
+        solution, *_ = solve(*sums, start)
         change = (scale * (solution - start)).float().cpu()
         after = [(x + torch.nn.functional.linear(u, change)).to(x.dtype) for x, u in waiting]
         maps = dict(zip(names, solution.float().split(hidden, dim=1), strict=True))
