@@ -182,6 +182,8 @@ def test_held_out_and_calibration_share_no_document() -> None:
     assert len(calibration) > 10 * len(held_out)
     assert not held_out.keys() & calibration.keys()
     assert held_out.keys() | calibration.keys() <= stdlib_files().keys()
+    assert not any(name.startswith("pydoc_data") for name in (*held_out, *calibration))
+    assert len(dict(documents("pydoc"))) > 50
     assert all(is_held_out(name) for name in held_out)
 
 

@@ -211,6 +211,12 @@ def test_command_line(tiny_checkpoint, tmp_path):
     found = json.loads(done.stdout)
     assert found["plan"] == "2+3" and found["kl_after"] < found["kl_before"]
     assert found["data"]["source"] == "stdlib-train"
+    known, other = found["judged"]
+    assert (known["text"], known["known"]) == ("stdlib-train", True)
+    assert (other["text"], other["known"]) == ("pydoc", False)
+    assert known["kl_before"] == found["kl_before"] and known["kl_after"] == found["kl_after"]
+    assert 0 < other["kl_after_stderr"] < other["kl_before"]
+    assert manifest_of(out)["healed"]["judged"] == found["judged"]
     recipe = manifest_of(out)["healed"]["recipe"]
     assert [recipe[key] for key in ("optimizer", "hidden_weight", "lm_weight")] == ["muon", 5, 0.1]
     model, tokenizer = load(out)

@@ -94,6 +94,14 @@ def test_the_default_is_wikitext_where_the_hub_has_it(read, tmp_path, monkeypatc
     assert record["source"] == judged.source and record["sha256"] == judged.sha256
 
 
+def test_healing_is_on_python_s_source_as_well(read, tmp_path, monkeypatch):
+    hub(monkeypatch, reach=True)
+    healed = read(folder=tmp_path, mixed=True)
+    assert healed.source == f"{WIKITEXT}:train,{CALIBRATION}"
+    assert [part.tokens > 256 / 3 for part in healed.parts] == [True, True]
+    assert "half wikitext-2, half Python's source" in read.said[0]
+
+
 def test_elsewhere_it_is_half_the_model_s_own_and_half_python_s(read, tmp_path, monkeypatch):
     hub(monkeypatch, reach=False)
     trained, judged = read(folder=tmp_path), read(role="judge", folder=tmp_path)

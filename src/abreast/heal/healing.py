@@ -304,6 +304,7 @@ def _text(
         # what several processes write may differ in the last bit, and then in every word
         author=(lambda: setup.model) if processes() == 1 else None,
         folder=texts,
+        mixed=True,  # what is fitted on one kind of text helps another little
         step=setup.step,
     )
     size = min(len(stream), tokens)

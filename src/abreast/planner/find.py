@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,13 +141,7 @@ def find_plan(
     step(_expected_work(calibration, least_depth, per_group, beam))
     step("measure groups alone")
     stats = measure(calibration, objective=objective, depth=budget.depth, progress=progress)
-    few = calibration.batches[: share_of(calibration.batches, PLAN_SCREEN)]
-
-    def screened(plans: Sequence[Plan]) -> list[float]:
-        return [
-            objective.value(cost)
-            for cost in score(calibration, plans, batches=few, progress=progress)
-        ]
+    screened = partial(_screened, calibration, objective, progress)
 
     for depth, values in refine(
         candidate_costs(calibration, objective),
@@ -175,6 +170,19 @@ def find_plan(
     chosen, *others = front.choose(budget, profile, best=best)
     expected, searched = front.judged(chosen), front.plans[chosen]
     return Planned(chosen, tuple(others), expected, searched, front, profile)
+
+
+def _screened(
+    calibration: Calibration,
+    objective: Objective,
+    progress: Progress | None,
+    plans: Sequence[Plan],
+) -> list[float]:
+    """What plans cost on a share of the text."""
+    few = calibration.batches[: share_of(calibration.batches, PLAN_SCREEN)]
+    return [
+        objective.value(cost) for cost in score(calibration, plans, batches=few, progress=progress)
+    ]
 
 
 def best_per_engine(
@@ -207,6 +215,9 @@ def best_per_engine(
         measured = [p for p in front.plans if p.depth == depth and loads(*p.groups)]
         alone = {g: c for g, c in zip(costs.groups, costs.costs, strict=True) if loads(g)}
         optima = additive(calibration.num_layers, alone, best=BEAM).get(depth, [])
+        if len(optima) > 1:
+            screened = _screened(calibration, front.objective, progress, optima)
+            optima = [optima[screened.index(min(screened))]]
         plans = [*dict.fromkeys([*measured, *optima])]
         scores = dict(zip(plans, score(calibration, plans, progress=progress), strict=True))
         best = min(plans, key=lambda plan: front.objective.value(scores[plan]), default=None)

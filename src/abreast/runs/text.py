@@ -1,9 +1,10 @@
 """The text of a run: which one fits the model, what it was like, and what the model itself writes.
 
-The default, ``auto``, is wikitext-2 where it can be had, the training part to calibrate and heal
-on and the test part to judge on. Elsewhere it is ``self`` and Python's own source, in equal parts:
-``self`` is what the model writes, sampled at temperature 1. What serves to calibrate begins with
-other prompts and random numbers than what serves to judge, and comes from other modules.
+The default, ``auto``, is wikitext-2 where it can be had, the training part to calibrate on and the
+test part to judge on; to heal on, half of it is Python's source. Elsewhere it is ``self`` and
+Python's own source, in equal parts: ``self`` is what the model writes, sampled at temperature 1.
+What serves to calibrate begins with other prompts and random numbers than what serves to judge, and
+comes from other modules.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def token_stream(
     author: Author | None = None,
     folder: Path | None = None,
     option: str = "--data",
+    mixed: bool = False,
     step: Callable[[str], None] = _silent,
 ) -> TokenStream:
     """`data` itself if it is a stream, else the source, or sources, of this name in tokens.
@@ -86,6 +88,7 @@ def token_stream(
     loads the model, called only where it has to write; without it `self` is refused and the default
     does without. folder: of the run; its folder "text" then says what the text was like and keeps
     what the model wrote, and a later call takes the same default. option: names another text.
+    mixed: the default is of two kinds, half Python's source also where wikitext-2 is in reach.
     step(message) is told which text the default is, and how long writing takes.
 
     Raises AbreastError as `load_tokens`, for chats that cannot be rendered, and for a model whose
@@ -98,7 +101,7 @@ def token_stream(
     record = None if folder is None else folder / TEXT_FOLDER / f"{role}.json"
     source = data
     if data == AUTO:
-        source, reason = _default(role, author is not None, record)
+        source, reason = _default(role, author is not None, record, mixed)
         step(f"the text to {role} on is {reason}; name your own with {option} FILE")
     prefix = prefix_of(tokenizer, add_bos)
     names = _sources(source)
@@ -143,12 +146,13 @@ def token_stream(
     return stream
 
 
-def _default(role: Role, writes: bool, record: Path | None) -> tuple[str, str]:
+def _default(role: Role, writes: bool, record: Path | None, mixed: bool) -> tuple[str, str]:
     """The source that ``auto`` stands for, and in words; the one on record, if there is one."""
     wikitext = f"hub:{WIKITEXT}@wikitext-2-raw-v1:{'train' if role == 'calibrate' else 'test'}"
     library = CALIBRATION if role == "calibrate" else HELD_OUT
     words = {
         wikitext: f"wikitext-2 ({wikitext})",
+        f"{wikitext},{library}": f"half wikitext-2, half Python's source ({wikitext},{library})",
         f"{OWN},{library}": f"half what the model itself writes, half Python's source ({library})",
         library: f"Python's source ({library})",
     }
@@ -162,7 +166,7 @@ def _default(role: Role, writes: bool, record: Path | None) -> tuple[str, str]:
             why = ", as wikitext-2 needs the package 'datasets'"
         else:
             next(documents(wikitext), None)
-            source = wikitext
+            source = f"{wikitext},{library}" if mixed else wikitext
     except DataError:
         why = ", as wikitext-2 is out of reach"
     return source, f"{words[source]}{why}"
