@@ -348,7 +348,7 @@ class _Outputs:
     """
 
     keys: list[Submodule]
-    modules: list[nn.Module]
+    modules: list[Any]
     norms: list[nn.Sequential]
     gains: list[torch.Tensor]
     scale: float
@@ -437,7 +437,7 @@ def _fit_gains(streams: _Streams, group: Group, outputs: _Outputs) -> float:
     factors = _ridge(sums, start, 1e-6 * float(sums.gram.diagonal().mean()))
     for norm, gain, factor in zip(outputs.norms, outputs.gains, factors[0].tolist(), strict=True):
         for weight in norm.parameters():  # Gemma's has 1 less than the gain
-            weight += ((factor - 1) * gain).to(weight.dtype)
+            weight.add_(((factor - 1) * gain).to(weight.dtype))
     return sums.error(factors)
 
 
