@@ -2,7 +2,7 @@
 
 All at shares of a model's layers: Layer Parallelism's best contiguous stretch, CQIL's grouping,
 ShortGPT, angular distance, SLEB, ReplaceMe and random plans. Chosen on one part of a text, judged
-on another. Our plans are found here (--run goes on with an earlier run folder), or named by --plan.
+on another. Our plans are found here, or named by --plan.
 Everything measured is kept in OUT; an interrupted run goes on. Prints a table in Markdown.
 
     python benchmarks/rivals.py MODEL --data text.txt --plan "7|8:1" --plan "7|8:1 17|18:1"

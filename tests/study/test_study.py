@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from abreast.model.programs import (
     split,
 )
 from abreast.plan import Group
+from abreast.rivals.measured import METHODS
 from abreast.runs.folder import to_csv
 from abreast.study.interventions import CSV, RECORD, StudyRow, best_by_depth, study, wins
 from abreast.study.running import Run, _run_shares, _Share
@@ -562,3 +564,20 @@ def test_norms_are_another_study(folder, tmp_path):
     assert abs(split.rows[1].loss - own.rows[1].loss) > 3 * TOLERANCE
     with pytest.raises(AbreastError, match="other norms; choose a new folder"):
         run(folder(), tmp_path / "own", interventions=["parallel"], norms="shared")
+
+
+def test_published_methods_are_measured_beside_the_interventions(
+    tiny_checkpoint, tmp_path, request
+):
+    invoke = request.getfixturevalue("run")  # `run` here is the study
+    model, out = tiny_checkpoint(tokenizer=True), tmp_path / "out"
+    options = ("--data", "stdlib", "--windows", 8, "--window", 16, "--interventions", "prune")
+    command = ("study", model, "-o", out, *options, "--max-length", 2, "--no-plots")
+    status, _, err = invoke(*command, "--baselines", "4,6")
+    assert status == 2 and "--baselines 4,6: give depths from 1 to 5" in err and not out.exists()
+    status, printed, err = invoke(*command, "--baselines", "4", "--json")
+    assert status == 0, err
+    rows = json.loads(printed)["baselines"]
+    assert {row["method"] for row in rows} == {*METHODS} - {"planner"}
+    assert {row["depth"] for row in rows} == {4} and any(row["refit"] for row in rows)
+    assert all(math.isfinite(row["kl"]) for row in rows)

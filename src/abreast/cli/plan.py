@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         Budget,
         CalibrationSettings,
         Expected,
-        Objective,
         Planned,
     )
     from abreast.rivals import Measured
@@ -141,7 +140,7 @@ def plan(
         record["searches"] = [each.to_dict() for each in searches]
         return console.print_json({**planned.to_dict(), **record})
     if rivals:
-        _print_rivals(rivals, planned.front.objective)
+        console.print_rivals(rivals, planned.front.objective)
     _print_plan(planned)
     console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
     _print_searches(searches)
@@ -252,7 +251,7 @@ def optimize(
     if as_json:
         return console.print_json(result.to_dict())
     if rivals:
-        _print_rivals(rivals, planned.front.objective)
+        console.print_rivals(rivals, planned.front.objective)
     _print_plan(planned)
     rows = {
         f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
@@ -358,34 +357,6 @@ def _find(
     if search.plots:
         draw_front(planned, rows, out)
     return planned, rows
-
-
-def _print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
-    """A line per method and depth, and where layers abreast are the better buy."""
-    from abreast.rivals import caption
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
-    console.print_columns(
-        ("depth", "method", "plan", objective.name, "loss", "same", "ms"),
-        [
-            (
-                str(row.depth),
-                row.method + (", refit" if row.refit else ""),
-                row.plan,
-                f"{objective.value(row.cost):.4f} ± {objective.stderr(row.cost):.4f}",
-                f"{row.cost.loss_increase:+.4f}",
-                percent(row.agreement),
-                "" if row.seconds is None else f"{1000 * row.seconds:.2f}",
-            )
-            for row in sorted(rows, key=lambda row: (-row.depth, row.refit))
-        ],
-        left=("plan",),
-        title="on held-out text (same: next tokens that stay; ms: decode, per token)",
-        borders=False,
-        notes=[caption(rows, objective)],
-    )
 
 
 def _repeated(

@@ -15,6 +15,8 @@ from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.plan import Group, Plan
+    from abreast.planner import Calibration
+    from abreast.rivals import Measured
     from abreast.study import Changes, Grid, StudySettings, Sweep
 
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--tasks", help="With --sweep: run these tasks under every plan, as in eval.")
 @click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
 @click.option("--limit", type=int, help="With --tasks: items of each task.")
+@click.option("--baselines", help="Measure at these depths what published methods choose: 12,10.")
 @console.settings("settings", "abreast.study", "StudySettings")
 @console.chat_option
 @click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
@@ -43,6 +46,7 @@ def study(
     sweep: bool,
     grid: Grid,
     timed: bool,
+    baselines: str | None,
     settings: StudySettings,
     no_plots: bool,
     as_json: bool,
@@ -53,12 +57,16 @@ def study(
     With --sweep, what it loses, and how fast it is, under every plan of groups of one size and
     wiring, one after another from a first layer on.
     """
+    from abreast.planner import KL
     from abreast.report import check_drawing, draw_study
     from abreast.study import expect
     from abreast.study import study as run
 
     extra = {name: value for name, value in task_options.items() if value is not None}
     _check_kind(sweep, changes, grid, [*extra, *(["timed"] if timed else [])])
+    if sweep and baselines:
+        raise AbreastError("--baselines goes without --sweep; leave one of them out")
+    depths = _depths(model, baselines, settings.revision) if baselines else []
     if dry_run:
         expected = expect(model, grid if sweep else changes, settings)
         if as_json:
@@ -72,8 +80,12 @@ def study(
         result = run(model, out, changes, settings, step=console.say, progress=progress)
     if not no_plots:
         draw_study(result.rows, result.num_layers, out)
+    rivals = _rivals(_texts(model, out, settings), out, depths, as_json) if depths else ()
     if as_json:
-        return console.print_json(result.to_dict())
+        record = {"baselines": [row.to_dict() for row in rivals]} if depths else {}
+        return console.print_json({**result.to_dict(), **record})
+    if rivals:
+        console.print_rivals(rivals, KL)
     spent, without_reuse = result.evaluations.spent, result.evaluations.without_reuse
     console.print_table(
         {
@@ -82,6 +94,53 @@ def study(
             "layer evaluations": f"{spent}, {without_reuse} without reuse",
         }
     )
+
+
+def _texts(model: str, out: str, settings: StudySettings) -> tuple[Calibration, Calibration]:
+    """The study's kind of text: that on which published methods choose, and another to judge on."""
+    from abreast.plan import WIRING_NAMES
+    from abreast.planner import MIN_CALIBRATION_WINDOWS, CalibrationSettings, search_texts
+
+    names = {field.name for field in fields(CalibrationSettings)}
+    common = {name: value for name, value in vars(settings).items() if name in names}
+    common |= {"device": settings.devices[0], "wirings": tuple(WIRING_NAMES)}
+    common["num_windows"] = max(settings.num_windows, MIN_CALIBRATION_WINDOWS)
+    folder = Path(out) / "baselines"
+    return search_texts(model, folder, CalibrationSettings(**common), step=console.say)
+
+
+def _rivals(
+    texts: tuple[Calibration, Calibration], out: str, depths: Sequence[int], as_json: bool
+) -> tuple[Measured, ...]:
+    """What published methods choose at these depths."""
+    from abreast.model import geometry
+    from abreast.rivals import METHODS, compare
+
+    text = texts[0]
+    with console.progress_bar("study", as_json) as progress:
+        return compare(
+            {},
+            geometry(text.model, text.tokens, text.size, 1, text.prefix),
+            *(*texts, Path(out) / "baselines"),
+            depths=depths,
+            methods=[method for method in METHODS if method != "planner"],
+            step=console.say,
+            progress=progress,
+        )
+
+
+def _depths(model: str, text: str, revision: str | None) -> list[int]:
+    """Numbers of layers left of a model. Raises AbreastError for what is none."""
+    from abreast.checkpoint import open_checkpoint
+    from abreast.families import num_layers_of
+
+    num_layers = num_layers_of(open_checkpoint(model, revision=revision, weights=False).config)
+    depths = [int(part) if part.isdecimal() else 0 for part in text.split(",")]
+    if not all(0 < depth < num_layers for depth in depths):
+        raise AbreastError(
+            f"--baselines {text}: give depths from 1 to {num_layers - 1}, with commas between them"
+        )
+    return depths
 
 
 def _check_kind(sweep: bool, changes: Changes, grid: Grid, extra: list[str]) -> None:

@@ -162,6 +162,7 @@ def compare(
     held_out: Calibration,
     out: str | Path,
     *,
+    depths: Sequence[int] = (),
     profile: Profile | None = None,
     objective: Objective = KL,
     methods: Sequence[str] = tuple(METHODS),
@@ -172,18 +173,19 @@ def compare(
 ) -> tuple[Measured, ...]:
     """Cost on held-out text of our plan of each depth, and of what published methods choose.
 
-    geometry: similarity, angular and influence, as in `Stats`. Every choice rests on the
-    calibration's text. contiguous: Layer Parallelism (arXiv 2502.02790), the best by the objective
-    of all starts, sizes and wirings among the candidates; similarity: CQIL's groups (arXiv
-    2404.06709) with the best bypass; shortgpt (arXiv 2403.03853), angular (arXiv 2403.17887), sleb
-    (arXiv 2402.09025) and replaceme (arXiv 2505.02819) leave layers out. refit: also with the
-    outputs of our groups, and of the layers before a cut, refitted on the calibration text; not
-    for random plans. profile: predicts the decode speed, that of layers left out included. Also
-    written to out/baselines.json. Raises AbreastError for an unknown method and as `score`.
+    depths: others than those of our plans. geometry: similarity, angular and influence, as in
+    `Stats`. Every choice rests on the calibration's text. contiguous: Layer Parallelism (arXiv
+    2502.02790), the best by the objective of all starts, sizes and wirings among the candidates;
+    similarity: CQIL's groups (arXiv 2404.06709) with the best bypass; shortgpt (arXiv 2403.03853),
+    angular (arXiv 2403.17887), sleb (arXiv 2402.09025) and replaceme (arXiv 2505.02819) leave
+    layers out. refit: also with the outputs of our groups, and of the layers before a cut, refitted
+    on the calibration text; not for random plans. profile: predicts the decode speed, that of
+    layers left out included. Also written to out/baselines.json. Raises AbreastError for an unknown
+    method and as `score`.
     """
     if unknown := set(methods) - set(METHODS):
         raise AbreastError(f"unknown rivals {', '.join(sorted(unknown))}; of {', '.join(METHODS)}")
-    out, model, depths = Path(out), calibration.model, sorted(ours, reverse=True)
+    out, model, depths = Path(out), calibration.model, sorted({*ours, *depths}, reverse=True)
     text = _Text(calibration, model, out / "rivals" / "calibration")
     judge = _Text(held_out, model, out / "rivals" / "held-out")
     groups = calibration.candidates
