@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from abreast.errors import AbreastError
-from abreast.heal.recipe import Recipe
+from abreast.heal import train
+from abreast.heal.losses import computes_bf16
+from abreast.heal.recipe import RECIPES, Recipe
 from abreast.heal.student import optimizers_of
-from abreast.heal.train import distill, windows_of
+from abreast.heal.train import distill, step_seconds, windows_of
 from abreast.model.grouping import decoder_layers, grouped, load
 from abreast.model.scores import divergence, next_token_loss
 from abreast.plan import Plan
@@ -24,6 +26,7 @@ pytest.importorskip("peft")
 
 PLAN = Plan.parse("1+2 3|4:1", 6)
 QUICK = {"batch_size": 4, "micro_batch": 4, "evaluate_every": 4, "save_every": 3, "steps": 12}
+QUICK["group_share"] = 0.0
 
 
 def words(windows: int = 44, window: int = 24, seed: int = 0) -> np.ndarray:
@@ -98,6 +101,165 @@ def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimiz
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
+def ends_of(model, plan: Plan, ids: torch.Tensor, layer: int) -> torch.Tensor:
+    """The residual stream after a layer."""
+    states: list[torch.Tensor] = []
+    hook = decoder_layers(model)[layer].register_forward_hook(lambda _, __, x: states.append(x))
+    with torch.no_grad(), grouped(model, plan), hook:
+        model(ids)
+    return states[0]
+
+
+@pytest.mark.parametrize("changes", [{"train": "groups"}, {"train": "lora", "lora_layers": "all"}])
+def test_each_group_learns_alone_from_the_states_of_the_original(pair, tmp_path, changes):
+    """With the layers of one group only, all that comes before it is the original's."""
+    model, teacher = pair
+    ids = torch.from_numpy(words()[windows_of(0, 40, 4, seed=0)])
+    alone = [(Plan(num_layers=6, groups=(g,)), g.layers[-1]) for g in PLAN.groups]
+
+    def gaps() -> list[float]:
+        parts = []
+        for plan, last in alone:
+            mixed = copy.deepcopy(teacher)
+            for layer in plan.groups[0].layers:
+                state = decoder_layers(model)[layer].state_dict()
+                decoder_layers(mixed)[layer].load_state_dict(state)
+            ours = ends_of(mixed, plan, ids, last)
+            theirs = ends_of(teacher, Plan(num_layers=6), ids, last)
+            parts.append(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean())
+        return [float(part) for part in parts]
+
+    before, weights = gaps(), weights_of(model)
+    settings = recipe(group_share=1.0, group_learning_rate=1e-3, bf16=False, **changes)
+    result = distill(model, PLAN, words(), tmp_path, recipe=settings, teacher=teacher)
+    assert result.points[-1].phase == "groups" and result.best_step == 12
+    assert result.after < result.before
+    after = gaps()
+    assert all(now < then for now, then in zip(after, before, strict=True))
+    assert all(
+        f"layers.{n}." not in name for n in (0, 5) for name in changed(weights, weights_of(model))
+    )
+    first = distill(
+        copy.deepcopy(teacher),
+        PLAN,
+        words(),
+        tmp_path / "first",
+        recipe=Recipe(**{**settings.to_dict(), "steps": 1}),
+        teacher=teacher,
+    )
+    assert first.points[1].loss == pytest.approx(sum(before) / 2, rel=1e-4)
+
+
+def test_groups_that_learn_alone_do_not_know_of_each_other(pair, tmp_path):
+    model, teacher = pair
+    other = copy.deepcopy(teacher)
+    settings = recipe(group_share=1.0, bf16=False, clip=0.0)
+    for each, plan in ((model, PLAN), (other, Plan.parse("3|4:1", 6))):
+        distill(each, plan, words(), tmp_path / plan.shorthand, recipe=settings, teacher=teacher)
+    together, alone, start = map(weights_of, (model, other, teacher))
+    moved = {name for name in changed(alone, start) if name.endswith("proj.weight")}
+    assert len(moved) == 14
+    for name in moved:
+        distance = (together[name] - alone[name]).norm() / (alone[name] - start[name]).norm()
+        assert float(distance) < 0.02, name
+
+
+def test_layers_before_the_first_group_run_once_per_step(pair, tmp_path):
+    model, teacher = pair
+    calls: list[int] = []
+    first = decoder_layers(model)[0].self_attn
+    first.register_forward_hook(lambda *_: calls.append(1))
+    plan, options = Plan.parse("2+3", 6), {"teacher": teacher}
+    for number, (changes, count) in enumerate([({}, 0), ({"train": "all"}, 2)]):
+        calls.clear()
+        settings = recipe(steps=2, evaluate_every=9, **changes)
+        distill(model, plan, words(), tmp_path / str(number), recipe=settings, **options)
+        assert len(calls) - 2 == count  # held-out windows before and after
+
+
+def test_the_whole_model_goes_on_with_the_best_that_the_groups_reached(pair, tmp_path):
+    model, teacher = pair
+    settings = recipe(group_share=0.5, evaluate_every=1, learning_rate=1e-30)
+    result = distill(model, PLAN, words(), tmp_path, recipe=settings, teacher=teacher)
+    best = min(point.held_out for point in result.points if point.phase == "groups")
+    last = [point for point in result.points if point.phase == "model"]
+    assert [point.step for point in last] == [7, 8, 9, 10, 11, 12]
+    assert all(point.held_out == pytest.approx(best) for point in last)
+
+
+class Clock:
+    """Every look at it takes a second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    process_time = monotonic
+
+
+def test_a_budget_of_time_is_kept_over_calls(pair, tmp_path, monkeypatch):
+    model, teacher = pair
+    monkeypatch.setattr(train, "time", Clock())
+    settings = recipe(minutes=1.0, group_share=0.5, warmup=0.2, save_every=1, evaluate_every=4)
+    options = {"recipe": settings, "teacher": teacher}
+    seen: list[int] = []
+
+    def die(done: int, total: int) -> None:
+        seen.append(done)
+        if done > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, PLAN, words(), tmp_path, progress=die, **options)
+    again = copy.deepcopy(teacher)
+    result = distill(
+        again, PLAN, words(), tmp_path, progress=lambda done, total: seen.append(done), **options
+    )
+    assert seen == sorted(seen) and seen[-1] == 60
+    assert result.reason == "time is up" and 60 <= result.seconds < 75
+    rates = [point.learning_rate for point in result.points if point.step]
+    assert 0 < rates[-1] < max(rates) / 4  # fell to the end, whatever a step took
+    assert {p.phase for p in result.points} == {"groups", "model"}
+
+
+def test_how_long_a_step_takes_is_found_without_changing_anything(pair):
+    model, _ = pair
+    before = weights_of(model)
+    for changes in ({"group_share": 0.5}, {"train": "lora", "group_share": 1.0}):
+        alone, whole = step_seconds(model, PLAN, words(), recipe(**changes))
+        assert alone > 0 and (whole > 0) == (changes["group_share"] < 1)
+        assert not changed(before, weights_of(model))
+
+
+def test_bfloat16_is_the_default_only_where_it_is_native(monkeypatch):
+    cpu = torch.device("cpu")
+    for known, native in (({}, False), ({"avx2": True}, False), ({"avx512_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
+        assert computes_bf16(Recipe(), cpu) == native
+        assert computes_bf16(Recipe(bf16=True), cpu) and not computes_bf16(Recipe(bf16=False), cpu)
+
+
+def test_learning_rates():
+    """Up over the warm-up of each phase, and down to zero, straight or as a half cosine."""
+    halves = Recipe(group_share=0.5, group_learning_rate=1.0, learning_rate=2.0, warmup=0.2)
+    rates = [halves.rate_at(step / 20, (step + 1) / 20) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.0, 0.5 + 0.5 * math.cos(math.pi / 8)])
+    assert rates[10:] == pytest.approx([2 * rate for rate in rates[:10]])
+    straight = Recipe(**{**RECIPES["cqil"], "learning_rate": 1.0})
+    assert [straight.rate_at(n / 4, (n + 1) / 4) for n in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_no_clipping(pair, tmp_path):
+    """A gradient that is cut to almost nothing still moves the weights as far: AdamW's steps."""
+    model, teacher = pair
+    settings = recipe(steps=1, clip=0.0, bf16=False, hidden_weight=1e6)
+    result = distill(model, PLAN, words(), tmp_path, recipe=settings, teacher=teacher)
+    assert not result.diverged and changed(weights_of(model), weights_of(teacher))
+
+
 @pytest.mark.slow
 def test_the_language_model_loss_needs_no_teacher(pair, tmp_path):
     model, _ = pair
@@ -164,22 +326,25 @@ def test_muon_trains_the_matrices_of_layers_only(pair):
 
 
 @pytest.mark.parametrize(
-    ("train", "optimizer", "dies_after"),
+    ("train", "optimizer", "dies_after", "group_share"),
     [
-        ("groups", "adamw", 1),
-        pytest.param("all", "adamw", 7, marks=pytest.mark.slow),
-        pytest.param("lora", "adamw", 11, marks=pytest.mark.slow),
-        pytest.param("all", "muon", 8, marks=pytest.mark.slow),
+        ("groups", "adamw", 7, 0.5),  # after the phases changed
+        pytest.param("groups", "adamw", 1, 0.0, marks=pytest.mark.slow),
+        pytest.param("groups", "muon", 4, 0.7, marks=pytest.mark.slow),
+        pytest.param("all", "adamw", 7, 0.0, marks=pytest.mark.slow),
+        pytest.param("lora", "adamw", 11, 0.5, marks=pytest.mark.slow),
+        pytest.param("all", "muon", 8, 0.0, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(
-    tiny_checkpoint, tmp_path, train, optimizer, dies_after
+    tiny_checkpoint, tmp_path, train, optimizer, dies_after, group_share
 ):
     def start():
         model, _ = load(tiny_checkpoint())
         return model, None if train == "lora" else copy.deepcopy(model)
 
-    options = {"recipe": recipe(train=train, optimizer=optimizer), "seed": 5}
+    changes = {"train": train, "optimizer": optimizer, "group_share": group_share}
+    options = {"recipe": recipe(**changes), "seed": 5}
     whole, teacher = start()
     first = distill(whole, PLAN, words(), tmp_path / "whole", teacher=teacher, **options)
 
@@ -358,6 +523,10 @@ def test_a_run_of_other_settings_is_refused(pair, tmp_path):
         (PLAN, words(), {"learning_rate": math.nan}, "learning_rate is nan"),
         (PLAN, words(), {"temperature": 0.0}, "temperature is 0.0"),
         (PLAN, words(), {"warmup": 2.0}, "warmup is 2.0"),
+        (PLAN, words(), {"group_share": -0.1}, "group_share is -0.1"),
+        (PLAN, words(), {"minutes": 0.0}, "minutes is 0.0; give a positive number"),
+        (PLAN, words(), {"betas": (0.9, 1.0)}, "betas are"),
+        (PLAN, words(), {"schedule": "step"}, "schedule 'step' is not one of cosine, linear"),
         (PLAN, words(), {"train": "lora", "lora_targets": ("wq",)}, "target 'wq' is no matrix"),
     ],
 )

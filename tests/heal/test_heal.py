@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,14 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+import abreast.heal
 from abreast.cli.quality import heal as heal_verb
 from abreast.convert.rewrite import convert
 from abreast.convert.verification import verify
 from abreast.data import TokenStream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.heal.healing import heal
-from abreast.heal.recipe import Recipe
+from abreast.heal.recipe import RECIPES, Recipe
 from abreast.model.grouping import load
 from abreast.plan import Plan
 from abreast.report.drawings import draw_healing
@@ -169,12 +171,50 @@ def test_divergence_leaves_a_checkpoint_no_worse_and_says_so(tiny_checkpoint, tm
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
         ({"refit_steps": ("down",)}, "choose some of qkv, gate_up, out"),
         ({"recipe": Recipe(steps=0)}, "give at least 1"),
+        (
+            {"recipe": replace(SHORT, minutes=1e-6)},
+            "give more --minutes, or a smaller --batch-size",
+        ),
     ],
 )
 def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, options, message):
     with pytest.raises(AbreastError, match=message):
         quick(tiny_checkpoint(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_a_family_cannot_take(tiny_checkpoint, tmp_path):
+    with pytest.raises(AbreastError, match=r"'q_proj' is no matrix .*--lora-targets .*qkv_proj"):
+        quick(tiny_checkpoint("phi3"), tmp_path / "out", recipe=replace(SHORT, **RECIPES["cqil"]))
+    assert not any(tmp_path.iterdir())
+
+
+def test_options_override_a_published_recipe(monkeypatch):
+    recipes = []
+
+    def note(*_, recipe: Recipe, **__) -> None:
+        recipes.append(recipe)
+        raise AbreastError("enough")
+
+    monkeypatch.setattr(abreast.heal, "heal", note)
+    arguments = ["model", "--plan", "1+2", "-o", "out", "--no-plots"]
+    for more in (
+        [],
+        ["--recipe", "lp-paper"],
+        ["--recipe", "cqil", "--steps", "400", "--clip", "2", "--lora-targets", "up_proj"],
+    ):
+        CliRunner().invoke(heal_verb, [*arguments, *more])
+    ours, paper, cqil = recipes
+    assert ours == Recipe()
+    assert (paper.train, paper.objective, paper.group_share) == ("groups", "lm", 0.0)
+    assert (cqil.train, cqil.lora_layers, cqil.lora_rank, cqil.lora_alpha) == (
+        "lora",
+        "all",
+        32,
+        32,
+    )
+    assert (cqil.schedule, cqil.weight_decay, cqil.batch_size) == ("linear", 0.1, 32)
+    assert (cqil.steps, cqil.clip, cqil.lora_targets) == (400, 2.0, ("up_proj",))
 
 
 def test_an_existing_folder_is_not_touched(tiny_checkpoint, tmp_path):

@@ -105,7 +105,12 @@ CASES = {  # family, config, plan, recipe; odd sizes and ranks share out unevenl
     "groups": ("llama", {}, "1+2 3|4:1", {}),
     "all, tied": ("llama", {"tied": True}, "1+2+3", {"train": "all"}),
     "lora": ("llama", {}, "1+2 3|4", {"train": "lora", "lora_rank": 3}),
-    "language model": ("llama", {}, "1|2 3|4|5:1", {"objective": "lm", "micro_batch": 2}),
+    "language model": (
+        "llama",
+        {},
+        "1|2 3|4|5:1",
+        {"objective": "lm", "micro_batch": 2, "group_share": 0.0},
+    ),
     "recomputed": ("llama", {}, "1+2 3|4:1", {"checkpointing": True}),
     "recomputed, norms after": ("olmo2", {}, "1+2", {"checkpointing": True}),
     "recomputed lora": ("llama", {}, "1+2", {"checkpointing": True, "train": "lora"}),

@@ -61,8 +61,10 @@ def test_healing(tmp_path):
     refit = Refit(
         (Fit((1, 2), "qkv", 0.1, 0.2, 0.1), Fit((1, 2), "out", None, 0.0, 0.0)), 1, 1, 1, 9
     )
-    points = tuple(Point(i, i, 0.1, np.nan if i == 0 else 1 / i, 0.9, 1.0) for i in range(3))
-    distilled = Distilled(points, 1, 0.9, 0.9, 30, "all steps done", False, 1.0)
+    points = tuple(
+        Point(i, i, 0.1, np.nan if i == 0 else 1 / i, 0.9, 1.0, 1.0, "model") for i in range(3)
+    )
+    distilled = Distilled(points, 1, 0.9, 0.9, 30, "all steps done", False, 1.0, 1.0)
     for name, parts in {
         "a": (refit, distilled),
         "b": (refit, None),

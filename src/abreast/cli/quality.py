@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from abreast.cli import console
 from abreast.errors import AbreastError
@@ -339,6 +340,13 @@ def _score(value: float | None, stderr: float | None) -> str:
 @click.option("--tokens", type=int, help="Tokens to heal on. Default: what the method needs.")
 @click.option("--window", default=1024, help="Context length in tokens.")
 @click.option("--refit-steps", default="qkv,gate_up,out", help="Refit these, in order.")
+@click.option(
+    "--recipe",
+    "preset",
+    type=click.Choice(["ours", "lp-paper", "cqil"]),
+    default="ours",
+    help="Whose settings the training options below start from.",
+)
 @console.settings("recipe", "abreast.heal", "Recipe")
 @click.option("--dtype", default="float32", help="Dtype of the weights in memory.")
 @click.option("--out-dtype", help="Cast OUT to float32, bfloat16 or float16. Default: no cast.")
@@ -352,7 +360,9 @@ def _score(value: float | None, stderr: float | None) -> str:
 @console.device_option
 @console.seed_option
 @console.json_option
+@click.pass_context
 def heal(
+    context: click.Context,
     model: str,
     plan: str,
     out: str,
@@ -362,6 +372,7 @@ def heal(
     tokens: int | None,
     window: int,
     refit_steps: str,
+    preset: str,
     recipe: Recipe,
     dtype: str,
     out_dtype: str | None,
@@ -377,11 +388,17 @@ def heal(
     as_json: bool,
 ) -> None:
     """Convert MODEL, an original, under a plan and recover the quality that this costs."""
+    from abreast.heal import RECIPES
     from abreast.heal import heal as run
     from abreast.report import check_drawing, draw_healing
 
     if not no_plots:
         check_drawing()
+    implied = {
+        name: value
+        for name, value in RECIPES[preset].items()
+        if context.get_parameter_source(name) is ParameterSource.DEFAULT
+    }
     with console.progress_bar("heal", as_json) as progress:
         healed = run(
             model,
@@ -392,7 +409,7 @@ def heal(
             add_bos=add_bos,
             tokens=tokens,
             window=window,
-            recipe=replace(recipe, lora_alpha=recipe.lora_rank),
+            recipe=replace(recipe, **implied),
             refit_steps=refit_steps.split(","),
             seed=seed,
             device=device,
@@ -430,6 +447,7 @@ def heal(
         rows["refit"] = f"{verdict}, on {healed.refit.num_tokens} tokens"
     if (trained := healed.distilled) is not None:
         rows["training"] = (
-            f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens"
+            f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens in "
+            f"{trained.seconds / 60:.1f} minutes"
         )
     console.print_table(rows)

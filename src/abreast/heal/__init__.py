@@ -7,7 +7,7 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.heal.healing import heal
     from abreast.heal.least_squares import Refit, moments_pair, solve
-    from abreast.heal.recipe import FOLDS, Recipe
+    from abreast.heal.recipe import FOLDS, RECIPES, Recipe
     from abreast.heal.train import Distilled
 
 attach(__name__)

@@ -45,9 +45,10 @@ from abreast.errors import AbreastError, CheckpointError
 from abreast.families import all_tensors, family_of
 from abreast.heal.judging import Judge, Judged, other_kind
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
+from abreast.heal.losses import computes_bf16
 from abreast.heal.recipe import Recipe, check_enough, is_main_process, processes
 from abreast.heal.student import full
-from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill
+from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill, step_seconds
 from abreast.model import decoder_layers, load
 from abreast.plan import Plan
 from abreast.runs import check_run, open_run, to_csv, token_stream, whole_windows
@@ -182,7 +183,10 @@ def heal(
         check_free(Path(keep))
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
     source = open_checkpoint(model, revision=revision)
-    source = as_loaded(source, family_of(source.config))
+    family = family_of(source.config)
+    source = as_loaded(source, family)
+    if method != "refit":
+        recipe.check_targets({matrix.name.rpartition(".")[2] for matrix in family.matrices})
     plan = plan_for(source, plan)
     plan = plan.made_for(source.source, source.revision, source.sha256)
     if device == "auto" and (recipe.shard or processes() > 1):
@@ -196,7 +200,7 @@ def heal(
             f"'{model}' is larger than the devices here, and healing changes weights where they "
             "compute; use --device cpu, more devices, or several processes with --shard"
         )
-    tensors = all_tensors(family_of(source.config), source.config)
+    tensors = all_tensors(family, source.config)
     for name in sorted(tensors.keys() - student.state_dict().keys()):
         raise CheckpointError(
             f"tensor '{name}' of '{source.source}' has another name in the loaded model; "
@@ -217,6 +221,8 @@ def heal(
         progress=progress,
     )
     text = _text(setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder))
+    if method != "refit" and processes() == 1:
+        step(_pace(setup, text))
     identity = {
         "model": source.sha256,
         "plan": plan.shorthand,
@@ -336,6 +342,37 @@ def _text(
     return _Text(few, train, judged, stream.prefix, about)
 
 
+def _pace(setup: _Setup, text: _Text) -> str:
+    """How long training will take, in words, from steps that are timed.
+
+    Raises AbreastError for a budget of minutes in which no step ends.
+    """
+    recipe = setup.recipe
+    times = step_seconds(setup.model, setup.plan, text.train, recipe, len(text.prefix))
+    shares = (recipe.group_share, 1 - recipe.group_share)
+    least = sum(times) / 60
+    if recipe.minutes is not None and recipe.minutes < least:
+        raise AbreastError(
+            f"a step of each phase of training takes {least:.2g} minutes here; "
+            "give more --minutes, or a smaller --batch-size"
+        )
+    if recipe.minutes is None:
+        seconds = recipe.steps * sum(np.multiply(times, shares))
+        length = f"{recipe.steps} steps take about {seconds / 60:.1f} minutes"
+    else:
+        parts = zip(shares, times, strict=True)
+        steps = sum(60 * recipe.minutes * share / time for share, time in parts if time)
+        length = f"about {steps:.0f} steps fit into {recipe.minutes:g} minutes"
+    tokens = recipe.batch_size * text.train.shape[1]
+    rates = ", ".join(
+        f"{tokens / time:.0f} tokens/s {phase}"
+        for phase, time in zip(("group by group", "end to end"), times, strict=True)
+        if time
+    )
+    dtype = "bfloat16" if computes_bf16(recipe, setup.model.device) else "float32"
+    return f"training in {dtype}: {rates}; {length}"
+
+
 def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
     """Refit, or take the matrices that an interrupted run left."""
     setup.step("refit: solve the grouped layers' matrices on calibration text")
@@ -371,10 +408,10 @@ def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
 
 def _distil(setup: _Setup, text: _Text, solved: Refit | None) -> Distilled:
     """Distil, and write the curve as it grows, to TensorBoard as well where that is installed."""
-    setup.step(f"distil: {setup.recipe.steps} steps")
+    setup.step("distil")
     is_changed = solved is not None and not solved.kept
     teacher = None
-    if setup.recipe.objective == "kl" and (is_changed or setup.recipe.train != "lora"):
+    if setup.recipe.is_taught and (is_changed or setup.recipe.train != "lora"):
         # Sharding moves it to the device piece by piece: there is no room for all of it there.
         spread = hasattr(setup.model, "_hf_hook")
         device = "auto" if spread else setup.model.device

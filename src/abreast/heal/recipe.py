@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,27 +17,37 @@ FOLDS = 3  # of the text, to choose how strongly refit regularises
 Train = Literal["lora", "groups", "all"]
 Objective = Literal["kl", "lm"]
 Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "linear"]
+AdaptedLayers = Literal["groups", "all"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How to train.
 
-    train: "lora" for adapters of rank lora_rank on the matrices named in lora_targets (empty: all
-    linear ones) of the grouped layers; "groups" for every weight of the grouped layers; "all" for
-    every weight of the model. hidden_weight: weight, beside "kl", of the squared distance between
-    the residual streams after every stage from the first group on, as a fraction of the original's
-    size, averaged over stages. optimizer: "muon" trains the layers' matrices, in steps of AdamW's
-    size, and AdamW the rest. learning_rate rises over `warmup` (a fraction of the steps), then
-    follows a half cosine to zero. betas: AdamW's. clip: largest gradient norm. bf16: the weights
-    keep their dtype. evaluate_every, save_every: steps between held-out evaluations and between
-    checkpoints. patience: stop after this many evaluations without a new best; the late decay of
-    the learning rate wins much, so keep it high.
+    Training has two phases. In the first, which takes `group_share` of the steps, every group
+    learns alone to end where the original's layers end, from the original's own states (blockwise
+    local distillation, arXiv 2411.19146); in the second the whole model learns. train: "lora" for
+    adapters of rank lora_rank on the matrices named in lora_targets (empty: all linear ones) of
+    lora_layers; "groups" for every weight of the grouped layers; "all" for every weight of the
+    model. lora_alpha: None for lora_rank. hidden_weight: weight, beside "kl", of the squared
+    distance between the residual streams after every stage from the first group on, as a fraction
+    of the original's size, averaged over stages. optimizer: "muon" trains the layers' matrices, in
+    steps of AdamW's size, and AdamW the rest. minutes: wall time of training, evaluations included,
+    that takes the place of `steps`; `steps` then only says how much text is read. In either phase
+    the learning rate rises over `warmup`, a fraction of it, then falls to zero. betas: AdamW's.
+    clip: largest gradient norm, 0 for none. bf16: None where the device has it natively; the
+    weights keep their dtype. evaluate_every, save_every: steps between held-out evaluations and
+    between checkpoints. patience: stop after this many evaluations of the second phase without a
+    new best; the late decay of the learning rate wins much, so keep it high.
     """
 
     train: Train = field(
         default="groups",
         metadata={"help": "Train adapters, the grouped layers, or the whole model."},
+    )
+    group_share: float = field(
+        default=0.5, metadata={"help": "Share of the training that trains each group alone first."}
     )
     objective: Objective = field(
         default="kl",
@@ -55,20 +66,40 @@ class Recipe:
         default=0.0, metadata={"help": "Weight of the language-model loss beside the KL."}
     )
     steps: int = field(default=400, metadata={"help": "Training steps."})
+    minutes: float | None = field(
+        default=None, metadata={"help": "Train for so long, whatever --steps says."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Windows per step."})
     micro_batch: int = field(default=8, metadata={"help": "Windows per forward pass on a device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
-    lora_rank: int = field(default=32, metadata={"help": "Rank, and alpha, of the adapters."})
-    lora_alpha: int = 32
+    group_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Peak while each group is trained alone."}
+    )
+    schedule: Schedule = field(
+        default="cosine", metadata={"help": "How the learning rate falls to zero."}
+    )
+    warmup: float = field(
+        default=0.05, metadata={"help": "Share in which the learning rate rises."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "AdamW's betas."})
+    clip: float = field(default=1.0, metadata={"help": "Largest gradient norm; 0 for none."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int | None = field(
+        default=None, metadata={"help": "Alpha of the adapters. Default: the rank."}
+    )
+    lora_layers: AdaptedLayers = field(
+        default="groups", metadata={"help": "Adapt the grouped layers, or all."}
+    )
     lora_targets: tuple[str, ...] = field(
         default=(), metadata={"help": "Matrices to adapt: q_proj,v_proj. Default: all."}
     )
-    bf16: bool = field(
-        default=True, metadata={"help": "Compute matrix products in float32, not bfloat16."}
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "option": "--bf16/--no-bf16",
+            "help": "Compute matrix products in bfloat16. Default: where it is native.",
+        },
     )
     checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations to save memory."}
@@ -84,17 +115,34 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of a step; transformers' schedule would begin with a step of rate 0."""
-        rising = max(1, round(self.warmup * self.steps))
-        if step < rising:
-            return self.learning_rate * ((step + 1) / rising)
-        share = (step - rising) / max(1, self.steps - rising)
-        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * share)))
+    @property
+    def is_taught(self) -> bool:
+        """Whether the original is needed."""
+        return self.objective == "kl" or self.group_share > 0
+
+    def rate_at(self, begin: float, end: float) -> float:
+        """The learning rate of a step that begins and ends when so much of the training is done.
+
+        The second phase begins where `group_share` is done.
+        """
+        first = begin < self.group_share
+        start, stop = (0.0, self.group_share) if first else (self.group_share, 1.0)
+        peak = self.group_learning_rate if first else self.learning_rate
+        begin, end = ((share - start) / (stop - start) for share in (begin, end))
+        if begin < self.warmup:
+            return peak * min(1.0, end / self.warmup)
+        left = (1 - begin) / (1 - self.warmup)
+        return peak * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
     def check(self) -> None:
         """Raise AbreastError for values that make no sense, alone or with so many processes."""
-        choices = {"train": Train, "objective": Objective, "optimizer": Optimizer}
+        choices = {
+            "train": Train,
+            "objective": Objective,
+            "optimizer": Optimizer,
+            "schedule": Schedule,
+            "lora_layers": AdaptedLayers,
+        }
         for name, literal in choices.items():
             if (value := getattr(self, name)) not in get_args(literal):
                 known = ", ".join(get_args(literal))
@@ -103,14 +151,24 @@ class Recipe:
         for name in (*counts, "evaluate_every", "save_every"):
             if (value := getattr(self, name)) < 1:
                 raise AbreastError(f"{name} is {value}; give at least 1")
-        for name in ("learning_rate", "temperature", "clip"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
+        for name in (
+            "learning_rate",
+            "group_learning_rate",
+            "temperature",
+            "minutes",
+            "lora_alpha",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 raise AbreastError(f"{name} is {value}; give a positive number")
-        for name in ("hidden_weight", "lm_weight", "weight_decay"):
+        for name in ("hidden_weight", "lm_weight", "weight_decay", "clip"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise AbreastError(f"{name} is {value}; give 0 or more")
-        if not 0 <= self.warmup <= 1:
-            raise AbreastError(f"warmup is {self.warmup}; give a fraction of the steps, 0 to 1")
+        for name in ("warmup", "group_share"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise AbreastError(f"{name} is {value}; give a fraction of the steps, 0 to 1")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise AbreastError(f"betas are {self.betas}; give two numbers from 0 to below 1")
         if self.shard and processes() == 1:
             raise AbreastError(
                 "sharding needs several processes, and this is the only one; "
@@ -125,6 +183,43 @@ class Recipe:
                 f"a batch of {self.batch_size} windows cannot be split evenly over {processes()} "
                 f"processes; give a multiple of {processes()}"
             )
+
+    def check_targets(self, matrices: Collection[str]) -> None:
+        """Raise AbreastError for lora_targets that are none of a layer's matrices."""
+        for name in self.lora_targets if self.train == "lora" else ():
+            if name not in matrices:
+                raise AbreastError(
+                    f"LoRA target '{name}' is no matrix of this model's layers; "
+                    f"give --lora-targets some of {','.join(sorted(matrices))}"
+                )
+
+
+# Published recipes as changes to ours; what their authors do not say is as in ours. CQIL: its
+# training script, with transformers' betas. Layer Parallelism: the text of its section on training.
+RECIPES: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "lp-paper": {"group_share": 0.0, "train": "groups", "objective": "lm"},
+    "cqil": {
+        "group_share": 0.0,
+        "train": "lora",
+        "lora_layers": "all",
+        "lora_rank": 32,
+        "lora_alpha": 32,
+        "lora_targets": (
+            *("q_proj", "k_proj", "v_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        "hidden_weight": 0.0,
+        "learning_rate": 1e-4,
+        "schedule": "linear",
+        "warmup": 0.0,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.999),
+        "clip": 0.0,
+        "steps": 8000,
+        "batch_size": 32,
+    },
+}
 
 
 def check_enough(tokens: Any, purpose: str) -> None:

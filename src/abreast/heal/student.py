@@ -55,17 +55,12 @@ def make_trainable(model: PreTrainedModel, members: Sequence[int], recipe: Recip
         for name, module in layers[members[0]].named_modules()
         if isinstance(module, nn.Linear)
     }
-    unknown = sorted(set(recipe.lora_targets) - linear)
-    if unknown:
-        raise AbreastError(
-            f"LoRA target '{unknown[0]}' is no matrix of a layer; "
-            f"choose from {', '.join(sorted(linear))}"
-        )
+    recipe.check_targets(linear)
     config = peft.LoraConfig(
         r=recipe.lora_rank,
-        lora_alpha=recipe.lora_alpha,
+        lora_alpha=recipe.lora_alpha or recipe.lora_rank,
         target_modules=sorted(recipe.lora_targets or linear),
-        layers_to_transform=list(members),
+        layers_to_transform=list(members if recipe.lora_layers == "groups" else range(len(layers))),
         layers_pattern="layers",
         task_type="CAUSAL_LM",
     )

@@ -4,7 +4,8 @@ Self-distillation as in CQIL (arXiv 2404.06709, section 3.3, and its published r
 is the original model, the student the same weights run under the plan, the loss KL(teacher ||
 student) over the logits. With LoRA adapters on unchanged weights both are one model in memory: the
 teacher runs with adapters and plan switched off. The plain language-model loss, on the grouped
-layers only, is the recipe of the LP paper (arXiv 2502.02790).
+layers only, is the recipe of the LP paper (arXiv 2502.02790). Before that, each group may learn
+alone: from the original's state at its beginning, to end at the original's state there.
 
 accelerate places and wraps the model, and scales, reduces and clips gradients; peft makes the
 adapters. What a step trains on, its learning rate and its random numbers follow from its number
@@ -18,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
+from abreast.heal.losses import Losses
 from abreast.heal.recipe import Recipe, check_enough, processes
 from abreast.heal.student import (
     Checkpoints,
@@ -40,15 +42,7 @@ from abreast.heal.student import (
     set_checkpointing,
     shard,
 )
-from abreast.model import (
-    apply,
-    decoder_layers,
-    divergence,
-    grouped,
-    next_token_loss,
-    remove,
-    weighted_mean,
-)
+from abreast.model import decoder_layers, grouped, weighted_mean
 from abreast.plan import Plan
 from abreast.runs import check_tokens, open_run, tokens_hash
 
@@ -65,7 +59,9 @@ class Point:
 
     loss: mean training loss since the point before (NaN at step 0). held_out: what decides, on
     windows that are not trained on: KL(original || grouped) in nats, or for the objective "lm" the
-    language-model loss. cpu_seconds: processor time so far, of all threads.
+    language-model loss, in both phases: a group that learns alone may move nearer to its target and
+    the model away from the original. cpu_seconds: processor time so far, of all threads; seconds:
+    on the wall. phase: "groups" while each learned alone (loss is then `gap`), else "model".
     """
 
     step: int
@@ -74,6 +70,8 @@ class Point:
     loss: float
     held_out: float
     cpu_seconds: float
+    seconds: float
+    phase: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ class Distilled:
     reason: str
     diverged: bool
     cpu_seconds: float
+    seconds: float
 
 
 def distill(
@@ -128,6 +127,35 @@ def distill(
     """
     recipe = recipe or Recipe()
     _check_training(model, plan, tokens, recipe, teacher)
+    with _prepared(model, plan, tokens, prefix, recipe, teacher, seed) as training:
+        training.on_point = on_point
+        return training.run(Path(work), progress)
+
+
+def step_seconds(
+    model: PreTrainedModel, plan: Plan, tokens: np.ndarray, recipe: Recipe, prefix: int = 0
+) -> tuple[float, float]:
+    """How long a step of each phase takes, 0 for a phase that is left out.
+
+    `model`, the original, is not changed; the arguments are those of `distill`.
+    """
+    _check_training(model, plan, tokens, recipe, model)
+    with _prepared(model, plan, tokens, prefix, recipe, None, 0) as training:
+        alone = training.time_step(in_groups=True) if recipe.group_share > 0 else 0.0
+        return alone, training.time_step(in_groups=False) if recipe.group_share < 1 else 0.0
+
+
+@contextmanager
+def _prepared(
+    model: PreTrainedModel,
+    plan: Plan,
+    tokens: np.ndarray,
+    prefix: int,
+    recipe: Recipe,
+    teacher: PreTrainedModel | None,
+    seed: int,
+) -> Iterator[_Training]:
+    """What trains `model`, which runs under the plan inside; adapters are merged at the end."""
     # Only where there are several processes, or a GPU would be taken that was not named.
     accelerator = need("accelerate").Accelerator(
         cpu=model.device.type == "cpu", device_placement=processes() > 1, mixed_precision="no"
@@ -149,23 +177,15 @@ def distill(
             wrapped, optimizers = model, optimizers_of(student, recipe)
             if not recipe.shard:
                 wrapped, *optimizers = accelerator.prepare(student, *optimizers)
-            training = _Training(
-                accelerator=accelerator,
-                model=model,
-                student=student,
-                wrapped=wrapped,
-                teacher=teacher,
-                plan=plan,
-                windows=windows[:-num_held_out],
-                held_out=windows[-num_held_out:],
-                prefix=prefix,
-                recipe=recipe,
-                seed=seed,
-                optimizers=optimizers,
-                on_point=on_point,
-            )
             with grouped(model, plan):
-                distilled = training.run(Path(work), progress)
+                yield _Training(
+                    accelerator=accelerator,
+                    learning=Losses(model, student, wrapped, teacher, plan, recipe, prefix),
+                    windows=windows[:-num_held_out],
+                    held_out=windows[-num_held_out:],
+                    seed=seed,
+                    optimizers=optimizers,
+                )
             if recipe.train == "lora":
                 student.merge_and_unload()
         except BaseException:
@@ -180,7 +200,6 @@ def distill(
             model.zero_grad(set_to_none=True)
             model.eval()
             accelerator.free_memory()
-    return distilled
 
 
 def windows_of(step: int, count: int, batch_size: int, seed: int) -> list[int]:
@@ -195,34 +214,30 @@ def windows_of(step: int, count: int, batch_size: int, seed: int) -> list[int]:
 class _Training:
     """A run: its parts and how far it is.
 
-    student: `model`, or peft's wrapper of it; wrapped: the student as accelerate wants it called.
-    windows, held_out: token ids [n, window], each with a prefix of so many. began: processor time,
-    less that of earlier calls. step: steps done. losses: of the steps since the last point. best:
-    the weights of best_point, on the CPU.
+    windows, held_out: token ids [n, window]. began, started: processor and wall time, less those of
+    earlier calls. step: steps done. rate: the last one. in_groups: whether each group still learns
+    alone. losses: of the steps since the last point. best: the weights of best_point, on the CPU.
     """
 
     accelerator: Accelerator
-    model: PreTrainedModel
-    student: Any
-    wrapped: Any
-    teacher: PreTrainedModel | None
-    plan: Plan
+    learning: Losses
     windows: torch.Tensor
     held_out: torch.Tensor
-    prefix: int
-    recipe: Recipe
     seed: int
     optimizers: list[Any]
-    on_point: Callable[[Sequence[Point]], None] | None
-    began: float = field(default_factory=time.process_time)
+    on_point: Callable[[Sequence[Point]], None] | None = None
     step: int = 0
+    rate: float = 0.0
     losses: list[float] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     best: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        named = self.student.named_parameters()
+        self.began, self.started = time.process_time(), time.monotonic()
+        self.recipe, self.device = self.learning.recipe, self.learning.model.device
+        named = self.learning.student.named_parameters()
         self.weights: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
+        self.in_groups = self.recipe.group_share > 0
 
     @property
     def tokens(self) -> int:
@@ -241,47 +256,82 @@ class _Training:
         reason = ""
         if (saved := checkpoints.load()) is not None:
             state, self.best = saved
-            self.step, self.losses = state["step"], state["losses"]
+            self.step, self.losses, self.in_groups = (
+                state[name] for name in ("step", "losses", "in_groups")
+            )
             self.points = [Point(**point) for point in state["points"]]
             self.began -= self.points[-1].cpu_seconds
+            self.started -= state["seconds"]
         elif not (reason := self._evaluate()):
             checkpoints.save(self.step, self._state(), self.best)
-        while not reason and self.step < recipe.steps:
-            loss, norm = self._train_step()
+        done = self._done()
+        while not reason and done < 1:
+            if self.in_groups and done >= recipe.group_share:
+                self._end_groups()
+            loss, norm = self._train_step(done)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 reason = f"diverged: loss {loss}, gradient norm {norm} in step {self.step + 1}"
                 break
             self.step += 1
             self.losses.append(loss)
-            is_last = self.step == recipe.steps
+            done = self._done()
+            is_last = done >= (recipe.group_share if self.in_groups else 1)
             if self.step % recipe.evaluate_every == 0 or is_last:
                 reason = self._evaluate()
             if not reason and (self.step % recipe.save_every == 0 or is_last):
                 checkpoints.save(self.step, self._state(), self.best)
             if progress is not None:
-                progress(self.step, recipe.steps)
-        with torch.no_grad():
-            for name, parameter in self.weights.items():
-                local(parameter).copy_(self.best[name])
+                total = round(60 * recipe.minutes) if recipe.minutes else recipe.steps
+                progress(min(total, round(done * total)), total)
+        self._take_best()
         return Distilled(
             points=tuple(self.points),
             best_step=self.best_point.step,
             before=self.points[0].held_out,
             after=self.best_point.held_out,
             tokens=self.tokens,
-            reason=reason or "all steps done",
+            reason=reason or ("time is up" if recipe.minutes else "all steps done"),
             diverged=reason.startswith("diverged"),
             cpu_seconds=self.points[-1].cpu_seconds,
+            seconds=self.points[-1].seconds,
         )
+
+    def _done(self) -> float:
+        """The share of the training that is done, the same in all processes."""
+        if self.recipe.minutes is None:
+            return self.step / self.recipe.steps
+        return self._mean(time.monotonic() - self.started) / (60 * self.recipe.minutes)
+
+    def _end_groups(self) -> None:
+        """Go on with the best weights; what the optimisers remember is of another loss."""
+        self.in_groups = False
+        self._take_best()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
+    def _take_best(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.weights.items():
+                local(parameter).copy_(self.best[name])
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors."""
         points = [asdict(point) for point in self.points]
-        return {"step": self.step, "losses": self.losses, "points": points}
+        return {
+            "step": self.step,
+            "losses": self.losses,
+            "in_groups": self.in_groups,
+            "seconds": time.monotonic() - self.started,
+            "points": points,
+        }
 
     def _evaluate(self) -> str:
         """Measure on the held-out text; the reason to stop if there is one, else an empty text."""
-        measure = self._held_out_loss()
+        losses = [
+            (self.learning.held_out(ids.to(self.device)), len(ids))
+            for ids in self.held_out.split(self.recipe.micro_batch)
+        ]
+        measure = self._mean(weighted_mean(losses))
         if not self.points and not math.isfinite(measure):
             raise AbreastError(
                 "the model's loss is not finite before any training; load it in float32 or "
@@ -290,10 +340,12 @@ class _Training:
         point = Point(
             step=self.step,
             tokens=self.tokens,
-            learning_rate=self.recipe.rate_at(self.step),
+            learning_rate=self.rate,
             loss=sum(self.losses) / len(self.losses) if self.losses else math.nan,
             held_out=measure,
             cpu_seconds=time.process_time() - self.began,
+            seconds=time.monotonic() - self.started,
+            phase="groups" if self.in_groups else "model",
         )
         self.points.append(point)
         self.losses.clear()
@@ -307,12 +359,13 @@ class _Training:
             return f"diverged: the held-out loss is {measure} after step {self.step}"
         if measure > (start + 0.5 if self.recipe.objective == "lm" else 3 * start + 0.01):
             return f"diverged: the held-out loss rose from {start:.4g} to {measure:.4g}"
-        since_best = sum(later.step > self.best_point.step for later in self.points)
+        best = self.best_point.step
+        since_best = sum(later.step > best and later.phase == "model" for later in self.points)
         if since_best >= self.recipe.patience:
             return f"no better in {since_best} evaluations on held-out text"
         return ""
 
-    def _train_step(self) -> tuple[float, float]:
+    def _train_step(self, done: float) -> tuple[float, float]:
         """One step of the optimisers; the mean loss, and the gradient's norm.
 
         Nothing is changed where one of them is not finite.
@@ -324,70 +377,46 @@ class _Training:
         micro_batches = batch.split(recipe.micro_batch)
         total = 0.0
         for number, ids in enumerate(micro_batches, 1):
-            is_last = number == len(micro_batches)
-            with nullcontext() if is_last else accelerator.no_sync(self.wrapped):
-                loss = self._loss(ids.to(self.model.device)) * (len(ids) / len(batch))
-                accelerator.backward(loss)
-            total += float(loss.detach())
+            # The groups are not trained through accelerate's wrapper, which would sum gradients.
+            syncs = number == len(micro_batches) and not self.in_groups
+            with nullcontext() if syncs else accelerator.no_sync(self.learning.wrapped):
+                total += self._backward(ids, len(ids) / len(batch))
         total = self._mean(total)
-        norm = float(full(accelerator.clip_grad_norm_(list(self.weights.values()), recipe.clip)))
+        if self.in_groups and accelerator.num_processes > 1 and not recipe.shard:
+            for weight in self.weights.values():
+                if weight.grad is not None:
+                    weight.grad = accelerator.reduce(weight.grad, reduction="mean")
+        clip = recipe.clip or math.inf
+        norm = float(full(accelerator.clip_grad_norm_(list(self.weights.values()), clip)))
+        end = (self.step + 1) / recipe.steps if recipe.minutes is None else self._done()
+        self.rate = recipe.rate_at(done, end)
         for optimizer in self.optimizers:
             if math.isfinite(total) and math.isfinite(norm):
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.rate_at(self.step)
+                    group["lr"] = self.rate
                 optimizer.step()
             optimizer.zero_grad()
         return total, norm
 
-    def _loss(self, ids: torch.Tensor) -> torch.Tensor:
-        recipe = self.recipe
-        is_taught = recipe.objective == "kl"
-        targets: list[torch.Tensor] = []
-        states: list[torch.Tensor] = []
-        with self._autocast():
-            if is_taught:
-                with (
-                    self._teaching() as teacher,
-                    torch.no_grad(),
-                    self._recorded_stages(teacher, targets),
-                ):
-                    reference = self._scored(teacher(input_ids=ids, use_cache=False).logits)
-            self.student.train()
-            with self._recorded_stages(self.model, states):
-                logits = self._scored(self.wrapped(input_ids=ids, use_cache=False).logits)
-            ids = self._scored(ids)
-            if not is_taught:
-                return next_token_loss(logits, ids)
-            loss = divergence(logits, reference, recipe.temperature)
-            if recipe.lm_weight:
-                loss = loss + next_token_loss(logits, ids) * recipe.lm_weight
-            for state, target in zip(states, targets, strict=True):
-                target = target[:, self.prefix :].float().to(state.device)
-                gap = (state[:, self.prefix :].float() - target).square().sum(-1)
-                gap = (gap / target.square().sum(-1)).mean().to(loss.device)
-                loss = loss + gap * recipe.hidden_weight / len(targets)
-        return loss
+    def time_step(self, in_groups: bool) -> float:
+        """Seconds that a step takes, without the optimisers; its gradients are dropped."""
+        self.in_groups = in_groups
+        size = min(self.recipe.micro_batch, self.recipe.batch_size)
+        for _ in range(1 if self.device.type == "cpu" else 2):  # the first one warms up
+            began = time.monotonic()
+            self._backward(self.windows[:size], 1.0)
+            self.learning.model.zero_grad(set_to_none=True)
+        return (time.monotonic() - began) * self.recipe.batch_size / size
 
-    def _scored(self, windows: torch.Tensor) -> torch.Tensor:
-        """Of ids or logits [batch, window, ...] those from the prefix's last token on."""
-        return windows[:, max(0, self.prefix - 1) :]
-
-    def _held_out_loss(self) -> float:
-        """KL(original || grouped), or the language-model loss, in nats on the held-out windows."""
-        losses = []
-        with torch.no_grad(), self._autocast():
-            for ids in self.held_out.split(self.recipe.micro_batch):
-                ids = ids.to(self.model.device)
-                self.student.eval()
-                logits = self._scored(self.model(input_ids=ids, use_cache=False).logits)
-                if self.recipe.objective == "lm":
-                    loss = next_token_loss(logits, self._scored(ids))
-                else:
-                    with self._teaching() as teacher:
-                        reference = teacher(input_ids=ids, use_cache=False).logits
-                    loss = divergence(logits, self._scored(reference))
-                losses.append((float(loss), len(ids)))
-        return self._mean(weighted_mean(losses))
+    def _backward(self, ids: torch.Tensor, weight: float) -> float:
+        """Add the gradients of the loss of these windows, times weight; returns the same of it."""
+        ids, total = ids.to(self.device), 0.0
+        parts = self.learning.of_groups(ids) if self.in_groups else [self.learning.of_model(ids)]
+        for loss in parts:
+            loss = loss * weight
+            self.accelerator.backward(loss)
+            total += float(loss.detach())
+        return total
 
     def _mean(self, value: float) -> float:
         """Over the processes, so that all decide the same; else they would wait for each other."""
@@ -396,63 +425,22 @@ class _Training:
         own = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
         return float(self.accelerator.reduce(own, reduction="mean"))
 
-    @contextmanager
-    def _teaching(self) -> Iterator[PreTrainedModel]:
-        if self.teacher is not None:
-            yield self.teacher
-            return
-        self.student.eval()
-        remove(self.model)
-        try:
-            with self.student.disable_adapter():
-                yield self.model
-        finally:
-            apply(self.model, self.plan)
-
-    @contextmanager
-    def _recorded_stages(
-        self, model: PreTrainedModel, states: list[torch.Tensor]
-    ) -> Iterator[None]:
-        """Append the residual stream after every stage from the first group on, if it is taught.
-
-        transformers' own output_hidden_states has the last one after the final norm only.
-        """
-
-        def append(_: nn.Module, __: Any, output: Any) -> None:
-            states.append(output[0] if isinstance(output, tuple) else output)
-
-        is_taught = self.recipe.hidden_weight and self.recipe.objective == "kl"
-        with ExitStack() as hooks:
-            for stage in self.plan.stages if is_taught else ():
-                if stage[0] >= self.plan.groups[0].layers[0]:
-                    layer = decoder_layers(model)[stage[-1]]
-                    hooks.enter_context(layer.register_forward_hook(append))
-            yield
-
-    def _autocast(self) -> Any:
-        return torch.autocast(
-            self.model.device.type,
-            torch.bfloat16,
-            enabled=self.recipe.bf16,
-            # The cache would hold the whole model in bfloat16 on every process.
-            cache_enabled=not self.recipe.shard,
-        )
-
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as JSON would return it."""
         start = hashlib.sha256()
         for name, parameter in self.weights.items():
             sample = local(parameter.detach()).flatten()[:1024].float().cpu().contiguous()
             start.update(name.encode() + sample.numpy().tobytes())
+        prefix = self.learning.prefix
         identity: dict[str, Any] = {
             "state format": "safetensors",
             "recipe": self.recipe.to_dict(),
-            "plan": self.plan.shorthand,
+            "plan": self.learning.plan.shorthand,
             "tokens": [tokens_hash(part.numpy()) for part in (self.windows, self.held_out)],
             "weights": start.hexdigest(),
             "seed": self.seed,
             "processes": self.accelerator.num_processes,
-            **({"prefix length": self.prefix} if self.prefix else {}),
+            **({"prefix length": prefix} if prefix else {}),
         }
         return dict(json.loads(json.dumps(identity)))
 
@@ -478,7 +466,7 @@ def _check_training(
             "lost; load the model in float32, or train adapters (lora)"
         )
     if teacher is None:
-        if recipe.train != "lora" and recipe.objective == "kl":
+        if recipe.train != "lora" and recipe.is_taught:
             raise AbreastError(
                 f"training '{recipe.train}' changes the weights, so the teacher must be a second "
                 "model; give one, or train adapters (lora)"

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         name_of,
         planned,
         program_of,
+        replaced,
         run_programs,
         shared_steps,
         split,

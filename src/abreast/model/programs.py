@@ -278,15 +278,16 @@ def capture(
 
         return forward
 
-    with _replaced(layers, forward_of):
+    with replaced(layers, forward_of):
         model.base_model(input_ids=ids, use_cache=False)
     return entering[0], arguments
 
 
 @contextmanager
-def _replaced(
+def replaced(
     layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., torch.Tensor]]
 ) -> Iterator[None]:
+    """Inside, every layer has the `forward` of its index."""
     before = [vars(layer).get("forward") for layer in layers]  # accelerate's, where it spread them
     for index, layer in enumerate(layers):
         layer.forward = forward_of(index)  # type: ignore[assignment,unused-ignore]
@@ -384,7 +385,7 @@ def _logits(
     """
     rows = _rows(model, ids)
     for part, part_ids in zip(state.split(rows), ids.split(rows), strict=True):
-        with _replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
+        with replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
             yield model(input_ids=part_ids, use_cache=False).logits[:, max(prefix, 1) - 1 : -1]
 
 

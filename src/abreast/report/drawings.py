@@ -221,7 +221,8 @@ def _training(distilled: Distilled) -> Any:
         {"name": name, "x": point.step, "value": value}
         for point in distilled.points
         for name, value in (("held out", point.held_out), ("training", point.loss))
-        if math.isfinite(value) and value > 0
+        # while groups learn alone, their loss is no number of nats
+        if math.isfinite(value) and value > 0 and (name == "held out" or point.phase == "model")
     ]
     return _lines(points, "step", "nats per token")
 
