@@ -30,9 +30,9 @@ class Recipe:
     local distillation, arXiv 2411.19146); in the second the whole model learns. train: "lora" for
     adapters of rank lora_rank on the matrices named in lora_targets (empty: all linear ones) of
     lora_layers; "groups" for every weight of the grouped layers; "all" for every weight of the
-    model. lora_alpha: None for lora_rank. hidden_weight: weight, beside "kl", of the squared
-    distance between the residual streams after every stage from the first group on, as a fraction
-    of the original's size, averaged over stages. optimizer: "muon" trains the layers' matrices, in
+    model. group_learning_rate: None for learning_rate; lora_alpha: None for lora_rank.
+    hidden_weight: weight, beside "kl", of the squared distance between the residual streams after
+    every stage from the first group on, as a fraction of the original's size. optimizer: "muon" trains the layers' matrices, in
     steps of AdamW's size, and AdamW the rest. minutes: wall time of training, evaluations included,
     that takes the place of `steps`; `steps` then only says how much text is read. In either phase
     the learning rate rises over `warmup`, a fraction of it, then falls to zero. betas: AdamW's.
@@ -72,8 +72,9 @@ class Recipe:
     batch_size: int = field(default=8, metadata={"help": "Windows per step."})
     micro_batch: int = field(default=8, metadata={"help": "Windows per forward pass on a device."})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    group_learning_rate: float = field(
-        default=1e-4, metadata={"help": "Peak while each group is trained alone."}
+    group_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak while each group is trained alone. Default: --learning-rate."},
     )
     schedule: Schedule = field(
         default="cosine", metadata={"help": "How the learning rate falls to zero."}
@@ -127,7 +128,7 @@ class Recipe:
         """
         first = begin < self.group_share
         start, stop = (0.0, self.group_share) if first else (self.group_share, 1.0)
-        peak = self.group_learning_rate if first else self.learning_rate
+        peak = (self.group_learning_rate if first else None) or self.learning_rate
         begin, end = ((share - start) / (stop - start) for share in (begin, end))
         if begin < self.warmup:
             return peak * min(1.0, end / self.warmup)
