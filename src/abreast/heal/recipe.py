@@ -32,14 +32,14 @@ class Recipe:
     lora_layers; "groups" for every weight of the grouped layers; "all" for every weight of the
     model. group_learning_rate: None for learning_rate; lora_alpha: None for lora_rank.
     hidden_weight: weight, beside "kl", of the squared distance between the residual streams after
-    every stage from the first group on, as a fraction of the original's size. optimizer: "muon" trains the layers' matrices, in
-    steps of AdamW's size, and AdamW the rest. minutes: wall time of training, evaluations included,
-    that takes the place of `steps`; `steps` then only says how much text is read. In either phase
-    the learning rate rises over `warmup`, a fraction of it, then falls to zero. betas: AdamW's.
-    clip: largest gradient norm, 0 for none. bf16: None where the device has it natively; the
-    weights keep their dtype. evaluate_every, save_every: steps between held-out evaluations and
-    between checkpoints. patience: stop after this many evaluations of the second phase without a
-    new best; the late decay of the learning rate wins much, so keep it high.
+    every stage from the first group on, as a fraction of the original's size. optimizer: "muon"
+    trains the layers' matrices, in steps of AdamW's size, and AdamW the rest. minutes: wall time of
+    training, evaluations included, that takes the place of `steps`; `steps` then only says how much
+    text is read. In either phase the learning rate rises over `warmup`, a fraction of it, then
+    falls to zero. betas: AdamW's. clip: largest gradient norm, 0 for none. bf16: None where the
+    device has it natively; the weights keep their dtype. evaluate_every, save_every: steps between
+    held-out evaluations and between checkpoints. patience: stop after this many evaluations of the
+    second phase without a new best; the late decay of the learning rate wins much, so keep it high.
     """
 
     train: Train = field(
