@@ -222,7 +222,9 @@ def heal(
     )
     text = _text(setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder))
     if method != "refit" and processes() == 1:
-        step(_pace(setup, text))
+        times = step_seconds(student, plan, text.train, recipe, len(text.prefix))
+        dtype = "bfloat16" if computes_bf16(recipe, student.device) else "float32"
+        step(f"training in {dtype}: {recipe.pace(times, text.train.shape[1])}")
     identity = {
         "model": source.sha256,
         "plan": plan.shorthand,
@@ -340,37 +342,6 @@ def _text(
             other, size, window, longest=longest, vocabulary=vocabulary
         )
     return _Text(few, train, judged, stream.prefix, about)
-
-
-def _pace(setup: _Setup, text: _Text) -> str:
-    """How long training will take, in words, from steps that are timed.
-
-    Raises AbreastError for a budget of minutes in which no step ends.
-    """
-    recipe = setup.recipe
-    times = step_seconds(setup.model, setup.plan, text.train, recipe, len(text.prefix))
-    shares = (recipe.group_share, 1 - recipe.group_share)
-    least = sum(times) / 60
-    if recipe.minutes is not None and recipe.minutes < least:
-        raise AbreastError(
-            f"a step of each phase of training takes {least:.2g} minutes here; "
-            "give more --minutes, or a smaller --batch-size"
-        )
-    if recipe.minutes is None:
-        seconds = recipe.steps * sum(np.multiply(times, shares))
-        length = f"{recipe.steps} steps take about {seconds / 60:.1f} minutes"
-    else:
-        parts = zip(shares, times, strict=True)
-        steps = sum(60 * recipe.minutes * share / time for share, time in parts if time)
-        length = f"about {steps:.0f} steps fit into {recipe.minutes:g} minutes"
-    tokens = recipe.batch_size * text.train.shape[1]
-    rates = ", ".join(
-        f"{tokens / time:.0f} tokens/s {phase}"
-        for phase, time in zip(("group by group", "end to end"), times, strict=True)
-        if time
-    )
-    dtype = "bfloat16" if computes_bf16(recipe, setup.model.device) else "float32"
-    return f"training in {dtype}: {rates}; {length}"
 
 
 def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:

@@ -185,6 +185,35 @@ class Recipe:
                 f"processes; give a multiple of {processes()}"
             )
 
+    def pace(self, seconds: tuple[float, float], window: int) -> str:
+        """How fast and how long training is, in words; seconds: of a step in either phase.
+
+        Raises AbreastError for a budget of minutes in which no step of both ends.
+        """
+        least = sum(seconds) / 60
+        if self.minutes is not None and self.minutes < least:
+            raise AbreastError(
+                f"a step of each phase of training takes {least:.2g} minutes here; "
+                "give more --minutes, or a smaller --batch-size"
+            )
+        phases = [
+            (name, share, time)
+            for name, share, time in zip(
+                ("group by group", "end to end"),
+                (self.group_share, 1 - self.group_share),
+                seconds,
+                strict=True,
+            )
+            if time
+        ]
+        tokens = self.batch_size * window
+        rates = ", ".join(f"{tokens / time:.0f} tokens/s {name}" for name, _, time in phases)
+        if self.minutes is None:
+            minutes = self.steps / 60 * sum(share * time for _, share, time in phases)
+            return f"{rates}; {self.steps} steps take about {minutes:.1f} minutes"
+        steps = sum(60 * self.minutes * share / time for _, share, time in phases)
+        return f"{rates}; about {steps:.0f} steps fit into {self.minutes:g} minutes"
+
     def check_targets(self, matrices: Collection[str]) -> None:
         """Raise AbreastError for lora_targets that are none of a layer's matrices."""
         for name in self.lora_targets if self.train == "lora" else ():
