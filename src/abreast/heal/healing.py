@@ -223,8 +223,8 @@ def heal(
     text = _text(setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder))
     if method != "refit" and processes() == 1:
         times = step_seconds(student, plan, text.train, recipe, len(text.prefix))
-        dtype = "bfloat16" if computes_bf16(recipe, student.device) else "float32"
-        step(f"training in {dtype}: {recipe.pace(times, text.train.shape[1])}")
+        products = "bfloat16" if computes_bf16(recipe, student.device) else "float32"
+        step(f"training in {products}: {recipe.pace(times, text.train.shape[1])}")
     identity = {
         "model": source.sha256,
         "plan": plan.shorthand,
