@@ -166,10 +166,10 @@ def speed_cells(result: Row) -> list[str]:
 def llamacpp_cells(result: Row) -> list[str]:
     if "kl" not in result:
         return [f"refused: {result['refused']}"]
-    note = f"refused: {result['refused']}; measured" if result.get("refused") else "measured"
+    note = f"refused: {result['refused']}; as lp: " if result.get("refused") else ""
     kl = result["kl"]
     return [
-        f"{note}: {groups(result['plan'])}",
+        note + groups(result["plan"]),
         *(with_error(kl[name]) for name in ("quantised", "grouped", "both")),
         with_error(result["excess"], sign="+"),
         with_error(result["perplexity"]["quantised"], 2),

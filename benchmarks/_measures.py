@@ -23,7 +23,7 @@ from abreast.data import TokenStream, load_tokens
 from abreast.errors import AbreastError
 from abreast.evaluate import Comparison, compare, evaluate_tasks, find_tasks, ratio_of_means
 from abreast.families import family_of
-from abreast.heal import heal
+from abreast.heal import Recipe, heal
 from abreast.model import grouped, inference, load, load_tokenizer, token_scores
 from abreast.plan import FOLDER as PLANS
 from abreast.plan import Group, Plan
@@ -50,12 +50,15 @@ class Sizes:
     stories: int = 8
     new_tokens: int = 512
     rounds: int = 20
+    context: int = 512
     heal: tuple[tuple[str, Any], ...] = ()
 
 
-SMALL = Sizes(
-    1024, 10, 4, 4, 1, 512, 2, 24, 6, (("data", "stdlib-train"), ("tokens", 6000), ("window", 64))
+LITTLE = (
+    *(("data", "stdlib-train"), ("tokens", 6000), ("window", 64)),
+    ("recipe", Recipe(steps=2, batch_size=2, micro_batch=2)),
 )
+SMALL = Sizes(1024, 20, 4, 4, 1, 512, 2, 24, 6, 64, LITTLE)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def write_tasks(setting: Setting) -> Path:
 def tasks(subject: Subject, theirs: Result | None) -> Result:
     folder = write_tasks(subject.setting)
     loaded = find_tasks(TASKS, include_path=[folder])
-    comparison = evaluate_tasks(
+    evaluation = evaluate_tasks(
         subject.folder,
         loaded,
         plan=subject.plan if subject.variant == "plan" else None,
@@ -214,9 +217,9 @@ def tasks(subject: Subject, theirs: Result | None) -> Result:
         dtype="float32",
         step=say,
     )
-    result: Result = {"accuracy": {n: score.converted for n, score in comparison.tasks.items()}}
-    if comparison.above_chance_kept is not None and comparison.above_chance_interval is not None:
-        result["above_chance"] = [comparison.above_chance_kept, *comparison.above_chance_interval]
+    result: Result = {"accuracy": {n: score.converted for n, score in evaluation.tasks.items()}}
+    if evaluation.above_chance_kept is not None and evaluation.above_chance_interval is not None:
+        result["above_chance"] = [evaluation.above_chance_kept, *evaluation.above_chance_interval]
     return result
 
 
@@ -342,7 +345,7 @@ def speed(subject: Subject, _: Result | None) -> Result:
     """Each engine that runs the plan; what it shows of quality is in the other rows."""
     out, sizes, command = converted(subject, subject.plan, "plan"), subject.setting.sizes, ()
     models = (Contender("original", str(subject.original)), Contender("converted", str(out)))
-    job = Job(models, (Case("decode", 1, 512, 8),), rounds=sizes.rounds, dtype="float32")
+    job = Job(models, (Case("decode", 1, sizes.context, 8),), rounds=sizes.rounds, dtype="float32")
     result: Result = {}
     for engine in ("eager", "compile", "vllm"):
         if engine == "vllm" and (reason := refused(subject, VLLM, subject.plan)):

@@ -76,8 +76,8 @@ def measure_row(setting: Setting, name: str) -> Row:
             saved = {"basis": basis, "result": result, "minutes": (time.monotonic() - began) / 60}
             write(file, json.dumps(saved))
         results[variant] = {**saved["result"], "minutes": saved["minutes"]}
-    kept = {v: {k: x for k, x in r.items() if k != "items"} for v, r in results.items()}
-    row = record(name, subject.groups, rests_on, kept)
+    short = {v: {k: x for k, x in r.items() if k != "items"} for v, r in results.items()}
+    row = record(name, subject.groups, rests_on, short)
     say(f"{name}: done in {(time.monotonic() - started) / 60:.1f} minutes")
     return save(setting, name, row)
 
@@ -131,10 +131,12 @@ def rivals(setting: Setting, model: str) -> None:
     plans = [PLANS / f"{model}-{subject.depth}.yaml" for subject in known]
     named = [part for s in known for part in ("--plan", s.groups)] if all_there(plans) else []
     texts = ["--data", str(first), "--judge-data", str(second)]
-    sizes = ["--windows", "32", "--judge-windows", str(setting.sizes.tokens // WINDOW)]
+    windows = max(16, setting.sizes.tokens // WINDOW)
+    sizes = ["--windows", str(windows // 2), "--judge-windows", str(windows)]
     script, folder = str(ROOT / "benchmarks" / "rivals.py"), str(setting.models / model)
     command = [sys.executable, script, folder, *texts, *sizes, "--methods", "all", *named]
-    subprocess.run([*command, "-o", str(out)], check=True)
+    if subprocess.run([*command, "-o", str(out)]).returncode:
+        raise AbreastError("benchmarks/rivals.py failed, see above; the same call goes on")
     take(setting, out)
 
 

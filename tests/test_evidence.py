@@ -131,7 +131,7 @@ def setting(
     for name in _evidence.TASKS:
         item = {"question": "The _ is", "choices": ["lamp", "house"], "answer": 1}
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(item) + "\n") * 3, "utf-8")
-    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, _measures.SMALL.heal)
+    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, 32, _measures.LITTLE)
     return _measures.Setting(
         tmp_path / "models", tmp_path, tmp_path / "work", sizes=sizes, rows=tmp_path / "rows"
     )

@@ -308,8 +308,8 @@ def _print_tasks(result: Evaluation) -> None:
         ]
     if result.above_chance_kept is not None and result.above_chance_interval is not None:
         low, high = result.above_chance_interval
-        kept = f"{result.above_chance_kept:.3f} [{low:.3f}, {high:.3f}]"
-        notes.append(f"accuracy above chance kept, summed over multiple-choice tasks: {kept}")
+        share = f"{result.above_chance_kept:.3f} [{low:.3f}, {high:.3f}]"
+        notes.append(f"accuracy above chance kept, summed over multiple-choice tasks: {share}")
     headings = ("score", "items") if alone else ("original", "converted", "kept", "p", "only one")
     console.print_columns(
         ("task", *headings), rows, left={"task"}, title=title, borders=False, notes=notes

@@ -207,8 +207,8 @@ def evaluate_tasks(
             for name, task in tasks.loaded.items()
         },
     }
-    kept = accuracy.above_chance_kept(rows, ours, before, _chance(tasks), tasks.seed)
-    result = Evaluation(rows, mean, stderr, about, *kept)
+    share = accuracy.above_chance_kept(rows, ours, before, _chance(tasks), tasks.seed)
+    result = Evaluation(rows, mean, stderr, about, *share)
     if out is not None:
         write(Path(out) / "tasks.json", json.dumps(result.to_dict(), indent=1) + "\n")
     return result
