@@ -112,9 +112,11 @@ class Subject:
             return self.original
         out = self.made(self.variant)
         if not out.is_dir():
-            method = {"refit": "refit", "distilled": "both"}[self.variant]
-            more = dict(self.setting.sizes.heal)
-            heal(self.original, self.plan, out, method=method, step=say, **more)
+            more: dict[str, Any] = {"method": "refit"}
+            if self.variant == "distilled":  # so much is read in an hour here, and no more written
+                more = {"method": "both", "recipe": Recipe(minutes=60), "tokens": 600_000}
+            more |= self.setting.sizes.heal
+            heal(self.original, self.plan, out, step=say, **more)
         return out
 
     def made(self, name: str) -> Path:

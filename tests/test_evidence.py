@@ -185,11 +185,11 @@ def test_a_row_goes_on_and_is_kept(setting: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tasks", "long", "text", "refit"])
+@pytest.mark.parametrize("kind", ["tasks", "long", "text", "refit", "distilled"])
 def test_other_kinds_of_row(setting: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import real_models
 
-    if kind != "refit":  # healed models are measured as others are
+    if kind not in ("refit", "distilled"):  # healed models are measured as others are
         monkeypatch.setattr(real_models, "variants_of", lambda *of: ("original", "plan"))
     row = real_models.measure_row(setting, f"tiny-5-{kind}")
     assert row["results"] and _evidence.page({f"tiny-5-{kind}": row})
