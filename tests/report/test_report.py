@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -368,3 +369,17 @@ def test_samples_of_two_models():
     assert (
         max(len(each["prompt"]) for each in sample(model, model, tokenizer, stream, count=1)) > 16
     )
+
+
+def test_charts_are_of_what_the_search_made_small(made):
+    found = read_run(made)
+    margins = [
+        replace(row, cost=replace(row.cost, margin_loss=-0.25, margin_stderr=0.1))
+        for row in found.baselines
+    ]
+    stats = replace(found.stats, identity={"score": "tasks"})
+    charts = reporting._charts(replace(found, stats=stats, baselines=tuple(margins)))
+    (chart,) = [chart for chart in charts if chart.name == "depth-margin lost"]
+    assert chart.columns[-1] == "margin of the right choice lost, nats per item"
+    assert "-0.25" in chart.rows[0][-1] and "depth-kl" not in {chart.name for chart in charts}
+    assert {chart.name for chart in reporting._charts(found)} >= {"depth-kl", "depth-loss"}

@@ -169,6 +169,7 @@ def refit(
     *,
     prefix: int = 0,
     steps: Sequence[str] = STEPS,
+    after: int = 0,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refit:
@@ -176,7 +177,8 @@ def refit(
 
     model: the original, not grouped, on any device; it must be of a family that can be converted.
     tokens: calibration windows, ids of shape [windows, window]; prefix: how many of each are there
-    before the text. steps: some of `STEPS`. progress: called with (stages done, stages).
+    before the text. steps: some of `STEPS`. after: so many single layers behind each group are
+    refitted as well. progress: called with (stages done, stages).
     One window in ten, at least one, is kept from the regressions; if the KL divergence from the
     original is not lower there afterwards, the model gets its old weights back.
 
@@ -199,19 +201,24 @@ def refit(
         "gate_up": [name for name in readers if name.startswith("mlp.")],
         "out": [matrix.name for matrix in family.matrices if matrix.join == "columns"],
     }
-    weights = [
-        weight
-        for group in plan.groups
-        for member in group.layers
-        for weight in layers[member].parameters()
-    ]
+    weights = (
+        [weight for layer in layers for weight in layer.parameters()]
+        if after
+        else [
+            weight
+            for group in plan.groups
+            for member in group.layers
+            for weight in layers[member].parameters()
+        ]
+    )
     old = [weight.detach().to("cpu", copy=True) for weight in weights]
     with inference(model):
         reference = logits_of(model, held_out, batch_size, prefix)
         kl_before = mean_kl(model, plan, held_out, reference, prefix)
         try:
             streams = _Streams(model, ids, batch_size)
-            fits = _walk(streams, plan, [(step, matrices[step]) for step in steps], progress)
+            named = [(step, matrices[step]) for step in steps]
+            fits = _walk(streams, plan, named, after, progress)
             kl_after = mean_kl(model, plan, held_out, reference, prefix)
         except BaseException:
             _restore(weights, old)
@@ -282,33 +289,33 @@ def _walk(
     streams: _Streams,
     plan: Plan,
     steps: Sequence[tuple[str, list[str]]],
+    after: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Fit, ...]:
-    """Refit group after group. steps: each with the names of the matrices it solves in a layer."""
+    """Refit stage after stage. steps: each with the names of the matrices it solves in a layer."""
     fits: list[Fit] = []
+    since = math.inf  # stages behind the last group
     for done, stage in enumerate(plan.stages):
         group = plan.group_of(stage)
+        now = group or stage[0]
+        since = 0 if group is not None else since + 1
+        fitted = steps if since <= after else ()
         readers = [
-            (member, names[0])
-            for member in stage
-            for step, names in steps
-            if group is not None and step != "out"
+            (member, names[0]) for member in stage for step, names in fitted if step != "out"
         ]
         original_inputs: list[Inputs] = []
         for number, (x, inputs) in enumerate(streams.run(streams.original, stage, readers)):
             streams.original[number] = x.cpu()
             original_inputs.append({key: value.cpu() for key, value in inputs.items()})
-        if group is not None:
-            for step, names in steps:
-                if step == "out":
-                    fits.append(_fit_outputs(streams, group, names))
-                    continue
-                # in an ff group an attention reads what those before it, refitted, leave
-                in_turn = group.wiring == "ff" and step == "qkv"
-                for members in [(member,) for member in stage] if in_turn else [stage]:
-                    fits += _fit_inputs(streams, group, step, members, names, original_inputs)
-        arriving = streams.run(streams.arriving, stage if group is None else (group,))
-        streams.arriving = [x.cpu() for x, _ in arriving]
+        for step, names in fitted:
+            if step == "out":
+                fits.append(_fit_outputs(streams, now, stage, names))
+                continue
+            # in an ff group an attention reads what those before it, refitted, leave
+            in_turn = group is not None and group.wiring == "ff" and step == "qkv"
+            for members in [(member,) for member in stage] if in_turn else [stage]:
+                fits += _fit_inputs(streams, now, step, members, names, original_inputs)
+        streams.arriving = [x.cpu() for x, _ in streams.run(streams.arriving, (now,))]
         if progress is not None:
             progress(done + 1, plan.depth)
     return tuple(fits)
@@ -316,7 +323,7 @@ def _walk(
 
 def _fit_inputs(
     streams: _Streams,
-    group: Group,
+    now: int | Group,
     step: str,
     members: Sequence[int],
     names: Sequence[str],
@@ -327,7 +334,7 @@ def _fit_inputs(
     device = streams.submodule(*readers[0]).weight.device
     width = streams.submodule(*readers[0]).weight.shape[1]
     sums = {reader: moments_pair(width, width, device) for reader in readers}
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), readers)):
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), readers)):
         for reader, part in sums.items():
             targets = original_inputs[number][reader].to(device)
             part[number % FOLDS > 0].add(inputs[reader], targets)
@@ -342,7 +349,7 @@ def _fit_inputs(
 
 @dataclass(frozen=True)
 class _Outputs:
-    """The matrices with which a group's branches end, and the norms behind them, if any.
+    """The matrices with which a stage's branches end, and the norms behind them, if any.
 
     keys: layer and name of each; gains: of the norms, [hidden], ones where there is none.
     """
@@ -354,9 +361,9 @@ class _Outputs:
     scale: float
 
     @classmethod
-    def of(cls, streams: _Streams, group: Group, names: Sequence[str]) -> _Outputs:
+    def of(cls, streams: _Streams, layers: Sequence[int], names: Sequence[str]) -> _Outputs:
         branches = branches_of(streams.model)
-        keys = [(member, name) for member in group.layers for name in names]
+        keys = [(layer, name) for layer in layers for name in names]
         modules = [streams.submodule(*key) for key in keys]
         norms = []
         for member, name in keys:
@@ -366,7 +373,7 @@ class _Outputs:
         # A norm gives back its gain, where all that it reads is 1.
         ones = [module.weight.new_ones(len(module.weight)) for module in modules]
         gains = [norm(one) for norm, one in zip(norms, ones, strict=True)]
-        scale = getattr(streams.layers[group.layers[0]], branches.scale) if branches.scale else 1
+        scale = getattr(streams.layers[layers[0]], branches.scale) if branches.scale else 1
         return cls(keys, modules, norms, gains, float(scale))
 
     @property
@@ -381,14 +388,16 @@ class _Outputs:
         return missing, target.norm(dim=-1, keepdim=True).clamp(min=_TINY)
 
 
-def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
-    """Let the group's output matrices, all together, end at the original's residual stream."""
-    outputs = _Outputs.of(streams, group, names)
+def _fit_outputs(
+    streams: _Streams, now: int | Group, layers: tuple[int, ...], names: Sequence[str]
+) -> Fit:
+    """Let a stage's output matrices, all together, end at the original's residual stream."""
+    outputs = _Outputs.of(streams, layers, names)
     device = outputs.gains[0].device
     pairs = list(zip(outputs.modules, outputs.gains, strict=True))
     start = torch.cat([(m.weight.double() * g[:, None]).to(device) for m, g in pairs], dim=1)
     sums = moments_pair(start.shape[1], start.shape[0], device)
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs.keys)):
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), outputs.keys)):
         missing, size = outputs.missing(streams, number)
         rows = []
         for key, norm, (module, gain) in zip(outputs.keys, outputs.norms, pairs, strict=True):
@@ -404,7 +413,7 @@ def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
     error = sums[0].error(start) + sums[1].error(start)
     solution, ridge, before, after = solve(*sums, start)
     if ridge is None:
-        return Fit(group.layers, "out", None, before, after)
+        return Fit(layers, "out", None, before, after)
     old = [parameter.detach().clone() for parameter in outputs.parameters]
     parts = solution.split([module.weight.shape[1] for module in outputs.modules], dim=1)
     for (module, gain), part in zip(pairs, parts, strict=True):
@@ -413,20 +422,20 @@ def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
         part = part.to(gain.device) / gain[:, None]
         module.weight.copy_(torch.where(heard, part.to(module.weight.dtype), module.weight))
     has_norms = any(True for norm in outputs.norms for _ in norm.parameters())
-    if has_norms and _fit_gains(streams, group, outputs) >= error:
+    if has_norms and _fit_gains(streams, now, outputs) >= error:
         _restore(outputs.parameters, old)
-        return Fit(group.layers, "out", None, before, before)
-    return Fit(group.layers, "out", ridge, before, after)
+        return Fit(layers, "out", None, before, before)
+    return Fit(layers, "out", ridge, before, after)
 
 
-def _fit_gains(streams: _Streams, group: Group, outputs: _Outputs) -> float:
-    """One factor for the gain of each norm behind the group's matrices; the squared error then.
+def _fit_gains(streams: _Streams, now: int | Group, outputs: _Outputs) -> float:
+    """One factor for the gain of each norm behind the stage's matrices; the squared error then.
 
     The norms undo whatever size the solution has, and what is small in it is small for a reason.
     """
     device, count = outputs.gains[0].device, len(outputs.norms)
     sums = Moments(count, 1, device)
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs.keys)):
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), outputs.keys)):
         missing, size = outputs.missing(streams, number)
         branches = [
             norm(module(inputs[key])).to(device).float() / size

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         kind_of,
     )
     from abreast.planner.measuring import measure, score, score_programs
-    from abreast.planner.objective import KL, Cost, Objective, Scoring
+    from abreast.planner.objective import KL, OBJECTIVES, Cost, Objective, Scoring
     from abreast.planner.scoring import MIN_CALIBRATION_WINDOWS
     from abreast.planner.search import Costs, additive, contiguous
 

@@ -87,11 +87,11 @@ def png(spec: Mapping[str, Any]) -> bytes:
 def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | None) -> Chart:
     """The best plan of each depth by an objective, a line per way to choose.
 
-    The axis is logarithmic but for LOSS, which may be negative. chosen: the plan to mark.
+    The axis is logarithmic for divergences, which are never negative. chosen: the plan to mark.
     """
     import altair as alt
 
-    label, logarithmic = objective.label, objective is not LOSS
+    label = objective.label
     points = _points(rows, objective, chosen)
     depth = alt.X("depth:Q").title("effective depth").scale(zero=False, padding=12)
     marked = "".join(
@@ -107,7 +107,7 @@ def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | No
             f"Line chart of the {label}, by effective depth, one line per way to choose the plan: "
             f"{', '.join(methods)}. Bars are two standard errors each way.{marked}"
         ),
-        spec=_curves(points, depth.axis(tickMinStep=1, format="d"), objective, logarithmic),
+        spec=_curves(points, depth.axis(tickMinStep=1, format="d"), objective),
         columns=("chosen by", "depth", "plan", f"{label}, {objective.unit}"),
         rows=_table(points, "method", "depth", "plan", "exact"),
     )
@@ -128,7 +128,7 @@ def buy_chart(rows: Sequence[Measured], objective: Objective, about: str) -> lis
         name=f"buy-{objective.key}",
         title=f"Quality against decode speed ({about})",
         description=caption(rows, objective),
-        spec=_curves(points, speedup.scale(zero=False, padding=12), objective, True),
+        spec=_curves(points, speedup.scale(zero=False, padding=12), objective),
         columns=("chosen by", "depth", "plan", "speed", f"{objective.label}, {objective.unit}"),
         rows=_table(points, "method", "depth", "plan", "times", "exact"),
     )
@@ -145,7 +145,7 @@ def _points(
             "plan": row.plan,
             "speedup": row.speedup,
             "times": f"{row.speedup:.2f}x" if row.speedup is not None else "unknown",
-            **error_bar(value, stderr, logarithmic=objective is not LOSS),
+            **error_bar(value, stderr, logarithmic=_is_divergence(objective)),
             "chosen": row.plan == chosen and row.method == "planner" and not row.refit,
         }
         for row in rows
@@ -153,9 +153,11 @@ def _points(
     ]
 
 
-def _curves(
-    points: Sequence[Row], x: Any, objective: Objective, logarithmic: bool
-) -> dict[str, Any]:
+def _is_divergence(objective: Objective) -> bool:
+    return objective.name.endswith("KL")
+
+
+def _curves(points: Sequence[Row], x: Any, objective: Objective) -> dict[str, Any]:
     """A line per method over x, its legend clickable, with a ring around the chosen plan."""
     import altair as alt
 
@@ -172,7 +174,8 @@ def _curves(
         ),
     )
     shape = alt.Shape("method:N").scale(domain=methods)
-    axis = value_axis(alt.Y, f"{objective.label} ({objective.unit})", logarithmic=logarithmic)
+    title = f"{objective.label} ({objective.unit})"
+    axis = value_axis(alt.Y, title, logarithmic=_is_divergence(objective))
     layers = [
         # Vega-Lite makes a legend clickable for the first layer's parameters only
         interval(base, axis).add_params(selection),

@@ -224,9 +224,9 @@ def _charts(run: Run) -> list[Chart]:
     rows = plain or run.front
     chosen = last.plan.shorthand if last is not None else None
     if rows:
-        charts += [depth_chart(rows, objective, chosen) for objective in (KL, LOSS)]
+        charts += [depth_chart(rows, objective, chosen) for objective in (run.objective, LOSS)]
         about = f"transformers, {run.profile.about}" if run.profile else "estimated"
-        charts += buy_chart(run.baselines, KL, about)
+        charts += buy_chart(run.baselines, run.objective, about)
     if groups := group_rows(run):
         charts.append(groups_chart(groups))
     if last is not None:

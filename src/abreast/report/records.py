@@ -16,7 +16,7 @@ from abreast.checkpoint import MANIFEST, Manifest, model_hash, read_manifest
 from abreast.errors import AbreastError
 from abreast.families import num_layers_of
 from abreast.plan import Plan
-from abreast.planner import FRONT_FILE, KL, STATS_FILE, Cost, Profile, Stats
+from abreast.planner import FRONT_FILE, OBJECTIVES, STATS_FILE, Cost, Objective, Profile, Stats
 from abreast.rivals import BASELINES_FILE, Measured
 from abreast.runs import TEXT_FOLDER, damaged_record, read_record
 
@@ -119,11 +119,18 @@ class Run:
     others: tuple[Conversion, ...]
     texts: Mapping[str, Record] = field(default_factory=dict)
 
+    @property
+    def objective(self) -> Objective:
+        """What the search made small."""
+        score = self.stats.identity.get("score") if self.stats is not None else None
+        return OBJECTIVES.get(str(score), OBJECTIVES["kl"])
+
     @cached_property
     def best(self) -> dict[int, Plan]:
         """The best plan of each depth on the calibration text, deepest first."""
         best: dict[int, Plan] = {}
-        for plan in sorted(self.plans, key=lambda p: (KL.value(self.plans[p]), p.shorthand)):
+        value = self.objective.value
+        for plan in sorted(self.plans, key=lambda p: (value(self.plans[p]), p.shorthand)):
             best.setdefault(plan.depth, plan)
         return dict(sorted(best.items(), reverse=True))
 
