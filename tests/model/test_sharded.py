@@ -28,7 +28,14 @@ from abreast.model.grouping import grouped, load
 pytest.importorskip("peft")
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
-QUICK = {"batch_size": 4, "micro_batch": 1, "evaluate_every": 2, "save_every": 2, "steps": 4}
+QUICK = {
+    "group_share": 0.0,
+    "batch_size": 4,
+    "micro_batch": 1,
+    "evaluate_every": 2,
+    "save_every": 2,
+    "steps": 4,
+}
 # One process starts out elsewhere, as after a refit of other bits: the main one's weights count.
 WORKER = """
 import gc, json, os, sys
@@ -109,7 +116,7 @@ CASES = {  # family, config, plan, recipe; odd sizes and ranks share out unevenl
         "llama",
         {},
         "1|2 3|4|5:1",
-        {"objective": "lm", "micro_batch": 2, "group_share": 0.0},
+        {"objective": "lm", "micro_batch": 2},
     ),
     "recomputed": ("llama", {}, "1+2 3|4:1", {"checkpointing": True}),
     "recomputed, norms after": ("olmo2", {}, "1+2", {"checkpointing": True}),

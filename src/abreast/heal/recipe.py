@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from abreast.errors import AbreastError
@@ -115,6 +115,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def suited(self) -> Recipe:
+        """This recipe, without its first phase if sharded: FSDP gathers norms for whole passes."""
+        return replace(self, group_share=0.0) if self.shard else self
 
     @property
     def is_taught(self) -> bool:

@@ -125,7 +125,7 @@ def distill(
     Raises AbreastError for missing packages, numbers that make no sense, too little text, a plan or
     teacher of another model, or a work folder of another run.
     """
-    recipe = recipe or Recipe()
+    recipe = (recipe or Recipe()).suited()
     _check_training(model, plan, tokens, recipe, teacher)
     with _prepared(model, plan, tokens, prefix, recipe, teacher, seed) as training:
         training.on_point = on_point
