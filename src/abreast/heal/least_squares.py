@@ -330,16 +330,17 @@ def _fit_inputs(
     original_inputs: Sequence[Inputs],
 ) -> Iterator[Fit]:
     """Let members' matrices reproduce, from what they now get, what they gave in the original."""
-    readers = [(member, names[0]) for member in members]
-    device = streams.submodule(*readers[0]).weight.device
-    width = streams.submodule(*readers[0]).weight.shape[1]
-    sums = {reader: moments_pair(width, width, device) for reader in readers}
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), readers)):
+    weights = {(m, names[0]): streams.submodule(m, names[0]).weight for m in members}
+    sums = {
+        reader: moments_pair(weight.shape[1], weight.shape[1], weight.device)
+        for reader, weight in weights.items()
+    }
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), [*sums])):
         for reader, part in sums.items():
-            targets = original_inputs[number][reader].to(device)
+            targets = original_inputs[number][reader].to(weights[reader].device)
             part[number % FOLDS > 0].add(inputs[reader], targets)
-    start = torch.eye(width, dtype=torch.float64, device=device)
     for (member, _), part in sums.items():
+        start = torch.eye(len(part[0].gram), dtype=torch.float64, device=part[0].gram.device)
         solution, ridge, before, after = solve(*part, start)
         for name in names if ridge is not None else ():
             weight = streams.submodule(member, name).weight
