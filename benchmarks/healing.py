@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--hidden-weight", type=float, default=50.0)
     parser.add_argument("--lm-weight", type=float, default=Recipe.lm_weight)
+    parser.add_argument("--group-share", type=float, default=Recipe.group_share)
     parser.add_argument("--optimizer", default="muon")
     parser.add_argument("--train", default=Recipe.train)
     parser.add_argument("--eval-tokens", type=int, help="default: all")
@@ -93,6 +94,7 @@ def main() -> None:
         hidden_weight=arguments.hidden_weight,
         lm_weight=arguments.lm_weight,
         optimizer=arguments.optimizer,
+        group_share=arguments.group_share,
     )
     source = model_folder()
     original, tokenizer = load(source, dtype="float32")
