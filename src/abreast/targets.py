@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -76,6 +76,7 @@ class Target:
     refuse(model, degree): the reasons against loading a model at a tensor parallel degree, each one
     line that says what to do. install, export, serve: shell commands with {out}, the checkpoint,
     {file}, what export writes, and {degree}; serve is empty for an engine without a server.
+    formats: of `convert --format`, those that it loads.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Target:
     serve: str = ""
     split: str = ""
     file: str = ""
+    formats: tuple[str, ...] = ("auto",)
 
     def commands(self, out: str, degree: int = 1) -> str:
         """Shell commands, one a line, that install the engine and serve the checkpoint `out`."""
@@ -93,6 +95,12 @@ class Target:
         return "\n".join(
             line.format(**words) for line in (self.install, self.export, serve) if line
         )
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """The format of `convert --format` in which a config.json was written."""
+    record = config.get("abreast")
+    return str(record.get("format", "auto")) if isinstance(record, dict) else "auto"
 
 
 def layers_of(config: Mapping[str, Any]) -> tuple[Layer, ...]:
@@ -168,13 +176,35 @@ def refusals(
         for group in plan.groups:
             if group.is_in_order:
                 yield f"group {group.shorthand} cannot be converted: {NOT_IN_ORDER}; use lp (5+6)"
-    yield from target.refuse(Model(config, family, plan), degree)
+    form = format_of(config)
+    if form not in target.formats:
+        yield f"it loads no {form}; convert again with --format {' or '.join(target.formats)}"
+    else:
+        yield from target.refuse(Model(config, family, plan), degree)
 
 
 def refused_by(config: Mapping[str, Any], family: FamilyFacts | None) -> dict[str, str]:
     """By name, the servers that will not load a checkpoint, each with its first reason."""
-    reasons = {server.name: next(refusals(server, config, family), None) for server in SERVERS}
+    servers = servers_of(config)
+    reasons = {server.name: next(refusals(server, config, family), None) for server in servers}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def servers_of(config: Mapping[str, Any]) -> tuple[Target, ...]:
+    """The servers that a checkpoint is meant for."""
+    return SERVERS if format_of(config) == "auto" else (STOCK_VLLM, MLX, TRANSFORMERS, LLAMACPP)
+
+
+def _mlx(model: Model, degree: int) -> Iterator[str]:
+    config = model.config
+    heads, size, hidden = (
+        config.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size")
+    )
+    if format_of(config) == "deci-ff" and size and heads and heads * size != hidden:
+        yield (
+            f"its {heads} heads of {size} do not add up to the hidden size {hidden}, as mlx-lm "
+            "expects in deci-ff; convert an lp plan with --format openelm"
+        )
 
 
 def _one_process(model: Model, degree: int) -> Iterator[str]:
@@ -305,5 +335,19 @@ LLAMACPP = Target(
     export="abreast export {out} --gguf {file}",
     serve="llama-server -m {file} --flash-attn on",
     file="model.gguf",
+)
+MLX = Target(
+    name="mlx-lm",
+    refuse=_mlx,
+    install="pip install mlx-lm",
+    serve="mlx_lm.server --model {out}",
+    formats=("openelm", "deci-ff"),
+)
+STOCK_VLLM = replace(  # the code that reads these formats' configuration comes with them
+    VLLM,
+    refuse=lambda model, degree: iter(()),
+    install="pip install vllm",
+    serve="vllm serve {out} --trust-remote-code",
+    formats=("deci", "deci-ff"),
 )
 SERVERS = (VLLM, TRANSFORMERS, LLAMACPP)

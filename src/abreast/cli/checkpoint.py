@@ -114,6 +114,12 @@ def import_gguf(
 @click.option("--dtype", help="Cast to float32, bfloat16 or float16. Default: no cast.")
 @shard_option
 @console.prefill_option
+@click.option(
+    "--format",
+    "form",
+    default="auto",
+    help="auto, or deci, deci-ff or openelm, which other engines load without a plugin.",
+)
 @console.force_option
 @console.revision_option
 @console.json_option
@@ -122,6 +128,7 @@ def convert(
     plan: str,
     out: str,
     prefill: str,
+    form: str,
     dry_run: bool,
     dtype: str | None,
     max_shard_size: str,
@@ -141,6 +148,7 @@ def convert(
         "force": force,
         "dtype": dtype,
         "prefill": prefill,
+        "form": form,
         "max_shard_bytes": console.parse_size(max_shard_size),
     }
     planned = preview(model, plan, **options)
@@ -154,6 +162,9 @@ def convert(
         stages = " ".join("+".join(map(str, stage)) for stage in planned.stages)
         written = console.bytes_text(planned.bytes_written)
         memory = console.bytes_text(planned.peak_memory)
+        share = planned.format_bytes / (planned.bytes_written - planned.format_bytes)
+        zeros = console.bytes_text(planned.format_bytes)
+        added = {"format": f"{form}, zeros for it: {zeros} (+{share:.1%})"}
         return console.print_table(
             {
                 "model": f"{planned.source} ({planned.family})",
@@ -161,6 +172,7 @@ def convert(
                 "architecture": f"{planned.architecture}, {planned.dtype}",
                 "reads": console.bytes_text(planned.bytes_read),
                 "writes": f"{written} in {len(planned.shards)} file(s)",
+                **(added if form != "auto" else {}),
                 "peak memory": f"about {memory} beyond Python and torch",
             }
         )

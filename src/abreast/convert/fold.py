@@ -11,7 +11,7 @@ and cast once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from abreast.convert.rules import stays_apart
 from abreast.families import (
     Family,
     Matrix,
+    Padding,
     all_tensors,
     has_bias,
     head_dim_of,
@@ -45,6 +46,7 @@ class TensorRule:
     members: names of the source tensors that this rule consumes. gains, shifts, weights: others
     that it reads, one per member, consumed by rules of their own. gain_offset: added to gains.
     like: for a bias that has no source, the matrix it belongs to; the members' are then 0.
+    padding: zeros that a format puts between, after all else.
     """
 
     name: str
@@ -58,9 +60,17 @@ class TensorRule:
     heads: int = 1
     fill: float = 1.0
     like: str = ""
+    padding: Padding | None = None
 
     def shape(self, member: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the output, given that of every member, or of the tensor it is `like`."""
+        shape = list(self._folded(member))
+        if self.padding is not None:
+            axis, block, to = self.padding
+            shape[axis] = shape[axis] // block * to
+        return tuple(shape)
+
+    def _folded(self, member: tuple[int, ...]) -> tuple[int, ...]:
         if self.like:
             return (max(1, len(self.weights)) * member[0],)
         count = len(self.members)
@@ -110,6 +120,25 @@ def sum_biases(biases: Sequence[torch.Tensor]) -> torch.Tensor:
     """Add biases that all enter the residual stream, in float32 or wider: [rows] -> [rows]."""
     wide = torch.promote_types(biases[0].dtype, torch.float32)
     return torch.stack([bias.to(wide) for bias in biases]).sum(0)
+
+
+def pad(chunks: Iterable[torch.Tensor], padding: Padding) -> Iterator[torch.Tensor]:
+    """A matrix, which comes in chunks of rows, with its padding."""
+    axis, block, to = padding
+    filled = 0
+    for chunk in chunks:
+        rows = chunk
+        if axis == 1:
+            yield torch.nn.functional.pad(rows.unflatten(1, (-1, block)), (0, to - block)).flatten(
+                1
+            )
+            continue
+        while len(rows):
+            piece, rows = rows[: block - filled], rows[block - filled :]
+            yield piece
+            filled = (filled + len(piece)) % block
+            if not filled:  # one row of zeros, shown many times
+                yield from piece.new_zeros(1, piece.shape[1]).expand(to - block, -1).split(256)
 
 
 def tensor_rules(family: Family, config: Mapping[str, Any], plan: Plan) -> list[TensorRule]:

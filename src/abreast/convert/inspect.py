@@ -12,6 +12,7 @@ from abreast.convert.rules import attention_kinds, obstacle
 from abreast.families import (
     CONVERTIBLE,
     FAMILIES,
+    as_ours,
     family_of,
     head_dim_of,
     is_tied,
@@ -64,7 +65,7 @@ class Inspection:
 def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Read a checkpoint's config and headers. Raises AbreastError for one that is broken."""
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    config = checkpoint.config
+    config, _ = as_ours(checkpoint.config)
     model_type = str(config.get("model_type"))
     converted = (checkpoint.folder / MANIFEST).is_file()
     plan = read_manifest(checkpoint.folder).plan if converted else None
@@ -83,11 +84,11 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
                 in_order = obstacle(config, pair, in_order=True) is None
                 only = f"; only {first}~{first + 1} joins them" if in_order else ""
                 refused.append((*pair, reason + only))
-    names = config.get("architectures")
+    names = checkpoint.config.get("architectures")
     heads = positive(config, "num_attention_heads")
     return Inspection(
         source=str(model),
-        model_type=model_type,
+        model_type=str(checkpoint.config.get("model_type")),
         architecture=str(names[0]) if isinstance(names, list) and names else "unknown",
         num_layers=count,
         hidden_size=positive(config, "hidden_size"),
@@ -108,7 +109,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         edges=(0, count - 1),
         plan=plan.shorthand if plan else None,
         original_layers=plan.num_layers if plan else None,
-        refused_by=refused_by(config, family) if plan or family else {},
+        refused_by=refused_by(checkpoint.config, family) if plan or family else {},
         warnings=checkpoint.warnings,
     )
 

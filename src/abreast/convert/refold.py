@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json, read_rows
-from abreast.families import Family, sizes
+from abreast.families import Family, as_ours, head_dim_of, layer_configs, name_in, sizes
 from abreast.plan import Block, Plan
+from abreast.targets import format_of
 
 CHUNK_BYTES = 2 << 20
 
@@ -57,7 +58,7 @@ class Refold:
 
     def misfits(self) -> Iterator[str]:
         """Tensors that are missing, left over, misshapen or of another dtype."""
-        wanted, made = dict(self._folds()), self.made.tensors
+        wanted, made = dict(self._written()), self.made.tensors
         for name in sorted(wanted.keys() - made.keys()):
             yield f"tensor '{name}' is missing"
         for name in sorted(made.keys() - wanted.keys()):
@@ -72,7 +73,7 @@ class Refold:
 
     def faults(self) -> Iterator[str]:
         """Tensors that hold other numbers than the original's fold to."""
-        for name, fold in self._folds():
+        for name, fold in self._written():
             start, count, first = 0, 0, None
             for values, slack in fold.rows():
                 wrong = _wrong(self.made.tensors[name], start, values, slack)
@@ -94,8 +95,10 @@ class Refold:
         """
         family, prefix, blocks = self.family, self.family.layer_prefix, self.plan.blocks
         stored = main_dtype(self.made.folder)
+        form = format_of(self.made.config)
         made = {
-            name: DTYPES.get(tensor.dtype, stored) for name, tensor in self.made.tensors.items()
+            name: DTYPES.get(self.made.tensors[name_in(form, name)].dtype, stored)
+            for name, _ in self._folds()
         }
         dtypes = {name: dtype for name, dtype in made.items() if not name.startswith(prefix)}
         for name in made.keys() - dtypes.keys():
@@ -128,6 +131,40 @@ class Refold:
         for name, parameter in model.named_parameters():
             if id(parameter) not in folded:
                 parameter.copy_(parameter.to(dtypes.get(name, stored)))
+
+    def _written(self) -> Iterator[tuple[str, Fold]]:
+        """The folds by the names, and in the shapes, that the conversion's format gives them."""
+        form, parts = format_of(self.made.config), dict[str, list[tuple[int, Fold]]]()
+        order = [matrix.name for matrix in self.family.matrices]
+        for name, fold in self._folds():
+            module = (
+                name.removeprefix(self.family.layer_prefix).partition(".")[2].rpartition(".")[0]
+            )
+            place = order.index(module) if module in order else 0
+            parts.setdefault(name_in(form, name), []).append(
+                (place, self._filled(form, name, fold))
+            )
+        for name, placed in parts.items():
+            fold, *below = (fold for _, fold in sorted(placed, key=lambda part: part[0]))
+            yield name, _below(fold, below) if below else fold
+
+    def _filled(self, form: str, name: str, fold: Fold) -> Fold:
+        """A fold with the zeros of deci: query heads to as many as config.json has, in every group
+        that shares a key-value head, and FFNs to the width that it has.
+        """
+        number, _, short = name.removeprefix(self.family.layer_prefix).partition(".")
+        module, _, kind = short.rpartition(".")
+        if not form.startswith("deci") or kind != "weight" or not number.isdecimal():
+            return fold
+        own = layer_configs(as_ours(self.made.config)[0])[int(number)]
+        axis = int(module.endswith(("o_proj", "down_proj")))
+        if module.endswith(("q_proj", "o_proj")):
+            blocks, to = own["num_key_value_heads"], own["num_attention_heads"] * head_dim_of(own)
+        elif self.family.is_ffn(module) and len(fold.shape) == 2:
+            blocks, to = 1, own["intermediate_size"]
+        else:
+            return fold
+        return _filled_up(fold, axis, blocks, to)
 
     def _folds(self) -> Iterator[tuple[str, Fold]]:
         prefix = self.family.layer_prefix
@@ -278,6 +315,45 @@ def _shifted(weights: list[TensorInfo], shifts: list[TensorInfo], biases: list[T
                 yield bias + matrix @ beta, size * columns * 2.0**-53
 
     return Fold((len(weights) * rows,), _common_dtype(biases or weights[:1]), chunks)
+
+
+def _below(first: Fold, others: list[Fold]) -> Fold:
+    """Folds one below the other."""
+    folds = [first, *others]
+    dtypes = {fold.dtype for fold in folds}
+    return Fold(
+        (sum(fold.shape[0] for fold in folds), *first.shape[1:]),
+        dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32",
+        lambda: itertools.chain.from_iterable(fold.rows() for fold in folds),
+    )
+
+
+def _filled_up(fold: Fold, axis: int, blocks: int, to: int) -> Fold:
+    """A matrix whose rows (axis 0) or columns (axis 1), in so many blocks, have zeros behind each,
+    so that there are `to` of them. Row r of block b goes to row b * (to / blocks) + r.
+    """
+    size, room = fold.shape[axis] // blocks, to // blocks
+    shape = (to, fold.shape[1]) if axis == 0 else (fold.shape[0], to)
+    if room <= size:
+        return fold
+
+    def rows() -> Iterator[tuple[np.ndarray, None]]:
+        done = 0
+        for values, _ in fold.rows():
+            if axis == 1:
+                wide = np.zeros((len(values), blocks, room), values.dtype)
+                wide[:, :, :size] = values.reshape(len(values), blocks, size)
+                yield wide.reshape(len(values), to), None
+                continue
+            ends = [end for end in range(size, fold.shape[0] + 1, size) if done < end]
+            for piece in np.split(values, [e - done for e in ends if e < done + len(values)]):
+                yield piece, None
+                done += len(piece)
+                if done % size == 0 and len(piece):
+                    for start, stop in _spans(0, room - size, 4 * fold.shape[1]):
+                        yield np.zeros((stop - start, fold.shape[1]), np.float32), None
+
+    return Fold(shape, fold.dtype, rows)
 
 
 def _constant(shape: tuple[int, ...], dtype: str, value: float) -> Fold:

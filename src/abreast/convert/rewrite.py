@@ -11,10 +11,11 @@ import json
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,12 +51,22 @@ from abreast.convert.fold import (
     fold_shift,
     join_columns,
     join_rows,
+    pad,
     sum_biases,
     tensor_rules,
 )
-from abreast.convert.rules import check_plan
+from abreast.convert.rules import check_format, check_plan
 from abreast.errors import AbreastError, CheckpointError
-from abreast.families import Family, all_tensors, family_of, num_layers_of
+from abreast.families import (
+    DECI_CODE,
+    Family,
+    all_tensors,
+    family_of,
+    format_config,
+    name_in,
+    num_layers_of,
+    padding_in,
+)
 from abreast.plan import Plan
 from abreast.targets import refused_by
 from abreast.version import __version__
@@ -75,7 +86,8 @@ Progress = Callable[[int, int], None]
 class Preview:
     """What a conversion would do. Sizes in bytes; peak_memory is over the interpreter's own.
 
-    refused_by: the engines that will not load the result, and why.
+    format_bytes: how many of bytes_written the format adds. refused_by: the engines that will not
+    load the result, and why.
     """
 
     source: str
@@ -88,6 +100,7 @@ class Preview:
     dtype: str
     bytes_read: int
     bytes_written: int
+    format_bytes: int
     shards: tuple[str, ...]
     peak_memory: int
     warnings: tuple[str, ...]
@@ -105,13 +118,15 @@ class _Job:
     family: Family
     plan: Plan
     config: dict[str, Any]
-    work: tuple[tuple[TensorRule, NewTensor], ...]
+    rules: tuple[TensorRule, ...]
+    tensors: dict[str, NewTensor]
+    format_bytes: int
     shards: dict[str, list[NewTensor]]
     warnings: tuple[str, ...]
 
     @property
     def bytes_written(self) -> int:
-        return sum(tensor.nbytes for _, tensor in self.work)
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 def preview(
@@ -122,6 +137,7 @@ def preview(
     force: bool = False,
     dtype: str | None = None,
     prefill: str = "grouped",
+    form: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Preview:
     """Check everything that can be checked without reading weights, and say what would be done.
@@ -129,7 +145,7 @@ def preview(
     Arguments and errors as for `convert`.
     """
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    job = _prepare(checkpoint, plan, force, dtype, prefill, max_shard_bytes)
+    job = _prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
     return Preview(
         source=job.checkpoint.source,
         family=job.family.model_type,
@@ -141,6 +157,7 @@ def preview(
         dtype=str(job.config["dtype"]),
         bytes_read=job.checkpoint.nbytes,
         bytes_written=job.bytes_written,
+        format_bytes=job.format_bytes,
         shards=tuple(job.shards),
         peak_memory=_peak_memory(job),
         warnings=(*job.warnings, *_left_behind(job.checkpoint)),
@@ -157,6 +174,7 @@ def convert(
     force: bool = False,
     dtype: str | None = None,
     prefill: str = "grouped",
+    form: str = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     healed: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -167,7 +185,9 @@ def convert(
     of any size (Layer Parallelism, arXiv 2502.02790, section 3, with every member's own norm kept
     exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
     "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
-    the original order and only decode abreast. max_shard_bytes: size limit of one safetensors file.
+    the original order and only decode abreast. form: "auto" for our classes, or stock ones where
+    all layers come out alike; "deci", "deci-ff", "openelm" for other engines' (families/formats).
+    max_shard_bytes: size limit of one safetensors file.
     healed: where `model` holds healed weights: how they were made, and under "source" the entry of
     the true original, which the manifest then names as the source. progress(done, total) is called
     with bytes written.
@@ -178,7 +198,7 @@ def convert(
     target = Path(out)
     check_free(target)
     checkpoint = open_checkpoint(model, revision=revision)
-    job = _prepare(checkpoint, plan, force, dtype, prefill, max_shard_bytes)
+    job = _prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         _write_companions(job, staging)
         stop = threading.Event()
@@ -237,6 +257,7 @@ def _prepare(
     force: bool,
     dtype: str | None,
     prefill: str,
+    form: str,
     max_shard_bytes: int,
 ) -> _Job:
     family = family_of(checkpoint.config)
@@ -247,23 +268,38 @@ def _prepare(
     checkpoint = read_original(checkpoint, family)
     config = checkpoint.config
     warnings = [*checkpoint.warnings, *check_plan(config, plan, force=force, prefill=prefill)]
+    check_format(form, config, family, plan)
+    if form != "auto" and prefill != "grouped":
+        raise AbreastError(f"--prefill {prefill} needs our own classes; use --format auto")
     cast = _cast_name(dtype)
-    expected = all_tensors(family, config)
-    work = tuple(
-        (rule, _new_tensor(rule, checkpoint, expected, cast))
-        for rule in tensor_rules(family, config, plan)
-    )
-    dtypes = {tensor.dtype for _, tensor in work}
-    main = str(DTYPES[work[0][1].dtype]).removeprefix("torch.")
+    rules = tensor_rules(family, config, plan)
+    tensors = _new_tensors(rules, checkpoint, family, cast)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    main = str(DTYPES[next(iter(tensors.values())).dtype]).removeprefix("torch.")
+    new_config = converted_config(config, family, plan, dtype=main, prefill=prefill)
+    folded = sum(tensor.nbytes for tensor in tensors.values())
+    if form != "auto":
+        rules = [
+            replace(
+                rule,
+                name=name_in(form, rule.name),
+                padding=padding_in(form, new_config, rule.name),
+            )
+            for rule in rules
+        ]
+        tensors = _new_tensors(rules, checkpoint, family, cast)
+        new_config = format_config(form, new_config)
     if len(dtypes) > 1:
         warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
     return _Job(
         checkpoint=checkpoint,
         family=family,
         plan=plan,
-        config=converted_config(config, family, plan, dtype=main, prefill=prefill),
-        work=work,
-        shards=lay_out([tensor for _, tensor in work], max_shard_bytes),
+        config=new_config,
+        rules=tuple(rules),
+        tensors=tensors,
+        format_bytes=sum(tensor.nbytes for tensor in tensors.values()) - folded,
+        shards=lay_out(tensors.values(), max_shard_bytes),
         warnings=tuple(warnings),
     )
 
@@ -302,26 +338,31 @@ def read_original(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     return as_loaded(checkpoint, family)
 
 
-def _new_tensor(
-    rule: TensorRule,
-    checkpoint: Checkpoint,
-    expected: Mapping[str, tuple[int, ...]],
-    cast: str | None,
-) -> NewTensor:
-    sources = rule.members or (rule.like,)
-    dtype = DTYPES[checkpoint.tensors[sources[0]].dtype]
-    for name in sources[1:]:
-        dtype = torch.promote_types(dtype, DTYPES[checkpoint.tensors[name].dtype])
-    shape = rule.shape(expected[sources[0]])
-    return NewTensor(rule.name, cast or _SAFETENSORS_NAME[dtype], shape)
+def _new_tensors(
+    rules: Iterable[TensorRule], checkpoint: Checkpoint, family: Family, cast: str | None
+) -> dict[str, NewTensor]:
+    """What the rules make, by name: those of one name follow each other, row after row."""
+    expected, made = all_tensors(family, checkpoint.config), dict[str, NewTensor]()
+    for rule in rules:
+        sources = rule.members or (rule.like,)
+        dtypes = [DTYPES[checkpoint.tensors[name].dtype] for name in sources]
+        rows, *columns = rule.shape(expected[sources[0]])
+        if (above := made.get(rule.name)) is not None:
+            dtypes.append(DTYPES[above.dtype])
+            rows += above.shape[0]
+        dtype = _SAFETENSORS_NAME[reduce(torch.promote_types, dtypes)]
+        made[rule.name] = NewTensor(rule.name, cast or dtype, (rows, *columns))
+    return made
 
 
 def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
     total, done = job.bytes_written, 0
-    for rule, new in job.work:
+    for rule in job.rules:
+        new = job.tensors[rule.name]
         dtype = DTYPES[new.dtype]
         gains = [_gain(job.checkpoint.tensors[name], rule) for name in rule.gains]
-        for chunk in _chunks(rule, job.checkpoint, gains, new):
+        chunks = _chunks(rule, job.checkpoint, gains, new)
+        for chunk in pad(chunks, rule.padding) if rule.padding else chunks:
             cast = chunk.to(dtype)
             if not _is_finite(cast):
                 _refuse_not_finite(rule, job.checkpoint, cast.dtype)
@@ -415,9 +456,14 @@ def _write_companions(job: _Job, staging: Path) -> None:
     copy_companions(job.checkpoint.folder, staging)
     text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
-    if "auto_map" in job.config:
+    model_type = job.config["model_type"]
+    if model_type == job.family.model_type:
+        return
+    if model_type == job.family.converted_type:
         shutil.copyfile(str(files("abreast") / "modeling.py"), staging / REMOTE_CODE)
-        write_tokenizer(job.checkpoint.folder, staging)
+    elif "auto_map" in job.config:
+        shutil.copyfile(str(files("abreast.convert") / DECI_CODE), staging / DECI_CODE)
+    write_tokenizer(job.checkpoint.folder, staging)
 
 
 def _peak_memory(job: _Job) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
 from abreast.errors import AbreastError
 from abreast.families import (
+    CONVERTIBLE,
     FAMILIES,
+    FORMATS,
+    Branches,
     Family,
     FamilyError,
     Matrix,
@@ -16,6 +19,7 @@ from abreast.families import (
     has_bias,
     num_layers_of,
     positive,
+    rope_of,
 )
 from abreast.plan import Block, Group, Plan
 from abreast.targets import NOT_IN_ORDER, band_of
@@ -149,6 +153,48 @@ def check_plan(
             raise FoldError(f"{message}, which ruins quality; leave it out or insist with --force")
         warnings.append(f"{message}: expect a large loss of quality")
     return warnings
+
+
+def check_format(form: str, config: Mapping[str, Any], family: Family, plan: Plan) -> None:
+    """Raise FoldError for what a format cannot express: a family's layers, or a group."""
+    if form == "auto":
+        return
+    if form not in FORMATS:
+        raise FoldError(f"format '{form}' is not one of auto, {', '.join(FORMATS)}")
+    wirings = FORMATS[form].wirings
+    for group in plan.groups:
+        if group.wiring not in wirings:
+            others = " or ".join(Group.wired(group.layers, name).shorthand for name in wirings)
+            raise FoldError(
+                f"group {group.shorthand} cannot be written as {form}, which has no {group.wiring} "
+                f"groups; make it {others}, or use --format auto"
+            )
+    for lack in _lacks(form, config, family):
+        raise FoldError(
+            f"a {family.model_type} cannot be written as {form}: {lack}; use --format auto"
+        )
+
+
+def _lacks(form: str, config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """What the layers of a model need that those of a format, which are Llama's, do not have."""
+    names = [matrix.name for matrix in CONVERTIBLE["llama"].matrices]
+    if family.deci_lacks:
+        yield family.deci_lacks
+    if family.branches != Branches() or [matrix.name for matrix in family.matrices] != names:
+        yield "its layers are built otherwise than Llama's"
+    if biased := [matrix.name for matrix in family.matrices if has_bias(matrix, config)]:
+        yield f"{biased[0]} has a bias"
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        yield f"its FFN is gated by {config['hidden_act']}, there by silu"
+    window = family.slides and config.get("sliding_window")
+    if window or set(attention_kinds(config)) != {"full_attention"}:
+        yield "its attention slides"
+    rope = rope_of(config)
+    factor = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
+    if rope["rope_type"] not in FORMATS[form].ropes:
+        yield f"its RoPE is scaled ({rope['rope_type']})"
+    elif factor != 1:
+        yield f"it rotates only {factor} of q and k"
 
 
 def _check_members_come_back(config: Mapping[str, Any], plan: Plan) -> None:

@@ -5,6 +5,16 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
+    from abreast.families.formats import (
+        DECI_CODE,
+        FORMATS,
+        Padding,
+        as_ours,
+        format_config,
+        name_in,
+        padding_in,
+        rope_of,
+    )
     from abreast.families.row import (
         Branches,
         Family,

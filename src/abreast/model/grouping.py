@@ -23,7 +23,7 @@ from torch import nn
 
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
-from abreast.families import FAMILIES, Branches, Family
+from abreast.families import FAMILIES, Branches, Family, as_ours
 from abreast.plan import Group, Norms, Plan
 
 if TYPE_CHECKING:
@@ -78,6 +78,9 @@ def load(
     options |= {"device_map": device} if spread else {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    config, names = as_ours(checkpoint.config)
+    if config["model_type"] != checkpoint.config["model_type"]:  # written for other engines
+        options |= {"config": transformers.AutoConfig.for_model(**config), "key_mapping": names}
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)

@@ -18,7 +18,7 @@ from abreast.families import FAMILIES
 from abreast.report.diagram import describe
 from abreast.report.metrics import METRICS
 from abreast.report.records import Conversion, read_conversion
-from abreast.targets import SERVERS, refused_by
+from abreast.targets import refused_by, servers_of
 
 MARK = "<!-- written by abreast, and written anew by it as long as this line stands here -->"
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
@@ -96,7 +96,7 @@ def serving(out: str, conversion: Conversion) -> tuple[list[tuple[str, str]], li
     config = read_json(conversion.target / "config.json")
     family = FAMILIES.get(str(config.get("model_type")).removeprefix("abreast_"))
     reasons = refused_by(config, family)
-    commands = [(s.name, s.commands(out)) for s in SERVERS if s.name not in reasons]
+    commands = [(s.name, s.commands(out)) for s in servers_of(config) if s.name not in reasons]
     return commands, [f"Not {name}: {reason}." for name, reason in reasons.items()]
 
 
