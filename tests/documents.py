@@ -87,6 +87,8 @@ ELSEWHERE = {
     "make bench": TARGET,
     "make docs": f"{TARGET}; what it calls: tests/test_docs_run.py::test_site_is_built",
     ".ci/run": "runs all tests, these among them",
+    "vllm serve DECI --trust-remote-code": f"{SERVED}tests/real_engines/test_stock.py",
+    "mlx_lm.server --model OPENELM": "in mlx-lm, by tests/real_engines/test_stock.py",
     "vllm serve OUT": f"{SERVED}{VLLM}::client",
     "vllm serve OUT --tensor-parallel-size 4": f"{SERVED}{VLLM}::client",
     "python -m vllm.entrypoints.openai.api_server --model OUT --tensor-parallel-size 2": (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ def compare(
     prompts: list[list[int]],
     answers: list[dict[str, Any]],
     tolerance: float = TOLERANCE,
+    plan: str | None = None,
 ) -> None:
     """Greedy tokens equal, top-5 log probabilities within tolerance.
 
@@ -40,7 +44,7 @@ def compare(
     for arithmetic that differs: there a token may win that is behind by no more than that.
     """
     # Faster implementations leave out what some families cap.
-    model, _ = load(folder, dtype="float32", attn_implementation="eager")
+    model, _ = load(folder, plan=plan, dtype="float32", attn_implementation="eager")
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer["ids"]])
         with torch.inference_mode():
@@ -52,6 +56,26 @@ def compare(
             top = row.topk(5).values
             assert len(step) >= 5
             for other, value in step.items():
-                assert abs(row[other].item() - value) <= tolerance
+                assert abs(row[int(other)].item() - value) <= tolerance
             got = torch.tensor(sorted(step.values(), reverse=True)[:5])
             assert (got - top).abs().max() <= tolerance
+
+
+def answers_of_stock(
+    engine: str, folder: Path, prompts: list[list[int]], tokens: int
+) -> list[dict[str, Any]]:
+    """What stock_engine.py makes of prompts in the engine's own environment, without abreast."""
+    root, script = Path(__file__).resolve().parents[2], Path(__file__).with_name("stock_engine.py")
+    questions, answers = folder.parent / "questions.json", folder.parent / "answers.json"
+    questions.write_text(json.dumps({"prompts": prompts, "tokens": tokens}))
+    python = root / f".venv-{engine}" / "bin" / "python"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run(
+        [python, script, engine, folder, questions, answers],
+        cwd=folder.parent,
+        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=900,
+    )
+    made: list[dict[str, Any]] = json.loads(answers.read_text())
+    return made

@@ -108,8 +108,10 @@ def format_config(form: str, config: Mapping[str, Any]) -> dict[str, Any]:
         torch_dtype=config["dtype"],
         rope_parameters=rope,
         rope_theta=rope["rope_theta"],
-        rope_scaling=None if scaling["rope_type"] == "default" else scaling,
     )
+    new.pop("rope_scaling", None)
+    if scaling["rope_type"] != "default":
+        new["rope_scaling"] = scaling
     if form == "openelm":
         return new | {
             "model_type": "openelm",
@@ -204,8 +206,9 @@ def as_ours(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             f"config.json makes no sense as {form}; convert or download it again"
         ) from None
     family = ("phi3", "Phi3") if form == "openelm" else ("llama", "Llama")
-    ours = {key: value for key, value in config.items() if key not in ("auto_map", "block_configs")}
-    ours |= {**base, "rope_parameters": rope_of(config), "rope_scaling": None}
+    dropped = ("auto_map", "block_configs", "rope_scaling", "rope_theta")
+    ours = {key: value for key, value in config.items() if key not in dropped}
+    ours |= {**base, "rope_parameters": rope_of(config)}
     ours |= {
         "model_type": f"abreast_{family[0]}",
         "architectures": [f"Abreast{family[1]}ForCausalLM"],
