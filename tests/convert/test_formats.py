@@ -149,6 +149,13 @@ def test_llama3_rope_in_deci(tiny_checkpoint, tmp_path):
     config = checked("deci", tiny_checkpoint(rope_parameters=LLAMA3), tmp_path / "out")
     assert config["rope_theta"] == 5000.0
     assert config["rope_scaling"]["rope_type"] == "llama3"
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=True)  # as vLLM does
+    assert read.max_position_embeddings == 512
+    assert read.rope_parameters["factor"] == 4.0
+    assert read.block_configs[0].attention.n_heads_in_group == 2 * 2
+    assert json.loads(read.to_json_string())["block_configs"] == config["block_configs"]
 
 
 @pytest.mark.parametrize("key", ["block_configs", "hidden_size", "num_attention_heads"])

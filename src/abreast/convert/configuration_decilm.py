@@ -20,6 +20,8 @@ class DeciLMConfig(PretrainedConfig):
     model_type = "nemotron-nas"
 
     def __init__(self, block_configs: Any = (), **kwargs: Any) -> None:
+        # transformers reads it while it checks a scaled RoPE, before it keeps other keys
+        self.max_position_embeddings = kwargs.pop("max_position_embeddings", 2048)
         super().__init__(**kwargs)
         self.block_configs = [
             Block({part: Block(entry) for part, entry in block.items()}) for block in block_configs
