@@ -169,7 +169,6 @@ def refit(
     *,
     prefix: int = 0,
     steps: Sequence[str] = STEPS,
-    after: int = 0,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Refit:
@@ -177,8 +176,7 @@ def refit(
 
     model: the original, not grouped, on any device; it must be of a family that can be converted.
     tokens: calibration windows, ids of shape [windows, window]; prefix: how many of each are there
-    before the text. steps: some of `STEPS`. after: so many single layers behind each group are
-    refitted as well. progress: called with (stages done, stages).
+    before the text. steps: some of `STEPS`. progress: called with (stages done, stages).
     One window in ten, at least one, is kept from the regressions; if the KL divergence from the
     original is not lower there afterwards, the model gets its old weights back.
 
@@ -201,16 +199,12 @@ def refit(
         "gate_up": [name for name in readers if name.startswith("mlp.")],
         "out": [matrix.name for matrix in family.matrices if matrix.join == "columns"],
     }
-    weights = (
-        [weight for layer in layers for weight in layer.parameters()]
-        if after
-        else [
-            weight
-            for group in plan.groups
-            for member in group.layers
-            for weight in layers[member].parameters()
-        ]
-    )
+    weights = [
+        weight
+        for group in plan.groups
+        for member in group.layers
+        for weight in layers[member].parameters()
+    ]
     old = [weight.detach().to("cpu", copy=True) for weight in weights]
     with inference(model):
         reference = logits_of(model, held_out, batch_size, prefix)
@@ -218,7 +212,7 @@ def refit(
         try:
             streams = _Streams(model, ids, batch_size)
             named = [(step, matrices[step]) for step in steps]
-            fits = _walk(streams, plan, named, after, progress)
+            fits = _walk(streams, plan, named, progress)
             kl_after = mean_kl(model, plan, held_out, reference, prefix)
         except BaseException:
             _restore(weights, old)
@@ -289,41 +283,50 @@ def _walk(
     streams: _Streams,
     plan: Plan,
     steps: Sequence[tuple[str, list[str]]],
-    after: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Fit, ...]:
-    """Refit stage after stage. steps: each with the names of the matrices it solves in a layer."""
+    """Refit group after group. steps: each with the names of the matrices it solves in a layer."""
     fits: list[Fit] = []
-    since = math.inf  # stages behind the last group
     for done, stage in enumerate(plan.stages):
         group = plan.group_of(stage)
-        now = group or stage[0]
-        since = 0 if group is not None else since + 1
-        fitted = steps if since <= after else ()
         readers = [
-            (member, names[0]) for member in stage for step, names in fitted if step != "out"
+            (member, names[0])
+            for member in stage
+            for step, names in steps
+            if group is not None and step != "out"
         ]
         original_inputs: list[Inputs] = []
         for number, (x, inputs) in enumerate(streams.run(streams.original, stage, readers)):
             streams.original[number] = x.cpu()
             original_inputs.append({key: value.cpu() for key, value in inputs.items()})
-        for step, names in fitted:
-            if step == "out":
-                fits.append(_fit_outputs(streams, now, stage, names))
-                continue
-            # in an ff group an attention reads what those before it, refitted, leave
-            in_turn = group is not None and group.wiring == "ff" and step == "qkv"
-            for members in [(member,) for member in stage] if in_turn else [stage]:
-                fits += _fit_inputs(streams, now, step, members, names, original_inputs)
-        streams.arriving = [x.cpu() for x, _ in streams.run(streams.arriving, (now,))]
+        if group is not None:
+            fits += _fit_group(streams, group, steps, original_inputs)
+        arriving = streams.run(streams.arriving, stage if group is None else (group,))
+        streams.arriving = [x.cpu() for x, _ in arriving]
         if progress is not None:
             progress(done + 1, plan.depth)
     return tuple(fits)
 
 
+def _fit_group(
+    streams: _Streams,
+    group: Group,
+    steps: Sequence[tuple[str, list[str]]],
+    original_inputs: Sequence[Inputs],
+) -> Iterator[Fit]:
+    for step, names in steps:
+        if step == "out":
+            yield _fit_outputs(streams, group, names)
+            continue
+        # in an ff group an attention reads what those before it, refitted, leave
+        in_turn = group.wiring == "ff" and step == "qkv"
+        for members in [(m,) for m in group.layers] if in_turn else [group.layers]:
+            yield from _fit_inputs(streams, group, step, members, names, original_inputs)
+
+
 def _fit_inputs(
     streams: _Streams,
-    now: int | Group,
+    group: Group,
     step: str,
     members: Sequence[int],
     names: Sequence[str],
@@ -335,7 +338,7 @@ def _fit_inputs(
         reader: moments_pair(weight.shape[1], weight.shape[1], weight.device)
         for reader, weight in weights.items()
     }
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), [*sums])):
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), [*sums])):
         for reader, part in sums.items():
             targets = original_inputs[number][reader].to(weights[reader].device)
             part[number % FOLDS > 0].add(inputs[reader], targets)
@@ -350,7 +353,7 @@ def _fit_inputs(
 
 @dataclass(frozen=True)
 class _Outputs:
-    """The matrices with which a stage's branches end, and the norms behind them, if any.
+    """The matrices with which a group's branches end, and the norms behind them, if any.
 
     keys: layer and name of each; gains: of the norms, [hidden], ones where there is none.
     """
@@ -389,16 +392,14 @@ class _Outputs:
         return missing, target.norm(dim=-1, keepdim=True).clamp(min=_TINY)
 
 
-def _fit_outputs(
-    streams: _Streams, now: int | Group, layers: tuple[int, ...], names: Sequence[str]
-) -> Fit:
-    """Let a stage's output matrices, all together, end at the original's residual stream."""
-    outputs = _Outputs.of(streams, layers, names)
+def _fit_outputs(streams: _Streams, group: Group, names: Sequence[str]) -> Fit:
+    """Let a group's output matrices, all together, end at the original's residual stream."""
+    outputs = _Outputs.of(streams, group.layers, names)
     device = outputs.gains[0].device
     pairs = list(zip(outputs.modules, outputs.gains, strict=True))
     start = torch.cat([(m.weight.double() * g[:, None]).to(device) for m, g in pairs], dim=1)
     sums = moments_pair(start.shape[1], start.shape[0], device)
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), outputs.keys)):
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs.keys)):
         missing, size = outputs.missing(streams, number)
         rows = []
         for key, norm, (module, gain) in zip(outputs.keys, outputs.norms, pairs, strict=True):
@@ -414,7 +415,7 @@ def _fit_outputs(
     error = sums[0].error(start) + sums[1].error(start)
     solution, ridge, before, after = solve(*sums, start)
     if ridge is None:
-        return Fit(layers, "out", None, before, after)
+        return Fit(group.layers, "out", None, before, after)
     old = [parameter.detach().clone() for parameter in outputs.parameters]
     parts = solution.split([module.weight.shape[1] for module in outputs.modules], dim=1)
     for (module, gain), part in zip(pairs, parts, strict=True):
@@ -423,20 +424,20 @@ def _fit_outputs(
         part = part.to(gain.device) / gain[:, None]
         module.weight.copy_(torch.where(heard, part.to(module.weight.dtype), module.weight))
     has_norms = any(True for norm in outputs.norms for _ in norm.parameters())
-    if has_norms and _fit_gains(streams, now, outputs) >= error:
+    if has_norms and _fit_gains(streams, group, outputs) >= error:
         _restore(outputs.parameters, old)
-        return Fit(layers, "out", None, before, before)
-    return Fit(layers, "out", ridge, before, after)
+        return Fit(group.layers, "out", None, before, before)
+    return Fit(group.layers, "out", ridge, before, after)
 
 
-def _fit_gains(streams: _Streams, now: int | Group, outputs: _Outputs) -> float:
-    """One factor for the gain of each norm behind the stage's matrices; the squared error then.
+def _fit_gains(streams: _Streams, group: Group, outputs: _Outputs) -> float:
+    """One factor for the gain of each norm behind the group's matrices; the squared error then.
 
     The norms undo whatever size the solution has, and what is small in it is small for a reason.
     """
     device, count = outputs.gains[0].device, len(outputs.norms)
     sums = Moments(count, 1, device)
-    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (now,), outputs.keys)):
+    for number, (_, inputs) in enumerate(streams.run(streams.arriving, (group,), outputs.keys)):
         missing, size = outputs.missing(streams, number)
         branches = [
             norm(module(inputs[key])).to(device).float() / size
