@@ -21,18 +21,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import read_json, read_manifest, resolve, write
+from abreast.checkpoint import open_checkpoint, read_json, read_manifest, resolve, write
 from abreast.convert import convert, verify
 from abreast.data import AUTO, TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate import Tasks, check_length, compare, evaluate_tasks, sample
 from abreast.heal import Recipe, heal
-from abreast.model import load, load_tokenizer
+from abreast.model import fitting_dtype, load, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner import Planned, explain
 from abreast.report import check_extra, read_run, write_card, write_report
@@ -131,6 +131,8 @@ def optimize(
     if report:
         check_extra()
     checks, out = checks or Checks(), Path(out)
+    if checks.dtype == "auto":  # as the search has it, which may go on with an earlier one
+        checks = replace(checks, dtype=planned.front.stats.identity.get("dtype", "auto"))
     record_environment(out, checks.device, command)
     job = _Job(model, out, planned, checks, step, progress)
     plan, healed = planned.plan, dict[str, dict[str, float]]()
@@ -176,6 +178,7 @@ def evaluation_text(
     """
     folder, _ = resolve(model, revision=checks.revision)
     loading: dict[str, Any] = {"trust_remote_code": checks.trust_remote_code}
+    fitting = fitting_dtype(open_checkpoint(folder), checks.dtype, checks.device)
     stream = token_stream(
         checks.data,
         load_tokenizer(folder, **loading),
@@ -185,7 +188,7 @@ def evaluation_text(
         seed=checks.seed,
         add_bos=checks.add_bos,
         role="judge",
-        author=author or (lambda: load(folder, device=checks.device, **loading)[0]),
+        author=author or (lambda: load(folder, dtype=fitting, device=checks.device, **loading)[0]),
         folder=Path(out),
         option="--eval-data",
         step=step,

@@ -138,7 +138,7 @@ def test_files_and_speed(folder, tmp_path):
     grid = Grid(sizes=(2,), wirings=("lp", "cqil"), max_groups=1, hardware="2xA100-NVLink")
     calls: list[Any] = []
 
-    def timer(model: Path, groups: Any, out: Path) -> Callable[[Plan], float]:
+    def timer(model: Path, groups: Any, out: Path, dtype: str) -> Callable[[Plan], float]:
         calls.append((model, [group.shorthand for group in groups], out))
         return lambda plan: 0.001 * plan.depth
 

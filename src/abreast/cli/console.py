@@ -41,7 +41,9 @@ device_option = click.option(
     default="cpu",
     help="cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk.",
 )
-dtype_option = click.option("--dtype", default="auto", help="float32, bfloat16 or float16.")
+dtype_option = click.option(
+    "--dtype", default="auto", help="float32, bfloat16 or float16; auto: fits model and device."
+)
 remote_option = click.option(
     "--trust-remote-code", is_flag=True, help="Allow code inside the checkpoint to run."
 )

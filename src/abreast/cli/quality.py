@@ -87,10 +87,10 @@ def evaluate(
     With --against, also how far it is from that model: KL divergence and loss increase with
     standard errors and intervals, or the share of accuracy kept and a test on the same items.
     """
-    from abreast.checkpoint import resolve
+    from abreast.checkpoint import open_checkpoint, resolve
     from abreast.data import OWN, check_tokenizers
     from abreast.evaluate import check_length, check_stride, compare, perplexity
-    from abreast.model import load
+    from abreast.model import fitting_dtype, load
     from abreast.runs import check_run, token_stream
 
     loading: dict[str, Any] = {
@@ -122,6 +122,8 @@ def evaluate(
             option = name.replace("_", "-")
             raise AbreastError(f"--{option} goes with --tasks; name some, or leave it out")
     check_stride(window, stride)
+    checkpoint = open_checkpoint(model, revision=revision)
+    dtype = loading["dtype"] = fitting_dtype(checkpoint, dtype, device, step=console.say)
     loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
     reference, reference_tokenizer = None, None
     if against:

@@ -144,7 +144,13 @@ def play(
     check_gradio()
     choices = read_choices(run, against)
     console.say(f"load {choices.model}")
-    models = open_models(choices, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    models = open_models(
+        choices,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        step=console.say,
+    )
     blocks = build_page(models)
     address = serve(blocks, port=port)
     console.say(f"the playground is at {address} (Ctrl-C ends it)")

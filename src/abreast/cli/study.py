@@ -175,8 +175,10 @@ def _sweep(
     elif task_options:
         raise AbreastError(f"--{min(task_options).replace('_', '-')} goes with --tasks; name some")
 
-    def timer(folder: Path, groups: Sequence[Group], work: Path) -> Callable[[Plan], float]:
-        timing = ProfileSettings(settings.dtype, settings.devices[0], seed=settings.seed)
+    def timer(
+        folder: Path, groups: Sequence[Group], work: Path, dtype: str
+    ) -> Callable[[Plan], float]:
+        timing = ProfileSettings(dtype, settings.devices[0], seed=settings.seed)
         trust = settings.trust_remote_code
         try:
             profile = saved_profile(

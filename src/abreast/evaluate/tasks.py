@@ -31,7 +31,7 @@ from abreast.errors import AbreastError
 from abreast.evaluate import accuracy
 from abreast.evaluate.accuracy import Answers, Evaluation
 from abreast.evaluate.statistics import metric_stderr
-from abreast.model import device_of, inference, load
+from abreast.model import device_of, fitting_dtype, inference, load
 from abreast.plan import Norms, Plan
 from abreast.runs import open_run, versions_of
 
@@ -158,13 +158,14 @@ def evaluate_tasks(
     """
     if batch_size < 1:
         raise AbreastError(f"batch size is {batch_size}; it needs at least 1")
+    folder, _ = resolve(model, revision=revision)
     settings: dict[str, Any] = {
         "limit": tasks.limit,
         "seed": tasks.seed,
         "fewshot_seed": FEWSHOT_SEED + tasks.seed,
         "batch_size": batch_size,
         "add_bos": add_bos,
-        "dtype": dtype,
+        "dtype": fitting_dtype(open_checkpoint(folder), dtype, device, step=step),
         "device": device,
         "versions": versions_of(("lm_eval", "torch", "transformers")),
     }
@@ -172,7 +173,6 @@ def evaluate_tasks(
         settings["norms"] = norms
     if out is not None:
         open_run(Path(out), "comparison", {"format": 1})
-    folder, _ = resolve(model, revision=revision)
     subjects = [_Subject(folder, _plan(folder, plan), settings, trust_remote_code)]
     if against is not None:
         original, _ = resolve(against, revision=against_revision)

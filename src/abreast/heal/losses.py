@@ -18,6 +18,7 @@ from abreast.model import (
     apply,
     decoder_layers,
     divergence,
+    is_native,
     keeps_last,
     next_token_loss,
     remove,
@@ -220,8 +221,4 @@ def computes_bf16(recipe: Recipe, device: torch.device) -> bool:
     """
     if recipe.bf16 is not None:
         return recipe.bf16
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    can: Any = getattr(torch.cpu, "get_capabilities", dict)()
-    native = ("amx_bf16", "avx512_bf16", "bf16")  # the last one is ARM's
-    return device.type == "cpu" and any(can.get(name, False) for name in native)
+    return is_native(torch.bfloat16, device)

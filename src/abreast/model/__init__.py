@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
+    from abreast.model.dtypes import fitting_dtype, is_native, loaded_dtype, named_dtype
     from abreast.model.grouping import (
         apply,
         branches_of,
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
         keeps_last,
         load,
         load_tokenizer,
-        named_dtype,
         remove,
     )
     from abreast.model.programs import (

@@ -24,6 +24,7 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
+from abreast.model.dtypes import named_dtype
 from abreast.plan import Group, Norms, Plan
 
 if TYPE_CHECKING:
@@ -52,11 +53,10 @@ def load(
 
     model: folder or Hugging Face id of an original or a converted checkpoint. plan: run it grouped
     under this plan, which may also be the path of a plan file, and with these norms, see `apply`.
-    dtype: "auto" keeps that of the
-    checkpoint. device: one device; "auto" spreads a model larger than one over all there are and,
-    where these do not suffice, memory and disk; or transformers' device_map. Code inside the
-    checkpoint never runs unless trust_remote_code is set; converted checkpoints need none of it
-    here.
+    dtype: "auto" keeps that of the checkpoint, see `fitting_dtype`. device: one device; "auto"
+    spreads a model larger than one over all there are and, where these do not suffice, memory and
+    disk; or transformers' device_map. Code inside the checkpoint never runs unless
+    trust_remote_code is set; converted checkpoints need none of it here.
     Raises AbreastError for whatever the user can fix.
     """
     import transformers
@@ -108,14 +108,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its inputs, also where accelerate spread it and its weights wait."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if device is None else torch.device(device)
-
-
-def named_dtype(name: str) -> torch.dtype:
-    """The floating-point dtype of this name. Raises AbreastError for any other name."""
-    named = getattr(torch, name, None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise CheckpointError(f"dtype '{name}' is not one of float32, bfloat16, float16")
-    return named
 
 
 def _check_loaded(folder: Path, report: dict[str, Any]) -> None:

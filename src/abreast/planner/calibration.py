@@ -18,18 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from abreast.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from abreast.checkpoint import Checkpoint, open_checkpoint
 from abreast.convert import obstacle
 from abreast.data import AUTO, OWN, TokenStream
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of, positive
-from abreast.model import (
-    load,
-    load_tokenizer,
-    named_dtype,
-)
+from abreast.model import fitting_dtype, load, load_tokenizer, loaded_dtype
 from abreast.plan import WIRING_NAMES, Group, Plan
 from abreast.planner.front import CalibrationSettings
 from abreast.planner.objective import Objective
@@ -51,6 +46,7 @@ from abreast.runs import (
     check_window,
     identity_of,
     open_run,
+    recorded_dtype,
     window_bytes,
     windows_at_once,
 )
@@ -223,11 +219,15 @@ def calibrate(
         }
     )
     checkpoint = open_checkpoint(model, revision=settings.revision)
-    config = checkpoint.config
+    config, run = checkpoint.config, Path(out)
+    recorded = recorded_dtype(run, KIND)
+    fitting = fitting_dtype(
+        checkpoint, settings.dtype, settings.device, recorded=recorded, step=step
+    )
+    settings = replace(settings, dtype=fitting)
     groups = _candidates(config, settings)
     at_once = windows_at_once(_window_cache(checkpoint, settings), settings.max_cache_bytes)
-    longest, run = config.get("max_position_embeddings"), Path(out)
-    check_window(window, longest)
+    check_window(window, config.get("max_position_embeddings"))
     check_run(run, KIND)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     tokenizer = load_tokenizer(checkpoint.folder, **options) if stream is None else None
@@ -350,21 +350,14 @@ def expect(
         candidates=len(groups),
         full_forwards=passes,
         weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        * _loaded_dtype(checkpoint, settings.dtype).itemsize,
+        * loaded_dtype(checkpoint, settings.dtype).itemsize,
         activations=size * cache,
     )
 
 
-def _loaded_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
-    """The dtype that a model is loaded in."""
-    if dtype != "auto":
-        return named_dtype(dtype)
-    return max((DTYPES[t.dtype] for t in checkpoint.tensors.values()), key=lambda d: d.itemsize)
-
-
 def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     """Bytes of the states and logits kept of one window."""
-    config, itemsize = checkpoint.config, _loaded_dtype(checkpoint, settings.dtype).itemsize
+    config, itemsize = checkpoint.config, loaded_dtype(checkpoint, settings.dtype).itemsize
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
     states = num_layers_of(config)
     if settings.scoring.prefill == "sequential":  # the inputs of its attentions as well

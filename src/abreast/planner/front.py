@@ -224,7 +224,7 @@ class CalibrationSettings:
             "bytes": True,
         },
     )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
     force: bool = field(
         default=False, metadata={"help": "Allow groups with the first or last layer."}
     )

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from abreast.checkpoint import open_checkpoint
 from abreast.data import check_tokenizers, prefix_of
 from abreast.errors import AbreastError
 from abreast.evaluate import shared
-from abreast.model import device_of, grouped, keeps_last, load
+from abreast.model import device_of, fitting_dtype, grouped, keeps_last, load
 from abreast.plan import Plan
 from abreast.report.records import Choice, Choices
 
@@ -65,9 +66,13 @@ def open_models(
     dtype: str = "auto",
     device: str = "cpu",
     trust_remote_code: bool = False,
+    step: Callable[[str], None] = lambda message: None,
 ) -> Models:
     """Load the original and its tokenizer. Raises AbreastError as `load` does, and without one."""
-    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    options: dict[str, Any] = {
+        "dtype": fitting_dtype(open_checkpoint(run.model), dtype, device, step=step),
+        "device": device,
+    }
     original, tokenizer = load(run.model, trust_remote_code=trust_remote_code, **options)
     if tokenizer is None:
         raise AbreastError(f"'{run.model}' has no tokenizer; give a folder with its files")

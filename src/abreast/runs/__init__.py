@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         read_journal,
         read_record,
         record_environment,
+        recorded_dtype,
         to_csv,
         tokens_hash,
         versions_of,

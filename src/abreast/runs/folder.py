@@ -62,6 +62,15 @@ def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
     return out
 
 
+def recorded_dtype(out: Path, kind: str) -> str | None:
+    """The dtype of the run of this kind in folder `out`, None where there is none to read."""
+    try:
+        recorded = json.loads((out / f"{kind}.json").read_text(encoding="utf-8"))["identity"]
+        return str(recorded["dtype"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def check_run(out: Path, kind: str) -> None:
     """Raise AbreastError for a folder that holds anything but a run of this kind, or its text."""
     if not out.exists() or (out / f"{kind}.json").is_file():

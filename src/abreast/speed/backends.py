@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from abreast.checkpoint import open_checkpoint, plan_for
 from abreast.engines.torch_tp import launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
-from abreast.model import apply, load
+from abreast.model import apply, fitting_dtype, load
 from abreast.runs import hardware
 from abreast.speed.benchmark import bench
 from abreast.speed.timing import (
@@ -56,6 +56,9 @@ def run(job: Job, *, step: Step = lambda message: None) -> Report:
         raise AbreastError("there is nothing to time; name a model and a task")
     if any(contender.plan for contender in job.contenders) and job.backend != "eager":
         raise AbreastError("only the eager back end runs a model grouped; leave --plan out")
+    if job.backend != "vllm":
+        original = open_checkpoint(job.contenders[0].model)
+        job = replace(job, dtype=fitting_dtype(original, job.dtype, job.device, step=step))
     results: list[BenchResult] = []
     failures: list[Failure] = []
     for outcome in BACKENDS[job.backend](job):

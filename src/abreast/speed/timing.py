@@ -72,7 +72,7 @@ class Job:
     warmup: int = field(default=2, metadata={"help": "Rounds before, not counted."})
     seed: int = field(default=0, metadata={"help": "Random seed."})
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
     ranks: int = 2
     vllm: tuple[str, ...] = ("vllm",)
     trust_remote_code: bool = field(

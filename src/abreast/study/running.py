@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from abreast.checkpoint import resolve
+from abreast.checkpoint import open_checkpoint, resolve
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.model import (
@@ -21,6 +21,7 @@ from abreast.model import (
     check_device,
     check_norms,
     decoder_layers,
+    fitting_dtype,
     load,
     name_of,
     planned,
@@ -35,6 +36,7 @@ from abreast.runs import (
     identity_of,
     open_run,
     read_journal,
+    recorded_dtype,
     token_stream,
     whole_windows,
     window_bytes,
@@ -135,6 +137,14 @@ def start(
     check_settings(settings)
     check_run(Path(out), kind)
     folder, _ = resolve(model, revision=settings.revision)
+    fitting = fitting_dtype(
+        open_checkpoint(folder),
+        settings.dtype,
+        settings.devices[0],
+        recorded=recorded_dtype(Path(out), kind),
+        step=step,
+    )
+    settings = replace(settings, dtype=fitting)
     loaded, tokenizer = _load(folder, settings, settings.devices[0])
     check_norms(loaded, settings.norms)
     config, window = loaded.config.get_text_config(), settings.window

@@ -50,7 +50,7 @@ class StudySettings:
     devices: tuple[str, ...] = field(
         default=("cpu",), metadata={"help": "One worker on each: cuda:0,cuda:1"}
     )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16 or float16."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
     norms: Norms = field(
         default="own",
         metadata={"help": "Norms of a group's members: own, or as other code computes them."},

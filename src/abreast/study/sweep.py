@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 CSV, RECORD, PARQUET = "sweep.csv", "sweep.json", "sweep.parquet"
 Seconds = Callable[[Plan], float]
-Timer = Callable[[Path, Sequence[Group], Path], Seconds]
+Timer = Callable[[Path, Sequence[Group], Path, str], Seconds]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def sweep(
 
     tasks: from `find_tasks`, run under every plan as well; their answers lie in OUT/tasks. timer:
     measures seconds of decoding a token under a plan, given the model's folder, all groups of the
-    plans, and OUT. stream: instead of the settings' data. step, progress: see `run_all`.
+    plans, OUT, and the dtype. stream: instead of the settings' data. step, progress: see `run_all`.
 
     Resumes as `study` does, also with a larger grid, and gives the same file. Raises AbreastError
     for a grid without plans, unknown hardware, parquet without a package that writes it, and as
@@ -194,7 +194,9 @@ def sweep(
     predicted = _predicted(config, grid.hardware) if grid.hardware is not None else None
     run = start("sweep", model, out, settings, reference=True, stream=stream, step=step)
     groups = dict.fromkeys(group for *_, plan in plans for group in plan.groups)
-    measured = timer(run.folder, [*groups], run.out) if timer is not None else None
+    measured = None
+    if timer is not None:
+        measured = timer(run.folder, [*groups], run.out, run.settings.dtype)
     programs = {plan: program_of(plan) for *_, plan in plans}
     sums, spent = run_all(run, programs.values(), step=step, progress=progress)
     scores = {plan: sums[program] / run.scored for plan, program in programs.items()}
