@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from abreast.checkpoint import open_checkpoint
 from abreast.cli.main import main
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
@@ -28,6 +29,7 @@ from abreast.evaluate.accuracy import (
 )
 from abreast.evaluate.statistics import mcnemar, metric_stderr
 from abreast.evaluate.tasks import FOLDER, OFFLINE, evaluate_tasks, find_tasks
+from abreast.model import fitting_dtype
 from abreast.model.grouping import load_tokenizer
 from abreast.plan import Plan
 
@@ -149,7 +151,8 @@ def test_what_is_recorded(folder: Path, tmp_path: Path) -> None:
     found = evaluate_tasks(folder, tasks, plan=PLAN, add_bos=False, **options).to_dict()
     assert json.loads((tmp_path / "tasks.json").read_text()) == found
     settings = found["settings"]
-    expected = {"limit": 3, "batch_size": 2, "add_bos": False, "dtype": "auto", "seed": 0}
+    assert settings["dtype"] == fitting_dtype(open_checkpoint(folder), "auto", "cpu")
+    expected = {"limit": 3, "batch_size": 2, "add_bos": False, "seed": 0}
     assert {key: settings[key] for key in expected} == expected
     assert settings["versions"]["lm_eval"] == lm_eval.__version__
     assert (settings["model"], settings["plan"], settings["against"]) == (

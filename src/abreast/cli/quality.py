@@ -123,7 +123,8 @@ def evaluate(
             raise AbreastError(f"--{option} goes with --tasks; name some, or leave it out")
     check_stride(window, stride)
     checkpoint = open_checkpoint(model, revision=revision)
-    dtype = loading["dtype"] = fitting_dtype(checkpoint, dtype, device, step=console.say)
+    notes = list[str]()
+    dtype = loading["dtype"] = fitting_dtype(checkpoint, dtype, device, step=notes.append)
     loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
     reference, reference_tokenizer = None, None
     if against:
@@ -157,6 +158,8 @@ def evaluate(
     # what can be wrong with files comes before minutes of writing
     streams = {name: stream_of(name) for name in sorted(data, key=lambda name: OWN in name)}
     sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
+    for note in notes:
+        console.say(note)
     results: list[Comparison | Perplexity] = []
     for stream in map(streams.__getitem__, data):
         with console.progress_bar(f"evaluate on {stream.source}", as_json) as progress:

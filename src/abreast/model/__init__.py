@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.model.dtypes import fitting_dtype, is_native, loaded_dtype, named_dtype
+    from abreast.model.devices import (
+        check_device,
+        fitting_dtype,
+        is_native,
+        loaded_dtype,
+        named_dtype,
+    )
     from abreast.model.grouping import (
         apply,
         branches_of,
-        check_device,
         check_norms,
         decoder_layers,
         device_of,

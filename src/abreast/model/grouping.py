@@ -24,7 +24,7 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
-from abreast.model.dtypes import named_dtype
+from abreast.model.devices import check_device, named_dtype
 from abreast.plan import Group, Norms, Plan
 
 if TYPE_CHECKING:
@@ -89,19 +89,6 @@ def load(
     if plan is not None:
         apply(loaded, plan, norms=norms)
     return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
-
-
-def check_device(name: Any) -> None:
-    """Raise CheckpointError unless there is this device here."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise CheckpointError(
-            f"device '{name}' is unknown; use cpu, cuda, cuda:1 or auto"
-        ) from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        kind = "CUDA device" if device.index is None else f"device '{name}'"
-        raise CheckpointError(f"no {kind} here; use --device cpu")
 
 
 def device_of(model: nn.Module) -> torch.device:

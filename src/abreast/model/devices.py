@@ -1,4 +1,4 @@
-"""Which dtype a model is loaded in."""
+"""On which device and in which dtype a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ _FEATURES = {
     torch.float16: ("amx_fp16", "avx512_fp16", "fp16"),
 }
 _FLOAT32 = torch.float32.itemsize
+
+
+def check_device(name: Any) -> None:
+    """Raise CheckpointError unless there is this device here."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise CheckpointError(
+            f"device '{name}' is unknown; use cpu, cuda, cuda:1 or auto"
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        kind = "CUDA device" if device.index is None else f"device '{name}'"
+        raise CheckpointError(f"no {kind} here; use --device cpu")
 
 
 def named_dtype(name: str) -> torch.dtype:
@@ -55,13 +68,14 @@ def fitting_dtype(
     if dtype != "auto":
         named_dtype(dtype)
         return dtype
+    first = _first(device)
     if recorded is not None:
         return recorded
     if "quantization_config" in checkpoint.config:
         return "auto"
     stored = loaded_dtype(checkpoint, "auto")
     name = str(stored).removeprefix("torch.")
-    if is_native(stored, torch.device(_first(device))):
+    if is_native(stored, first):
         return name
     elements = sum(t.nbytes // DTYPES[t.dtype].itemsize for t in checkpoint.tensors.values())
     if elements * _FLOAT32 > 0.8 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
@@ -101,8 +115,9 @@ def _is_fast(dtype: torch.dtype) -> bool:
     return best[dtype] <= 1.5 * best[torch.float32]
 
 
-def _first(device: str) -> str:
-    """The device that computes: the CPU only where accelerate finds nothing else."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _first(device: str) -> torch.device:
+    """The device that computes; of all, the CPU only where there is no other."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return torch.device(device)

@@ -7,7 +7,7 @@ import torch
 
 from abreast.checkpoint import open_checkpoint
 from abreast.errors import AbreastError
-from abreast.model import dtypes, fitting_dtype
+from abreast.model import devices, fitting_dtype
 from abreast.planner.calibration import calibrate
 from abreast.planner.front import CalibrationSettings
 
@@ -17,11 +17,11 @@ def cpu(monkeypatch):
     """Call it with the CPU's features."""
 
     def has(**features: bool) -> None:
-        dtypes.is_native.cache_clear()
+        devices.is_native.cache_clear()
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
 
     yield has
-    dtypes.is_native.cache_clear()
+    devices.is_native.cache_clear()
 
 
 @pytest.fixture
@@ -50,17 +50,17 @@ def test_the_features_of_the_cpu_decide(cpu, checkpoint, features, dtype):
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_that_says_nothing_is_timed(cpu, checkpoint, monkeypatch, fast):
     cpu(avx2=True)
-    monkeypatch.setattr(dtypes, "_is_fast", lambda dtype: fast)
+    monkeypatch.setattr(devices, "_is_fast", lambda dtype: fast)
     assert fitting_dtype(checkpoint, "auto", "cpu") == ("bfloat16" if fast else "float32")
 
 
 def test_float32_takes_as_long_as_itself():
-    assert dtypes._is_fast(torch.float32)
+    assert devices._is_fast(torch.float32)
 
 
 def test_float32_is_not_taken_where_it_does_not_fit(cpu, checkpoint, monkeypatch):
     cpu(avx512_bf16=False)
-    monkeypatch.setattr(dtypes.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(devices.os, "sysconf", lambda name: 100)
     said = list[str]()
     assert fitting_dtype(checkpoint, "auto", "cpu", step=said.append) == "bfloat16"
     assert said == ["bfloat16 is slow on this CPU, and float32 does not fit into its memory"]
