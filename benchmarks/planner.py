@@ -18,10 +18,11 @@ from abreast.data import CALIBRATION, HELD_OUT
 from abreast.demo import model_folder
 from abreast.planner.calibration import calibrate, candidates
 from abreast.planner.find import find_plan
-from abreast.planner.front import Budget, CalibrationSettings
+from abreast.planner.front import Budget
 from abreast.planner.measuring import difference, score
 from abreast.planner.objective import KL
 from abreast.planner.search import contiguous
+from abreast.planner.settings import CalibrationSettings
 from abreast.report import draw_costs
 from abreast.rivals.choose import by_similarity
 

@@ -23,8 +23,9 @@ from abreast.model import geometry, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner.calibration import calibrate
 from abreast.planner.find import find_plan, profile_here
-from abreast.planner.front import Budget, CalibrationSettings, kind_of
+from abreast.planner.front import Budget, kind_of
 from abreast.planner.objective import KL
+from abreast.planner.settings import CalibrationSettings
 from abreast.rivals import METHODS, caption, compare
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -135,7 +135,8 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     from abreast.data import TokenStream
     from abreast.planner.calibration import calibrate
     from abreast.planner.find import find_plan
-    from abreast.planner.front import Budget, CalibrationSettings
+    from abreast.planner.front import Budget
+    from abreast.planner.settings import CalibrationSettings
 
     root = tmp_path_factory.mktemp("play")
     model, run = root / "a <b>bold ${1+1}", root / "run"

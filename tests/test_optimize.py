@@ -24,18 +24,10 @@ from abreast.planner.find import (
     measured_profile,
     profile_here,
 )
-from abreast.planner.front import (
-    Budget,
-    CalibrationSettings,
-    Front,
-    Profile,
-    Stats,
-    explain,
-    kind_of,
-    reasons,
-)
+from abreast.planner.front import Budget, Front, Profile, Stats, explain, kind_of, reasons
 from abreast.planner.measuring import full_forwards
 from abreast.planner.objective import Cost
+from abreast.planner.settings import CalibrationSettings
 from abreast.report.records import read_run
 from abreast.speed import bench
 
@@ -113,8 +105,7 @@ def test_impossible_budgets_name_the_nearest(budget, message):
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({}, "give exactly one budget"),
-        ({"depth": 7, "max_kl": 0.1}, "give exactly one budget"),
+        ({"depth": 7, "max_kl": 0.1}, "give one budget only"),
         ({"depth": 0}, "--depth 0 must be more than 0"),
         ({"max_kl": float("nan")}, "--max-kl nan must be more than 0"),
         ({"max_ppl_increase": -0.1}, "--max-ppl-increase -0.1 must be more than 0"),
@@ -392,8 +383,9 @@ def test_command_line(run, tmp_path):
     status, text, err = run("plan", model, "-o", out, *SMALL, "--depth", 3, "--per-group", 0)
     assert status == 2 and re.search("depth 3 cannot be reached .* the nearest is 9", err)
     assert len(err.strip().splitlines()[-1]) < 200
-    status, text, err = run("plan", model, "-o", out, *SMALL)
-    assert status == 2 and "give exactly one budget" in err
+    status, text, err = run("plan", model, "-o", out, *SMALL, "--per-group", 0, "--no-plots")
+    assert status == 0 and "budget: the deepest cut with a KL of at most 0.1 nats" in err
+    assert len(re.findall("^->", text, re.M)) == 1  # of the table of plans, the chosen one
     few = (
         "--rounds",
         1,

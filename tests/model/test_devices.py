@@ -9,7 +9,7 @@ from abreast.checkpoint import open_checkpoint
 from abreast.errors import AbreastError
 from abreast.model import devices, fitting_dtype
 from abreast.planner.calibration import calibrate
-from abreast.planner.front import CalibrationSettings
+from abreast.planner.settings import CalibrationSettings
 
 
 @pytest.fixture

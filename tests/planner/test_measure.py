@@ -22,8 +22,9 @@ from abreast.planner.calibration import (
     candidates,
     expect,
 )
-from abreast.planner.front import CalibrationSettings, Stats
+from abreast.planner.front import Stats
 from abreast.planner.measuring import candidate_costs, full_forwards, measure, score
+from abreast.planner.settings import CalibrationSettings
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 6
 

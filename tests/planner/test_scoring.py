@@ -20,9 +20,10 @@ from abreast.plan import Plan
 from abreast.planner import scoring
 from abreast.planner.calibration import calibrate
 from abreast.planner.find import find_plan
-from abreast.planner.front import Budget, CalibrationSettings, Stats
+from abreast.planner.front import Budget, Stats
 from abreast.planner.measuring import measure, score
 from abreast.planner.objective import Scoring
+from abreast.planner.settings import CalibrationSettings
 from abreast.runs import read_journal
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<answer>"

@@ -23,7 +23,8 @@ from abreast.model.programs import (
 from abreast.model.scores import token_scores
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate
-from abreast.planner.front import CalibrationSettings, Profile
+from abreast.planner.front import Profile
+from abreast.planner.settings import CalibrationSettings
 from abreast.rivals.compare import compare, described, program_of
 from abreast.rivals.repair import Streams, marked
 

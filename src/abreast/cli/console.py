@@ -16,16 +16,12 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, partial
 from importlib import import_module
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
 
 from abreast.errors import AbreastError
-
-if TYPE_CHECKING:
-    from abreast.planner import Objective
-    from abreast.rivals import Measured
 
 Progress = Callable[[int, int], None]
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -270,31 +266,3 @@ def progress_bar(label: str, quiet: bool) -> Iterator[Progress | None]:
             bar.update(task, completed=done, total=total)
 
         yield advance
-
-
-def print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
-    """A line per method and depth, and where layers abreast are the better buy."""
-    from abreast.rivals import caption
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
-    print_columns(
-        ("depth", "method", "plan", objective.name, "loss", "same", "ms"),
-        [
-            (
-                str(row.depth),
-                row.method + (", refit" if row.refit else ""),
-                row.plan,
-                f"{objective.value(row.cost):.4f} ± {objective.stderr(row.cost):.4f}",
-                f"{row.cost.loss_increase:+.4f}",
-                percent(row.agreement),
-                "" if row.seconds is None else f"{1000 * row.seconds:.2f}",
-            )
-            for row in sorted(rows, key=lambda row: (-row.depth, row.refit))
-        ],
-        left=("plan",),
-        title="on held-out text (same: next tokens that stay; ms: decode, per token)",
-        borders=False,
-        notes=[caption(rows, objective)],
-    )

@@ -6,18 +6,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from abreast.cli import console
+from abreast.cli import console, tables
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.planner import (
         Budget,
         CalibrationSettings,
-        Expected,
         Planned,
     )
     from abreast.rivals import Measured
@@ -28,6 +27,27 @@ out_option = click.option(
 calibration_options = console.settings("calibration", "abreast.planner", "CalibrationSettings")
 budget_options = console.settings("budget", "abreast.planner", "Budget")
 search_options = console.settings("search", __name__, "Search")
+# Defaults of other options: SmolLM2-135M takes about 15 minutes, an hour, a night of two cores.
+EFFORTS: dict[str, dict[str, Any]] = {
+    "minutes": {"num_windows": 16, "per_group": 2, "max_tokens": 16_384},
+    "hour": {},
+    "night": {"num_windows": 128, "per_group": 8, "max_tokens": 200_000, "method": "both"},
+}
+
+
+def _take_effort(context: click.Context, option: click.Option, effort: str) -> None:
+    context.default_map = EFFORTS[effort]
+
+
+effort_option = click.option(
+    "--effort",
+    type=click.Choice([*EFFORTS]),
+    default="minutes",
+    is_eager=True,
+    expose_value=False,
+    callback=_take_effort,
+    help="How much text and search; options that you give yourself stand. night heals as well.",
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +91,7 @@ def measure(
     from abreast.planner import measure as run
 
     if dry_run:
-        return _print_expected(expect(model, calibration), as_json)
+        return tables.print_expected(expect(model, calibration), as_json)
     opened = calibrate(model, Path(out) / "calibration", calibration, step=console.say)
     with console.progress_bar("measure", as_json) as progress:
         stats = run(opened, progress=progress)
@@ -127,7 +147,7 @@ def plan(
 
     if dry_run:
         expected = expect(model, calibration, depth=budget.depth or 1, per_group=search.per_group)
-        return _print_expected(expected, as_json)
+        return tables.print_expected(expected, as_json)
     planned, rivals = _find(
         model, Path(out), budget, calibration, search, baselines, as_json, repeat=repeat
     )
@@ -140,17 +160,20 @@ def plan(
         record["searches"] = [each.to_dict() for each in searches]
         return console.print_json({**planned.to_dict(), **record})
     if rivals:
-        console.print_rivals(rivals, planned.front.objective)
-    _print_plan(planned)
+        tables.print_rivals(rivals, planned.front.objective)
+    tables.print_plan(model, planned, search.hardware)
     console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
-    _print_searches(searches)
+    tables.print_searches(searches)
 
 
 @console.verb()
 @click.argument("model")
 @budget_options
 @search_options
-@click.option("--no-baselines", is_flag=True, help="Do not compare with published ways.")
+@effort_option
+@click.option(
+    "--baselines/--no-baselines", default=False, help="Compare with published ways to choose."
+)
 @click.option(
     "--heal", "method", type=click.Choice(["refit", "distill", "both"]), help="Heal the plan."
 )
@@ -172,7 +195,7 @@ def optimize(
     out: str,
     budget: Budget,
     search: Search,
-    no_baselines: bool,
+    baselines: bool,
     method: str | None,
     candidates: int,
     heal_steps: int,
@@ -186,9 +209,11 @@ def optimize(
     calibration: CalibrationSettings,
     as_json: bool,
 ) -> None:
-    """Do it all: measure, plan, heal if asked to, convert, verify, evaluate, time and report.
+    """Do it all: measure, plan, heal if told to, convert, verify, evaluate, time and report.
 
-    Every step leaves a file in OUT and is not repeated; another budget adds only what is new.
+    Needs no options: without a budget it makes the deepest cut that costs no more than quantising
+    an 8B model to 3 bits does. Every step leaves a file in OUT and is not repeated; another budget
+    adds only what is new.
     """
     from abreast.evaluate import find_tasks
     from abreast.heal import Recipe
@@ -230,7 +255,7 @@ def optimize(
         budget,
         calibration,
         search,
-        not no_baselines,
+        baselines,
         as_json,
         best=candidates,
         timed=True,
@@ -251,8 +276,8 @@ def optimize(
     if as_json:
         return console.print_json(result.to_dict())
     if rivals:
-        console.print_rivals(rivals, planned.front.objective)
-    _print_plan(planned)
+        tables.print_rivals(rivals, planned.front.objective)
+    tables.print_plan(model, planned, search.hardware)
     rows = {
         f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
         for plan, kl in result.healed.items()
@@ -310,6 +335,7 @@ def _find(
         model, out, settings, search.held_out_data, repeat=repeat, step=console.say
     )
     check_depth(calibration, budget.depth)
+    console.say(f"budget: {budget.text}")
     if command is not None:
         record_environment(out, settings.device, command)
     profile = None
@@ -394,55 +420,3 @@ def _repeated(
             )
         searches.append(again)
     return searches
-
-
-def _print_expected(expected: Expected, as_json: bool) -> None:
-    if as_json:
-        return console.print_json(expected.__dict__)
-    console.print_table(
-        {
-            "candidates": str(expected.candidates),
-            "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
-            "weights": console.bytes_text(expected.weights),
-            "kept states": console.bytes_text(expected.activations),
-        }
-    )
-
-
-def _print_searches(searches: Sequence[Planned]) -> None:
-    """What each search chose, where there are several, and how far they differ."""
-    if len(searches) < 2:
-        return
-    rows, objective = dict[str, str](), searches[0].front.objective
-    for number, planned in enumerate(searches, start=1):
-        rows[f"search {number}"] = (
-            f"{planned.plan.label}: {objective.name} {objective.value(planned.expected):.5f} on "
-            f"held-out text, {objective.value(planned.searched):.5f} where it was searched"
-        )
-    losses = [objective.value(planned.expected) for planned in searches]
-    shared = set.intersection(*(set(planned.plan.groups) for planned in searches))
-    rows["differ by"] = (
-        f"{objective.name} {max(losses) - min(losses):.5f}; "
-        f"{len(shared)} groups are in all of their plans"
-    )
-    console.print_table(rows)
-
-
-def _print_plan(planned: Planned) -> None:
-    cost, objective = planned.expected, planned.front.objective
-    name, value, searched = objective.name, objective.value(cost), objective.value(planned.searched)
-    rows = {
-        "plan": planned.plan.label,
-        "depth": f"{planned.plan.num_layers} -> {planned.plan.depth}",
-        name: f"{value:.5f} ± {objective.stderr(cost):.5f} nats, on held-out text",
-        "loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats, on held-out text",
-        f"searched {name}": f"{searched:.5f} nats, {searched - value:+.5f} against held-out text",
-        "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
-    }
-    for engine, best in planned.engines.items():
-        plan = "none of this depth" if best is None else best[0].label
-        costs = "" if best is None else f": {objective.name} {objective.value(best[1]):.5f}"
-        rows[f"best for {engine}"] = f"{plan}{costs}"
-    if planned.profile is not None:
-        rows["predicted decode"] = f"{planned.profile.speedup(planned.plan):.2f}x"
-    console.print_table(rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from abreast.cli import console
+from abreast.cli import console, tables
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def study(
         record = {"baselines": [row.to_dict() for row in rivals]} if depths else {}
         return console.print_json({**result.to_dict(), **record})
     if rivals:
-        console.print_rivals(rivals, KL)
+        tables.print_rivals(rivals, KL)
     spent, without_reuse = result.evaluations.spent, result.evaluations.without_reuse
     console.print_table(
         {

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         FRONT_FILE,
         STATS_FILE,
         Budget,
-        CalibrationSettings,
         Front,
         Profile,
         Stats,
@@ -32,5 +31,6 @@ if TYPE_CHECKING:
     from abreast.planner.objective import KL, OBJECTIVES, Cost, Objective, Scoring
     from abreast.planner.scoring import MIN_CALIBRATION_WINDOWS
     from abreast.planner.search import Costs, additive, contiguous
+    from abreast.planner.settings import CalibrationSettings
 
 attach(__name__)

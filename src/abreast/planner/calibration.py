@@ -26,7 +26,6 @@ from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.model import fitting_dtype, load, load_tokenizer, loaded_dtype
 from abreast.plan import WIRING_NAMES, Group, Plan
-from abreast.planner.front import CalibrationSettings
 from abreast.planner.objective import Objective
 from abreast.planner.scoring import (
     MIN_CALIBRATION_WINDOWS,
@@ -37,6 +36,7 @@ from abreast.planner.scoring import (
     of_text,
 )
 from abreast.planner.search import BEAM, COUNTED, PER_GROUP, additive
+from abreast.planner.settings import CalibrationSettings
 from abreast.runs import (
     Author,
     Role,

@@ -17,14 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from abreast.checkpoint import replacing
-from abreast.data import AUTO
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
-from abreast.planner.objective import KL, Cost, Objective, Scoring
+from abreast.planner.objective import KL, Cost, Objective
 
 STATS_FILE = "stats.safetensors"
 FRONT_FILE = "front.json"
 GEOMETRY_ARRAYS = ("similarity", "angular", "influence", "dependency")
+# What people accept when they quantise: mean KL of Q3_K_M for Llama 3 8B, by llama.cpp's own table
+# (tools/perplexity/README.md), where Q4_K_M is at 0.03 and Q2_K at 0.4.
+DEFAULT_KL = 0.1
+DEFAULT_KL_IS = "quantising an 8B model to 3 bits costs"
 _METADATA_KEY = "abreast"
 _COST_ARRAYS = ("kl", "kl_stderr", "loss_increase", "loss_stderr", "tokens")
 _MARGINS = ("margin_loss", "margin_stderr")  # where tasks were scored
@@ -169,82 +172,8 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class CalibrationSettings:
-    """How to measure groups of layers.
-
-    window: in tokens, of which those of the text are scored, and without a prefix all but the
-    first. add_bos: see `prefix_of`. max_group, wirings, engines, force: see `candidates`. screen:
-    share of the text that candidates are measured on. larger: share of the stretches of more than
-    the fewest layers that are measured at all, those within which the smallest groups cost least.
-    keep: share of the stretches whose best wiring is then measured on the rest. batch_size: windows
-    at once, fewer where their hidden states and logits would exceed max_cache_bytes.
-    Fields with a help text are options.
-    """
-
-    data: str = field(default=AUTO, metadata={"help": "Text to measure on; sources as for eval."})
-    add_bos: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Start texts with the BOS token. Default: as the tokenizer does.",
-            "option": "--add-bos/--no-add-bos",
-        },
-    )
-    num_windows: int = field(
-        default=32, metadata={"help": "Number of windows of text.", "option": "--windows"}
-    )
-    window: int = field(default=256, metadata={"help": "Tokens per window."})
-    max_group: int = field(default=4, metadata={"help": "Most layers in a group."})
-    wirings: tuple[str, ...] = field(
-        default=("lp", "cqil-full", "ff"),
-        metadata={"help": "Comma-separated, of lp, cqil, cqil-full and ff."},
-    )
-    engines: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "Only plans that these load, of vllm, transformers and llama.cpp.",
-            "option": "--for",
-        },
-    )
-    screen: float = field(
-        default=0.125, metadata={"help": "Fraction of the text that every group is measured on."}
-    )
-    keep: float = field(
-        default=0.1, metadata={"help": "Fraction of the groups measured on the rest of the text."}
-    )
-    larger: float = field(
-        default=0.3,
-        metadata={"help": "Fraction of the larger groups measured: those of the best pairs."},
-    )
-    batch_size: int = field(default=4, metadata={"help": "Windows per forward pass."})
-    max_cache_bytes: int = field(
-        default=10**9,
-        metadata={
-            "help": "Memory for hidden states kept for reuse.",
-            "option": "--max-cache",
-            "bytes": True,
-        },
-    )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
-    force: bool = field(
-        default=False, metadata={"help": "Allow groups with the first or last layer."}
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a Hugging Face model."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow code inside the checkpoint to run."}
-    )
-    device: str = field(
-        default="cpu",
-        metadata={"help": "cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk."},
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    scoring: Scoring = field(default=Scoring(), metadata={"options": True})
-
-
-@dataclass(frozen=True)
 class Budget:
-    """Limit on what a plan costs, or the least that it must gain; exactly one is set.
+    """Limit on what a plan costs, or the least that it must gain: one of them, or else DEFAULT_KL.
 
     depth: effective depth. max_kl: nats per token. max_ppl_increase: relative, 0.02 is 2 %.
     speedup: predicted, needs a profile.
@@ -252,7 +181,11 @@ class Budget:
 
     depth: int | None = field(default=None, metadata={"help": "Budget: number of stages."})
     max_kl: float | None = field(
-        default=None, metadata={"help": "Budget: largest KL divergence, nats per token."}
+        default=None,
+        metadata={
+            "help": "Budget: largest KL divergence, nats per token. "
+            f"Without any budget: {DEFAULT_KL}."
+        },
     )
     max_ppl_increase: float | None = field(
         default=None, metadata={"help": "Budget: 0.02 allows 2 % more perplexity."}
@@ -263,14 +196,30 @@ class Budget:
 
     def __post_init__(self) -> None:
         limits = [(name, value) for name, value in asdict(self).items() if value is not None]
-        if len(limits) != 1:
+        if len(limits) > 1:
             raise AbreastError(
-                "give exactly one budget: --depth, --max-kl, --max-ppl-increase or --speedup"
+                "give one budget only: --depth, --max-kl, --max-ppl-increase or --speedup"
             )
-        name, value = limits[0]
-        least = 1 if name == "speedup" else 0
-        if not math.isfinite(value) or value <= least:
-            raise AbreastError(f"--{name.replace('_', '-')} {value:g} must be more than {least}")
+        for name, value in limits:
+            least = 1 if name == "speedup" else 0
+            if not math.isfinite(value) or value <= least:
+                raise AbreastError(
+                    f"--{name.replace('_', '-')} {value:g} must be more than {least}"
+                )
+        if not limits:
+            object.__setattr__(self, "max_kl", DEFAULT_KL)
+
+    @property
+    def text(self) -> str:
+        """The budget in words."""
+        if self.depth is not None:
+            return f"the plan of least loss with {self.depth} stages"
+        if self.max_kl is not None:
+            same = f", as much as {DEFAULT_KL_IS}" if self.max_kl == DEFAULT_KL else ""
+            return f"the deepest cut with a KL of at most {self.max_kl:g} nats per token{same}"
+        if self.max_ppl_increase is not None:
+            return f"the deepest cut with at most {self.max_ppl_increase:.1%} more perplexity"
+        return f"the plan of least loss that decodes {self.speedup:g}x as fast"
 
     def met(self, plan: Plan, cost: Cost, profile: Profile | None) -> bool:
         """Whether a plan of this cost is within the budget."""

@@ -20,8 +20,8 @@ from abreast.errors import AbreastError, first_line
 from abreast.evaluate import find_tasks, ratio_of_means
 from abreast.families import positive
 from abreast.model import device_of, inference, keeps_last
-from abreast.planner.front import CalibrationSettings
 from abreast.planner.objective import Cost
+from abreast.planner.settings import CalibrationSettings
 from abreast.runs import (
     TEXT_FOLDER,
     Author,

@@ -1,0 +1,126 @@
+"""What the verbs that find and compare plans print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from abreast.cli import console
+
+if TYPE_CHECKING:
+    from abreast.planner import Expected, Objective, Planned
+    from abreast.rivals import Measured
+
+ELSEWHERE = "L40S"  # what plans are predicted for beside this machine
+
+
+def print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
+    """A line per method and depth, and where layers abreast are the better buy."""
+    from abreast.rivals import caption
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.1%}"
+
+    console.print_columns(
+        ("depth", "method", "plan", objective.name, "loss", "same", "ms"),
+        [
+            (
+                str(row.depth),
+                row.method + (", refit" if row.refit else ""),
+                row.plan,
+                f"{objective.value(row.cost):.4f} ± {objective.stderr(row.cost):.4f}",
+                f"{row.cost.loss_increase:+.4f}",
+                percent(row.agreement),
+                "" if row.seconds is None else f"{1000 * row.seconds:.2f}",
+            )
+            for row in sorted(rows, key=lambda row: (-row.depth, row.refit))
+        ],
+        left=("plan",),
+        title="on held-out text (same: next tokens that stay; ms: decode, per token)",
+        borders=False,
+        notes=[caption(rows, objective)],
+    )
+
+
+def print_expected(expected: Expected, as_json: bool) -> None:
+    if as_json:
+        return console.print_json(expected.__dict__)
+    console.print_table(
+        {
+            "candidates": str(expected.candidates),
+            "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
+            "weights": console.bytes_text(expected.weights),
+            "kept states": console.bytes_text(expected.activations),
+        }
+    )
+
+
+def print_searches(searches: Sequence[Planned]) -> None:
+    """What each search chose, where there are several, and how far they differ."""
+    if len(searches) < 2:
+        return
+    rows, objective = dict[str, str](), searches[0].front.objective
+    for number, planned in enumerate(searches, start=1):
+        rows[f"search {number}"] = (
+            f"{planned.plan.label}: {objective.name} {objective.value(planned.expected):.5f} on "
+            f"held-out text, {objective.value(planned.searched):.5f} where it was searched"
+        )
+    losses = [objective.value(planned.expected) for planned in searches]
+    shared = set.intersection(*(set(planned.plan.groups) for planned in searches))
+    rows["differ by"] = (
+        f"{objective.name} {max(losses) - min(losses):.5f}; "
+        f"{len(shared)} groups are in all of their plans"
+    )
+    console.print_table(rows)
+
+
+def print_front(model: str, planned: Planned, hardware: str | None) -> None:
+    """The best plan of every depth, what it costs and brings, here and elsewhere."""
+    from abreast.planner import estimated_profile
+
+    front, objective = planned.front, planned.front.objective
+    best = front.best() | {planned.plan.depth: planned.plan}
+    groups = [group for plan in best.values() for group in plan.groups]
+    profiles = {"here" if hardware is None else hardware: planned.profile}
+    if hardware is None:
+        revision = front.stats.revision
+        profiles[ELSEWHERE] = estimated_profile(model, groups, ELSEWHERE, revision=revision)
+    console.print_columns(
+        ("", "stages", "plan", objective.name, "loss", *profiles),
+        [
+            (
+                "->" if plan == planned.plan else "",
+                str(depth),
+                plan.label,
+                f"{objective.value(cost):.4f} ± {objective.stderr(cost):.4f}",
+                f"{cost.loss_increase:+.4f}",
+                *("" if p is None else f"{p.speedup(plan):.2f}x" for p in profiles.values()),
+            )
+            for depth, plan in best.items()
+            for cost in [front.judged(plan)]
+        ],
+        left=("plan",),
+        title="the best plan of each depth, on held-out text; decode as predicted",
+        borders=False,
+    )
+
+
+def print_plan(model: str, planned: Planned, hardware: str | None) -> None:
+    cost, objective = planned.expected, planned.front.objective
+    print_front(model, planned, hardware)
+    name, value, searched = objective.name, objective.value(cost), objective.value(planned.searched)
+    rows = {
+        "plan": planned.plan.label,
+        "depth": f"{planned.plan.num_layers} -> {planned.plan.depth}",
+        name: f"{value:.5f} ± {objective.stderr(cost):.5f} nats, on held-out text",
+        "loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats, on held-out text",
+        f"searched {name}": f"{searched:.5f} nats, {searched - value:+.5f} against held-out text",
+        "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
+    }
+    for engine, best in planned.engines.items():
+        plan = "none of this depth" if best is None else best[0].label
+        costs = "" if best is None else f": {objective.name} {objective.value(best[1]):.5f}"
+        rows[f"best for {engine}"] = f"{plan}{costs}"
+    if planned.profile is not None:
+        rows["predicted decode"] = f"{planned.profile.speedup(planned.plan):.2f}x"
+    console.print_table(rows)
