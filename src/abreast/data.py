@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.errors import AbreastError, first_line
+from abreast.errors import AbreastError, first_line, install
 
 HELD_OUT = "stdlib"
 CALIBRATION = "stdlib-train"
@@ -382,7 +382,7 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
         from datasets import load_dataset  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         raise DataError(
-            "reading a Hub data set needs the 'datasets' package: pip install 'abreast[eval]'"
+            f"reading a Hub data set needs the 'datasets' package: {install('eval')}"
         ) from None
     try:
         with hub_or_cache():

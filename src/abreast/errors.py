@@ -1,4 +1,10 @@
-"""Errors that the user can fix."""
+"""Errors that the user can fix, and the commands that fix them."""
+
+import re
+import shlex
+import shutil
+import sys
+from importlib import metadata
 
 
 class AbreastError(ValueError):
@@ -14,6 +20,16 @@ class AbreastError(ValueError):
 
 class CheckpointError(AbreastError):
     """A checkpoint that is missing, broken or unsafe, or an output that cannot be written."""
+
+
+def install(extra: str) -> str:
+    """The command that installs the packages of an extra into this environment."""
+    named = rf"extra == ['\"]{extra}['\"]"
+    lines = metadata.requires("abreast") or []
+    packages = [line.partition(";")[0].strip() for line in lines if re.search(named, line)]
+    known = shutil.which("python") == sys.executable
+    python = "python" if known else shlex.quote(sys.executable)
+    return f"{python} -m pip install {' '.join(map(shlex.quote, packages))}"
 
 
 def first_line(error: BaseException) -> str:

@@ -389,7 +389,7 @@ def command(monkeypatch, capsys):
 def test_command_without_gradio_says_what_to_install(command, monkeypatch, playable_run):
     monkeypatch.setitem(sys.modules, "gradio", None)
     status, err = command(playable_run)
-    assert status == 2 and err.count("\n") == 1 and "pip install 'abreast[play]'" in err
+    assert status == 2 and err.count("\n") == 1 and "-m pip install 'gradio" in err
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -24,6 +25,7 @@ from click.core import ParameterSource
 from abreast.errors import AbreastError
 
 Progress = Callable[[int, int], None]
+WHOLE_RUN = 1e9  # seconds
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -253,16 +255,45 @@ def bytes_text(count: float) -> str:
 
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Progress | None]:
-    if quiet or not sys.stderr.isatty():
+    """A bar with the time left; where stderr is no terminal, a line that says it early on."""
+    if quiet:
         yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
+    elif not sys.stderr.isatty():
+        yield TimeLeft(label)
+    else:
+        from rich.console import Console
+        from rich.progress import Progress as Bar
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
+        # the speed since the start: batches may take longer than the default of 30 s
+        with Bar(
+            console=Console(stderr=True), transient=True, speed_estimate_period=WHOLE_RUN
+        ) as bar:
+            task = bar.add_task(label, total=None)
+            before = 0
 
-        def advance(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
+            def advance(done: int, total: int) -> None:
+                nonlocal before
+                if done < before:
+                    bar.reset(task)
+                before = done
+                bar.update(task, completed=done, total=total)
 
-        yield advance
+            yield advance
+
+
+class TimeLeft:
+    """Progress that says once in every stage, at a tenth of it, how long the rest will take."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.done, self.said = label, 0, True
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self.done or done < self.done:  # a stage begins, perhaps where an earlier run ended
+            self.first, self.begun, self.said = done, now, False
+        self.done = done
+        if self.said or (done - self.first) * 10 < total - self.first or done == self.first:
+            return
+        self.said = True
+        if (left := (now - self.begun) / (done - self.first) * (total - done)) >= 60:
+            say(f"{self.label}: about {left / 60:.0f} minutes left")

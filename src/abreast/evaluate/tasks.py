@@ -27,7 +27,7 @@ import torch
 
 from abreast.checkpoint import open_checkpoint, plan_for, resolve, sha256_of, write
 from abreast.data import hub_or_cache
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, install
 from abreast.evaluate import accuracy
 from abreast.evaluate.accuracy import Answers, Evaluation
 from abreast.evaluate.statistics import metric_stderr
@@ -292,7 +292,7 @@ def _harness(module: str) -> Any:
     except ImportError as error:
         reason = "" if (error.name or "").startswith("lm_eval") else f" ({error})"
         raise AbreastError(
-            f"tasks need the lm-evaluation-harness{reason}: pip install 'abreast[eval]'"
+            f"tasks need the lm-evaluation-harness{reason}: {install('eval')}"
         ) from None
 
 

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, install
 from abreast.heal.recipe import Recipe
 from abreast.model import branches_of, decoder_layers
 
@@ -226,6 +226,4 @@ def need(package: str) -> Any:
     try:
         return import_module(package)
     except ImportError:
-        raise AbreastError(
-            f"healing by training needs '{package}': pip install 'abreast[heal]'"
-        ) from None
+        raise AbreastError(f"healing by training needs '{package}': {install('heal')}") from None

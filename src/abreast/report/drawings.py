@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import write
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, install
 from abreast.report.charts import CONFIG, error_bar, interval, png, value_axis
 from abreast.rivals import Measured
 from abreast.study import best_by_depth
@@ -28,7 +28,7 @@ COLOURS = [f"var(--c{i})" for i in range(1, 6)]
 def check_drawing(otherwise: str = "use --no-plots") -> None:
     """Raise AbreastError, naming the way without, where altair or vl-convert is missing."""
     if find_spec("altair") is None or find_spec("vl_convert") is None:
-        raise AbreastError(f"drawing needs altair: pip install 'abreast[report]', or {otherwise}")
+        raise AbreastError(f"drawing needs altair: {install('report')}, or {otherwise}")
 
 
 def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from abreast.checkpoint import finite, write
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, install
 from abreast.planner import KL
 from abreast.report.card import serving
 from abreast.report.charts import (
@@ -50,7 +50,7 @@ def check_extra() -> None:
     lacking = [package for module, package in _EXTRA.items() if find_spec(module) is None]
     if lacking:
         raise AbreastError(
-            f"the report needs {', '.join(lacking)}: pip install 'abreast[report]'; "
+            f"the report needs {', '.join(lacking)}: {install('report')}; "
             "optimize runs without it by --no-report"
         )
 

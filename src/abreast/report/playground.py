@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, install
 from abreast.plan import Plan
 from abreast.planner import KL
 from abreast.report.answers import (
@@ -54,7 +54,7 @@ def check_gradio() -> Any:
     try:
         import gradio
     except ImportError:
-        raise AbreastError("the playground needs gradio: pip install 'abreast[play]'") from None
+        raise AbreastError(f"the playground needs gradio: {install('play')}") from None
     return gradio
 
 

@@ -31,7 +31,7 @@ from abreast.checkpoint import (
 )
 from abreast.engines.llamacpp.deci import llama3_factors, parse_dtype
 from abreast.engines.llamacpp.tokenizer import make_tokenizer, special_ids
-from abreast.errors import AbreastError, CheckpointError, first_line
+from abreast.errors import AbreastError, CheckpointError, first_line, install
 from abreast.families import CONVERTIBLE, Family, all_tensors, complete
 
 # Architectures whose layers were compared with llama.cpp's -> model_type
@@ -126,7 +126,7 @@ def import_gguf(
     check_free(target)
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ImportRefused("reading GGUF needs packages: pip install 'abreast[gguf]'")
+            raise ImportRefused(f"reading GGUF needs packages: {install('gguf')}")
     file = read_file(*_locate(str(model), revision))
     matrices = {t.kind for t in file.tensors.values() if len(t.shape) > 1}
     own = _PLAIN[matrices.pop()] if len(matrices) == 1 and matrices <= {*_PLAIN} else torch.bfloat16

@@ -30,7 +30,7 @@ from abreast.checkpoint import (
 )
 from abreast.engines.llamacpp.deci import ARCHITECTURE, ExportError, Layout, Piece, lay_out
 from abreast.engines.llamacpp.vocabulary import Vocabulary, read_vocabulary
-from abreast.errors import CheckpointError
+from abreast.errors import CheckpointError, install
 from abreast.families import head_dim_of, positive
 from abreast.version import __version__
 
@@ -106,7 +106,7 @@ def _gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise ExportError("writing GGUF needs a package: pip install 'abreast[gguf]'") from None
+        raise ExportError(f"writing GGUF needs a package: {install('gguf')}") from None
     return gguf
 
 

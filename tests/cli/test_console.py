@@ -1,0 +1,26 @@
+"""What the verbs share: progress."""
+
+from abreast.cli import console
+
+
+def test_the_time_left_is_said_once_at_a_tenth_of_every_stage(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    progress = console.TimeLeft("measure")
+
+    def run(first: int, seconds: float) -> list[str]:
+        for done in range(first, 101):
+            clock[0] += seconds
+            progress(done, 100)
+        return capsys.readouterr().err.splitlines()
+
+    assert run(1, 6) == ["abreast: measure: about 9 minutes left"]
+    assert run(1, 0.5) == []  # under a minute
+    assert run(51, 12) == ["abreast: measure: about 9 minutes left"]  # a run that goes on
+
+
+def test_where_stderr_is_no_terminal_the_time_left_is_said(capsys):
+    with console.progress_bar("eval", quiet=False) as progress:
+        assert isinstance(progress, console.TimeLeft)
+    with console.progress_bar("eval", quiet=True) as progress:
+        assert progress is None
