@@ -31,7 +31,7 @@ SHORTER = {
     "plan --speedup": "--data stdlib --windows 8 --window 32 --per-group 1 --max-group 2 "
     "--wirings lp --hardware 2xA100-NVLink",
     "optimize": "--data stdlib --windows 8 --window 32 --per-group 1 --max-group 2 --wirings lp "
-    "--eval-data stdlib --max-tokens 600 --rounds 1 --no-baselines",
+    "--eval-data stdlib --max-tokens 600 --rounds 1",
     "study --sweep": "--data stdlib --windows 2 --window 32 --max-groups 1 --wirings lp",
     "study": "--data stdlib --windows 2 --window 32 --max-length 2 --permutations 1 --devices cpu",
     "heal": "--data stdlib-train --tokens 4000 --window 64 --steps 2 --batch-size 2 "
@@ -134,7 +134,6 @@ ELSEWHERE = {
         "tests/report/test_play.py::test_a_conversion_without_a_run_is_played_against_its_source"
     ),
     "abreast push OUT ORG/NAME": f"needs the network; {PUSH}",
-    "abreast push OUT ORG/NAME --private": f"needs the network; {PUSH}",
     "accelerate launch --multi_gpu --num_processes 8 --module abreast heal MODEL --plan PLAN.yaml "
     "-o OUT --device cuda --shard": "needs GPUs",
     "torchrun --nproc-per-node 2 --module abreast heal MODEL --plan PLAN.yaml -o OUT --shard": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -161,3 +162,12 @@ def test_demo(run, tmp_path):
 
 def test_demo_path(run, demo):
     assert run("demo", "--path") == (0, f"{demo}\n", "")
+
+
+def test_env_says_what_a_bug_report_needs(run):
+    status, out, _ = run("env", "--json")
+    facts = json.loads(out)
+    assert status == 0 and {"python", "torch", "transformers"} <= {*facts["versions"]}
+    assert facts["bfloat16"] in ("native", "emulated") and facts["cores"].isdigit()
+    status, out, _ = run("env")
+    assert status == 0 and re.search(r"^torch +\d", out, re.M)

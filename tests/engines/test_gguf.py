@@ -415,7 +415,15 @@ def test_quantiser_that_fails_leaves_nothing(tiny, tmp_path, monkeypatch):
     made = export(source, tmp_path / "model.gguf", quantization="Q8_0")
     assert made["quantization"] == "Q8_0"
     assert (tmp_path / "model.gguf").read_bytes().endswith(b"Q8_0\n")
-    assert sorted(os.listdir(tmp_path)) == ["model.gguf", "source", "tools"]
+    assert sorted(os.listdir(tmp_path)) == ["model.gguf", "model.gguf.Modelfile", "source", "tools"]
+
+
+def test_ollama_gets_chatml_and_no_other_template():
+    text = writer.ollama_modelfile("m.gguf", "{{ '<|im_start|>' }}")
+    assert 'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}\n' in text
+    assert text.endswith('<|im_start|>assistant\n"""\nPARAMETER stop "<|im_end|>"\n')
+    for other in (None, "[INST]"):
+        assert writer.ollama_modelfile("m.gguf", other) == "FROM ./m.gguf\n"
 
 
 def test_the_verb(tmp_path, monkeypatch, capsys):
@@ -428,6 +436,7 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     assert done.exit_code == 0
     found = json.loads(done.stdout)
     assert found["layers"] == 16 and found["bytes"] == out.stat().st_size
+    assert Path(found["modelfile"]).read_text().startswith("FROM ./model.gguf\n")
     monkeypatch.setitem(sys.modules, "gguf", None)
     done = CliRunner().invoke(cli, ["export", str(model_folder()), "--gguf", f"{out}2"])
     assert isinstance(done.exception, AbreastError)

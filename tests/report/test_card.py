@@ -95,6 +95,8 @@ def test_licence_and_language_come_from_the_original(out, tmp_path):
         ["en", "de"],
     )
     assert "base_model" not in data and "x" not in data["tags"]  # a folder is nothing on the Hub
+    text = card(read_conversion(out))
+    assert str(tmp_path) not in text and "`the original` with" in text
     (original / "README.md").write_text("---\nlicense: [\n---\n")
     assert "license" not in metadata(card(read_conversion(out)))
 
@@ -154,7 +156,8 @@ def test_dry_run_lists_what_would_go(out):
     assert {"config.json", "model.safetensors", "abreast.json", "README.md"} <= set(found["files"])
     assert found["left_out"] == ["notes.txt"] and found["bytes"] == sum(found["files"].values())
     assert not (out / "README.md").exists()
-    assert "org/name (public)" in call("push", out, "org/name", "--dry-run")
+    assert "org/name (private)" in call("push", out, "org/name", "--dry-run")
+    assert "org/name (public)" in call("push", out, "org/name", "--dry-run", "--public")
     write_card(read_conversion(out))
     assert found["files"]["README.md"] == (out / "README.md").stat().st_size
 
@@ -273,7 +276,7 @@ def online(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 
 def test_push(out, hub):
     (out / "notes.txt").write_text("mine")
-    address = call("push", out, "org/name", "--private")
+    address = call("push", out, "org/name")
     assert address.strip() == f"{hub.address}/org/name"
     assert hub.created[0]["name"] == "name" and hub.created[0]["organization"] == "org"
     assert hub.created[0].get("private") is True or hub.created[0].get("visibility") == "private"

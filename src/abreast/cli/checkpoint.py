@@ -271,17 +271,18 @@ def export(
     kind = quantization or "not quantised"
     click.echo(f"{file}: {record['layers']} layers, {kind}, {console.bytes_text(record['bytes'])}")
     click.echo(f"run it: {LLAMACPP.serve.format(file=file)}")
+    click.echo(f"or: ollama create NAME -f {record['modelfile']}")
 
 
 @console.verb()
 @click.argument("out")
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make the repository private.")
+@click.option("--public/--private", help="Make the repository public, if it is new.")
 @click.option(
     "--dry-run", is_flag=True, help="Check everything and list the files, but upload nothing."
 )
 @console.json_option
-def push(out: str, repo: str, private: bool, dry_run: bool, as_json: bool) -> None:
+def push(out: str, repo: str, public: bool, dry_run: bool, as_json: bool) -> None:
     """Upload OUT, a converted checkpoint, to the Hugging Face Hub as REPO (ORG/NAME).
 
     Uploads the model card and the files whose hashes are recorded in OUT, nothing else.
@@ -290,15 +291,15 @@ def push(out: str, repo: str, private: bool, dry_run: bool, as_json: bool) -> No
     from abreast.report import push as run
 
     if not dry_run:
-        address = run(out, repo, private=private)
+        address = run(out, repo, private=not public)
         return console.print_json({"url": address}) if as_json else click.echo(address)
-    upload = prepare(out, repo, private=private)
+    upload = prepare(out, repo, private=not public)
     if as_json:
         return console.print_json(upload.to_dict())
     console.print_table({name: console.bytes_text(size) for name, size in upload.files.items()})
     for name in upload.left_out:
         console.say(f"left out: {name}")
-    kind = "private" if private else "public"
+    kind = "public" if public else "private"
     click.echo(
         f"{len(upload.files)} files, {console.bytes_text(upload.nbytes)}, to {repo} ({kind})"
     )

@@ -12,7 +12,7 @@ import click
 from abreast.cli.checkpoint import convert, export, import_gguf, inspect, push, verify
 from abreast.cli.plan import measure, optimize, plan
 from abreast.cli.quality import evaluate, heal
-from abreast.cli.show import demo, play, report
+from abreast.cli.show import demo, env, play, report
 from abreast.cli.speed import bench, estimate
 from abreast.cli.study import study
 from abreast.errors import AbreastError
@@ -34,7 +34,7 @@ for command in (
     *(evaluate, study, heal),
     *(measure, plan, optimize),
     *(bench, estimate),
-    *(demo, report, play),
+    *(demo, report, play, env),
 ):
     cli.add_command(command)
 

@@ -11,6 +11,13 @@ from abreast.cli import console
 if TYPE_CHECKING:
     from abreast.demo import Demo
 
+FEATURES = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "bf16", "fp16", "sve")
+PACKAGES = (
+    *("tokenizers", "huggingface_hub", "accelerate", "peft", "datasets", "lm_eval"),
+    *("gguf", "altair", "gradio", "vllm", "mlx_lm", "sglang"),
+)
+PROGRAMS = ("vllm", "llama-server", "llama-quantize", "mlx_lm.server", "ollama")
+
 
 @console.verb()
 @click.option("--path", is_flag=True, help="Only print the folder of the bundled model.")
@@ -162,3 +169,33 @@ def play(
         console.say("the playground is closed")
     finally:
         blocks.close(verbose=False)
+
+
+@console.verb()
+@console.json_option
+def env(as_json: bool) -> None:
+    """Print versions, CPU, GPUs and engines, for a bug report."""
+    import shutil
+
+    import torch
+
+    from abreast.model import is_native
+    from abreast.runs import environment, versions_of
+
+    record = environment("auto")
+    features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    facts = {
+        "system": record["system"],
+        "cpu": record["hardware"].get("cpu", "unknown"),
+        "cores": str(record["hardware"]["cores"]),
+        "features": [name for name in FEATURES if features.get(name)],
+        "bfloat16": "native" if is_native(torch.bfloat16, torch.device("cpu")) else "emulated",
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "versions": record["versions"] | versions_of(PACKAGES),
+        "programs": [name for name in PROGRAMS if shutil.which(name)],
+    }
+    if as_json:
+        return console.print_json(facts)
+    versions = facts.pop("versions")
+    rows = {k: ", ".join(v) or "none" if isinstance(v, list) else v for k, v in facts.items()}
+    console.print_table(rows | versions)

@@ -50,6 +50,8 @@ def card(conversion: Conversion) -> str:
     if manifest is None:
         raise AbreastError(f"'{conversion.target}' holds no conversion; convert first")
     source = str(conversion.source or "an unnamed model")
+    path = Path(source).expanduser()  # where it lay is nobody's business
+    shown = path.name if path.is_absolute() or path.exists() else source
     short = re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-.") or "model"
     name = f"{short}-abreast-{plan.depth}"
     wirings = sorted({f"{group.wiring}-wiring" for group in plan.groups})
@@ -70,7 +72,7 @@ def card(conversion: Conversion) -> str:
         plain=plain,
         table=_table,
         name=name,
-        source=source,
+        source=shown,
         plan=plan,
         healed=conversion.healed,
         stages=[describe(stage, group) for stage, group in groups],
@@ -200,7 +202,7 @@ class Upload:
         return {**asdict(self), "bytes": self.nbytes}
 
 
-def prepare(out: str | Path, repo: str, *, private: bool = False) -> Upload:
+def prepare(out: str | Path, repo: str, *, private: bool = True) -> Upload:
     """Check a converted folder and a name on the Hub; list what would be uploaded. No network.
 
     README.md is the model card as `push` will write it, or somebody's own. Raises AbreastError for
@@ -227,8 +229,8 @@ def prepare(out: str | Path, repo: str, *, private: bool = False) -> Upload:
     return Upload(repo, private, dict(sorted(sizes.items())), tuple(sorted(here - set(sizes))))
 
 
-def push(out: str | Path, repo: str, *, private: bool = False) -> str:
-    """Create the repository where it is missing and upload the conversion; return its address.
+def push(out: str | Path, repo: str, *, private: bool = True) -> str:
+    """Upload the conversion, into a new private repository if there is none; return its address.
 
     Arguments and errors as for `prepare`; also an AbreastError without a token or the network, and
     where the Hub refuses. An interrupted upload goes on when called again.

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         check_tokens,
         check_window,
         damaged_record,
+        environment,
         hardware,
         identity_of,
         open_run,

@@ -27,6 +27,7 @@ from abreast.checkpoint import (
     publish,
     read_manifest,
     read_rows,
+    write,
 )
 from abreast.engines.llamacpp.deci import ARCHITECTURE, ExportError, Layout, Piece, lay_out
 from abreast.engines.llamacpp.vocabulary import Vocabulary, read_vocabulary
@@ -86,8 +87,11 @@ def export(
         if quantization:
             quantize(plain, staging, quantization)
         size = staging.stat().st_size
+    modelfile = target.with_name(f"{target.name}.Modelfile")
+    write(modelfile, ollama_modelfile(target.name, vocabulary.chat_template))
     return {
         "out": str(target),
+        "modelfile": str(modelfile),
         "architecture": ARCHITECTURE,
         "layers": len(layout.heads),
         "heads": list(layout.heads),
@@ -100,6 +104,23 @@ def export(
         "bytes": size,
         "warnings": [*layout.warnings, *vocabulary.warnings],
     }
+
+
+def ollama_modelfile(file: str, chat_template: str | None) -> str:
+    """What `ollama create` reads, for a GGUF file beside it.
+
+    Ollama knows Jinja templates by heart or not at all, and wants its own language: ChatML is
+    written out, any other is left to it.
+    """
+    lines = [f"FROM ./{file}"]
+    if chat_template is not None and "<|im_start|>" in chat_template:
+        turn = "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n"
+        answer = "<|im_start|>assistant\n"
+        lines += [
+            f'TEMPLATE """{{{{- range .Messages }}}}{turn}{{{{ end }}}}{answer}"""',
+            'PARAMETER stop "<|im_end|>"',
+        ]
+    return "\n".join(lines) + "\n"
 
 
 def _gguf() -> Any:
