@@ -257,6 +257,12 @@ class Plan(BaseModel):
         return cls._build(data, f"plan file '{path}'")
 
     @classmethod
+    def known(cls, sha256: str) -> dict[int, Plan]:
+        """The plans of this package for the model of this hash, by depth."""
+        plans = (cls.load(file) for file in sorted(FOLDER.glob("*.yaml"), reverse=True))
+        return {plan.depth: plan for plan in plans if plan.sha256 == sha256}
+
+    @classmethod
     def read(cls, argument: str, num_layers: int) -> Plan:
         """What a user typed after ``--plan``: shorthand, a file, or a plan of this package by name.
 

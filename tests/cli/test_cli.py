@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from abreast import plan
+from abreast.checkpoint import open_checkpoint
 from abreast.checkpoint.files import sha256_of
 from abreast.demo import model_folder
+from abreast.plan import Plan
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -171,3 +174,19 @@ def test_env_says_what_a_bug_report_needs(run):
     assert facts["bfloat16"] in ("native", "emulated") and facts["cores"].isdigit()
     status, out, _ = run("env")
     assert status == 0 and re.search(r"^torch +\d", out, re.M)
+
+
+def test_a_known_plan_is_taken_by_hash(run, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "FOLDER", tmp_path)
+    sha256 = open_checkpoint(demo).sha256
+    for depth, groups in ((14, "2+3 4+5"), (15, "2+3")):
+        made = Plan.parse(groups, 16, source="demo", sha256=sha256)
+        (tmp_path / f"demo-{depth}.yaml").write_text(made.to_yaml())
+    status, _, err = run("plan", demo, "-o", tmp_path / "out", "--known")
+    assert status == 2 and "plans of 15, 14 stages for it; choose by --depth" in err
+    status, _, _ = run("plan", demo, "-o", tmp_path / "out", "--known", "--depth", 14)
+    assert status == 0 and Plan.load(tmp_path / "out" / "plan.yaml").depth == 14
+    (tmp_path / "demo-15.yaml").unlink()
+    (tmp_path / "demo-14.yaml").unlink()
+    status, _, err = run("plan", demo, "-o", tmp_path / "other", "--known", "--depth", 14)
+    assert status == 2 and "no plan for" in err and not (tmp_path / "other").exists()

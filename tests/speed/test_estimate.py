@@ -31,6 +31,7 @@ from abreast.speed.prediction import (
     stage_cost,
     stage_seconds,
     table,
+    typical_plan,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,32 @@ def test_collectives_are_counted_as_the_theory_says():
     assert one.all_reduces == (0, 4)
     assert (one.ranks, one.baseline_ranks) == (2, 1)
     assert estimate(CONFIG, PAIRS, on("A100")).all_reduces == (0, 0)
+
+
+def test_devices_that_no_engine_splits_a_plan_over_are_named():
+    uneven = {**CONFIG, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 128}
+    uneven["intermediate_size"] = 9 * 1024
+    assert "layer 0 has 9 attention heads" in estimate(uneven, PAIRS, on("2xH100")).refused
+    for config, setting in (
+        (CONFIG, on("2xH100")),
+        (uneven, on("2xH100", replicated=True)),
+        (uneven, on("3xH100")),
+        (uneven, on("H100")),
+    ):
+        assert estimate(config, PAIRS, setting).refused is None
+
+
+@pytest.mark.parametrize(("layers", "stages"), [(4, 3), (16, 13), (30, 25), (80, 67)])
+def test_a_typical_plan_leaves_five_sixths(layers, stages):
+    assert typical_plan(layers).depth == stages
+
+
+def test_without_a_plan_many_machines_are_shown(tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    status, out, _ = run("estimate", tmp_path)
+    assert status == 0 and "32 -> 27 stages" in out and "8xH100" in out and "Try first" in out
+    status, out, _ = run("estimate", tmp_path, "--json")
+    assert status == 0 and len(json.loads(out)["estimates"]) == 30
 
 
 def test_slower_links_make_fewer_collectives_worth_more():

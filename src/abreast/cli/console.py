@@ -2,8 +2,8 @@
 
 Options that fill a settings dataclass come from its fields: every field with a help text in its
 metadata is an option. Other metadata: `option`, its name where it is not the field's (a flag that
-is on by default gets --no-NAME); `bytes`, for sizes like 5GB; `parse`, a function of the text;
-`options`, of a field that holds such settings in turn.
+is on by default gets --no-NAME); `default`, as text, of a field without one; `bytes`, for sizes
+like 5GB; `parse`, a function of the text; `options`, of a field that holds such settings in turn.
 """
 
 from __future__ import annotations
@@ -150,6 +150,7 @@ def _add_chat(ctx: click.Context, source: str) -> None:
 
 
 def _option(name: str, kind: Any, default: Any, metadata: Mapping[str, Any]) -> click.Option:
+    default = metadata.get("default", default)
     flag = f"--{'no-' if default is True else ''}{name.replace('_', '-')}"
     declared = [name, *str(metadata.get("option", flag)).split()]
     if get_origin(kind) is UnionType:

@@ -117,6 +117,7 @@ def measure(
 @budget_options
 @search_options
 @click.option("--baselines", is_flag=True, help="Compare with published ways to choose a plan.")
+@click.option("--known", is_flag=True, help="Take this package's plan of --depth for MODEL.")
 @click.option(
     "--repeat",
     type=click.IntRange(1),
@@ -134,6 +135,7 @@ def plan(
     budget: Budget,
     search: Search,
     baselines: bool,
+    known: bool,
     repeat: int,
     dry_run: bool,
     calibration: CalibrationSettings,
@@ -145,6 +147,8 @@ def plan(
     """
     from abreast.planner import expect, explain
 
+    if known:
+        return _take_known(model, Path(out), budget.depth, calibration.revision)
     if dry_run:
         expected = expect(model, calibration, depth=budget.depth or 1, per_group=search.per_group)
         return tables.print_expected(expected, as_json)
@@ -298,6 +302,22 @@ def optimize(
     if not no_report:
         rows["report"] = str(Path(out) / "report" / PAGE)
     console.print_table(rows)
+
+
+def _take_known(model: str, out: Path, depth: int | None, revision: str | None) -> None:
+    """Write a plan that comes with the package, if there is one for just this model."""
+    from abreast.checkpoint import open_checkpoint
+    from abreast.plan import Plan
+
+    plans = Plan.known(open_checkpoint(model, revision=revision).sha256)
+    if not plans:
+        raise AbreastError(f"this package has no plan for '{model}'; search one without --known")
+    if depth not in plans:
+        depths = ", ".join(map(str, plans))
+        raise AbreastError(f"this package has plans of {depths} stages for it; choose by --depth")
+    out.mkdir(parents=True, exist_ok=True)
+    plans[depth].save(out / "plan.yaml")
+    console.print_table({"plan": plans[depth].label, "plan file": str(out / "plan.yaml")})
 
 
 def _find(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         shape_of,
         stage_cost,
         stage_seconds,
+        typical_plan,
     )
     from abreast.speed.timing import (
         ORIGINAL,

@@ -26,6 +26,7 @@ import yaml
 from abreast.errors import AbreastError, first_line
 from abreast.families import family_of, head_dim_of, is_tied, num_layers_of, sizes
 from abreast.plan import Group, Plan
+from abreast.targets import TORCH_TP, VLLM, refusals
 
 Phase = Literal["prefill", "decode"]
 Runtime = Literal["graphs", "eager"]
@@ -117,7 +118,7 @@ class Setting:
     """
 
     hardware: Hardware = field(
-        metadata={"help": "Such as A100, 2xA100-NVLink, 8xH100-NVLink.", "parse": hardware_of}
+        metadata={"help": "Such as H100, 8xA100-PCIe.", "parse": hardware_of, "default": "H100"}
     )
     batch: int = 1
     context: int = 1024
@@ -230,7 +231,8 @@ class Estimate:
 
     bound: what limits the speed under the plan, "program" or "device". all_reduces: per forward
     pass, of the original and under the plan. weights, kv_cache: bytes per device. fits: whether
-    they fit into its memory.
+    they fit into its memory. refused: why no engine splits the plan over so many devices, None
+    where one does.
     """
 
     hardware: str
@@ -249,6 +251,7 @@ class Estimate:
     weights: int
     kv_cache: int
     fits: bool
+    refused: str | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -378,7 +381,26 @@ def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimat
         weights=int(weights),
         kv_cache=int(kv_cache),
         fits=weights + kv_cache < setting.hardware.memory,
+        refused=_refused(config, plan, setting),
     )
+
+
+def typical_plan(num_layers: int) -> Plan:
+    """Pairs in the middle, so many that five sixths of the layers are left as stages."""
+    pairs = max(1, round(num_layers / 6))
+    first = (num_layers - 2 * pairs) // 2
+    starts = range(first, first + 2 * pairs, 2)
+    groups = tuple(Group(layers=(start, start + 1)) for start in starts)
+    return Plan(num_layers=num_layers, groups=groups)
+
+
+def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:
+    """Why no engine splits a plan over the devices, None where one does."""
+    if setting.devices == 1 or setting.replicated:
+        return None
+    family, engines = family_of(config), (VLLM, TORCH_TP)
+    reasons = [next(refusals(e, config, family, plan, setting.devices), None) for e in engines]
+    return reasons[0] if all(reasons) else None
 
 
 def _context_bytes(config: Mapping[str, Any], setting: Setting) -> int:
