@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -190,3 +191,9 @@ def test_a_known_plan_is_taken_by_hash(run, demo, tmp_path, monkeypatch):
     (tmp_path / "demo-14.yaml").unlink()
     status, _, err = run("plan", demo, "-o", tmp_path / "other", "--known", "--depth", 14)
     assert status == 2 and "no plan for" in err and not (tmp_path / "other").exists()
+
+
+def test_verbose_lets_libraries_log(run, demo, monkeypatch):
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "error")
+    assert run("inspect", demo, "--verbose")[0] == 0
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == os.environ["HF_HUB_VERBOSITY"] == "info"

@@ -1,4 +1,7 @@
-"""What the verbs share: progress."""
+"""What the verbs share: progress and notes."""
+
+import click
+from click.testing import CliRunner
 
 from abreast.cli import console
 
@@ -24,3 +27,15 @@ def test_where_stderr_is_no_terminal_the_time_left_is_said(capsys):
         assert isinstance(progress, console.TimeLeft)
     with console.progress_bar("eval", quiet=True) as progress:
         assert progress is None
+
+
+def test_quiet_leaves_the_result_only():
+    @console.verb()
+    def note() -> None:
+        console.say("about to begin")
+        with console.progress_bar("note", quiet=False) as progress:
+            click.echo(f"result {progress is None}")
+
+    loud, quiet = (CliRunner().invoke(note, options) for options in ([], ["-q"]))
+    assert (loud.stdout, loud.stderr) == ("result False\n", "abreast: about to begin\n")
+    assert (quiet.stdout, quiet.stderr) == ("result True\n", "")

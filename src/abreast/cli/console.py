@@ -9,6 +9,7 @@ like 5GB; `parse`, a function of the text; `options`, of a field that holds such
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -116,6 +117,7 @@ class SettingsCommand(click.Command):
                 for entry in entries
                 for option in (entry.every() if isinstance(entry, _Settings) else [entry])
             ]
+            self.params += [_noise("-q", "--quiet"), _noise("-v", "--verbose")]
         return super().get_params(ctx)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -138,6 +140,25 @@ def settings(argument: str, module: str, name: str) -> Callable[[Any], Any]:
         return function
 
     return decorate
+
+
+def _noise(short: str, name: str) -> click.Option:
+    """An option that every verb has, kept for `say` and `progress_bar`."""
+
+    def keep(context: click.Context, option: click.Parameter, value: bool) -> None:
+        context.meta[name] = value
+        if value and name == "--verbose":  # libraries that are imported from here on
+            os.environ.update(TRANSFORMERS_VERBOSITY="info", HF_HUB_VERBOSITY="info")
+
+    text = "Print results only." if name == "--quiet" else "Print what libraries log as well."
+    return click.Option(
+        [short, name], is_flag=True, help=text, expose_value=False, callback=keep, is_eager=True
+    )
+
+
+def is_quiet() -> bool:
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get("--quiet"))
 
 
 def _add_chat(ctx: click.Context, source: str) -> None:
@@ -203,7 +224,9 @@ def print_json(data: Any) -> None:
 
 
 def say(message: str) -> None:
-    click.echo(f"abreast: {message}", err=True)
+    """A note on stderr, unless the user wants none."""
+    if not is_quiet():
+        click.echo(f"abreast: {message}", err=True)
 
 
 def print_table(rows: Mapping[str, str]) -> None:
@@ -257,7 +280,7 @@ def bytes_text(count: float) -> str:
 @contextmanager
 def progress_bar(label: str, quiet: bool) -> Iterator[Progress | None]:
     """A bar with the time left; where stderr is no terminal, a line that says it early on."""
-    if quiet:
+    if quiet or is_quiet():
         yield None
     elif not sys.stderr.isatty():
         yield TimeLeft(label)
