@@ -18,11 +18,12 @@ from made_run import LAYERS, NAME, PLAN, SAMPLES, add_plan, make_run, save, spee
 from abreast.errors import AbreastError
 from abreast.evaluate.text import first_difference, sample
 from abreast.plan import Group, Plan
+from abreast.planner import DEFAULT_KL_IS
 from abreast.planner.objective import KL, Cost
 from abreast.report import page as reporting
 from abreast.report.charts import depth_chart, number, painted
 from abreast.report.diagram import describe, draw_plan, draw_stage
-from abreast.report.page import numbers, write_report
+from abreast.report.page import numbers, speed_rows, write_report
 from abreast.report.records import read_conversion, read_run
 from abreast.rivals import Measured
 from abreast.speed.timing import MIN_ROUNDS
@@ -237,12 +238,34 @@ def test_a_report_is_replaced(run):
     assert not list(first.parent.glob(".*"))
 
 
+def test_the_verdict_is_one_of_cost_and_gain(run):
+    last = read_run(run).last
+    quality = {"nll_difference": 0.02, "kl": 0.03, "top1_agreement": 0.9}
+    decode = {**last.speed["decode"], "rounds": 12}
+    (name,) = {*decode["timings"]} - {"original"}
+
+    def verdict(low: float, **changed: float) -> str:
+        timing = {**decode["timings"][name], "ratio": 1.2, "ratio_low": low, "ratio_high": 1.3}
+        timed = {**decode, "timings": {**decode["timings"], name: timing}}
+        return reporting.verdict_of(
+            replace(last, quality={**quality, **changed}, speed={"decode": timed})
+        )
+
+    assert verdict(1.1).endswith("Use it: this is no more than " + DEFAULT_KL_IS + ".")
+    assert "costs +0.020 nats per token (KL 0.030), 10% of next tokens change" in verdict(1.1)
+    assert "decoding is 1.20x as fast [1.10, 1.30] here" in verdict(1.1)
+    assert "Heal it before you use it, or cut less" in verdict(1.1, kl=0.5)
+    assert "not shown to be faster here" in verdict(0.9)
+    assert reporting.verdict_of(replace(last, speed=None)).startswith("Not judged yet")
+
+
 def test_no_speed_is_claimed_from_few_rounds(run):
     save(run / "plans" / NAME / "speed.json", {"rests_on": {}, "result": speed(rounds=2)})
     assert reporting.MIN_ROUNDS == MIN_ROUNDS
     assert "speed" not in {chart.name for chart in reporting._charts(read_run(run))}
-    tiles = reporting._tiles(read_run(run).last)
-    assert ("decode speed", "unknown", "too few rounds to say: 2; use at least 6") in tiles
+    last = read_run(run).last
+    tiles, about = reporting._tiles(last), f"about {speed_rows(last)[1]['ratio']:.2f}x"
+    assert ("decode speed", about, "too few rounds to say: 2; use at least 6") in tiles
 
 
 def test_numbers_that_are_not_finite(run):
@@ -255,7 +278,7 @@ def test_numbers_that_are_not_finite(run):
 
 def test_missing_packages_are_named(run, monkeypatch):
     monkeypatch.setattr(reporting, "find_spec", lambda name: None if name == "altair" else name)
-    with pytest.raises(AbreastError, match=r"needs altair: pip install 'abreast\[report\]'"):
+    with pytest.raises(AbreastError, match=r"needs altair: \S+ -m pip install .*jinja2"):
         write_report(run)
 
 

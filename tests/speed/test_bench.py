@@ -17,6 +17,7 @@ from abreast.speed.benchmark import bench
 from abreast.speed.timing import (
     BenchResult,
     Measurement,
+    claim,
     measure,
     ratio_interval,
     timings,
@@ -342,3 +343,16 @@ def test_unlike_models_are_refused() -> None:
         bench({"a": model, "b": tiny_model(vocabulary=64)}, task="prefill", context=4)
     with pytest.raises(AbreastError, match="nothing to time"):
         bench({}, task="prefill")
+
+
+def test_a_difference_that_half_of_the_rounds_show_is_none() -> None:
+    def said(other: np.ndarray) -> str:
+        seconds = {"original": np.ones(14), "abreast": other}
+        summary = timings(Measurement(seconds, dict.fromkeys(seconds, 1)))
+        return claim(summary["abreast"], rounds=14)
+
+    both = np.full(14, 0.8)
+    assert said(both).startswith("faster by 1.25x")
+    # the interval of the median alone is [1.25, 1.25]
+    first = np.where(np.arange(14) < 10, 0.8, 1.01)
+    assert said(first).startswith("no difference measured here: 1.25x [0.99, 1.25]")

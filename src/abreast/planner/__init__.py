@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         saved_profile,
     )
     from abreast.planner.front import (
+        DEFAULT_KL,
+        DEFAULT_KL_IS,
         FRONT_FILE,
         STATS_FILE,
         Budget,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +87,7 @@ def png(spec: Mapping[str, Any]) -> bytes:
 def depth_chart(rows: Sequence[Measured], objective: Objective, chosen: str | None) -> Chart:
     """The best plan of each depth by an objective, a line per way to choose.
 
-    The axis is logarithmic for divergences, which are never negative. chosen: the plan to mark.
+    The axis is logarithmic unless a plan is better than the original. chosen: the plan to mark.
     """
     import altair as alt
 
@@ -138,6 +138,7 @@ def buy_chart(rows: Sequence[Measured], objective: Objective, about: str) -> lis
 def _points(
     rows: Sequence[Measured], objective: Objective, chosen: str | None
 ) -> list[dict[str, Any]]:
+    logarithmic = _is_logarithmic(objective, (objective.value(row.cost) for row in rows))
     return [
         {
             "method": row.name,
@@ -145,7 +146,7 @@ def _points(
             "plan": row.plan,
             "speedup": row.speedup,
             "times": f"{row.speedup:.2f}x" if row.speedup is not None else "unknown",
-            **error_bar(value, stderr, logarithmic=_is_divergence(objective)),
+            **error_bar(value, stderr, logarithmic=logarithmic),
             "chosen": row.plan == chosen and row.method == "planner" and not row.refit,
         }
         for row in rows
@@ -153,8 +154,12 @@ def _points(
     ]
 
 
-def _is_divergence(objective: Objective) -> bool:
-    return objective.name.endswith("KL")
+def _is_logarithmic(objective: Objective, values: Iterable[float]) -> bool:
+    """Whether its axis is logarithmic, so that one bad plan does not flatten all others.
+
+    Divergences are never negative; a loss may be below the original's.
+    """
+    return objective.name.endswith("KL") or all(value > 0 for value in values)
 
 
 def _curves(points: Sequence[Row], x: Any, objective: Objective) -> dict[str, Any]:
@@ -175,7 +180,9 @@ def _curves(points: Sequence[Row], x: Any, objective: Objective) -> dict[str, An
     )
     shape = alt.Shape("method:N").scale(domain=methods)
     title = f"{objective.label} ({objective.unit})"
-    axis = value_axis(alt.Y, title, logarithmic=_is_divergence(objective))
+    axis = value_axis(
+        alt.Y, title, logarithmic=_is_logarithmic(objective, (point["value"] for point in points))
+    )
     layers = [
         # Vega-Lite makes a legend clickable for the first layer's parameters only
         interval(base, axis).add_params(selection),

@@ -83,6 +83,8 @@ METRICS = (
         model_spec=".2f",
         relative=True,
         interval_spec=".3f",
+        tile="perplexity",
+        small_print="against the original's",
         hub="perplexity",
     ),
     Metric(

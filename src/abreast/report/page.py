@@ -19,7 +19,7 @@ from typing import Any
 
 from abreast.checkpoint import finite, write
 from abreast.errors import AbreastError, install
-from abreast.planner import KL
+from abreast.planner import DEFAULT_KL, DEFAULT_KL_IS, KL
 from abreast.report.card import serving
 from abreast.report.charts import (
     DARK,
@@ -114,6 +114,7 @@ def render(run: Run, charts: list[Chart]) -> str:
         stages=_stages(last) if last is not None else [],
         reason_columns=reason_columns,
         reasons=reasons,
+        verdict=verdict_of(last) if last is not None else "",
         tiles=_tiles(last) if last is not None else [],
         quality=[metric.row(last.quality) for metric in METRICS]
         if last is not None and last.quality
@@ -146,6 +147,28 @@ def numbers(run: Run) -> dict[str, Any]:
             "texts": [dict(zip(_TEXT_COLUMNS, row, strict=True)) for row in text_rows(run)],
         }
     )
+
+
+def verdict_of(conversion: Conversion) -> str:
+    """What the conversion costs, what it brings, and whether to use it, in a sentence or two."""
+    quality, decode = (
+        conversion.quality,
+        {r["phase"]: r for r in speed_rows(conversion)}.get("decode"),
+    )
+    if quality is None or decode is None or not decode["known"]:
+        return "Not judged yet: it takes held-out text and at least six rounds of timing."
+    cost = (
+        f"It costs {quality['nll_difference']:+.3f} nats per token (KL {quality['kl']:.3f}), "
+        f"{1 - quality['top1_agreement']:.0%} of next tokens change"
+    )
+    gain = f"decoding is {decode['ratio']:.2f}x as fast [{decode['low']:.2f}, {decode['high']:.2f}]"
+    if decode["low"] <= 1:
+        advice = "Do not use it on this machine: it is not shown to be faster here."
+    elif quality["kl"] <= DEFAULT_KL:
+        advice = f"Use it: this is no more than {DEFAULT_KL_IS}."
+    else:
+        advice = f"Heal it before you use it, or cut less: this is more than {DEFAULT_KL_IS}."
+    return f"{cost}, and {gain} here. {advice}"
 
 
 def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
@@ -265,7 +288,7 @@ def _tiles(conversion: Conversion) -> list[tuple[str, str, str]]:
                 error = f"± {error} " if error else ""
                 found.append((metric.tile, value, f"{error}{metric.small_print}"))
     for row in speed_rows(conversion):
-        ratio = f"{row['ratio']:.2f}x" if row["known"] else "unknown"
+        ratio = f"{'' if row['known'] else 'about '}{row['ratio']:.2f}x"
         found.append((f"{row['phase']} speed", ratio, row["verdict"]))
     return found
 
