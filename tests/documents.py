@@ -78,6 +78,7 @@ ELSEWHERE = {
     "pip uninstall -y torchvision torchaudio torchcodec triton": "by `make test-vllm`",
     "export VLLM_CPU_KVCACHE_SPACE=4": f"set to 1 by {VLLM}::client",
     "export VLLM_CPU_OMP_THREADS_BIND=0|1": f"set by {VLLM}::client",
+    "abreast demo --model smollm2": "downloads a model: tests/test_demo.py",
     "make demo": f"{TARGET}; what it calls: tests/cli/test_cli.py::test_demo",
     "make test": TARGET,
     "make test-fast": TARGET,

