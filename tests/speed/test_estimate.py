@@ -130,7 +130,24 @@ def test_without_a_plan_many_machines_are_shown(tmp_path, run):
     status, out, _ = run("estimate", tmp_path)
     assert status == 0 and "32 -> 27 stages" in out and "8xH100" in out and "Try first" in out
     status, out, _ = run("estimate", tmp_path, "--json")
-    assert status == 0 and len(json.loads(out)["estimates"]) == 30
+    assert status == 0 and len(json.loads(out)["estimates"]) == 50
+
+
+@pytest.mark.parametrize(
+    ("machine", "nbytes", "least", "most"),
+    [
+        ("2xM3Ultra-Thunderbolt", 8192, 290e-6, 310e-6),  # J. Geerling, 2025: 300 us
+        ("2xM3Ultra-RDMA", 8192, 0, 50e-6),  # the same: below 50 us
+        (
+            "2xH100-fused",
+            32 * 8192 * 2,
+            7e-6,
+            11e-6,
+        ),  # vLLM, pull request 22086: 10 us, norm included
+    ],
+)
+def test_published_exchanges_are_explained(machine, nbytes, least, most):
+    assert least <= hardware_of(machine).all_reduce(nbytes, 2) <= most
 
 
 def test_slower_links_make_fewer_collectives_worth_more():

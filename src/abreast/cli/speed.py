@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from abreast.plan import Plan
     from abreast.speed import Estimate, Job, Report, Setting
 
-MACHINES = ("Xeon", "L40S", "H100", "2xL40S", "2xA100-NVLink", "8xH100")
+MACHINES = (
+    *("Xeon", "H100", "8xH100-fused", "8xH100-NVLink", "2xA100-NVLink", "2xL40S-PCIe"),
+    *("2xRTX4090-PCIe-host", "2xRTX4090-10GbE", "2xM3Ultra-RDMA", "2xM3Ultra-Thunderbolt"),
+)
 batch_option = click.option("--batch", default="1", help="Batch sizes, comma-separated.")
 
 
@@ -262,10 +265,10 @@ def _print_overview(config: Mapping[str, Any], context: int, as_json: bool) -> N
 
     plan = typical_plan(shape_of(config).num_layers)
     cases: dict[str, dict[str, Any]] = {
-        "decode, eager": {"runtime": "eager"},
+        "eager": {"runtime": "eager"},
         "decode": {},
-        "decode, batch 32": {"batch": 32},
-        "decode, int4": {"dtype": "int4"},
+        "batch 32": {"batch": 32},
+        "int4": {"dtype": "int4"},
         "prefill": {"phase": "prefill"},
     }
     rows = {
@@ -285,13 +288,16 @@ def _print_overview(config: Mapping[str, Any], context: int, as_json: bool) -> N
         return f"{entry.speedup:.2f}x" if entry.fits else "too large"
 
     refused = [row["decode"].refused for row in rows.values() if row["decode"].refused]
-    gain = rows["H100"]["decode"].original / rows["H100"]["decode, int4"].original
+    gain = rows["H100"]["decode"].original / rows["H100"]["int4"].original
     notes = [
         *(f"refused: {reason}" for reason in refused[:1]),
         f"Try first: 4-bit weights alone decode {gain:.1f}x as fast on an H100 at batch 1, and "
         "speculative decoding changes no answer. Layers abreast come on top of both.",
     ]
-    notes.append("eager: PyTorch operation by operation; else a serving engine with CUDA graphs.")
+    notes.append(
+        "Decoding at batch 1 in bfloat16, unless the column says otherwise. eager: PyTorch, "
+        "operation by operation; the others: a serving engine with CUDA graphs, or as lean."
+    )
     console.print_columns(
         ("machine", *cases),
         [(machine, *map(cell, row.values())) for machine, row in rows.items()],
