@@ -89,6 +89,10 @@ ELSEWHERE = {
     ".ci/run": "runs all tests, these among them",
     "vllm serve DECI --trust-remote-code": f"{SERVED}tests/real_engines/test_stock.py",
     "mlx_lm.server --model OPENELM": "in mlx-lm, by tests/real_engines/test_stock.py",
+    "abreast plan MODEL -o RUN --wirings lp --device mps": "on a Mac",
+    "abreast convert MODEL --plan RUN/plan.yaml -o OPENELM --format openelm": (
+        "after the line above; with another plan it is run on docs/serving.md"
+    ),
     "vllm serve OUT": f"{SERVED}{VLLM}::client",
     "vllm serve OUT --tensor-parallel-size 4": f"{SERVED}{VLLM}::client",
     "python -m vllm.entrypoints.openai.api_server --model OUT --tensor-parallel-size 2": (

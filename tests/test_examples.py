@@ -48,6 +48,16 @@ def test_custom_objective(small_model: Path, capsys) -> None:
     assert by_kl.startswith("by KL: ") and cautious.startswith("by KL+2se: ")
 
 
+@pytest.mark.slow
+def test_one_gpu_3b(small_model: Path, tmp_path: Path, capsys) -> None:
+    out, small = tmp_path / "shallow", ("--windows", 8, "--tokens", 4096, "--max-kl", 10)
+    text = ("--data", "stdlib-train", "--device", "cpu")
+    run_example("one_gpu_3b.py", small_model, *text, *small, "--out", out)
+    assert json.loads((out / "abreast.json").read_text())["healed"]["method"] == "refit"
+    printed = capsys.readouterr().out
+    assert "same next token" in printed and printed.endswith(f"vllm serve {out}\n")
+
+
 def test_every_example_has_a_test() -> None:
     served = EXAMPLES.parent / "tests/real_engines/test_transformers_serve.py"
     tests = Path(__file__).read_text() + served.read_text()
