@@ -12,7 +12,7 @@ import sys
 import torch
 from torch import nn
 
-from abreast.modeling import Apart
+from abreast.modeling_members import Apart
 from abreast.speed.timing import measure, timings
 
 ROUNDS, REPEATS = 30, 20

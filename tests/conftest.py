@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from made_experts import EXPERTS, ROUTED
 
 # Shared machines stall, so no example has a deadline. What decides about a change must not differ
 # from run to run: CI takes the same examples every time, a developer's machine new ones.
@@ -23,7 +24,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 BIASES = ("attention_bias", "attention_out_bias", "mlp_bias", "use_bias")
-OWN_HEAD_DIM = {"ministral", "hunyuan_v1_dense"}  # do not derive one from the hidden size
+OWN_HEAD_DIM = {
+    "ministral",
+    "hunyuan_v1_dense",
+    "gpt_oss",
+}  # do not derive one from the hidden size
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -77,6 +82,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 "tie_word_embeddings": tied,
                 **({"head_dim": head_dim or 16} if head_dim or family in OWN_HEAD_DIM else {}),
                 **(dict.fromkeys(BIASES, True) if biases else {}),
+                **({**EXPERTS, **ROUTED[family]} if family in ROUTED else {}),
                 **config,
             }
             _save(family, settings, dtype, seed, sharded, folder)
@@ -100,10 +106,13 @@ def _save(
         model = transformers.AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 2:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+            if parameter.dim() >= 2:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
             else:
                 parameter.copy_(noise * 0.3 + (0.0 if name.endswith(".bias") else 1.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
     model.to(getattr(torch, dtype)).save_pretrained(
         folder, max_shard_size="100KB" if sharded else "1GB"
     )

@@ -24,6 +24,7 @@ ONLY = {
     "targets": set(),
     "data": {"numpy"},
     "modeling": {"torch", "transformers", "huggingface_hub.dataclasses.strict"},
+    "modeling_members": {"torch"},
 }
 ONLY_LAZILY = {"data": {"datasets", "huggingface_hub"}}
 # Read without torch: what a run folder holds, estimates, and the search.
@@ -38,7 +39,7 @@ NO_TORCH = {
     ),
     *("report.card", "report.charts", "report.diagram", "report.page", "report.records"),
     *("rivals.choose", "rivals.measured"),
-    *("speed.prediction", "speed.timing"),
+    *("speed.prediction", "speed.shape", "speed.timing"),
 }
 # These may be imported by their own path from outside their chapter.
 OPEN = {"abreast.engines"}
@@ -80,11 +81,13 @@ def faults(module: str, source: str) -> list[str]:
     wrong = []
     for name, line, lazy in imports(source):
         where = f"{module}, line {line}: {name}"
+        if module == "modeling" and name.startswith(".modeling_members."):
+            continue  # travels beside it
         if name.startswith("."):
             wrong.append(f"{where}: write the whole path")
         elif is_inside(name, {"abreast"}):
-            if module == "modeling":
-                wrong.append(f"{where}: modeling ships without the package and must stand alone")
+            if module in ("modeling", "modeling_members"):
+                wrong.append(f"{where}: {module} ships without the package and must stand alone")
             elif name.count(".") < 2 and name.removeprefix("abreast.") not in FILES:
                 wrong.append(f"{where}: import it from the module it lives in")
             wrong += [f"{where}: import it from {chapter}" for chapter in passed_by(module, name)]

@@ -1,8 +1,9 @@
 """Configurations and models of converted checkpoints: stock layers, each of its own width.
 
-This file also travels inside every converted checkpoint as its remote code, so it imports torch
-and transformers only. Stock classes build all decoder layers alike; `Abreast<Family>Config`,
-`...Model` and `...ForCausalLM` build each from its entry in transformers' `per_layer_config`.
+This file also travels inside every converted checkpoint as its remote code, so it imports torch,
+transformers and modeling_members.py beside it only. Stock classes build all decoder layers alike;
+`Abreast<Family>Config`, `...Model` and `...ForCausalLM` build each from its entry in transformers'
+`per_layer_config`.
 
 Some groups keep something apart for each member: a norm after a branch, or FFNs that see different
 attentions. Their entry has `abreast_members` and, where FFN j sees attentions j - d .. j only, d as
@@ -11,7 +12,6 @@ Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
 
 import copy
-import functools
 import importlib
 import math
 from contextvars import ContextVar
@@ -24,13 +24,30 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
+from .modeling_members import (
+    SCORES,
+    Apart,
+    MemberExperts,
+    MemberNorm,
+    MemberRouter,
+    View,
+    forward_of,
+    mix,
+    narrowed,
+    run_narrow,
+    through_views,
+)
+
 # Family in class names -> module below transformers.models; both take the family's own classes.
 SAME = (
     "Llama Mistral Ministral Qwen2 Qwen3 SmolLM3 Granite Ernie4_5 Arcee Starcoder2 Phi3 Gemma "
-    "Gemma2 Gemma3 Olmo Olmo2 Olmo3 Cohere Cohere2 Glm Glm4 Phi Nemotron Exaone4"
+    "Gemma2 Gemma3 Olmo Olmo2 Olmo3 Cohere Cohere2 Glm Glm4 Phi Nemotron Exaone4 Jais2 Mixtral "
+    "Olmoe GraniteMoe"
 )
 FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
+FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
+FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe"}
 # Attentions that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
@@ -39,74 +56,6 @@ ORDERS: tuple[tuple[Any, Any, Any], ...] = (
     ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     (None, "post_attention_layernorm", None),
 )
-
-
-class View(nn.Module):
-    """Stands for a module of `holder`, looked up when it is called: adapters and quantisers replace
-    modules, offloading and hooks act when one is called."""
-
-    def __init__(self, holder: nn.Module, name: str) -> None:
-        super().__init__()
-        self.place = (holder, name)  # in a tuple, so that the holder is no child
-
-    @property
-    def module(self) -> Any:
-        return getattr(*self.place)
-
-    def is_plain(self) -> bool:
-        module = self.module  # nothing but a product with its weight?
-        hooked = "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks
-        return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not hooked
-
-    def forward(self, *args: Any) -> Tensor:
-        return self.module(*args)
-
-
-class Apart(View):
-    """A linear map per member, one below the other: [.., P, in] or [.., P * in] -> [.., P, out].
-    A plain module is one batched product; others run on all inputs, and each takes its outputs."""
-
-    def __init__(self, holder: nn.Module, name: str, members: int) -> None:
-        super().__init__(holder, name)
-        self.members, self.in_features = members, self.module.in_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        module, members = self.module, self.members
-        if x.shape[-1] != self.in_features:
-            x = x.unflatten(-1, (members, self.in_features))
-        if not self.is_plain():
-            return module(x).unflatten(-1, (members, -1)).diagonal(0, -3, -2).mT
-        weight = module.weight.view(members, -1, self.in_features)
-        out = torch.einsum("...px,pyx->...py", x, weight)
-        return out if module.bias is None else out + module.bias.view(members, -1)
-
-
-class ThroughViews:
-    """Mixed into an attention or an FFN: runs its stock code on views of its modules."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        viewing = self.viewing[0]
-        viewing.training = self.training
-        viewing._modules = self._modules | viewing._modules  # vLLM adds one
-        return viewing.forward(*args, **kwargs)
-
-
-def _through_views(module: Any, views: dict[str, nn.Module]) -> None:
-    viewing = copy.copy(module)
-    viewing._modules = {name: views.get(name, View(module, name)) for name in module._modules}
-    mix(module, ThroughViews, viewing=[viewing])  # in a list, so that it is no child
-
-
-class MemberNorm:
-    """Mixed into a stock norm with a row of gains for every member or head, which `lie` in its
-    input flat, [.., P * X], as heads, [B, heads, L, X], or are added, [.., P, X] -> [.., X]."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.lie == "flat":
-            return super().forward(x.unflatten(-1, self.weight.shape)).flatten(-2)
-        if self.lie == "heads":
-            return super().forward(x.transpose(1, 2)).transpose(1, 2)
-        return super().forward(x).sum(-2)
 
 
 class CqilForward:
@@ -122,7 +71,7 @@ class CqilForward:
         y_BLPD = x_BLD.unsqueeze(-2) + a_BLPD
         for distance in range(1, self.bypass + 1):
             y_BLPD[..., distance:, :] += a_BLPD[..., :-distance, :]
-        f_BLD = self.mlp(before(y_BLPD))
+        f_BLD = getattr(self, _ffn(self))(before(y_BLPD))
         return x_BLD + a_BLPD.sum(-2) + last(f_BLD * scale if scale != 1.0 else f_BLD)
 
 
@@ -173,7 +122,11 @@ class Passes:
                 for name, one in (("keys", entry.keys), ("values", entry.values)):
                     setattr(entry, name, one.repeat(1, -(-heads // one.shape[1]), 1, 1)[:, :heads])
         if not self.prompts_in_order or getattr(self.config, "abreast_prefill", "") == "grouped":
-            return super().forward(**given)
+            out = super().forward(**given)
+            if scores := getattr(out, "router_logits", None):  # of a group: member after member
+                rows = out.last_hidden_state.shape[:-1].numel()
+                out.router_logits = tuple(part for all_ in scores for part in all_.split(rows))
+            return out
         tokens = {name: given[name] for name in names[::2] if given[name] is not None}
         (_, length, *_), *_ = (value.shape for value in tokens.values())
         if prompt_tokens is None:
@@ -216,7 +169,7 @@ class InOrder:
             config, used = narrow.self_attn.config, self.self_attn.config
             config._attn_implementation_internal = used._attn_implementation_internal
             own = MemberCache(cache, index, member, config.num_key_value_heads)
-            x = narrow(x, *args, **kwargs, past_key_values=own)
+            x = run_narrow(narrow, x, *args, **kwargs, past_key_values=own)
             added.append(own.added)
         if cache is not None:
             cache.update(*(torch.cat(parts, 1) for parts in zip(*added, strict=True)), index)
@@ -246,82 +199,21 @@ class MemberCache:
         return (key, value) if self.entry is None else self.entry.update(key, value)
 
 
-class Member(View):
-    """One member's part of a wide module, of which only that is computed if it is plain. Its input
-    lies at `spread` (axis, before, after) among zeros, its output at `take` (axis, pieces)."""
+class NoExperts(nn.Threshold):
+    """Is 0 for all there is, and no scores, in layers that expect a router's."""
 
-    def find(self, small: Any, member: int, members: int, packed: list[int] | None) -> None:
-        # small: an unconverted layer's module; packed: sizes of what its output holds in turn
-        self.spread = self.take = self.new_axis = None
-        wide, after = self.module, members - 1 - member
-        if isinstance(wide, nn.Linear):
-            rows, columns = small.weight.shape
-            if wide.in_features != columns:
-                if wide.bias is not None:
-                    raise ValueError("biases were added up: prefill cannot be sequential")
-                self.spread = -1, member * columns, after * columns
-            if wide.out_features != rows:
-                sizes = packed or [rows]
-                starts = [members * sum(sizes[:i]) + member * n for i, n in enumerate(sizes)]
-                self.take = -1, list(zip(starts, sizes, strict=True))
-        elif wide.weight.shape != small.weight.shape:
-            lie, size = getattr(wide, "lie", ""), wide.weight.shape[0] // members
-            size = wide.weight.shape[1] if lie == "flat" else size
-            axis = {"flat": -1, "heads": -3}.get(lie, -2)
-            self.new_axis = not hasattr(self.place[0], "head_dim")  # not of the attention
-            self.spread = axis, member * size, after * size
-            self.take = None if lie == "added" else (axis, [(member * size, size)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        module = self.module
-        if self.is_plain():
-            weight, bias = self._taken(module.weight, 0), self._taken(module.bias, 0)
-            if self.spread:
-                weight = weight.narrow(1, self.spread[1], x.shape[-1])
-            return nn.functional.linear(x, weight, bias)
-        x = x.unsqueeze(-2) if self.new_axis else x
-        if self.spread:
-            x = nn.functional.pad(x, (0, 0) * (-1 - self.spread[0]) + self.spread[1:])
-        out = self._taken(module(x), self.take and self.take[0])
-        return out.squeeze(-2) if self.new_axis and self.take else out
-
-    def _taken(self, wide: Any, axis: Any) -> Any:
-        if self.take is None or wide is None:
-            return wide
-        parts = [wide.narrow(axis, start, size) for start, size in self.take[1]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), None
 
 
-def mix(module: Any, mixin: type, **attributes: Any) -> None:
-    """Put `mixin` before the class of a module, which stays an instance of that class."""
-    if not isinstance(module, mixin):
-        module.__class__ = _mixed(module.__class__, mixin)
-    module.__dict__.update(attributes)
+def _ffn(layer: Any) -> str:
+    return "mlp" if hasattr(layer, "mlp") else "block_sparse_moe"
 
 
-@functools.cache
-def _mixed(kind: Any, mixin: Any) -> type:
-    parts = (*getattr(kind, "mixed_of", (kind,)), mixin)
-    # Its old name lets others know it, but not pickle and copy find it.
-    own = {"mixed_of": parts, "__reduce__": lambda self: (_empty, parts, self.__dict__)}
-    if "forward" in vars(mixin):
-        own["forward"] = _forward_of(mixin, kind)
-    return type(kind.__name__, (mixin, kind), own | {"__module__": kind.__module__})
-
-
-def _forward_of(mixin: Any, kind: Any) -> Any:
-    forward = lambda self, *args, **kwargs: mixin.forward(self, *args, **kwargs)  # noqa: E731
-    return functools.wraps(kind.forward)(forward)  # vLLM reads the stock signature and source
-
-
-def _empty(*parts: Any) -> Any:
-    return (kind := functools.reduce(_mixed, parts)).__new__(kind)
-
-
-def _keep_members(layer: Any, config: Any, attentions: int, norms: Any) -> None:
+def _keep_members(layer: Any, config: Any, attentions: int, norms: Any, bare: Any) -> None:
     """Replace what stays with its member in a wide layer of `attentions` members' attentions."""
     members, bypass, joined = config.abreast_members, config.abreast_bypass, attentions > 1
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp = layer.self_attn, getattr(layer, _ffn(layer))
     children = {name for name, _ in layer.named_children() if name.endswith("norm")}
     if unknown := children - {"input_layernorm", *norms}:
         raise ValueError(f"no order of norms has {min(unknown)}: add the family's to ORDERS")
@@ -332,9 +224,14 @@ def _keep_members(layer: Any, config: Any, attentions: int, norms: Any) -> None:
             continue
         heads = config.num_attention_heads if name[0] == "q" else config.num_key_value_heads
         by_head, gains = norm.weight.shape[0] == attention.head_dim, norm.weight.data
-        norm.weight = nn.Parameter(gains.repeat(heads, 1) if by_head else gains.view(members, -1))
+        size = heads // members * attention.head_dim  # OLMoE's are as long as all heads, or one's
+        norm.weight = nn.Parameter(
+            gains.repeat(heads, 1) if by_head else gains.new_ones(members, size)
+        )
         if not by_head or type(attention).__name__ in HEADS_BEFORE_LENGTH:
             mix(norm, MemberNorm, lie="heads" if by_head else "flat")
+    if routed := hasattr(mlp, "experts"):
+        _keep_experts(mlp, members, bare if bypass is not None else None)
     out = "c_proj" if hasattr(mlp, "c_proj") else "down_proj"
     if not sandwiched and bypass is None:
         return
@@ -344,7 +241,10 @@ def _keep_members(layer: Any, config: Any, attentions: int, norms: Any) -> None:
         rows, columns = members * wide.out_features, wide.in_features // members
         setattr(holder, name, nn.Linear(columns, rows, bias=wide.bias is not None))
     if joined:
-        _through_views(attention, {"o_proj": Apart(attention, "o_proj", members)})
+        through_views(attention, {"o_proj": Apart(attention, "o_proj", members)})
+    if routed:
+        mix(layer, CqilForward, bypass=bypass, norms=norms)
+        return
     views: dict[str, nn.Module] = {out: nn.Sequential(nn.Flatten(-2), View(mlp, out))}
     if sandwiched:
         views = {out: Apart(mlp, out, members)}
@@ -358,7 +258,24 @@ def _keep_members(layer: Any, config: Any, attentions: int, norms: Any) -> None:
             if isinstance(child, nn.Linear) and name != out:
                 views[name] = Apart(mlp, name, members)
         mix(layer, CqilForward, bypass=bypass, norms=norms)
-    _through_views(mlp, views)
+    through_views(mlp, views)
+
+
+def _keep_experts(mlp: Any, members: int, bare: Any) -> None:
+    """Let members choose among their own experts, and, with a config, from inputs of their own."""
+    if hasattr(mlp, "shared_expert_gate"):
+        hidden = mlp.shared_expert_gate.in_features
+        mlp.shared_expert_gate = nn.Linear(hidden, members, bias=False)
+    blocks: list[Any] = []
+    for member in range(members) if bare is not None else ():
+        with torch.device("meta"):
+            block = type(mlp)(bare)
+        blocks.append(narrowed(block, lambda _, own=member: (mlp, own, members), {}))
+    router = mlp.gate if hasattr(mlp, "gate") else mlp.router
+    if type(router).__name__ not in SCORES:
+        raise ValueError(f"how a {type(router).__name__} scores experts is not known: add it")
+    mix(router, MemberRouter, members=members)
+    mix(mlp, MemberExperts, narrow=blocks)
 
 
 def _keep_order(members: list[Any], fed: Any, norms: Any, stock: Any, bare: Any) -> None:
@@ -369,16 +286,14 @@ def _keep_order(members: list[Any], fed: Any, norms: Any, stock: Any, bare: Any)
     if not isinstance(fed, CqilForward):
         packed["gate_up_proj"] = [bare.intermediate_size] * 2
     for index, (layer, place, places) in enumerate(members):
+
+        def wide_of(path: str, layer: Any = layer, own: Any = (place, places)) -> Any:
+            if path.startswith(_ffn(fed)) or path in norms[1:]:
+                return fed, index, len(members)  # noqa: B023
+            return layer, *own
+
         with torch.device("meta"):
-            narrow = stock(bare, layer.self_attn.layer_idx)
-        for path, small in list(narrow.named_modules()):
-            if next(small.parameters(recurse=False), None) is not None:
-                above, _, name = path.rpartition(".")
-                ffn = above.startswith("mlp") or path in norms[1:]
-                view = Member((fed if ffn else layer).get_submodule(above), name)
-                member, count = (index, len(members)) if ffn else (place, places)
-                view.find(small, member, count, packed.get(name))
-                setattr(narrow.get_submodule(above), name, view)
+            narrow = narrowed(stock(bare, layer.self_attn.layer_idx), wide_of, packed)
         if place == 0:
             mix(layer, InOrder, narrow=[])  # a list, so that they are no children
         layer.narrow.append(narrow)
@@ -429,12 +344,14 @@ class LayersOfOwnWidth(PreTrainedModel):
             attentions = own.num_attention_heads // bare.num_attention_heads
             members += [(layer, place, attentions) for place in range(attentions)]
             if not has_ffn:
-                layer.mlp = nn.Threshold(math.inf, 0.0)  # is 0 for all there is
+                scored = type(layer).__name__ == "GptOssDecoderLayer"
+                nothing = (NoExperts if scored else nn.Threshold)(math.inf, 0.0)  # 0 for all
+                setattr(layer, _ffn(layer), nothing)
                 for name in filter(None, norms[1:]):
                     setattr(layer, name, nn.Identity())
                 continue
             if getattr(own, "abreast_members", 1) > 1:
-                _keep_members(layer, own, attentions, norms)
+                _keep_members(layer, own, attentions, norms, bare)
             if sequential and len(members) > 1:
                 _keep_order(members, layer, norms, self.layer_class, bare)
             members = []
@@ -474,7 +391,7 @@ def _make(family: str) -> None:
     own = {"layer_class": getattr(stock, f"{family}DecoderLayer"), "config_class": config}
     own |= {"__module__": __name__, "__annotations__": {"config": config}}
     body, head = (getattr(stock, name) for name in (f"{inner}Model", f"{family}ForCausalLM"))
-    passing = own | {"forward": _forward_of(Passes, body)}
+    passing = own | {"forward": forward_of(Passes, body)}
     model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, Passes, body), passing)
     causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
     kinds = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal}

@@ -31,6 +31,8 @@ class FamilyFacts(Protocol):
     @property
     def flat_norms(self) -> tuple[tuple[str, str], ...]: ...
     @property
+    def routes(self) -> bool: ...
+    @property
     def vllm_layers(self) -> bool: ...
     @property
     def deci_lacks(self) -> str | None: ...
@@ -141,7 +143,9 @@ def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -
         Layer(
             heads=len(block.attentions) * single.heads,
             kv_heads=len(block.attentions) * single.kv_heads,
-            intermediate=len(block.ffns) * single.intermediate,
+            # experts stay as wide as they are, and become more
+            intermediate=min(len(block.ffns), 1 if family.routes else len(block.ffns))
+            * single.intermediate,
             members=members_of(family, block),
             band=band_of(family, block),
         )
@@ -156,7 +160,7 @@ def band_of(family: FamilyFacts, block: Block) -> int | None:
 
 def members_of(family: FamilyFacts, block: Block) -> int:
     """How many members' parts a layer keeps apart, 1 if it is a stock layer of whatever width."""
-    ffns = band_of(family, block) is not None or family.member_norms
+    ffns = band_of(family, block) is not None or family.member_norms or family.routes
     attentions = family.keeps_members and len(block.attentions) > 1
     return len(block.ffns) if attentions or (ffns and len(block.ffns) > 1) else 1
 
@@ -221,12 +225,21 @@ def _in_order(model: Model, engine: str) -> Iterator[str]:
         )
 
 
+def _experts(model: Model, engine: str) -> Iterator[str]:
+    if model.family is not None and model.family.routes:
+        yield (
+            f"{engine} does not run groups of layers with experts, whose members each choose among "
+            "their own; serve the checkpoint with transformers"
+        )
+
+
 def _vllm(model: Model, degree: int) -> Iterator[str]:
     if model.config.get("abreast_prefill") == "sequential":
         yield (
             "this checkpoint asks for sequential prefill, which vLLM cannot run; serve it grouped "
             "with --hf-overrides '{\"abreast_prefill\": null}', or convert it again without"
         )
+    yield from _experts(model, "vLLM")
     yield from _in_order(model, "vLLM")
     reason = undivided(model, degree)
     if reason:
@@ -265,6 +278,7 @@ def _torch_tp(model: Model, degree: int) -> Iterator[str]:
         return
     if model.config.get("abreast_prefill") == "sequential":
         yield "sequential prefill runs on 1 process only; unset it to use several"
+    yield from _experts(model, "torch_tp")
     apart = any(layer.members > 1 for layer in model.layers)
     if apart and (model.family is None or model.family.member_norms or model.family.flat_norms):
         yield "groups with norms after a branch cannot be spread over processes; use 1 process"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from abreast.checkpoint import open_checkpoint
 from abreast.convert import rewrite
+from abreast.convert.config import REMOTE_CODE
 from abreast.convert.rewrite import convert, preview
 from abreast.convert.rules import FoldError
 from abreast.evaluate import Tasks, evaluate_tasks
@@ -304,7 +305,7 @@ def test_only_what_belongs_to_the_model_travels(
     written = files(tmp_path / "out")
     for name in travels - {"tokenizer.json", "tokenizer_config.json"}:
         assert written[name] == (source / name).read_bytes()
-    ours = {"config.json", "model.safetensors", "abreast.json", "modeling.py"}
+    ours = {"config.json", "model.safetensors", "abreast.json", *REMOTE_CODE}
     assert set(written) == travels | ours | {"generation_config.json"}
     assert not written["abreast.json"].startswith(b"this is")
     (warning,) = preview(source, PLAN).warnings

@@ -104,6 +104,10 @@ def config_of(draw: st.DrawFn, families: list[str], num_layers: int) -> dict[str
         "mlp_bias": draw(st.booleans()),
         "use_bias": draw(st.booleans()),
         "tie_word_embeddings": draw(st.booleans()),
+        "num_experts": draw(st.integers(1, 4)),
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": draw(st.integers(1, 4)),
+        "n_shared_experts": 1,
     }
 
 

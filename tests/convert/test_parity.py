@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, StaticCache
 
+from abreast.convert.config import REMOTE_CODE
 from abreast.convert.rewrite import convert
 from abreast.convert.rules import FoldError
 from abreast.errors import AbreastError
@@ -247,6 +248,18 @@ EVERY: dict[str, dict[str, Any]] = {
     "olmo3": {"layer_types": ALIKE, "sliding_window": 5},
     "exaone4": {"layer_types": ALIKE, "sliding_window": 5},
     "hunyuan_v1_dense": {"head_dim": 16},
+    "jais2": {},
+    "mixtral": {"sliding_window": 5},
+    "qwen2_moe": {},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {},
+    "granitemoe": {"residual_multiplier": 0.7, "attention_multiplier": 0.3},
+    "gpt_oss": {"layer_types": ALIKE, "sliding_window": 5, "attention_bias": False},
+    "glm4_moe": {
+        **{"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "use_qk_norm": True},
+        **{"first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
+    },
+    "ernie4_5_moe": {"moe_layer_start_index": 1},
 }
 # These have output biases, of which a group keeps only the sum.
 SUMMED_BIAS = {name for name, row in FAMILY_ROWS.items() if row.norm_bias}
@@ -356,6 +369,20 @@ def test_a_window_or_a_scaled_rope_shows_in_the_logits(converted, family, settin
     assert difference(got, without) > 100 * FLOAT32
 
 
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("qwen2_moe", {"mlp_only_layers": [0, 1, 2]}),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}),
+        ("glm4_moe", {"first_k_dense_replace": 3}),
+        ("ernie4_5_moe", {"moe_layer_start_index": 3}),
+    ],
+)
+@pytest.mark.parametrize("plan", ["1+2 3+4", "1|2 3~4"])
+def test_layers_without_experts_share_groups_of_their_own(converted, family, settings, plan):
+    agree(*pair(converted(family, plan, **settings), plan))
+
+
 def test_agree_sees_another_plan_and_an_ungrouped_original(converted):
     original, out = converted("llama")
     model = load(out)[0]
@@ -462,7 +489,12 @@ def test_gradient_checkpointing_changes_no_gradient(converted, family):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize(
-    ("family", "plan"), [*((f, PLAN) for f in FAMILIES), ("llama", "1~2"), ("gemma3_text", "1~2")]
+    ("family", "plan"),
+    [
+        *((f, PLAN) for f in FAMILIES),
+        *(("llama", "1~2"), ("gemma3_text", "1~2")),
+        *(("qwen3_moe", PLAN), ("qwen2_moe", "1|2 3~4")),
+    ],
 )
 def test_save_pretrained_round_trip(converted, tmp_path, family, plan, tied):
     _, out = converted(family, plan, tied=tied, **EVERY[family])
@@ -471,12 +503,13 @@ def test_save_pretrained_round_trip(converted, tmp_path, family, plan, tied):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
     with torch.inference_mode():
         assert torch.equal(uncached(again), uncached(model))
-    assert (out / "modeling.py").read_bytes() == (tmp_path / "again/modeling.py").read_bytes()
+    for name in REMOTE_CODE:
+        assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     first, second = (json.loads((p / "config.json").read_text()) for p in (out, tmp_path / "again"))
     for key in ("model_type", "architectures", "auto_map", "per_layer_config", "abreast"):
         assert second[key] == first[key], key
     assert set(second["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
-    assert len(second["per_layer_config"]) == 2
+    assert len(second["per_layer_config"]) == len(first["per_layer_config"])
 
 
 @each_family
@@ -546,6 +579,7 @@ torch.save(results, job["results"])
 def test_remote_code_without_abreast(converted, tmp_path):
     """Trusted, the checkpoint alone is enough; not trusted, none of its code runs."""
     plans = dict(zip(FAMILIES, (PLAN, "1|2 3~4", "1~2 3+4"), strict=True))
+    plans |= {"qwen2_moe": PLAN, "mixtral": "1|2 3~4"}
     folders = {family: converted(family, plan)[1] for family, plan in plans.items()}
     trap = tmp_path / "trap"
     marker = tmp_path / "marker"
@@ -579,7 +613,10 @@ def test_remote_code_without_abreast(converted, tmp_path):
         original, out = converted(family, plan)
         model = load(out)[0]
         with torch.inference_mode():
-            assert torch.equal(results[family], uncached(model)), family
+            if family in FAMILIES:
+                assert torch.equal(results[family], uncached(model)), family
+            else:  # experts are multiplied where they lie, which is elsewhere in another process
+                assert difference(results[family], uncached(model)) <= 1e-5, family
             text = greedy(model, tokens(2, LENGTH)[:, :8])
             assert results[f"{family}.text"].tolist() == text, family
             reference = load(original)[0]
@@ -601,4 +638,4 @@ def test_a_norm_that_no_order_has_is_an_error():
         setattr(layer, name, torch.nn.Identity())
     config = SimpleNamespace(abreast_members=2, abreast_bypass=0, hidden_size=8)
     with pytest.raises(ValueError, match="pre_feedforward_layernorm"):
-        _keep_members(layer, config, 2, ORDERS[2])
+        _keep_members(layer, config, 2, ORDERS[2], None)

@@ -137,6 +137,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": {},
     "starcoder2": {},
     "nemotron": {},
+    "qwen2_moe": {},
+    "gpt_oss": {"layer_types": ["full_attention"] * 6},
+    "ernie4_5_moe": {},
 }
 
 

@@ -15,13 +15,21 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_experts import EXPERTS, ROUTED
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abreast.errors import AbreastError
 from abreast.families.table import FAMILIES
-from abreast.model.grouping import GroupingError, apply, decoder_layers, grouped, remove
+from abreast.model.grouping import (
+    GroupingError,
+    apply,
+    branches_of,
+    decoder_layers,
+    grouped,
+    remove,
+)
 from abreast.plan import Plan, PlanError
 
 LAYERS = 5
@@ -29,18 +37,15 @@ LENGTH = 20
 TOLERANCE = 1e-5  # of the largest absolute value of what is compared
 FULL, SLIDING = "full_attention", "sliding_attention"
 MIXED = {"layer_types": [FULL, SLIDING, FULL, SLIDING, SLIDING], "sliding_window": 5}
-MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-QWEN_MOE = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
 
 # case -> (model_type, config keys that differ from SIZES)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
+    **{name: (name, {**EXPERTS, **own}) for name, own in ROUTED.items()},
     "mistral": ("mistral", {"sliding_window": 5}),
     "ministral": ("ministral", {"sliding_window": 5}),
-    "mixtral": ("mixtral", {**MOE, "sliding_window": 5}),
+    "mixtral": ("mixtral", {**EXPERTS, **ROUTED["mixtral"], "sliding_window": 5}),
     "qwen2": ("qwen2", {**MIXED, "use_sliding_window": True}),
-    "qwen2_moe": ("qwen2_moe", {**MOE, **QWEN_MOE}),
-    "qwen3_moe": ("qwen3_moe", {**MOE, **QWEN_MOE, "norm_topk_prob": True}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0, 1, 0]}),
     "starcoder2": ("starcoder2", {"sliding_window": 5}),
     "gemma2": ("gemma2", MIXED),
@@ -186,7 +191,7 @@ class Stock:
         return found
 
     def a(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        with silenced(self._part(index, ("mlp",))):
+        with silenced(self._part(index, ("mlp", "block_sparse_moe"))):
             return self.layer(index, x) - x
 
     def f(self, index: int, y: torch.Tensor) -> torch.Tensor:
@@ -498,7 +503,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(case):
         return hook
 
     for index, layer in enumerate(decoder_layers(model)):
-        layer.mlp.register_forward_pre_hook(count(index))
+        getattr(layer, branches_of(model).mlp).register_forward_pre_hook(count(index))
     with grouped(model, "1+2 3|4"):
         plain = gradients(model, *batches)
         assert calls == [len(batches)] * LAYERS

@@ -224,8 +224,7 @@ def alone(tmp_path):
     "family", ["llama", "gemma2", "olmo2", "cohere", "phi3", "gpt_neox", "stablelm", "qwen3_moe"]
 )
 def test_families_run_grouped_when_sharded(tiny_checkpoint, alone, family):
-    few = {"num_experts": 4, "num_experts_per_tok": 2} if "moe" in family else {}
-    model, _ = load(tiny_checkpoint(family, **few))
+    model, _ = load(tiny_checkpoint(family))
     sharded = copy.deepcopy(model)
     shard(sharded, torch.device("cpu"))
     assert all(isinstance(p, DTensor) for p in sharded.parameters())

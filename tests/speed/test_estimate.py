@@ -26,13 +26,13 @@ from abreast.speed.prediction import (
     forward_cost,
     hardware_of,
     read_config,
-    shape_of,
     speedup,
     stage_cost,
     stage_seconds,
     table,
     typical_plan,
 )
+from abreast.speed.shape import shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -72,6 +72,30 @@ def test_decode_on_an_ideal_device_is_the_time_to_read_everything():
     assert found == pytest.approx(want, rel=1e-3)  # the rest are the gaps between kernels
     # The same weights are read in groups: nothing but kernels can be won on one device.
     assert speedup(CONFIG, PAIRS, Setting(ideal, context=5000)) == pytest.approx(1, rel=1e-3)
+
+
+def test_tokens_read_only_the_experts_that_they_choose():
+    """Qwen3-30B-A3B: 30.5e9 parameters, 3.3e9 active, says its model card."""
+    config = {
+        **{"model_type": "qwen3_moe", "hidden_size": 2048, "num_hidden_layers": 48},
+        **{"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"intermediate_size": 6144, "moe_intermediate_size": 768, "vocab_size": 151936},
+        **{"num_experts": 128, "num_experts_per_tok": 8},
+    }
+    ideal = replace(hardware_of("H100"), bandwidth=1e9, flops=(("bfloat16", 1e30),))
+    group = Plan.parse("14+15", 48)
+    assert estimate(config, group, Setting(ideal)).weights / 2 == pytest.approx(30.5e9, rel=0.01)
+
+    def read(batch: int) -> float:
+        cost = forward_cost(config, None, Setting(ideal, context=1, batch=batch))
+        return cost.seconds * 1e9 * table()["fractions"]["bandwidth"] / 2
+
+    assert read(1) + 151936 * 2048 == pytest.approx(3.35e9, rel=0.02)  # with the embedding
+    assert read(1) < read(2) < 2 * read(1)
+    assert read(500) == pytest.approx(30.2e9, rel=0.02)
+    eager = Setting(hardware_of("A100"), runtime="eager")
+    dense = forward_cost(CONFIG, None, eager).host / 32
+    assert forward_cost(config, None, eager).host / 48 > dense, "experts launch more"
 
 
 def test_long_prompts_are_bound_by_arithmetic():

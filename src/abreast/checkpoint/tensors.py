@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,7 +54,10 @@ DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies. offset and nbytes are bytes in `file`; dtype is safetensors' name."""
+    """Where one tensor lies. offset and nbytes are bytes in `file`; dtype is safetensors' name.
+
+    parts: equal tensors whose rows it has. [experts, rows, columns] has experts * rows of them.
+    """
 
     name: str
     file: Path
@@ -61,11 +65,15 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    parts: tuple[TensorInfo, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else math.prod(self.shape)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one step along the first dimension."""
-        return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
+        return self.nbytes // max(1, self.rows)
 
 
 @dataclass(frozen=True)
@@ -217,9 +225,14 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             )
     known = all_tensors(family, {**config, "tie_word_embeddings": False})
     prefix = family.layer_prefix.split(".")[0] + "."
-    for name, tensor in checkpoint.tensors.items():
+    for stored, tensor in checkpoint.tensors.items():
+        name = stored
+        for pattern, own in family.renames:
+            name = re.sub(pattern, own, name)
         short = name.removeprefix(prefix)
         full = short if short in known else prefix + name if prefix + name in known else name
+        if re.search(r"\.experts\.\d+\.", name):  # of one expert, see `_packed`
+            full = prefix + short.removeprefix(prefix)
         if full in tensors:
             raise CheckpointError(
                 f"'{source}' holds tensor '{full}' twice, also as '{tensors[full].name}'; "
@@ -227,6 +240,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             )
         tensors[full] = tensor
     dropped = {name for name in tensors if name.endswith(family.ignore)}
+    tensors = _packed(source, tensors, known)
     warnings = []
     if is_tied(config) and (head := tensors.get(family.head)) is not None:
         if family.embedding not in tensors:
@@ -257,6 +271,31 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     )
 
 
+def _packed(
+    source: str, tensors: Mapping[str, TensorInfo], known: Mapping[str, tuple[int, ...]]
+) -> dict[str, TensorInfo]:
+    """Tensors of one expert joined to those of all: gate and up of one, then of the next."""
+    left = dict(tensors)
+    for name, shape in known.items():
+        above, _, last = name.rpartition(".")
+        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
+        if names is None or f"{above}.0.{names[0]}.weight" not in left:
+            continue
+        experts = range(min(shape[0], len(tensors)))  # config.json may say any number
+        parts = []
+        for part in (f"{above}.{e}.{n}.weight" for e in experts for n in names):
+            _check_tensor(source, left.get(part), part, (shape[1] // len(names), shape[2]))
+            parts.append(left.pop(part))
+            if parts[-1].dtype != parts[0].dtype:
+                raise CheckpointError(
+                    f"tensor '{parts[-1].name}' has dtype {parts[-1].dtype}, other experts "
+                    f"{parts[0].dtype}; give a checkpoint whose experts are all alike"
+                )
+        size = sum(part.nbytes for part in parts)
+        left[name] = TensorInfo(name, parts[0].file, parts[0].dtype, shape, -1, size, tuple(parts))
+    return left
+
+
 def _check_tensors(
     source: str,
     tensors: Mapping[str, TensorInfo],
@@ -264,22 +303,7 @@ def _check_tensors(
     described: str,
 ) -> None:
     for name, shape in expected.items():
-        tensor = tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(
-                f"tensor '{name}' is missing from '{source}': config.json describes it, no shard "
-                "has it; download the checkpoint again, or correct config.json"
-            )
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
-                f"{list(shape)}; weights and config do not belong together"
-            )
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"tensor '{tensor.name}' has dtype {tensor.dtype}, which cannot be converted; "
-                "give the checkpoint in float32, bfloat16 or float16"
-            )
+        _check_tensor(source, tensors.get(name), name, shape)
     unknown = [tensor.name for name, tensor in tensors.items() if name not in expected]
     if unknown:
         raise CheckpointError(
@@ -288,18 +312,46 @@ def _check_tensors(
         )
 
 
+def _check_tensor(
+    source: str, tensor: TensorInfo | None, name: str, shape: tuple[int, ...]
+) -> None:
+    if tensor is None:
+        raise CheckpointError(
+            f"tensor '{name}' is missing from '{source}': config.json describes it, no shard "
+            "has it; download the checkpoint again, or correct config.json"
+        )
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
+            f"{list(shape)}; weights and config do not belong together"
+        )
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(
+            f"tensor '{tensor.name}' has dtype {tensor.dtype}, which cannot be converted; "
+            "give the checkpoint in float32, bfloat16 or float16"
+        )
+
+
 def _same_values(one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two tensors hold equal numbers; those of unlike shape or dtype never do."""
     if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES:
         return False
     step = max(1, COMPARE_BYTES // max(1, one.row_bytes))
-    spans = ((start, min(one.shape[0], start + step)) for start in range(0, one.shape[0], step))
+    spans = ((start, min(one.rows, start + step)) for start in range(0, one.rows, step))
     return all(read_rows(one, *span).equal(read_rows(other, *span)) for span in spans)
 
 
 def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows start..stop (exclusive) of a tensor along its first dimension, as a fresh CPU tensor."""
-    stop = tensor.shape[0] if stop is None else stop
+    """Rows start..stop (exclusive) of a tensor as a fresh CPU tensor, [rows, columns] or [rows]."""
+    stop = tensor.rows if stop is None else stop
+    if tensor.parts:
+        size = tensor.parts[0].rows
+        spans = [
+            (part, max(start - index * size, 0), min(stop - index * size, size))
+            for index, part in enumerate(tensor.parts)
+            if index * size < stop and start < (index + 1) * size
+        ]
+        return torch.cat([read_rows(*span) for span in spans])
     buffer = torch.empty((stop - start) * tensor.row_bytes, dtype=torch.uint8)
     try:
         with tensor.file.open("rb") as file:
@@ -309,7 +361,7 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
         raise CheckpointError(f"'{tensor.file}' cannot be read: {error.strerror}") from None
     if count < len(buffer):
         raise CheckpointError(f"'{tensor.file}' ended while it was read; download it again")
-    return buffer.view(DTYPES[tensor.dtype]).view(stop - start, *tensor.shape[1:])
+    return buffer.view(DTYPES[tensor.dtype]).view(stop - start, *tensor.shape[1:][-1:])
 
 
 @dataclass(frozen=True)

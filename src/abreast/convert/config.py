@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from abreast.checkpoint import read_json
-from abreast.convert.rules import attention_kinds, rope_layers
-from abreast.families import Family, head_dim_of
+from abreast.convert.rules import FoldError, attention_kinds, rope_layers
+from abreast.families import Family, expert_layers, head_dim_of
 from abreast.model import load_tokenizer
 from abreast.plan import Block, Plan
 from abreast.targets import band_of, members_of
 
-# save_pretrained writes the file back under the name of its module: keep the two the same.
-REMOTE_CODE = "modeling.py"
+# save_pretrained writes the files back under the names of their modules: keep them the same.
+REMOTE_CODE = ("modeling.py", "modeling_members.py")
 
 
 def converted_config(
@@ -37,6 +37,7 @@ def converted_config(
         abreast={"num_layers": plan.num_layers, "plan": plan.shorthand},
         **base,
         **_per_layer_lists(config, plan),
+        **_expert_places(config, family, plan),
     )
     sequential = prefill == "sequential"
     if sequential:
@@ -53,14 +54,14 @@ def converted_config(
         return new
     digits = len(str(len(plan.blocks) - 1))
     new["per_layer_config"] = {
-        str(index).zfill(digits): _layer_entry(family, block, base)
+        str(index).zfill(digits): _layer_entry(family, config, block, base)
         for index, block in enumerate(plan.blocks)
         if block.group is not None
     }
     if apart:
         # The schema wants a global value for whatever a layer may override.
         new.update(abreast_members=1, abreast_bypass=None)
-    module, name = REMOTE_CODE.removesuffix(".py"), family.converted
+    module, name = REMOTE_CODE[0].removesuffix(".py"), family.converted
     new.update(
         model_type=family.converted_type,
         architectures=[name],
@@ -79,11 +80,16 @@ def _common_width(plan: Plan) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def _layer_entry(family: Family, block: Block, base: Mapping[str, int]) -> dict[str, Any]:
+def _layer_entry(
+    family: Family, config: Mapping[str, Any], block: Block, base: Mapping[str, int]
+) -> dict[str, Any]:
     """What a layer of a group overrides in the config."""
     attentions, ffns = len(block.attentions), len(block.ffns)
     times = {key: ffns if key == "intermediate_size" else attentions for key in base}
     entry: dict[str, Any] = {key: n * base[key] for key, n in times.items() if n != 1}
+    if expert_layers(family, config)[block.attentions[0]] and ffns > 1:
+        entry.pop("intermediate_size", None)
+        entry |= {key: ffns * config[key] for key in family.expert_keys if config.get(key)}
     for matrix in family.matrices:
         if matrix.bias in family.grown_biases:
             joined = ffns if family.is_ffn(matrix.name) else attentions
@@ -91,6 +97,27 @@ def _layer_entry(family: Family, block: Block, base: Mapping[str, int]) -> dict[
     members, band = members_of(family, block), band_of(family, block)
     entry |= {"abreast_members": members} if members > 1 else {}
     return entry | ({"abreast_bypass": band} if band is not None else {})
+
+
+def _expert_places(config: Mapping[str, Any], family: Family, plan: Plan) -> dict[str, Any]:
+    """Config keys that say which layers of the conversion have experts."""
+    if not family.dense:
+        return {}
+    routed = expert_layers(family, config)
+    kinds = [routed[block.attentions[0]] for block in plan.blocks]
+    dense = [index for index, experts in enumerate(kinds) if not experts]
+    if not {"first_k_dense_replace", "moe_layer_start_index"} & config.keys():
+        return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+    first = kinds.index(True) if any(kinds) else len(kinds)
+    last = len(kinds) - 1 - kinds[::-1].index(True) if any(kinds) else -1
+    if not all(kinds[first : last + 1]):
+        raise FoldError(
+            f"layers with experts do not follow each other (moe_layer_interval "
+            f"{config.get('moe_layer_interval')}), which a conversion cannot say"
+        )
+    if "first_k_dense_replace" in config:
+        return {"first_k_dense_replace": first}
+    return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": 1}
 
 
 def _per_layer_lists(config: Mapping[str, Any], plan: Plan) -> dict[str, list[Any]]:

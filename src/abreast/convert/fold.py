@@ -3,7 +3,8 @@
 With RMSNorm, N(x) = xhat * g, and W (xhat * g) = (W diag(g)) xhat: the gain folds into the columns
 of every matrix that reads the norm. All members of an lp group then read one xhat, so their
 matrices stack along output rows (q, k, v, gate, up) or input columns (o, down), and the group is
-one stock layer with p times the heads and intermediate size and gains of 1. Where attentions run in
+one stock layer with p times the heads and intermediate size and gains of 1; experts and their
+routers stack, too, and every member goes on choosing among its own. Where attentions run in
 order (ff), each stays a layer without FFN, and only the FFNs are joined, in the last. Exact but for
 one rounding: products are formed in float32, where those of two half-precision numbers are exact,
 and cast once.
@@ -22,7 +23,9 @@ from abreast.families import (
     Family,
     Matrix,
     Padding,
+    Stack,
     all_tensors,
+    expert_layers,
     has_bias,
     head_dim_of,
     layer_tensors,
@@ -46,7 +49,8 @@ class TensorRule:
     members: names of the source tensors that this rule consumes. gains, shifts, weights: others
     that it reads, one per member, consumed by rules of their own. gain_offset: added to gains.
     like: for a bias that has no source, the matrix it belongs to; the members' are then 0.
-    padding: zeros that a format puts between, after all else.
+    padding: zeros that a format puts between, after all else. axis: the one along which members
+    are stacked, all before it being 1. transposed: gains scale the next to last axis, not the last.
     """
 
     name: str
@@ -61,6 +65,8 @@ class TensorRule:
     fill: float = 1.0
     like: str = ""
     padding: Padding | None = None
+    axis: int = 0
+    transposed: bool = False
 
     def shape(self, member: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the output, given that of every member, or of the tensor it is `like`."""
@@ -75,7 +81,8 @@ class TensorRule:
             return (max(1, len(self.weights)) * member[0],)
         count = len(self.members)
         if self.operation in ("rows", "shift"):
-            return (count * member[0], *member[1:])
+            axis = self.axis
+            return (*member[:axis], count * member[axis], *member[axis + 1 :])
         if self.operation == "columns":
             return (member[0], count * member[1])
         if self.operation == "heads":
@@ -169,14 +176,18 @@ class _Layer:
 
     def rules(self) -> Iterator[TensorRule]:
         """A tensor of one member is copied, those of several are joined."""
-        matrices = {matrix.name: matrix for matrix in self.family.matrices}
-        for name in layer_tensors(self.family, self.config):
+        matrices = {m.name: m for m in self.family.matrices + self.family.dense}
+        stacks = {stack.name: stack for stack in self.family.stacks}
+        experts = expert_layers(self.family, self.config)[self.block.attentions[0]]
+        for name in layer_tensors(self.family, self.config, experts=experts):
             module, _, kind = name.rpartition(".")
             sources, matrix = self._sources(name), matrices.get(module)
             if len(sources) == 1:
                 yield TensorRule(self.prefix + name, "copy", sources)
             elif not sources:
                 continue
+            elif name in stacks:
+                yield self._stack(stacks[name], sources)
             elif matrix is None:
                 yield self._norm(module, kind)
             elif kind == "bias":
@@ -215,6 +226,18 @@ class _Layer:
             gains=self._sources(f"{norm}.weight") if norm else (),
             gain_offset=self.family.gain_offset,
             parts=tuple(size[part] for part in matrix.rows) if packed else (),
+        )
+
+    def _stack(self, stack: Stack, sources: tuple[str, ...]) -> TensorRule:
+        norm = self.family.branches.before_mlp[0]
+        return TensorRule(
+            self.prefix + stack.name,
+            "rows",
+            sources,
+            gains=self._sources(f"{norm}.weight") if stack.gain is not None else (),
+            gain_offset=self.family.gain_offset,
+            axis=stack.axis,
+            transposed=stack.gain == -2,
         )
 
     def _bias(self, matrix: Matrix) -> TensorRule:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json, read_rows
-from abreast.families import Family, as_ours, head_dim_of, layer_configs, name_in, sizes
+from abreast.families import Family, Stack, as_ours, head_dim_of, layer_configs, name_in, sizes
 from abreast.plan import Block, Plan
 from abreast.targets import format_of
 
@@ -108,9 +108,18 @@ class Refold:
                     dtypes[f"{prefix}{layer}.{short}"] = made[name]
         folded = set()
         for index, block in enumerate(blocks):
-            for matrix in family.matrices:
+            for stack, layer in itertools.product(family.stacks, block.ffns):
+                name = f"{prefix}{layer}.{stack.name}"
+                if stack.gain is None or len(block.ffns) < 2 or name not in dtypes:
+                    continue
+                tensor = model.get_parameter(name)
+                before = model.get_submodule(f"{prefix}{layer}.{family.branches.before_mlp[0]}")
+                _round_stack(tensor, before, family, stack.gain, dtypes[name])
+                folded |= {id(tensor), *map(id, before.parameters())}
+            for matrix in family.matrices + family.dense:
                 layers = self._members(block, f"{matrix.name}.weight")
-                if len(layers) < 2:
+                written = self.made.tensors.keys() & {f"{prefix}{index}.{matrix.name}.weight"}
+                if len(layers) < 2 or (family.routes and not written):
                     continue
                 members = [model.get_submodule(f"{prefix}{layer}") for layer in layers]
                 name = f"{prefix}{layers[0]}.{matrix.name}"
@@ -177,7 +186,7 @@ class Refold:
                 outer[name] = _stacked([tensor])
         yield from outer.items()
         for index, block in enumerate(self.plan.blocks):
-            for name in layers[0]:
+            for name in layers[block.attentions[0]]:
                 members = [layers[layer] for layer in self._members(block, name)]
                 if len(members) == 1:
                     yield f"{prefix}{index}.{name}", _stacked([members[0][name]])
@@ -196,7 +205,14 @@ class Refold:
         family, size = self.family, sizes(self.source.config)
         tensors = [member[name] for member in members]
         module, _, kind = name.rpartition(".")
-        matrix = next((matrix for matrix in family.matrices if matrix.name == module), None)
+        maps = family.matrices + family.dense
+        matrix = next((matrix for matrix in maps if matrix.name == module), None)
+        stack = next((stack for stack in family.stacks if stack.name == name), None)
+        if stack is not None:
+            before = f"{family.branches.before_mlp[0]}.weight"
+            gains = [_gain(member[before], family.gain_offset) for member in members]
+            yield prefix + name, _counted(tensors, stack, gains)
+            return
         name = prefix + name
         if module in family.norms:
             neutral = 1.0 - family.gain_offset if kind == "weight" else 0.0
@@ -236,6 +252,15 @@ class Refold:
             yield prefix + bias, _stacked(biases, spans=spans)
 
 
+def _round_stack(
+    weight: torch.Tensor, norm: Any, family: Family, axis: int, dtype: torch.dtype
+) -> None:
+    """Round a stack whose axis (-1 or -2) the norm's gain scales; take the gain out again."""
+    gain = norm.weight + family.gain_offset
+    gain = gain if axis == -1 else gain[:, None]
+    weight.copy_(torch.where(gain == 0, weight, (weight * gain).to(dtype).float() / gain))
+
+
 def _round_product(linear: Any, norm: Any, family: Family, dtype: torch.dtype) -> None:
     """Round W diag(g), and b + W beta, of a matrix that reads a norm; take the norm out again."""
     weight, gain = linear.weight, norm.weight + family.gain_offset
@@ -259,7 +284,7 @@ def _stacked(
     shape = tensors[0].shape
 
     def rows() -> Iterator[tuple[np.ndarray, None]]:
-        for first, last in spans or [(0, shape[0])]:
+        for first, last in spans or [(0, tensors[0].rows)]:
             for index, tensor in enumerate(tensors):
                 for start, stop in _spans(first, last, tensor.row_bytes):
                     values = _read(tensor, start, stop)
@@ -269,6 +294,28 @@ def _stacked(
                     )
 
     return Fold((len(tensors) * shape[0], *shape[1:]), _common_dtype(tensors), rows)
+
+
+def _counted(tensors: list[TensorInfo], stack: Stack, gains: list[np.ndarray]) -> Fold:
+    """A stack of the experts, heads or members of several layers, one after another."""
+    shape = list(tensors[0].shape)
+    shape[stack.axis] *= len(tensors)
+
+    def rows() -> Iterator[tuple[np.ndarray, None]]:
+        if stack.axis:
+            yield np.concatenate([_read(tensor) for tensor in tensors], stack.axis), None
+            return
+        for tensor, gain in zip(tensors, gains, strict=True):
+            for start, stop in _spans(0, tensor.rows, tensor.row_bytes):
+                values = _read(tensor, start, stop)
+                if stack.gain == -1:
+                    values = values * gain.astype(values.dtype)
+                elif stack.gain == -2:  # rows of the hidden size, those of one expert after another
+                    places = np.arange(start, stop) % gain.size
+                    values = values * gain.astype(values.dtype)[places, None]
+                yield values, None
+
+    return Fold(tuple(shape), _common_dtype(tensors), rows)
 
 
 def _side_by_side(tensors: list[TensorInfo]) -> Fold:

@@ -323,12 +323,15 @@ def _left_behind(checkpoint: Checkpoint) -> Iterator[str]:
 def read_original(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint as transformers loads it. Raises CheckpointError for what cannot be folded."""
     config, source = checkpoint.config, f"'{checkpoint.source}'"
+    own = config.get("per_layer_config")
+    first = next(iter(own.items())) if isinstance(own, dict) and own else ("", "")
     reasons = {
         "quantization_config": "is quantised, its weights cannot be folded; "
         "convert the unquantised original and quantise the result",
         "abreast": "is converted already; give the original that it was made from",
-        "per_layer_config": "has layers of different shape already (per_layer_config), "
-        "which cannot be joined; give a model whose layers are all alike",
+        "per_layer_config": "has layers of different shape already (per_layer_config of layer "
+        f"{first[0]}: {', '.join(first[1])}), which cannot be joined; give a model whose layers "
+        "are all alike",
         "auto_map": "brings its own code (auto_map in config.json), which is not "
         "run here; only stock architectures can be converted",
     }
@@ -351,7 +354,9 @@ def _new_tensors(
             dtypes.append(DTYPES[above.dtype])
             rows += above.shape[0]
         dtype = _SAFETENSORS_NAME[reduce(torch.promote_types, dtypes)]
-        made[rule.name] = NewTensor(rule.name, cast or dtype, (rows, *columns))
+        if cast and not rule.name.endswith("_correction_bias"):  # which transformers never casts
+            dtype = cast
+        made[rule.name] = NewTensor(rule.name, dtype, (rows, *columns))
     return made
 
 
@@ -387,6 +392,10 @@ def _chunks(
     if rule.operation in ("copy", "rows"):
         for index, start, stop in _row_spans(rule, sources):
             rows = read_rows(sources[index], start, stop)
+            if rule.transposed:
+                places = torch.arange(start, stop) % len(gains[index])
+                yield fold_gain(rows, gains[index][places, None], dtype)
+                continue
             yield fold_gain(rows, gains[index], dtype) if gains else rows
     elif rule.operation == "columns":
         for start, stop in _spans(sources[0].shape[0], sum(s.row_bytes for s in sources)):
@@ -408,7 +417,7 @@ def _chunks(
 def _row_spans(rule: TensorRule, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:
     """(member, start, stop) of every chunk of stacked rows, part by part if there are parts."""
     first = 0
-    for part in rule.parts or (sources[0].shape[0] if sources[0].shape else 1,):
+    for part in rule.parts or (sources[0].rows,):
         for index, source in enumerate(sources):
             for start, stop in _spans(part, source.row_bytes):
                 yield index, first + start, first + stop
@@ -432,7 +441,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def _refuse_not_finite(rule: TensorRule, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
     for name in rule.gains + rule.shifts + rule.weights + rule.members:
         source = checkpoint.tensors[name]
-        for start, stop in _spans(source.shape[0], source.row_bytes):
+        for start, stop in _spans(source.rows, source.row_bytes):
             if not read_rows(source, start, stop).isfinite().all():
                 raise CheckpointError(
                     f"tensor '{source.name}' holds NaN or Inf; the checkpoint is damaged"
@@ -460,7 +469,8 @@ def _write_companions(job: _Job, staging: Path) -> None:
     if model_type == job.family.model_type:
         return
     if model_type == job.family.converted_type:
-        shutil.copyfile(str(files("abreast") / "modeling.py"), staging / REMOTE_CODE)
+        for name in REMOTE_CODE:
+            shutil.copyfile(str(files("abreast") / name), staging / name)
     elif "auto_map" in job.config:
         shutil.copyfile(str(files("abreast.convert") / DECI_CODE), staging / DECI_CODE)
     write_tokenizer(job.checkpoint.folder, staging)

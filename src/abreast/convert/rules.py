@@ -8,15 +8,20 @@ from typing import Any
 
 from abreast.errors import AbreastError
 from abreast.families import (
+    CHOSEN_COUNTS,
     CONVERTIBLE,
+    EXPERT_COUNTS,
+    EXPERT_PLACES,
     FAMILIES,
     FORMATS,
     Branches,
     Family,
     FamilyError,
     Matrix,
+    expert_layers,
     family_of,
     has_bias,
+    layer_configs,
     num_layers_of,
     positive,
     rope_of,
@@ -105,10 +110,27 @@ def obstacle(
         return None
     if in_order and family.parallel:
         return NOT_IN_ORDER
+    if family.routes and (reason := _unlike_experts(family, config, layers)):
+        return reason
     for matrix in family.matrices if family.norm_bias and not family.grown_biases else ():
         joined = family.norm_of(matrix) and (family.is_ffn(matrix.name) or not in_order)
         if joined and not has_bias(matrix, config):
             return f"{matrix.name} has no bias to take up that of its norm"
+    return None
+
+
+def _unlike_experts(family: Family, config: Mapping[str, Any], layers: Sequence[int]) -> str | None:
+    """How the experts of these layers differ, with the keys that say so."""
+    routed, own = expert_layers(family, config), layer_configs(config)
+    first = layers[0]
+    for layer in layers[1:]:
+        if routed[layer] != routed[first]:
+            with_experts, without = (first, layer) if routed[first] else (layer, first)
+            keys = ", ".join(key for key in EXPERT_PLACES if config.get(key) not in (None, []))
+            return f"layer {with_experts} has experts, layer {without} has none ({keys})"
+        for key in (*EXPERT_COUNTS, *CHOSEN_COUNTS):
+            if (theirs := own[layer].get(key)) != own[first].get(key):
+                return f"layer {layer} has {key} {theirs}, layer {first} {own[first].get(key)}"
     return None
 
 
@@ -204,7 +226,7 @@ def _check_members_come_back(config: Mapping[str, Any], plan: Plan) -> None:
             f"members of a {family.model_type} group have no biases of their own to run with: "
             "prefill cannot be sequential; leave it grouped"
         )
-    for matrix, block in product(family.matrices, plan.blocks):
+    for matrix, block in product(family.matrices + family.dense, plan.blocks):
         joined = block.ffns if family.is_ffn(matrix.name) else block.attentions
         summed = matrix.join == "columns" and has_bias(matrix, config) and len(joined) > 1
         if summed and not stays_apart(family, matrix, block):

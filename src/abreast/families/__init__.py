@@ -16,11 +16,16 @@ if TYPE_CHECKING:
         rope_of,
     )
     from abreast.families.row import (
+        CHOSEN_COUNTS,
+        EXPERT_COUNTS,
+        EXPERT_PLACES,
         Branches,
         Family,
         FamilyError,
         Matrix,
+        Stack,
         all_tensors,
+        expert_layers,
         has_bias,
         head_dim_of,
         is_tied,

@@ -5,8 +5,10 @@ that a grouped run calls, the names of a layer's matrices, along which side the 
 join, the norms, the config keys that give sizes and kinds of attention, and what engines lack to
 run it. Rows without matrices run grouped in memory only; a model_type without a row is refused.
 
-Sizes are written in the symbols of the config: D hidden_size, Q num_attention_heads * head_dim,
-K num_key_value_heads * head_dim, F intermediate_size, V vocab_size.
+Sizes are written in the symbols of the config: D hidden_size, H num_attention_heads, Q
+H * head_dim, K num_key_value_heads * head_dim, F intermediate_size, V vocab_size; with experts, E
+how many there are, C how many of them a token chooses, X the width of one, S that of those which
+every token uses.
 """
 
 from __future__ import annotations
@@ -18,6 +20,17 @@ from typing import Any, Literal
 from abreast.errors import AbreastError
 
 Join = Literal["rows", "columns"]
+
+
+# Config keys for how many experts there are, and how many of those that every token uses.
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts")
+CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
+# Those that say which layers have experts.
+EXPERT_PLACES = (
+    *("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"),
+    *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
+)
 
 
 class FamilyError(AbreastError):
@@ -39,6 +52,21 @@ class Matrix:
     columns: str
     join: Join
     bias: str = ""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tensor that counts experts, heads or members along one axis: a group has those of all.
+
+    name: the whole name within the layer. shape: the size symbols of every axis, or "1". axis: the
+    one along which members follow each other; all axes before it are 1. gain: the axis that the
+    gain of the norm before the FFN scales, counted from the end, None if the tensor reads no norm.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    axis: int = 0
+    gain: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,14 +97,19 @@ class Family:
     class_name: what the names of its classes in transformers begin with. matrices: all linear maps
     of a layer, empty for families that only run grouped in memory.
 
+    stacks: tensors of a layer with experts that are no matrices. dense: the FFN's matrices in
+    layers without, if the family mixes both; the attention is that of `matrices`. expert_keys:
+    config keys that grow p-fold where p layers with experts are joined. renames: patterns of names
+    in checkpoints, and what the model's own are.
+
     gain_offset: what a norm adds to its stored gain (Gemma stores gain - 1). norm_gains: the norms
     before a branch have gains, which fold into the matrices that read them. norm_bias: they are
     LayerNorms with a bias. head_norms: per-head norms of q and k, with the size symbol of the heads
     they act on; each layer has one gain of head_dim for all its heads, a group one for each head.
     flat_norms: likewise, over all heads of q or k at once, which stay with their member.
     wide_norms: with a gain for every head already, and only where the config says use_qk_norm.
-    head_bias: the output head has one. grown_biases: config keys that give a layer the biases it
-    lacks, for a group's to take up those of its norms.
+    head_bias: like a matrix's bias, that of the output head. grown_biases: config keys that give a
+    layer the biases it lacks, for a group's to take up those of its norms.
 
     wide: config keys that grow p-fold in a group of p layers. defaults: config keys whose absence
     means something else than off. ignore: suffixes of tensors that old checkpoints carry and no
@@ -95,13 +128,17 @@ class Family:
     class_name: str
     matrices: tuple[Matrix, ...] = ()
     branches: Branches = Branches()
+    stacks: tuple[Stack, ...] = ()
+    dense: tuple[Matrix, ...] = ()
+    expert_keys: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
     gain_offset: float = 0.0
     norm_gains: bool = True
     norm_bias: bool = False
     head_norms: tuple[tuple[str, str], ...] = ()
     flat_norms: tuple[tuple[str, str], ...] = ()
     wide_norms: tuple[tuple[str, str], ...] = ()
-    head_bias: bool = False
+    head_bias: str = ""
     grown_biases: tuple[str, ...] = ()
     wide: tuple[str, ...] = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     defaults: tuple[tuple[str, Any], ...] = ()
@@ -135,6 +172,11 @@ class Family:
     def parallel(self) -> bool:
         """Whether the FFN always reads the layer's input, which makes all wirings one."""
         return self.branches.parallel is True
+
+    @property
+    def routes(self) -> bool:
+        """Whether layers have experts, of which a router chooses some for every token."""
+        return bool(self.expert_keys)
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -179,13 +221,48 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
     if config.get("head_dim") is None and hidden % heads:
         raise FamilyError(f"config.json: {heads} heads do not divide hidden_size {hidden}")
     head_dim = head_dim_of(config)
-    return {
+    size = {
         "D": hidden,
         "Q": heads * head_dim,
         "K": kv_heads * head_dim,
         "F": positive(config, "intermediate_size"),
         "V": positive(config, "vocab_size"),
     }
+    count = next((key for key in EXPERT_COUNTS if config.get(key)), None)
+    if count is None:
+        return size
+    width = positive(config, "moe_intermediate_size", size["F"])
+    own = next((key for key in SHARED_COUNTS if config.get(key)), None)
+    shared = width * positive(config, own) if own else 0
+    if config.get("shared_expert_intermediate_size") is not None:
+        shared = positive(config, "shared_expert_intermediate_size")
+    experts = positive(config, count)
+    key = next((key for key in CHOSEN_COUNTS if key in config), CHOSEN_COUNTS[0])
+    chosen = positive(config, key)
+    if chosen > experts:
+        raise FamilyError(f"config.json: {key} is {chosen}, but there are {experts} experts")
+    return {**size, "H": heads, "E": experts, "C": chosen, "X": width, "S": shared}
+
+
+def expert_layers(family: Family, config: Mapping[str, Any]) -> tuple[bool, ...]:
+    """Which layers have experts. Raises FamilyError for keys that make no sense."""
+    layers = range(num_layers_of(config))
+    if not family.routes or not family.dense:
+        return tuple(family.routes for _ in layers)
+    dense = config.get("mlp_only_layers") or []
+    first = config.get("first_k_dense_replace", config.get("moe_layer_start_index")) or 0
+    last = config.get("moe_layer_end_index")
+    last = len(layers) - 1 if last in (None, -1) else last
+    if not (isinstance(dense, list) and isinstance(first, int) and isinstance(last, int)):
+        raise FamilyError(
+            f"config.json: {', '.join(key for key in EXPERT_PLACES if key in config)} do not say "
+            "which layers have experts"
+        )
+    step = positive(config, "decoder_sparse_step", positive(config, "moe_layer_interval", 1))
+    return tuple(
+        layer not in dense and (layer + 1) % step == 0 and first <= layer <= last
+        for layer in layers
+    )
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
@@ -207,14 +284,20 @@ def has_bias(matrix: Matrix, config: Mapping[str, Any]) -> bool:
     return matrix.bias == "always" or bool(matrix.bias and config.get(matrix.bias, False))
 
 
-def layer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of one layer, named without the layer's prefix."""
+def layer_tensors(
+    family: Family, config: Mapping[str, Any], *, experts: bool | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of one layer, named without the layer's prefix.
+
+    experts: whether it is one with experts, None for whatever most layers of the family are.
+    """
+    experts = family.routes if experts is None else experts
     size = sizes(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for norm in family.norms:
         for kind in ("weight", "bias") if family.norm_bias else ("weight",):
             shapes[f"{norm}.{kind}"] = (size["D"],)
-    for norm, _ in family.head_norms:
+    for norm, _ in family.head_norms if config.get("use_qk_norm", True) else ():
         shapes[f"{norm}.weight"] = (head_dim_of(config),)
     for norm in family.member_norms:
         shapes[f"{norm}.weight"] = (size["D"],)
@@ -223,11 +306,19 @@ def layer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
     for norm, heads in family.wide_norms if config.get("use_qk_norm") else ():
         head_dim = head_dim_of(config)
         shapes[f"{norm}.weight"] = (size[heads] // head_dim, head_dim)
-    for matrix in family.matrices:
-        rows = sum(size[part] for part in matrix.rows)
-        shapes[f"{matrix.name}.weight"] = (rows, size[matrix.columns])
+    if experts and "E" not in size:
+        raise FamilyError(f"config.json does not say how many experts ({EXPERT_COUNTS[0]})")
+    attention = tuple(m for m in family.matrices if not family.is_ffn(m.name))
+    for matrix in family.matrices if experts or not family.routes else attention + family.dense:
+        rows, columns = sum(size[part] for part in matrix.rows), size[matrix.columns]
+        if not rows * columns:  # no expert that every token uses
+            continue
+        shapes[f"{matrix.name}.weight"] = (rows, columns)
         if has_bias(matrix, config):
             shapes[f"{matrix.name}.bias"] = (rows,)
+    for stack in family.stacks if experts else ():
+        axes = (1 if axis == "1" else sum(size[part] for part in axis) for axis in stack.shape)
+        shapes[stack.name] = tuple(axes)
     return shapes
 
 
@@ -240,7 +331,7 @@ def outer_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[
         shapes[f"{family.final_norm}.{kind}"] = (size["D"],)
     if not is_tied(config):
         shapes[family.head] = (size["V"], size["D"])
-    if family.head_bias:
+    if family.head_bias == "always" or config.get(family.head_bias):
         shapes[family.head.replace("weight", "bias")] = (size["V"],)
     return shapes
 
@@ -251,9 +342,11 @@ def all_tensors(family: Family, config: Mapping[str, Any]) -> dict[str, tuple[in
     Of a converted one, too, unless its groups keep something apart for each member.
     """
     shapes = outer_tensors(family, config)
-    for index, own in enumerate(layer_configs(config)):
+    kinds = expert_layers(family, config)
+    for index, (own, experts) in enumerate(zip(layer_configs(config), kinds, strict=True)):
         prefix = f"{family.layer_prefix}{index}."
-        shapes.update({prefix + n: shape for n, shape in layer_tensors(family, own).items()})
+        tensors = layer_tensors(family, own, experts=experts)
+        shapes.update({prefix + name: shape for name, shape in tensors.items()})
     return shapes
 
 

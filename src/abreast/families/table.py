@@ -8,7 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abreast.families.row import Branches, Family, FamilyError, Matrix
+from abreast.families.row import (
+    EXPERT_COUNTS,
+    SHARED_COUNTS,
+    Branches,
+    Family,
+    FamilyError,
+    Matrix,
+    Stack,
+)
 
 
 def _attention(bias: str = "", output_bias: str = "") -> tuple[Matrix, ...]:
@@ -32,6 +40,23 @@ def _plain_ffn(inner: str, outer: str, bias: str) -> tuple[Matrix, ...]:
     return (
         Matrix(f"mlp.{inner}", "F", "D", "rows", bias),
         Matrix(f"mlp.{outer}", "D", "F", "columns", bias),
+    )
+
+
+def _shared_experts(name: str, bias: str = "") -> tuple[Matrix, ...]:
+    return (
+        Matrix(f"{name}.gate_proj", "S", "D", "rows", bias),
+        Matrix(f"{name}.up_proj", "S", "D", "rows", bias),
+        Matrix(f"{name}.down_proj", "D", "S", "columns", bias),
+    )
+
+
+def _experts(router: str = "mlp.gate", width: str = "X") -> tuple[Stack, ...]:
+    experts = router.partition(".")[0] + ".experts"
+    return (
+        Stack(f"{router}.weight", ("E", "D"), gain=-1),
+        Stack(f"{experts}.gate_up_proj", ("E", 2 * width, "D"), gain=-1),
+        Stack(f"{experts}.down_proj", ("E", "D", width)),
     )
 
 
@@ -63,6 +88,7 @@ _PARALLEL = "its attention and FFN read the same norm"
 _NORM_AFTER = "it norms the output of its attention and FFN"
 _QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
 _ROTATION = "it rotates q and k in another order"
+_EXPERTS = "it has experts, which every member of a group would choose by itself"
 
 _ROWS = (
     Family("llama", "Llama", _BIASED + _gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
@@ -245,7 +271,7 @@ _ROWS = (
             parallel=True,
         ),
         norm_bias=True,
-        head_bias=True,
+        head_bias="always",
         final_norm="model.final_layernorm",
         deci_lacks=_PARALLEL,
     ),
@@ -273,11 +299,122 @@ _ROWS = (
         head_norms=(("self_attn.query_layernorm", "Q"), ("self_attn.key_layernorm", "K")),
         deci_lacks=_QK_BY_HEAD,
     ),
-    # Experts, partly rotated heads or branches with learned parts that are no matrices: these run
-    # grouped, but a group is not one layer.
-    Family("mixtral", "Mixtral"),
-    Family("qwen2_moe", "Qwen2Moe"),
-    Family("qwen3_moe", "Qwen3Moe"),
+    Family(
+        "jais2",
+        "Jais2",
+        _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+        norm_bias=True,
+        grown_biases=("attention_bias", "mlp_bias"),
+        defaults=(("attention_bias", True), ("mlp_bias", True)),
+        deci_lacks=_LAYER_NORM,
+    ),
+    Family(
+        "mixtral",
+        "Mixtral",
+        _attention(),
+        stacks=_experts(width="F"),
+        expert_keys=EXPERT_COUNTS,
+        renames=(
+            (r"\.block_sparse_moe\.", ".mlp."),
+            (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
+            (r"(\.experts\.\d+)\.w2\.", r"\1.down_proj."),
+            (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
+        ),
+        slides=True,
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2Moe",
+        _attention("qkv_bias") + _shared_experts("mlp.shared_expert"),
+        stacks=(
+            *_experts(),
+            Stack("mlp.shared_expert_gate.weight", ("1", "D"), gain=-1),
+        ),
+        dense=_gated_ffn(),
+        expert_keys=(*EXPERT_COUNTS, "shared_expert_intermediate_size"),
+        defaults=(("qkv_bias", True),),
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "qwen3_moe",
+        "Qwen3Moe",
+        _BIASED,
+        stacks=_experts(),
+        dense=_gated_ffn(),
+        expert_keys=EXPERT_COUNTS,
+        head_norms=_QK_HEADS,
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "olmoe",
+        "Olmoe",
+        _BIASED,
+        stacks=_experts(width="F"),
+        expert_keys=EXPERT_COUNTS,
+        flat_norms=_QK_HEADS,
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "granitemoe",
+        "GraniteMoe",
+        _BIASED,
+        Branches(mlp="block_sparse_moe", scale="residual_multiplier"),
+        _experts("block_sparse_moe.router", "F"),
+        expert_keys=EXPERT_COUNTS,
+        renames=(
+            (r"\.input_linear\.weight$", ".experts.gate_up_proj"),
+            (r"\.output_linear\.weight$", ".experts.down_proj"),
+            (r"\.router\.layer\.weight$", ".router.weight"),
+        ),
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "gpt_oss",
+        "GptOss",
+        _BIASED,
+        stacks=(
+            Stack("self_attn.sinks", ("H",)),
+            Stack("mlp.router.weight", ("E", "D"), gain=-1),
+            Stack("mlp.router.bias", ("E",)),
+            Stack("mlp.experts.gate_up_proj", ("E", "D", "FF"), gain=-2),
+            Stack("mlp.experts.gate_up_proj_bias", ("E", "FF")),
+            Stack("mlp.experts.down_proj", ("E", "F", "D")),
+            Stack("mlp.experts.down_proj_bias", ("E", "D")),
+        ),
+        expert_keys=EXPERT_COUNTS,
+        defaults=(("attention_bias", True), ("head_dim", 64)),
+        window_period=2,
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4Moe",
+        _attention("attention_bias") + _shared_experts("mlp.shared_experts"),
+        stacks=(*_experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
+        dense=_gated_ffn(),
+        expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
+        head_norms=_QK_HEADS,
+        defaults=(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("use_qk_norm", False)),
+        deci_lacks=_EXPERTS,
+    ),
+    Family(
+        "ernie4_5_moe",
+        "Ernie4_5_Moe",
+        _attention("use_bias", "use_bias") + _shared_experts("mlp.shared_experts", "use_bias"),
+        stacks=(
+            *_experts(),
+            Stack("mlp.gate.moe_statics.e_score_correction_bias", ("1", "E"), axis=1),
+        ),
+        dense=_gated_ffn("use_bias"),
+        expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
+        renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
+        head_bias="use_bias",
+        defaults=(_TIED, ("moe_layer_start_index", 1), ("moe_num_shared_experts", 2)),
+        deci_lacks=_EXPERTS,
+    ),
+    # Partly rotated heads or branches with learned parts that are no matrices: these run grouped,
+    # but a group is not one layer.
     Family(
         "gpt_neox",
         "GPTNeoX",

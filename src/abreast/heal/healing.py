@@ -184,6 +184,10 @@ def heal(
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
     source = open_checkpoint(model, revision=revision)
     family = family_of(source.config)
+    if family.routes:
+        raise AbreastError(
+            f"a {family.model_type} has experts, which cannot be healed; convert it without healing"
+        )
     source = as_loaded(source, family)
     if method != "refit":
         recipe.check_targets({matrix.name.rpartition(".")[2] for matrix in family.matrices})

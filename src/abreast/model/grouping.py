@@ -277,7 +277,8 @@ def check_norms(model: nn.Module, norms: str) -> str:
             f"a {family.model_type} has no gains in norms before its branches, so norms '{norms}' "
             "would change nothing; use own"
         )
-    last = [m.name for m in family.matrices if m.name.startswith("mlp.") and m.join == "columns"]
+    plain = () if family.routes else family.matrices
+    last = [m.name for m in plain if m.name.startswith("mlp.") and m.join == "columns"]
     if norms == "split" and not last:
         raise GroupingError(
             f"norms 'split' cut an FFN along its width, and that of a {family.model_type} is not "
@@ -347,6 +348,7 @@ class _Forwards:
         else:
             normed = self.members[0] if self.norms == "shared" else member
             out = mlp(_before_mlp(normed, names, y))
+            out = out[0] if isinstance(out, tuple) else out  # GPT-OSS adds its router's scores
         for name in names.after_mlp:
             out = getattr(member, name)(out)
         return out * getattr(member, names.scale) if names.scale else out

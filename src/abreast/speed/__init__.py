@@ -15,11 +15,11 @@ if TYPE_CHECKING:
         forward_cost,
         hardware_of,
         read_config,
-        shape_of,
         stage_cost,
         stage_seconds,
         typical_plan,
     )
+    from abreast.speed.shape import shape_of
     from abreast.speed.timing import (
         ORIGINAL,
         BenchResult,

@@ -24,8 +24,9 @@ from typing import Any, Literal, get_args
 import yaml
 
 from abreast.errors import AbreastError, first_line
-from abreast.families import family_of, head_dim_of, is_tied, num_layers_of, sizes
+from abreast.families import family_of, head_dim_of, num_layers_of
 from abreast.plan import Group, Plan
+from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, refusals
 
 Phase = Literal["prefill", "decode"]
@@ -191,21 +192,6 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The parts of a config.json that matter here, in elements. attention, ffn: parameters of one
-    layer; head: those of the output head, which every token reads."""
-
-    hidden: int
-    queries: int
-    keys: int
-    attention: int
-    ffn: int
-    head: int
-    embedding: int
-    num_layers: int
-
-
-@dataclass(frozen=True)
 class Cost:
     """Seconds that the program (host) and the device need; costs add up."""
 
@@ -255,29 +241,6 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Sizes from a config.json. Raises FamilyError for an unknown or a converted model."""
-    family, size = family_of(config), sizes(config)
-    attention = ffn = 0
-    for matrix in family.matrices:
-        elements = sum(size[part] for part in matrix.rows) * size[matrix.columns]
-        if matrix.name.startswith("mlp."):
-            ffn += elements
-        else:
-            attention += elements
-    vocabulary = size["V"] * size["D"]
-    return Shape(
-        hidden=size["D"],
-        queries=size["Q"],
-        keys=size["K"],
-        attention=attention,
-        ffn=ffn,
-        head=vocabulary,
-        embedding=0 if is_tied(config) else vocabulary,
-        num_layers=num_layers_of(config),
-    )
 
 
 def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
@@ -357,7 +320,7 @@ def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimat
     singles = sum(len(stage) == 1 for stage in plan.stages)
     parts = (shape.num_layers - singles) / setting.devices + singles / setting.split(None)
     per_element = BYTES[setting.dtype]
-    layers = (shape.attention + shape.ffn) * per_element
+    layers = (shape.attention + shape.ffn + shape.experts) * per_element
     outside = (shape.head + shape.embedding) * per_element / setting.split(None)
     weights = layers * parts + outside
     kv_cache = _context_bytes(config, setting) * parts / shape.num_layers
@@ -420,6 +383,9 @@ def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "bo
         if part in ("both", half):
             device += _matrix_seconds(elements * width / split, setting.tokens, setting)
             kernels += kernels_of[half] * (steps[half] if setting.fused else width)
+    if shape.experts and part != "attention":
+        device += _expert_seconds(shape, width / split, setting)
+        kernels += table()["expert_kernels"] * (1 if setting.fused else width)
     if part != "ffn":
         device += _attention_seconds(shape, width / split, setting)
     all_reduces = _all_reduces(shape, group, setting, part)
@@ -442,10 +408,18 @@ def _attentions(group: Group | None) -> int:
     return len(group.layers) if group is not None and group.is_in_order else 1
 
 
-def _matrix_seconds(elements: float, tokens: int, setting: Setting) -> float:
+def _matrix_seconds(elements: float, tokens: float, setting: Setting) -> float:
     hardware, fractions = setting.hardware, table()["fractions"]
     read = elements * BYTES[setting.dtype] / (hardware.bandwidth * fractions["bandwidth"])
     return max(read, 2 * elements * tokens / (hardware.peak(setting.dtype) * fractions["flops"]))
+
+
+def _expert_seconds(shape: Shape, layers: float, setting: Setting) -> float:
+    """Reading the experts that any token chooses, as if at random, and multiplying by them."""
+    read = 1 - (1 - shape.chosen) ** setting.tokens
+    return _matrix_seconds(
+        layers * shape.experts * read, setting.tokens * shape.chosen / read, setting
+    )
 
 
 def _attention_seconds(shape: Shape, layers: float, setting: Setting) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 
-from abreast.modeling import ThroughViews
+from abreast.modeling_members import ThroughViews
 
 
 class AbreastForCausalLM(TransformersForCausalLM):
