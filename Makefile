@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-real lint bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-real lint fuzz kill dist bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,21 @@ lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+MINUTES ?= 10
+fuzz: $(VENV)/.dev ## hand damaged files to the command for MINUTES=10
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES) --record
+
+N ?= 200
+kill: $(VENV)/.dev ## kill and starve the verbs N=200 times, and run them again
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py -n $(N) --record
+
+dist: $(VENV)/.dev ## build sdist and wheel into dist/, twice, and compare
+	$(BIN)/python $(INSTALL) hatchling -c constraints.txt
+	rm -rf dist build/dist
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/python -m hatchling build -d build/dist
+	diff -r dist build/dist
 
 bench: $(VENV)/.dev .venv-vllm/.ready ## run the scripts in benchmarks/ but healing.py
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BESIDE_DOCS = (
     "README.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "CHANGELOG.md",
     "LICENSE",
     "benchmarks/RESULTS.md",

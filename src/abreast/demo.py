@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import resolve, sha256_of
+from abreast.checkpoint import resolve, scratch, sha256_of
 from abreast.convert import Verification, convert, verify
 from abreast.data import HELD_OUT, load_tokens
 from abreast.engines.llamacpp import import_gguf
@@ -192,5 +192,5 @@ def _target(out: str | Path | None) -> Iterator[Path]:
     if out is not None:
         yield Path(out)
         return
-    with tempfile.TemporaryDirectory(prefix="abreast-demo-") as folder:
-        yield Path(folder) / "converted"
+    with scratch("abreast-demo-") as folder:
+        yield folder / "converted"

@@ -40,6 +40,7 @@ Norms = Literal["own", "split", "shared"]  # of a group's members, see `model.ap
 WIRING_NAMES = ("lp", "cqil", "cqil-full", "ff")  # for `Group.wired`
 Sees = tuple[tuple[bool, ...], ...]
 FOLDER = Path(__file__).with_name("plans")  # that come with the package
+_MOST = 1 << 20  # characters of a plan file
 _NUMBER = "[0-9]{1,9}"
 _JOINED = {"lp": "+", "cqil": "|", "ff": "~"}
 _GROUP = re.compile(
@@ -241,7 +242,9 @@ class Plan(BaseModel):
     def load(cls, path: str | Path) -> Plan:
         """Read a YAML plan file; unknown keys are refused. Raises PlanError."""
         try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
+            with open(path, encoding="utf-8") as file:  # may be a pipe, or a device without an end
+                text = file.read(_MOST)
+            data = yaml.load(text, _UniqueKeys) if len(text) < _MOST else None
         except OSError as error:
             raise PlanError(f"plan file '{path}' cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:

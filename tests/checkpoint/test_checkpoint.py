@@ -6,6 +6,8 @@ import errno
 import hashlib
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from abreast.checkpoint import files
-from abreast.checkpoint.files import (
-    publish,
-    read_manifest,
-    replacing,
-    resolve,
-    sha256_of,
-    write,
-    write_manifest,
-)
+from abreast.checkpoint.files import read_manifest, resolve, sha256_of, write_manifest
+from abreast.checkpoint.publish import held, publish, replacing, write
 from abreast.checkpoint.tensors import (
     DTYPES,
     INDEX,
@@ -37,7 +31,7 @@ from abreast.checkpoint.tensors import (
     read_rows,
     write_shards,
 )
-from abreast.errors import CheckpointError, first_line
+from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.plan import Plan
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
@@ -253,6 +247,53 @@ def test_publish_leaves_nothing_behind(tmp_path: Path, fault: type[BaseException
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(
+    tmp_path: Path,
+) -> None:
+    for name in (".out.partial-dead", ".other.partial-dead"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("half")
+    with publish(tmp_path / "out") as staging:
+        assert {path.name for path in tmp_path.iterdir()} == {staging.name, ".other.partial-dead"}
+        fault = f"process {os.getpid()} is writing .*out"
+        with pytest.raises(CheckpointError, match=fault), publish(tmp_path / "out"):
+            pytest.fail("the block must not run")
+        with publish(tmp_path / "else"):
+            pass
+        assert staging.is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".other.partial-dead",
+        "else",
+        "out",
+    ]
+
+
+def test_a_folder_is_held_by_one_process_and_tidied(tmp_path: Path) -> None:
+    run = tmp_path / "deep" / "run"
+    (run / "plans" / ".step.partial-new").mkdir(parents=True)
+    (run / ".study.json.new").write_text("half")
+    (run / ".hidden").write_text("mine")
+    with held(run):
+        assert sorted(path.name for path in run.rglob("*")) == [".hidden", "plans"]
+        fault = f"process {os.getpid()} is working in .*run"
+        with pytest.raises(AbreastError, match=fault), held(run):
+            pytest.fail("the block must not run")
+    with held(run), held(tmp_path / "new" / "folder"):
+        assert (tmp_path / "new" / "folder").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]  # what stays empty goes again
+    (tmp_path / "file").write_text("")
+    with held(tmp_path / "file"), held(tmp_path / "file" / "run"):
+        pass  # whoever writes there says that it cannot be done
+
+
+def test_writing_does_not_follow_a_link_in_the_place_of_the_staging_file(tmp_path: Path) -> None:
+    (tmp_path / "outside").write_text("mine")
+    (tmp_path / ".results.json.new").symlink_to(tmp_path / "outside")
+    write(tmp_path / "results.json", "new")
+    assert (tmp_path / "outside").read_text() == "mine"
+    assert not (tmp_path / "results.json").is_symlink()
+
+
 def test_publish_turns_a_full_disk_into_our_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No space left"), publish(tmp_path / "out"):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -260,8 +301,8 @@ def test_publish_turns_a_full_disk_into_our_error(tmp_path: Path) -> None:
 
 
 def test_publish_checks_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = files.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with publish(tmp_path / "small", needed_bytes=1000):
         pass
     with (

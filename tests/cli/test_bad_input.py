@@ -8,7 +8,9 @@ import math
 import os
 import pickle
 import random
+import re
 import shutil
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,12 +20,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from abreast.checkpoint import files
 from abreast.checkpoint.tensors import INDEX, open_checkpoint
 from abreast.convert import rewrite
 from abreast.convert.inspect import inspect_model
 from abreast.convert.rewrite import convert, preview
 from abreast.errors import AbreastError
+from abreast.model import load
 from abreast.plan import Plan
 
 TinyCheckpoint = Callable[..., Path]
@@ -255,6 +257,67 @@ def test_shard_names_that_leave_the_folder(split: Path, tmp_path: Path, name: An
     name = str(outside) if name == "ABSOLUTE" else name
     reindex(split, lambda weights: weights.update({MATRIX: name}))
     refused(split, tmp_path / "out", "not a plain .safetensors file name", repr(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "fault"),
+    [
+        ("tokenizer.json", "KEY", "is a link to"),
+        ("LICENSE", "KEY", "is a link to"),
+        ("README.md", "KEY", "is a link to"),
+        ("config.json", "KEY", "is a link to"),
+        ("model.safetensors", "../other.safetensors", "is a link to"),
+        ("chat_template.jinja", "/dev/zero", "is a link to '/dev/zero'"),
+        ("config.json", "/dev/zero", "is a link to '/dev/zero'"),
+        ("additional_chat_templates", "SECRETS", "is a link to"),
+        ("tokenizer_config.json", "PIPE", "is a device, pipe or socket"),
+        ("config.json", "PIPE", "is a device, pipe or socket"),
+        ("merges.txt", "SOCKET", "is a device, pipe or socket"),
+        ("tokenizer.json", "HUGE", "has 1,000,000,000,000 bytes"),
+        ("config.json", "HUGE", "has 1,000,000,000,000 bytes"),
+    ],
+)
+def test_files_that_are_not_files_of_the_checkpoint(
+    source: Path, tmp_path: Path, name: str, target: str, fault: str
+) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "key.jinja").write_text("private")
+    shutil.copy(source / "model.safetensors", tmp_path / "other.safetensors")
+    path = source / name
+    path.unlink(missing_ok=True)
+    if target == "PIPE":
+        os.mkfifo(path)
+    elif target == "SOCKET":
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+    elif target == "HUGE":
+        path.touch()
+        os.truncate(path, 10**12)
+    else:
+        places = {"KEY": secrets / "key.jinja", "SECRETS": secrets}
+        path.symlink_to(places.get(target, target))
+    refused(source, tmp_path / "out", fault, name)
+    with pytest.raises(AbreastError, match=re.escape(fault)):
+        load(source)
+
+
+def test_links_within_a_checkpoint_and_into_the_cache_of_the_hub_are_files(
+    source: Path, tmp_path: Path
+) -> None:
+    (source / "model.safetensors").rename(source / "weights")
+    (source / "model.safetensors").symlink_to("weights")
+    (source / "notes").symlink_to(tmp_path / "private")  # nobody reads it
+    convert(source, PLAN, tmp_path / "out")
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
+    blobs = snapshot.parents[1] / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in source.glob("*"):
+        if path.is_file():
+            shutil.copy(path, blobs / path.name)
+            (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    convert(snapshot, PLAN, tmp_path / "again")
 
 
 # which tensors there are
@@ -552,17 +615,17 @@ def test_output_that_cannot_be(source: Path, tmp_path: Path, name: str) -> None:
 def test_output_folder_without_permission(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def mkdtemp(**_: Any) -> str:
-        raise PermissionError(errno.EACCES, "Permission denied")
+    def mkdir(path: Path, mode: int) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(files.tempfile, "mkdtemp", mkdtemp)
-    refused(source, tmp_path / "out", f"cannot write in '{tmp_path}'", "Permission denied")
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    refused(source, tmp_path / "out", f"'{tmp_path}", "Permission denied; nothing was written")
 
 
 def test_too_little_room(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     needed = preview(source, PLAN).bytes_written
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
     refused(source, tmp_path / "out", f"'{tmp_path}' has", "are needed")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from abreast import plan
-from abreast.checkpoint import open_checkpoint
+from abreast.checkpoint import held, open_checkpoint
 from abreast.checkpoint.files import sha256_of
 from abreast.demo import model_folder
 from abreast.plan import Plan
@@ -109,6 +110,45 @@ def test_a_mistake_is_one_line_and_status_2(run, demo, tmp_path, arguments, said
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"auto_map": {"AutoConfig": "own.Own"}, "model_type": "own"}, "--trust-remote-code"),
+        ({"attn_implementation": "org/kernel"}, "code from the Hub"),
+        ({"text_config": {"_experts_implementation": "org/kernel@main"}}, "code from the Hub"),
+        ({"model_type": "unheard-of"}, "cannot be loaded"),
+        ({"hidden_act": "unheard-of"}, "cannot be loaded"),
+        ({"rope_parameters": {"rope_type": "unheard-of"}}, "cannot be loaded"),
+        ({"num_attention_heads": "four"}, "cannot be loaded"),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_transformers_refuses(run, tiny_checkpoint, tmp_path, changes, said):
+    model = shutil.copytree(tiny_checkpoint(tokenizer=True), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    (model / "own.py").write_text("raise SystemExit('code ran')")
+    few = ("--data", "stdlib", "--windows", 8, "--window", 16)
+    for command in (("eval", model), ("measure", model, *few, "-o", tmp_path / "run")):
+        status, out, err = run(*command)
+        assert (status, out) == (2, "") and said in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "run" / "calibration" / "measure.json").exists()
+
+
+def test_verify_without_the_original_checks_the_files(run, tiny_checkpoint, tmp_path):
+    out = tmp_path / "out"
+    assert run("convert", tiny_checkpoint(tokenizer=True), "--plan", "1+2", "-o", out)[0] == 0
+    (out / "README.md").write_text("a card")
+    status, text, _ = run("verify", out, "--json")
+    record = json.loads((out / "abreast.json").read_text())
+    assert status == 0 and json.loads(text)["files"].keys() == record["files"].keys()
+    (out / "tokenizer.json").write_text("{}")
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    status, text, _ = run("verify", out)
+    assert status == 1 and "tokenizer.json is not the one recorded" in text
+    assert "chat_template.jinja is not recorded" in text
+
+
 def test_cqil_names_are_read_and_shown(run, demo, tmp_path):
     assert run("convert", demo, "--plan", "p2 s4 e8", "-o", tmp_path / "out")[0] == 0
     status, text, _ = run("inspect", tmp_path / "out")
@@ -128,6 +168,32 @@ def test_eval_runs_groups_with_other_norms(run, demo):
 def test_forced_edges_are_warned_about(run, demo, tmp_path):
     status, _, err = run("convert", demo, "--plan", "0+1", "-o", tmp_path / "out", "--force")
     assert status == 0 and "warning" in err and (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("verb", "record", "option"),
+    [
+        ("measure", "calibration/measure.json", "--max-group"),
+        ("study", "study.json", "--max-length"),
+    ],
+)
+def test_a_run_is_held_and_goes_on_after_a_kill(
+    run, tiny_checkpoint, tmp_path, verb, record, option
+):
+    text, out = tmp_path / "text", tmp_path / "run"
+    text.write_text("some words. " * 40)
+    half = (out / record).with_name(f".{(out / record).name}.new")
+    half.parent.mkdir(parents=True)
+    half.write_text("{")
+    few = ("--data", text, "--windows", 8, "--window", 16, option, 2)
+    command = (verb, tiny_checkpoint(tokenizer=True), "-o", out, *few)
+    with held(out):
+        status, _, err = run(*command)
+        assert status == 2 and f"process {os.getpid()} is working in '{out}'" in err
+    half.write_text("{")  # killed at its first write
+    status, _, err = run(*command)
+    assert status == 0, err
+    assert (out / record).is_file() and not [*out.rglob(".*")]
 
 
 def interruptible() -> None:

@@ -8,6 +8,10 @@ import signal
 import socket
 import sys
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +35,17 @@ from abreast.report.answers import (
     parting,
     segments,
 )
-from abreast.report.playground import about, agreement, complaint, front_picture, heading, panel
+from abreast.report.guard import Guard
+from abreast.report.playground import (
+    about,
+    agreement,
+    build_page,
+    complaint,
+    front_picture,
+    heading,
+    panel,
+    serve,
+)
 from abreast.report.records import Choice, Choices, read_choices
 
 PROMPT = "abc abc"
@@ -368,6 +382,93 @@ def test_pictures_of_a_front_without_spread():
     for choice in run.choices:
         picture = front_picture(run, choice)
         assert "nan" not in picture and "ab-ring" in picture
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, None),
+        ({"host": "localhost:7860"}, None),
+        ({"host": "rebound.example:7860"}, 400),
+        ({"host": "127.0.0.1.example:7860"}, 400),
+        ({"origin": "http://127.0.0.1:7860"}, None),
+        ({"origin": "http://127.0.0.1:9999"}, 403),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"path": "/assets/index.js"}, None),
+        ({"path": "/gradio_api/file=/etc/passwd"}, 404),
+        ({"path": "/gradio_api/file/etc/passwd"}, 404),
+        ({"path": "/gradio_api/upload", "method": "POST", "content-length": "9"}, 404),
+        ({"path": "/gradio_api/proxy=http://example.org"}, 404),
+        ({"path": "/gradio_api/component_server", "method": "POST"}, 404),
+        ({"path": "/gradio_api/run/predict", "method": "POST"}, 404),
+        ({"path": "/gradio_api/queue/join", "method": "POST", "content-length": "100"}, None),
+        ({"path": "/gradio_api/queue/join", "method": "POST", "content-length": "9999999"}, 413),
+        ({"path": "/gradio_api/queue/join", "method": "POST"}, 413),
+        ({"path": "/gradio_api/queue/join", "method": "POST", "content-length": "-1"}, 413),
+    ],
+    ids=str,
+)
+def test_the_guard_lets_through_what_the_page_asks_for(changes, status):
+    request = {"host": "127.0.0.1:7860", "path": "/", "method": "GET", **changes}
+    path, method = request.pop("path"), request.pop("method")
+    headers = [(name.encode(), value.encode()) for name, value in request.items()]
+    scope = {"type": "http", "path": path, "method": method, "headers": headers}
+    assert Guard(None).refusal(scope) == status
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize(
+    "prompt", ["half \ud800", "\udfff", "x" * 100_001, "\0", "a\u202eb", "{{ 1 / 0 }}", "\x7f" * 99]
+)
+def test_odd_prompts_get_an_answer_or_one_line(models, prompt, chat):
+    with suppress(AbreastError):
+        assert encode(models, prompt, chat=chat)
+
+
+def test_a_template_may_raise_anything(models):
+    tokenizer = SimpleNamespace(apply_chat_template=lambda *_, **__: 1 / 0)
+    with pytest.raises(AbreastError, match="template refuses it"):
+        encode(replace(models, tokenizer=tokenizer), "abc", chat=True)
+
+
+@pytest.mark.slow
+def test_a_hundred_requests_and_cancellations_leave_the_page_working(models):
+    blocks = build_page(models)
+    address = serve(blocks)
+    try:
+        calls = [c for c in blocks.config["dependencies"] if len(c["inputs"]) == 8]
+
+        def post(path, body):
+            data = json.dumps(body).encode()
+            headers = {"content-type": "application/json"}
+            request = urllib.request.Request(f"{address}gradio_api/{path}", data, headers)
+            with suppress(urllib.error.HTTPError), urllib.request.urlopen(request) as answer:
+                return json.loads(answer.read() or b"null")
+
+        def ask(session, prompt="abc"):
+            data = [prompt, models.run.first, 0, 4, 0, 1, 0, False]
+            body = {"data": data, "fn_index": calls[0]["id"], "session_hash": session}
+            return post("queue/join", body)
+
+        def one(number):
+            event = ask(f"s{number}", "abc" * number)
+            if event and number % 2:
+                body = {"event_id": event["event_id"], "session_hash": f"s{number}"}
+                post("cancel", {**body, "fn_index": calls[0]["id"]})
+
+        with ThreadPoolExecutor(100) as pool:
+            list(pool.map(one, range(100)))
+        deadline = time.monotonic() + 120
+        while not ask("last"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        with urllib.request.urlopen(f"{address}gradio_api/queue/data?session_hash=last") as lines:
+            assert any(b"Done" in line for line in lines)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{address}gradio_api/file=/etc/passwd")
+    finally:
+        blocks.close(verbose=False)
 
 
 @pytest.fixture

@@ -1,24 +1,25 @@
-"""The folder of a checkpoint: find it, hash it, publish it; its manifest. Knows no torch."""
+"""The folder of a checkpoint: find it, check and hash its files; its manifest. Knows no torch."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import tempfile
+import stat
 import threading
 from collections.abc import Collection, Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from functools import partial
 from glob import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,6 +30,7 @@ MANIFEST = "abreast.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HASH_CHUNK = 2 << 20
+MOST_TEXT = 100 << 20  # bytes of a file that is read as a whole; the largest real ones have 40 MB
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 _TEMPLATES = "additional_chat_templates"
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")  # fetched with weights
@@ -44,6 +46,9 @@ _TRAVELS = re.compile(
 )
 _MADE_HERE = re.compile(
     r"config\.json|modeling\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+)
+_READ = re.compile(
+    rf"{_TRAVELS.pattern}|(adapter_)?config\.json|abreast\.json|README\.md|.*\.(py|jinja)"
 )
 
 
@@ -70,6 +75,7 @@ def locate(
     """
     folder = Path(os.path.expanduser(model))
     if str(model) and os.path.isdir(folder):
+        check_files(folder)
         return folder, None, ()
     if os.path.isfile(folder):
         raise CheckpointError(f"'{model}' is a file; give the folder that holds config.json")
@@ -119,6 +125,50 @@ def _download(
     return Path(get(allow_patterns=[*map(escape, files or small)])), there
 
 
+def check_files(folder: Path) -> None:
+    """Raise CheckpointError where a file of a checkpoint is none of its own, see `own_file`.
+
+    Only what is read counts: weights, configs, tokenizers, templates, code.
+    """
+    for path in (*folder.iterdir(), *folder.glob("*chat_templates/*")):
+        name = path.relative_to(folder).as_posix()
+        weights = name.endswith((".safetensors", INDEX))
+        if weights or _READ.fullmatch(name):
+            try:
+                own_file(path, folder, most=None if weights else MOST_TEXT)
+            except FileNotFoundError:  # a dangling link, which is read by nobody
+                continue
+            except OSError as error:
+                raise CheckpointError(
+                    f"'{path}' {error.strerror}; put a file there, if you trust it"
+                ) from None
+
+
+def own_file(path: Path, folder: Path | None = None, *, most: int | None = MOST_TEXT) -> None:
+    """Raise OSError where a path is no file of its folder; its strerror says why not.
+
+    Such are devices, pipes, sockets, links out of the folder (but to the blobs of the Hub's cache
+    that it lies in), and files of more than `most` bytes. A folder is for the caller to refuse.
+    """
+    home = Path(os.path.realpath(folder or path.parent))
+    real, homes = Path(os.path.realpath(path)), [home]
+    if home.parent.name == "snapshots":
+        homes.append(home.parents[1] / "blobs")
+    found = os.stat(path)
+    if not any(real.is_relative_to(each) for each in homes):
+        raise OSError(errno.EPERM, f"is a link to '{real}', outside its folder", str(path))
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        raise OSError(errno.EPERM, "is a device, pipe or socket, not a file", str(path))
+    if most is not None and found.st_size > most:
+        raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes, too many to be what it says")
+
+
+def read_text(path: Path, *, most: int | None = MOST_TEXT) -> str:
+    """The text of a file, see `own_file`. Raises OSError, and UnicodeDecodeError."""
+    own_file(path, most=most)
+    return path.read_text(encoding="utf-8")
+
+
 def weight_files(
     folder: Path, elsewhere: Set[str] = frozenset()
 ) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -156,7 +206,7 @@ def weight_files(
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError when it is absent or not one."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"'{path.parent}' has no {path.name}; give a model folder") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number too long
@@ -202,6 +252,7 @@ def companions(folder: Path) -> list[str]:
     """Names of the files that travel with the weights: tokenizer, chat templates, those in a folder
     of their own included, generation and processor configs, licence and notices.
     """
+    check_files(folder)
     paths = (*folder.iterdir(), *folder.glob("*chat_templates/*"))
     names = (path.relative_to(folder).as_posix() for path in paths if path.is_file())
     return sorted(filter(_TRAVELS.fullmatch, names))
@@ -222,72 +273,6 @@ def left_behind(folder: Path, read: Collection[str]) -> list[str]:
         for path in folder.iterdir()
         if path.name not in travels | set(read) and not path.name.startswith(".")
     )
-
-
-@contextmanager
-def publish(
-    out: Path, *, needed_bytes: int = 0, kind: Literal["folder", "file"] = "folder"
-) -> Iterator[Path]:
-    """A staging folder or file that becomes `out` if the block succeeds, else vanishes.
-
-    It lies beside `out`, so that the final step is one rename. A staging file is alone in a folder
-    of its own, where the block may put other files. Raises CheckpointError when `out` exists
-    already, its parent is missing or not writable, or the disk has less than needed_bytes.
-    """
-    check_free(out, kind)
-    parent = out.absolute().parent
-    free = shutil.disk_usage(parent).free
-    if free < needed_bytes:
-        raise CheckpointError(
-            f"'{parent}' has {free / 1e9:.1f} GB free, {needed_bytes / 1e9:.1f} GB are needed; "
-            "make room or choose another disk"
-        )
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot write in '{parent}': {reason}") from None
-    staging = folder if kind == "folder" else folder / "content"
-    try:
-        yield staging
-        if kind == "folder":
-            for path in folder.iterdir():
-                path.chmod(0o644) if path.is_file() else None
-            folder.chmod(0o755)
-        check_free(out, kind)
-        staging.rename(out)
-    except OSError as error:
-        # The file that failed may be one of the source's, which is read inside the block.
-        raise CheckpointError(
-            f"'{error.filename or out}': {error.strerror or error}; nothing was written"
-        ) from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_free(out: Path, kind: Literal["folder", "file"] = "folder") -> None:
-    """Raise CheckpointError unless `out` can be made: it is absent and its parent is a folder."""
-    if os.path.lexists(out):
-        raise CheckpointError(f"output '{out}' exists; name a new {kind} or remove it first")
-    if not os.path.isdir(out.absolute().parent):
-        raise CheckpointError(f"folder '{out.absolute().parent}' does not exist; create it first")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; the file there replaces `path` if the block succeeds, else vanishes."""
-    staging = path.with_name(f".{path.name}.new")
-    try:
-        yield staging
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file as a whole or not at all; text as UTF-8."""
-    with replacing(path) as staging:
-        staging.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @dataclass(frozen=True)
@@ -384,3 +369,13 @@ def damaged(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
             yield f"file {name} is missing"
         elif sha256_of(path) != sha256:
             yield f"file {name} is not the one recorded in {MANIFEST}"
+
+
+def unrecorded(folder: Path, files: Mapping[str, str]) -> Iterator[str]:
+    """The files that a reader of the folder would take but that are none of `files`, as sentences;
+    a card may have been written since."""
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        read = _READ.fullmatch(name) or name.endswith((".safetensors", INDEX, *_PICKLES))
+        if read and name not in {*files, MANIFEST, "README.md"}:
+            yield f"file {name} is not recorded in {MANIFEST}"

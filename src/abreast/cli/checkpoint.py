@@ -187,7 +187,9 @@ def convert(
 
 @console.verb()
 @click.argument("out")
-@click.option("--against", required=True, help="The original that OUT was converted from.")
+@click.option(
+    "--against", help="The original that OUT was converted from. Default: only check the files."
+)
 @click.option("--tokens", default=256, help="Number of random tokens to compare on.")
 @console.revision_option
 @console.device_option
@@ -195,7 +197,7 @@ def convert(
 @console.json_option
 def verify(
     out: str,
-    against: str,
+    against: str | None,
     tokens: int,
     revision: str | None,
     device: str,
@@ -204,8 +206,11 @@ def verify(
 ) -> None:
     """Check that OUT computes the same as the original run under the same plan.
 
-    Exit status 0 if it does, 1 if it does not.
+    Without --against: that OUT's files are those that abreast.json records, and no others are read.
+    Exit status 0 if so, 1 if not.
     """
+    if against is None:
+        return _verify_files(out, as_json)
     if tokens < 2:
         raise AbreastError(f"--tokens {tokens} is too few to compare on; give at least 2")
     from abreast.convert import verify as run
@@ -231,6 +236,21 @@ def verify(
             }
         )
     if not result.ok:
+        sys.exit(1)
+
+
+def _verify_files(out: str, as_json: bool) -> None:
+    from abreast.checkpoint import damaged, open_checkpoint, read_manifest, unrecorded
+
+    folder = open_checkpoint(out).folder
+    files = read_manifest(folder).files
+    faults = [*damaged(folder, files), *unrecorded(folder, files)]
+    if as_json:
+        console.print_json({"ok": not faults, "faults": faults, "files": dict(files)})
+    else:
+        result = f"WRONG: {'; '.join(faults)}" if faults else "the files are as recorded"
+        console.print_table({"files": f"{len(files)} hashed", "result": result})
+    if faults:
         sys.exit(1)
 
 

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, partial
 from importlib import import_module
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
 
+from abreast.checkpoint import held
 from abreast.errors import AbreastError
 
 Progress = Callable[[int, int], None]
@@ -105,6 +107,13 @@ class _Settings:
         return self.type(**own, **{part.argument: part.take(values) for part in self.parts})
 
 
+class RunFolder(click.types.StringParamType):
+    """An option's folder, with a suffix, that the verb holds while it runs (`checkpoint.held`)."""
+
+    def __init__(self, suffix: str = "") -> None:
+        self.suffix = suffix
+
+
 class SettingsCommand(click.Command):
     """A command that may have options from dataclasses, see `settings`."""
 
@@ -125,6 +134,11 @@ class SettingsCommand(click.Command):
             _add_chat(ctx, f"chat:{chat}")
         for entry in self.settings:
             ctx.params[entry.argument] = entry.take(ctx.params)
+        first = {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")} == {"0"}
+        for option in self.params if first and not ctx.params.get("dry_run") else ():
+            folder = ctx.params.get(str(option.name))
+            if isinstance(option.type, RunFolder) and folder:
+                ctx.with_resource(held(Path(f"{Path(folder)}{option.type.suffix}")))
         return super().invoke(ctx)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from functools import partial
 from typing import NoReturn
 
 import click
@@ -15,8 +17,13 @@ from abreast.cli.quality import evaluate, heal
 from abreast.cli.show import demo, env, play, report
 from abreast.cli.speed import bench, estimate
 from abreast.cli.study import study
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 from abreast.version import __version__
+
+_LIBRARIES = (
+    *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "lm_eval", "peft"),
+    *("safetensors", "tokenizers", "torch", "transformers"),
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,7 +55,10 @@ def main() -> NoReturn:
         ("TQDM_DISABLE", "1"),
     ):
         os.environ.setdefault(name, value)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that staging folders are removed
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and shells ignore some
+            signal.signal(number, _interrupted)
     try:
         cli(standalone_mode=False)
     except AbreastError as error:
@@ -69,7 +79,30 @@ def main() -> NoReturn:
         if error.filename is None:
             raise
         _leave(f"'{error.filename}': {error.strerror}")
+    except Exception as error:
+        library = _library_of(error)
+        if library is None or "ABREAST_TRACEBACK" in os.environ:
+            raise
+        _leave(
+            f"{library} fails on this input: {first_line(error)} (ABREAST_TRACEBACK=1 tells where)"
+        )
     sys.exit(0)
+
+
+def _interrupted(number: int, frame: object, *, until: float = 0.0) -> None:
+    """Let the blocks that remove staging folders run, for some seconds undisturbed by the same."""
+    if time.monotonic() >= until:
+        signal.signal(number, partial(_interrupted, until=time.monotonic() + 5.0))
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _library_of(error: BaseException) -> str | None:
+    """The library in which an error arose, None for one of our own."""
+    trace, names = error.__traceback__, [type(error).__module__]
+    while trace is not None:
+        names[1:] = [str(trace.tb_frame.f_globals.get("__name__"))]
+        trace = trace.tb_next
+    return next((root for name in names if (root := name.split(".")[0]) in _LIBRARIES), None)
 
 
 def _leave(message: str) -> NoReturn:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from abreast.rivals import Measured
 
 out_option = click.option(
-    "-o", "--out", required=True, help="Run folder; a later call resumes from it."
+    "-o",
+    "--out",
+    required=True,
+    type=console.RunFolder(),
+    help="Run folder; a later call resumes from it.",
 )
 calibration_options = console.settings("calibration", "abreast.planner", "CalibrationSettings")
 budget_options = console.settings("budget", "abreast.planner", "Budget")

@@ -52,7 +52,12 @@ if TYPE_CHECKING:
 @click.option("--limit", type=int, help="With --tasks: items of each task. Default: all.")
 @click.option("--include-path", multiple=True, help="With --tasks: folder with more task files.")
 @console.bos_option
-@click.option("-o", "--out", help="Keep answers to tasks and what the original writes here.")
+@click.option(
+    "-o",
+    "--out",
+    type=console.RunFolder(),
+    help="Keep answers to tasks and what the original writes here.",
+)
 @click.option("--batch-size", default=1, help="Windows or prompts per forward pass.")
 @console.dtype_option
 @console.revision_option
@@ -332,7 +337,13 @@ def _score(value: float | None, stderr: float | None) -> str:
 @console.verb()
 @click.argument("model")
 @console.plan_option
-@click.option("-o", "--out", required=True, help="New folder for the converted checkpoint.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=console.RunFolder(".work"),
+    help="New folder for the converted checkpoint.",
+)
 @click.option(
     "--method",
     type=click.Choice(["refit", "distill", "both"]),
@@ -356,7 +367,11 @@ def _score(value: float | None, stderr: float | None) -> str:
 @click.option("--dtype", default="float32", help="Dtype of the weights in memory.")
 @click.option("--out-dtype", help="Cast OUT to float32, bfloat16 or float16. Default: no cast.")
 @console.prefill_option
-@click.option("--work", help="Folder to resume from. Default: OUT.work, removed at the end.")
+@click.option(
+    "--work",
+    type=console.RunFolder(),
+    help="Folder to resume from. Default: OUT.work, removed at the end.",
+)
 @click.option("--keep-weights", help="New folder for the healed weights, unconverted.")
 @click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
 @console.force_option

@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 
 @console.verb()
 @click.argument("model")
-@click.option("-o", "--out", required=True, help="Folder of results; a later call resumes.")
+@click.option(
+    "-o",
+    "--out",
+    required=True,
+    type=console.RunFolder(),
+    help="Folder of results; a later call resumes.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what it would take.")
 @console.settings("changes", "abreast.study", "Changes")
 @click.option(

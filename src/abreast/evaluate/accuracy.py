@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint import write
+from abreast.checkpoint import read_text, write
 from abreast.errors import AbreastError
 from abreast.evaluate.statistics import (
     RESAMPLES,
@@ -233,7 +233,7 @@ def _stem(name: str) -> str:
 def saved(folder: Path, name: str, fingerprint: str) -> Answers | None:
     path = folder / f"{_stem(name)}.json"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
         if (record["task"], record["sha256"]) != (name, fingerprint):
             return None
         return Answers(**record["answers"])

@@ -149,7 +149,7 @@ class Checkpoints:
 
         All processes must call it.
         """
-        staging = self.work / ".partial"
+        staging = self.work / ".step.partial-new"
         is_main = self.accelerator.is_main_process
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)

@@ -10,6 +10,8 @@ hooks and caches stay untouched.
 from __future__ import annotations
 
 import inspect
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 Prefill = Literal["grouped", "sequential"]
 _MARK = "_abreast_replaced"
+_KERNEL = re.compile(r'"_?(attn|experts)_implementation(_internal)?": [^,}]*/')
 
 
 class GroupingError(AbreastError):
@@ -83,7 +86,22 @@ def load(
         options |= {"config": transformers.AutoConfig.for_model(**config), "key_mapping": names}
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    if not trust_remote_code and _KERNEL.search(json.dumps(config)):
+        raise CheckpointError(
+            f"config.json of '{model}' asks for code from the Hub (an attn_implementation with a "
+            "/ in it); take that key out, or allow it with --trust-remote-code"
+        )
+    try:
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every architecture raises kinds of its own
+        reason = first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it holds code of its own; if you trust it, allow that with --trust-remote-code"
+            )
+        raise CheckpointError(f"'{model}' cannot be loaded: {reason}") from error
     _check_loaded(folder, report)
     loaded = loaded.eval() if spread else loaded.to(device).eval()
     if plan is not None:

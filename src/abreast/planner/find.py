@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from abreast.checkpoint import open_checkpoint, read_json, write
+from abreast.checkpoint import open_checkpoint, read_json, scratch, write
 from abreast.convert import convert
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, FAMILIES, num_layers_of
@@ -382,8 +381,8 @@ def measured_profile(
     del shorter, layers
     plans = _plans_by_kind(groups, count)
     for kind, plan in plans.items():
-        with tempfile.TemporaryDirectory(dir=work) as staging:
-            target, converted = Path(staging) / "converted", None
+        with scratch(".profile.partial-", work) as staging:
+            target, converted = staging / "converted", None
             if whole.config.model_type in CONVERTIBLE:
                 convert(folder, plan, target, force=True)
                 converted = loaded(target)

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from abreast.checkpoint import replacing
+from abreast.checkpoint import own_file, replacing
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
 from abreast.planner.objective import KL, Cost, Objective
@@ -96,6 +96,7 @@ class Stats:
     def load(cls, path: str | Path) -> Stats:
         """Read a stats file. Raises AbreastError for one that is missing, damaged or not finite."""
         try:
+            own_file(Path(path), most=None)
             with safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {})[_METADATA_KEY])
                 costs = (*_COST_ARRAYS, *(_MARGINS if _MARGINS[0] in [*file.keys()] else ()))

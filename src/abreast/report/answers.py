@@ -20,11 +20,13 @@ import torch
 
 from abreast.checkpoint import open_checkpoint
 from abreast.data import check_tokenizers, prefix_of
-from abreast.errors import AbreastError
+from abreast.errors import AbreastError, first_line
 from abreast.evaluate import shared
 from abreast.model import device_of, fitting_dtype, grouped, keeps_last, load
 from abreast.plan import Plan
 from abreast.report.records import Choice, Choices
+
+MOST_CHARACTERS, MOST_TOKENS = 100_000, 4096  # of a prompt, of an answer
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value, valid in (
-            ("the number of new tokens", self.max_new_tokens, self.max_new_tokens >= 1),
+            (
+                "the number of new tokens",
+                self.max_new_tokens,
+                1 <= self.max_new_tokens <= MOST_TOKENS,
+            ),
             ("the temperature", self.temperature, 0 <= self.temperature <= 5),
             ("top-p", self.top_p, 0 < self.top_p <= 1),
             ("the seed", self.seed, 0 <= self.seed < 2**63),
@@ -143,19 +149,26 @@ def encode(models: Models, prompt: str, *, chat: bool = False) -> list[int]:
     """
     if not prompt:
         raise AbreastError("the prompt is empty; write the beginning of a text")
+    if len(prompt) > MOST_CHARACTERS:
+        raise AbreastError(
+            f"the prompt has {len(prompt):,} characters; give {MOST_CHARACTERS:,} at most"
+        )
     tokenizer = models.tokenizer
     if chat:
-        from jinja2 import TemplateError
-
         message = [{"role": "user", "content": prompt}]
         try:
             prompt = tokenizer.apply_chat_template(
                 message, tokenize=False, add_generation_prompt=True
             )
-        except (TemplateError, ValueError, TypeError) as error:
-            reason = " ".join(str(error).split())
+        except Exception as error:  # a template raises what its author chose
+            reason = str(error) or first_line(error)
             raise AbreastError(f"the chat template refuses it ({reason}); switch it off") from None
-    ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    try:
+        ids: list[int] = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    except Exception as error:  # of half a character, tokenizers of every kind raise their own
+        raise AbreastError(
+            f"the tokenizer refuses this prompt ({first_line(error)}); write another"
+        ) from None
     if not ids:
         raise AbreastError("the tokenizer makes no token of this prompt; write another")
     if not chat:  # a template writes it itself

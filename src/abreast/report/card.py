@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from abreast.checkpoint import MANIFEST, damaged, read_json, write
+from abreast.checkpoint import MANIFEST, damaged, read_json, read_text, write
 from abreast.errors import AbreastError, first_line
 from abreast.families import FAMILIES
 from abreast.report.diagram import describe
@@ -39,7 +40,9 @@ def write_card(conversion: Conversion) -> Path | None:
 
 def may_write(path: Path) -> bool:
     """Whether there is no card yet, or one that abreast wrote."""
-    return not path.is_file() or MARK in path.read_text(encoding="utf-8", errors="replace")
+    with suppress(UnicodeDecodeError):
+        return not path.is_file() or MARK in read_text(path)
+    return False
 
 
 def card(conversion: Conversion) -> str:

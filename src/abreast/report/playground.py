@@ -20,6 +20,8 @@ from abreast.errors import AbreastError, install
 from abreast.plan import Plan
 from abreast.planner import KL
 from abreast.report.answers import (
+    MOST_CHARACTERS,
+    MOST_TOKENS,
     Answer,
     Models,
     Segments,
@@ -29,11 +31,13 @@ from abreast.report.answers import (
     parting,
     segments,
 )
+from abreast.report.guard import Guard
 from abreast.report.records import Choice, Choices
 
 HOST = "127.0.0.1"
 ORIGINAL, CONVERSION = "Original", "Conversion"
 REFRESH = 0.08  # seconds between two looks at growing answers
+QUEUE = 32  # prompts that wait; more are refused
 _FOOT = (
     "The two models take turns, one token each; each one's clock runs during its own steps only. "
     "tokens/s leaves the prompt's pass out. One answer is no benchmark: "
@@ -65,8 +69,8 @@ def build_page(models: Models) -> Any:
     first = run.at(run.first)
 
     def chosen(depth: float, index: int | None) -> Choice:
-        choices = run.at(depth)
-        return choices[index if index is not None and index < len(choices) else 0]
+        choices = run.at(depth if isinstance(depth, int | float) else run.first)
+        return choices[index if isinstance(index, int) and 0 <= index < len(choices) else 0]
 
     def moved(depth: float) -> tuple[Any, str, str]:
         choices = run.at(depth)
@@ -92,7 +96,10 @@ def build_page(models: Models) -> Any:
         try:
             if new_tokens is None or temperature is None or top_p is None or seed is None:
                 raise AbreastError("a setting is empty; give every setting a number")
-            settings = Settings(int(new_tokens), temperature, top_p, int(seed))
+            try:
+                settings = Settings(int(new_tokens), float(temperature), float(top_p), int(seed))
+            except (TypeError, OverflowError):
+                raise AbreastError("a setting is not a number; give every one a number") from None
             ids = encode(models, prompt, chat=in_chat and chat)
             one, other = (waiting(*title) for title in _titles(choice))
             yield "Working …", "", one, other
@@ -135,6 +142,7 @@ def build_page(models: Models) -> Any:
                     info="Both models go on from here. Shift and Enter run it.",
                     lines=3,
                     max_lines=8,
+                    max_length=MOST_CHARACTERS,
                     elem_id="ab-prompt",
                 )
                 with gr.Row(elem_id="ab-buttons"):
@@ -143,7 +151,9 @@ def build_page(models: Models) -> Any:
                 with gr.Accordion("Settings", open=False):
                     in_chat = gr.Checkbox(chat, label="Use the model's chat template", visible=chat)
                     with gr.Row():
-                        new_tokens = gr.Number(64, label="New tokens, at most", minimum=1)
+                        new_tokens = gr.Number(
+                            64, label="New tokens, at most", minimum=1, maximum=MOST_TOKENS
+                        )
                         temperature = gr.Number(
                             0, label="Temperature (0: greedy)", minimum=0, maximum=5, step=0.1
                         )
@@ -242,12 +252,9 @@ def serve(blocks: Any, *, port: int | None = None) -> str:
     """
     gr = check_gradio()
     from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    # Another site's name that resolves to this machine must not reach the page.
-    guard = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
     try:
-        _, address, _ = blocks.queue(default_concurrency_limit=4).launch(
+        _, address, _ = blocks.queue(default_concurrency_limit=4, max_size=QUEUE).launch(
             server_name=HOST,
             server_port=port,
             share=False,
@@ -261,7 +268,7 @@ def serve(blocks: Any, *, port: int | None = None) -> str:
             enable_monitoring=False,
             footer_links=[],
             max_file_size=1,
-            app_kwargs={"middleware": [guard]},
+            app_kwargs={"middleware": [Middleware(Guard)]},
             theme=_theme(gr),
             css_paths=str(files("abreast.report").joinpath("templates", "play.css")),
         )

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint import finite, write
+from abreast.checkpoint import LEAVING, finite, read_text, write
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.version import __version__
@@ -40,10 +40,10 @@ def open_run(out: Path, kind: str, identity: dict[str, Any]) -> Path:
     record = out / f"{kind}.json"
     if record.is_file():
         try:
-            recorded = json.loads(record.read_text(encoding="utf-8"))["identity"]
+            recorded = json.loads(read_text(record))["identity"]
             differing = [key for key in identity if recorded.get(key) != identity[key]]
             before, now = recorded.get("prefix", []), identity.get("prefix", [])
-        except (ValueError, LookupError, AttributeError, TypeError):
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             raise AbreastError(f"'{record}' is damaged; choose a new folder") from None
         if before != now and {*differing} <= {"prefix", "tokens", "data"}:
             option = "--add-bos" if before else "--no-add-bos"
@@ -75,7 +75,8 @@ def check_run(out: Path, kind: str) -> None:
     """Raise AbreastError for a folder that holds anything but a run of this kind, or its text."""
     if not out.exists() or (out / f"{kind}.json").is_file():
         return
-    if not out.is_dir() or any(path.name != TEXT_FOLDER for path in out.iterdir()):
+    names = [path.name for path in out.iterdir()] if out.is_dir() else [""]
+    if any(name != TEXT_FOLDER and not LEAVING.fullmatch(name) for name in names):
         raise AbreastError(f"'{out}' exists and is not a {kind}; choose a new folder")
 
 
@@ -92,7 +93,7 @@ def read_journal(out: Path) -> Journal:
     journals = sorted(out.glob(JOURNAL.format("*")))
     lines: Journal = {}
     for journal in journals:
-        for text in journal.read_text(encoding="utf-8").splitlines():
+        for text in read_text(journal, most=None).splitlines():
             with suppress(ValueError):
                 line = json.loads(text)
                 lines.setdefault((line["program"], line["batch"]), line)
@@ -111,7 +112,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     Raises AbreastError for a file that cannot be read or holds something else.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError):

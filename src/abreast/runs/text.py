@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from abreast.checkpoint import open_checkpoint, read_json, replacing, write
+from abreast.checkpoint import open_checkpoint, own_file, read_json, replacing, write
 from abreast.data import (
     AUTO,
     CALIBRATION,
@@ -347,6 +347,7 @@ def _own(
 def saved_texts(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:
     """The texts in a file, token ids each, none where it is damaged or was written otherwise."""
     try:
+        own_file(path, most=None)
         with safe_open(path, framework="np") as file:
             if json.loads((file.metadata() or {})["identity"]) != identity:
                 return []

@@ -13,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from abreast.checkpoint import open_checkpoint, plan_for
+from abreast.checkpoint import open_checkpoint, plan_for, scratch
 from abreast.engines.torch_tp import launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
@@ -90,8 +89,8 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
         return
     for contender in job.contenders:
         open_for(contender.model, job.ranks)  # refuses before torchrun starts
-    with tempfile.TemporaryDirectory(prefix="abreast-bench-") as folder:
-        job_file, results = Path(folder) / "job.json", Path(folder) / "results"
+    with scratch("abreast-bench-") as folder:
+        job_file, results = folder / "job.json", folder / "results"
         job_file.write_text(json.dumps(asdict(job)))
         results.touch()
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.ranks}"]

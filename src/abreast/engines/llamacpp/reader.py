@@ -184,7 +184,14 @@ def read_file(path: Path, name: str) -> File:
                 return File(path, name, *_Reader(data, name).read())
     except OSError as error:
         raise CheckpointError(f"'{name}' cannot be read: {error.strerror}") from None
-    except (struct.error, ValueError, OverflowError, KeyError, MemoryError, TypeError) as error:
+    except (
+        struct.error,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        TypeError,
+    ) as error:
         if isinstance(error, AbreastError):
             raise
         raise CheckpointError(

@@ -11,10 +11,9 @@ import re
 import shutil
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
+from abreast.checkpoint import scratch
 from abreast.errors import AbreastError
 
 ITERATIONS, WARMUP = 5, 2
@@ -47,8 +46,8 @@ def latency(
             f"there is no command '{name}' here; install vLLM in an environment of its own and "
             "name its command with --vllm"
         )
-    with tempfile.TemporaryDirectory(prefix="abreast-vllm-") as folder:
-        out = Path(folder) / "latency.json"
+    with scratch("abreast-vllm-") as folder:
+        out = folder / "latency.json"
         options = {
             "--model": model,
             "--input-len": input_tokens,

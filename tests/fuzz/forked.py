@@ -1,0 +1,183 @@
+"""The command in forks of this process, which has imported everything once, under limits.
+
+Linux only. A fork may write below its working folder, run no code from there, open no connection
+and start no process; what it tries is recorded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import select
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MEMORY = 2 << 30  # bytes beyond what this process holds
+CPU_SECONDS = 10
+WALL_SECONDS = 120  # for machines that are busy: the limit that counts is that of the CPU
+_WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
+_FORBIDDEN = {"socket.connect", "socket.bind", "subprocess.Popen", "os.system", "os.exec"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended. status: minus the signal where one ended it; tried: what it must not do."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+    tried: tuple[str, ...]
+
+    @property
+    def fault(self) -> str | None:
+        """What no input may lead to, None for success or one line and status 2."""
+        if self.tried:
+            return f"it tried {self.tried[0]}"
+        if "Traceback (most recent call last)" in self.err:
+            return f"traceback: {self.err.strip().splitlines()[-1]}"
+        if self.status == -signal.SIGXCPU or self.seconds > WALL_SECONDS:
+            return f"ran for more than {CPU_SECONDS} s"
+        if self.status not in (0, 1, 2) or "out of memory" in self.err:
+            return f"status {self.status}: {self.err.strip()[-200:]}"
+        lines = [line for line in self.err.splitlines() if line.startswith("abreast: ")]
+        if self.status == 2 and not lines and "Usage:" not in self.err:
+            return f"status 2 without our line: {self.err.strip()[-200:]}"
+        return None
+
+
+def warm_up() -> None:
+    """Import whatever a verb imports, once."""
+    names = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+    os.environ |= {**dict.fromkeys(names, "1"), "TOKENIZERS_PARALLELISM": "false"}
+    import jinja2.sandbox  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    import abreast
+
+    for module in pkgutil.walk_packages(abreast.__path__, "abreast."):
+        if not module.name.startswith(("abreast.engines.vllm.", "abreast.__main__")):
+            importlib.import_module(module.name)
+    torch.set_num_threads(1)
+
+
+def run(
+    arguments: list[Any],
+    folder: Path,
+    *,
+    stop: tuple[int, float] | None = None,
+    limited: bool = True,
+    before: Callable[[], None] = lambda: None,
+) -> Ended:
+    """Run `abreast ARGUMENTS` in `folder`.
+
+    stop: a signal, and after how many seconds it comes. before: called in the fork.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        logs = [Path(place, name) for name in ("out", "err", "tried")]
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            _child([str(word) for word in arguments], folder, logs, limited, before)
+        watch = os.pidfd_open(child)
+        deadline = began + WALL_SECONDS
+        try:
+            if stop is not None:
+                ended = select.select([watch], [], [], max(0.0, stop[1]))[0]
+                if not ended:
+                    os.kill(child, stop[0])
+            if not select.select([watch], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                os.kill(child, signal.SIGKILL)
+        finally:
+            os.close(watch)
+        _, status = os.waitpid(child, 0)
+        out, err, tried = (log.read_text(errors="replace") if log.exists() else "" for log in logs)
+        seconds = time.monotonic() - began
+        return Ended(
+            os.waitstatus_to_exitcode(status), out, err, seconds, tuple(tried.splitlines())
+        )
+
+
+def memory(most: int) -> None:
+    """Let this process take so many bytes more than it has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    size = pages * resource.getpagesize() + most
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def _child(
+    arguments: list[str],
+    folder: Path,
+    logs: list[Path],
+    limited: bool,
+    before: Callable[[], None],
+) -> None:
+    status = 70
+    try:
+        for number, log in enumerate(logs[:2], 1):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
+        sys.stdout, sys.stderr = (
+            os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        )
+        temporary = folder / "tmp"
+        temporary.mkdir(exist_ok=True)
+        os.chdir(folder)
+        os.environ["TMPDIR"] = str(temporary)
+        tempfile.tempdir = None
+        if limited:
+            memory(MEMORY)
+            spent = int(time.process_time())
+            resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_SECONDS, spent + CPU_SECONDS + 5))
+            _watch(folder, logs[2])
+        before()
+        sys.argv = ["abreast", *arguments]
+        from abreast.cli.main import main
+
+        main()
+    except SystemExit as left:
+        status = left.code if isinstance(left.code, int) else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _watch(folder: Path, log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    inside = str(folder)
+
+    def outside(path: Any) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False
+        full = os.path.realpath(os.fsdecode(path))
+        return not full.startswith((inside, "/dev/", "/proc/"))
+
+    def hook(event: str, values: tuple[Any, ...]) -> None:
+        tried = ""
+        if event in _FORBIDDEN:
+            tried = event
+        elif event == "open" and values[2] & (os.O_WRONLY | os.O_RDWR) and outside(values[0]):
+            tried = f"open {values[0]!r} for writing"
+        elif event in _WRITES and any(map(outside, values[:2])):
+            tried = f"{event} {values!r}"
+        elif event == "exec" and str(getattr(values[0], "co_filename", "")).startswith(inside):
+            tried = f"code of {values[0].co_filename}"
+        if tried:
+            os.write(descriptor, json.dumps(tried).encode() + b"\n")
+
+    sys.addaudithook(hook)

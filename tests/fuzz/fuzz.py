@@ -1,0 +1,208 @@
+"""Hand damaged files to the command; `make fuzz MINUTES=10`.
+
+Every input runs in a fork of its own under limits (forked.py). It must end with status 0 and a
+result that reads back, or with status 2 and one line: no traceback, no more than 10 s of CPU, 2 GiB
+of memory, no write outside its folder, no code run, no connection, no process. Whatever fails is
+written to corpus/, which `test_fuzz.py` replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forked import Ended, run, warm_up
+from ledger import add
+from mutate import either, json_file, raw_file, safetensors_file, template_file
+from samples import checkpoint
+
+from abreast.checkpoint import open_checkpoint
+
+CORPUS = Path(__file__).with_name("corpus")
+FEW = ["--data", "text.txt", "--window", "32", "--windows", "8"]
+SEARCH = [*FEW, "--max-group", "2", "--per-group", "1", "--no-plots", "--hardware", "A100"]
+SCORE = ["--data", "text.txt", "--max-tokens", "40", "--window", "16", "--stride", "16"]
+PLAN = ["plan", "model", *SEARCH, "--depth", "4", "-o", "run"]
+MADE = (  # what the targets are made with, in order
+    ["convert", "model", "--plan", "1+2 3|4", "-o", "converted"],
+    ["export", "model", "--gguf", "model.gguf"],
+    PLAN,
+)
+INSPECT, EVAL = ["inspect", "model"], ["eval", "model", *SCORE]
+CONVERT = ["convert", "model", "--plan", "1+2 3|4", "-o", "out"]
+VERIFY = ["verify", "converted", "--against", "model", "--tokens", "8"]
+PUSH = ["push", "converted", "org/name", "--dry-run"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file to damage, how, and the commands that read it."""
+
+    file: str
+    mutate: Callable[[bytes, random.Random], bytes]
+    commands: tuple[list[str], ...]
+
+
+TARGETS = {
+    "config": Target("model/config.json", either(json_file), (INSPECT, CONVERT, EVAL)),
+    "index": Target("model/model.safetensors.index.json", either(json_file), (INSPECT, CONVERT)),
+    "header": Target("model/SHARD", either(safetensors_file), (INSPECT, CONVERT, EVAL)),
+    "tokenizer": Target("model/tokenizer.json", either(json_file), (EVAL, CONVERT)),
+    "tokenizer config": Target("model/tokenizer_config.json", either(json_file), (EVAL, CONVERT)),
+    "template": Target(
+        "model/chat_template.jinja", either(template_file), ([*EVAL, "--chat", "chat.jsonl"],)
+    ),
+    "chat": Target("chat.jsonl", either(json_file), ([*EVAL, "--chat", "chat.jsonl"],)),
+    "plan": Target(
+        "plan.yaml",
+        either(json_file),
+        ([*CONVERT[:2], "--plan", "plan.yaml", "-o", "out"], [*INSPECT]),
+    ),
+    "manifest": Target("converted/abreast.json", either(json_file), (VERIFY, PUSH)),
+    "converted config": Target("converted/config.json", either(json_file), (VERIFY, PUSH)),
+    "stats": Target(
+        "run/calibration/stats.safetensors",
+        either(safetensors_file),
+        (["report", "run", "-o", "report"],),
+    ),
+    "identity": Target("run/calibration/measure.json", either(json_file), (PLAN,)),
+    "journal": Target("run/calibration/journal-0.jsonl", raw_file, (PLAN,)),
+    "front": Target("run/front.json", either(json_file), (["report", "run", "-o", "report"],)),
+    "results": Target("run/results.json", either(json_file), (["report", "run", "-o", "report"],)),
+    "gguf": Target(
+        "model.gguf",
+        lambda data, chance: raw_file(data, chance, 8000),
+        (["import", "model.gguf", "-o", "out"],),
+    ),
+}
+
+
+def prepare(origin: Path) -> None:
+    """Write everything that the targets name below `origin`."""
+    checkpoint(origin)
+    template = json.loads((origin / "model/tokenizer_config.json").read_text())["chat_template"]
+    (origin / "model/chat_template.jinja").write_text(template)
+    chat = {"messages": [{"role": "user", "content": "one two"}]}
+    (origin / "chat.jsonl").write_text(json.dumps(chat))
+    plan = {"num_layers": 6, "groups": [{"layers": [1, 2], "wiring": "cqil", "bypass": 1}]}
+    (origin / "plan.yaml").write_text(json.dumps(plan))
+    (origin / "model/own.py").write_text("class Own: pass\n")
+    for command in MADE:
+        ended = run(command, origin, limited=False)
+        if ended.status:
+            raise SystemExit(f"{command} fails: {ended.err}")
+    manifest = json.loads((origin / "converted/abreast.json").read_text())
+    (origin / "run/results.json").write_text(json.dumps({"plan": "1+2", "result": manifest}))
+
+
+def place_of(target: Target, origin: Path, chance: random.Random) -> str:
+    shards = sorted(path.name for path in (origin / "model").glob("*.safetensors"))
+    return target.file.replace("SHARD", chance.choice(shards))
+
+
+def attempt(origin: Path, folder: Path, file: str, data: bytes, command: list[str]) -> str | None:
+    """Run a command on a copy of `origin` in which one file holds other bytes; what is wrong."""
+    shutil.copytree(origin, folder, copy_function=os.link)
+    (folder / file).unlink()
+    (folder / file).write_bytes(data)
+    ended = run(command, folder)
+    fault = ended.fault or _result_fault(ended, folder, command)
+    shutil.rmtree(folder)
+    return fault
+
+
+def _result_fault(ended: Ended, folder: Path, command: list[str]) -> str | None:
+    if ended.status == 1 and command[0] != "verify":  # it says no by its status
+        return f"status 1: {ended.err.strip()[-200:]}"
+    out = folder / "out"
+    if ended.status == 0 and command[0] in ("convert", "import"):
+        try:
+            open_checkpoint(out)
+        except Exception as error:
+            return f"the result does not read back: {error}"
+    if ended.status and out.exists():
+        return "refused, but there is an output"
+    return None
+
+
+def keep(name: str, file: str, data: bytes, command: list[str], fault: str) -> Path:
+    CORPUS.mkdir(exist_ok=True)
+    digest = hashlib.sha256(data + " ".join(command).encode()).hexdigest()[:8]
+    path = CORPUS / f"{name.replace(' ', '-')}-{digest}.json"
+    kept = {"file": file, "command": command, "fault": fault}
+    path.write_text(json.dumps({**kept, "data": base64.b64encode(data).decode()}, indent=1) + "\n")
+    return path
+
+
+def replay(origin: Path, place: Path) -> list[str]:
+    """What still fails of the corpus."""
+    faults = []
+    for path in sorted(CORPUS.glob("*.json")):
+        case: dict[str, Any] = json.loads(path.read_text())
+        data = base64.b64decode(case["data"])
+        fault = attempt(origin, place / "case", case["file"], data, case["command"])
+        if fault:
+            faults.append(f"{path.name}: {fault}")
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
+    parser.add_argument("--replay", action="store_true", help="only run the corpus")
+    options = parser.parse_args()
+    names, chance = options.targets.split(","), random.Random(options.seed)
+    warm_up()
+    counts: Counter[str] = Counter()
+    faults = 0
+    with tempfile.TemporaryDirectory() as place:
+        origin = Path(place, "origin")
+        prepare(origin)
+        for fault in (failed := replay(origin, Path(place))):
+            print(fault, flush=True)
+        if options.replay:
+            print(f"{len(failed)} of the corpus fail")
+            return bool(failed)
+        before = {p: p.read_bytes() for p in sorted(origin.rglob("*")) if p.is_file()}
+        end = time.monotonic() + 60 * options.minutes
+        seen: set[str] = set()
+        while time.monotonic() < end:
+            name = names[counts.total() % len(names)]
+            target = TARGETS[name]
+            file, command = place_of(target, origin, chance), chance.choice(target.commands)
+            data = target.mutate((origin / file).read_bytes(), chance)
+            fault = attempt(origin, Path(place, "case"), file, data, command)
+            counts[name] += 1
+            if fault:
+                faults += 1
+                if (kind := f"{name}: {fault[:80]}") not in seen:
+                    seen.add(kind)
+                    print(f"{keep(name, file, data, command, fault).name}: {fault}", flush=True)
+        after = {p: p.read_bytes() for p in sorted(origin.rglob("*")) if p.is_file()}
+        if before != after:
+            print("files outside the working folder were changed")
+            faults += 1
+    print(f"seed {options.seed}: {counts.total()} inputs, {faults} faults; {dict(counts)}")
+    if options.record:
+        add("fuzz", options.seed, dict(counts), faults)
+    return bool(faults or failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
