@@ -77,6 +77,7 @@ def run(
     *,
     stop: tuple[int, float] | None = None,
     limited: bool = True,
+    memory_limit: bool = True,
     before: Callable[[], None] = lambda: None,
 ) -> Ended:
     """Run `abreast ARGUMENTS` in `folder`.
@@ -88,6 +89,8 @@ def run(
         began = time.monotonic()
         child = os.fork()
         if child == 0:
+            if limited and memory_limit:
+                memory(MEMORY)
             _child([str(word) for word in arguments], folder, logs, limited, before)
         watch = os.pidfd_open(child)
         deadline = began + WALL_SECONDS
@@ -135,7 +138,6 @@ def _child(
         os.environ["TMPDIR"] = str(temporary)
         tempfile.tempdir = None
         if limited:
-            memory(MEMORY)
             spent = int(time.process_time())
             resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_SECONDS, spent + CPU_SECONDS + 5))
             _watch(folder, logs[2])

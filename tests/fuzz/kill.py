@@ -166,6 +166,7 @@ TROUBLES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-n", type=int, default=200)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no run after so many")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--verbs", default=",".join(VERBS))
     parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
@@ -174,6 +175,7 @@ def main() -> int:
     warm_up()
     counts: Counter[str] = Counter()
     faults: list[str] = []
+    end = time.monotonic() + 60 * options.minutes
     with tempfile.TemporaryDirectory() as place:
         origin = Path(place, "origin")
         checkpoint(origin)
@@ -198,6 +200,8 @@ def main() -> int:
                 flush=True,
             )
         for turn in range(options.n):
+            if time.monotonic() > end:
+                break
             verb = verbs[turn % len(verbs)]
             folder = prepare(origin, Path(place, f"case-{turn}"))
             kind = chance.choices([*TROUBLES, "signal"], (1, 1, 1, 1, 12))[0]

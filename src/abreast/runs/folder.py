@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint import LEAVING, finite, read_text, write
+from abreast.checkpoint import LEAVING, finite, own_file, read_text, write
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.version import __version__
@@ -88,15 +88,17 @@ def _beginning(prefix: Sequence[int]) -> str:
 def read_journal(out: Path) -> Journal:
     """Merge the workers' journals in `out` into one; return its lines by program and batch.
 
-    A line that an interruption left incomplete is dropped.
+    A line that an interruption left incomplete, or that is damaged, is dropped.
     """
     journals = sorted(out.glob(JOURNAL.format("*")))
     lines: Journal = {}
     for journal in journals:
-        for text in read_text(journal, most=None).splitlines():
-            with suppress(ValueError):
+        own_file(journal, most=None)
+        for text in journal.read_bytes().splitlines():
+            with suppress(ValueError, LookupError, TypeError, RecursionError):
                 line = json.loads(text)
-                lines.setdefault((line["program"], line["batch"]), line)
+                if np.asarray(line["sums"], dtype=float).ndim == 2 and line["evaluated"] >= 0:
+                    lines.setdefault((str(line["program"]), int(line["batch"])), line)
     if journals:
         text = "".join(json.dumps(line) + "\n" for line in lines.values())
         write(out / JOURNAL.format(0), text)
