@@ -52,11 +52,11 @@ lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/lint-imports --no-cache
 
 MINUTES ?= 10
-fuzz: $(VENV)/.dev ## hand damaged files to the command for MINUTES=10
+fuzz: $(VENV)/.dev ## hand damaged files to the command for MINUTES (10)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES) --record
 
 N ?= 200
-kill: $(VENV)/.dev ## kill and starve the verbs N=200 times, and run them again
+kill: $(VENV)/.dev ## kill and starve the verbs N (200) times, and run them again
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py -n $(N) --record
 
 dist: $(VENV)/.dev ## build sdist and wheel into dist/, twice, and compare

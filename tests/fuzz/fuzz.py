@@ -1,4 +1,4 @@
-"""Hand damaged files to the command; `make fuzz MINUTES=10`.
+"""Hand damaged files to the command; `make MINUTES=10 fuzz`.
 
 Every input runs in a fork of its own under limits (forked.py). It must end with status 0 and a
 result that reads back, or with status 2 and one line: no traceback, no more than 10 s of CPU, 2 GiB

@@ -1,4 +1,4 @@
-"""Kill the verbs, starve them, and run them again; `make kill N=200`.
+"""Kill the verbs, starve them, and run them again; `make N=200 kill`.
 
 Every verb runs twice undisturbed, then in N runs, three times in four, a signal comes after a
 random part of that time; else the disk is full, memory short, the folder read-only, or two run at
