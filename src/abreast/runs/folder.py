@@ -11,6 +11,7 @@ import io
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -92,13 +93,21 @@ def read_journal(out: Path) -> Journal:
     """
     journals = sorted(out.glob(JOURNAL.format("*")))
     lines: Journal = {}
+    shapes: dict[int, Counter[tuple[int, ...]]] = {}  # by batch
     for journal in journals:
         own_file(journal, most=None)
-        for text in journal.read_bytes().splitlines():
+        for written in journal.read_bytes().splitlines():
             with suppress(ValueError, LookupError, TypeError, RecursionError):
-                line = json.loads(text)
-                if np.asarray(line["sums"], dtype=float).ndim == 2 and line["evaluated"] >= 0:
-                    lines.setdefault((str(line["program"]), int(line["batch"])), line)
+                line = json.loads(written)
+                place = str(line["program"]), int(line["batch"])
+                shape = np.asarray(line["sums"], dtype=float).shape
+                if line["evaluated"] >= 0 and place not in lines:
+                    lines[place] = line
+                    shapes.setdefault(place[1], Counter())[shape] += 1
+    usual = {batch: counter.most_common(1)[0][0] for batch, counter in shapes.items()}
+    lines = {
+        place: line for place, line in lines.items() if np.shape(line["sums"]) == usual[place[1]]
+    }
     if journals:
         text = "".join(json.dumps(line) + "\n" for line in lines.values())
         write(out / JOURNAL.format(0), text)
