@@ -48,6 +48,8 @@ FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe"}
+MODEL_TYPES = {f"abreast_{name}": family for family, name in FAMILIES.items() if family != "Gemma3"}
+MODEL_TYPES["abreast_gemma3_text"] = "Gemma3"
 # Attentions that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
@@ -404,14 +406,34 @@ def _make(family: str) -> None:
             getattr(transformers, auto).register(key, made)
 
 
+def _provide(family: str) -> None:
+    """Make a family's classes. Raises ValueError where this transformers lacks what they need."""
+    try:
+        _make(family)
+    except (AttributeError, ImportError) as error:
+        version = transformers.__version__
+        raise ValueError(f"transformers {version} has not all of {family}: {error}") from None
+
+
 def __getattr__(name: str) -> Any:
     for family in FAMILIES:
         if name in (f"Abreast{family}{end}" for end in ("Config", "Model", "ForCausalLM")):
-            _make(family)
+            _provide(family)
             return globals()[name]
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
+class OnDemand(dict[str, Any]):
+    """transformers' configs from elsewhere; ours are made, and registered, when looked up."""
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in MODEL_TYPES
+
+    def __missing__(self, key: str) -> Any:
+        _provide(MODEL_TYPES[key])
+        return self[key]
+
+
 if __name__ == "abreast.modeling":
-    for _family in FAMILIES:
-        _make(_family)
+    _configs = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+    _configs._extra_content = OnDemand(_configs._extra_content)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from abreast import modeling
 from abreast.checkpoint import as_loaded, open_checkpoint
 from abreast.convert.rules import attention_kinds
 from abreast.families.row import (
@@ -220,3 +223,34 @@ def test_layer_kinds_that_make_no_sense(change: dict[str, Any]) -> None:
     with pytest.raises(FamilyError, match=r"layer_types|max_window_layers") as caught:
         attention_kinds({**CONFIG, **change})
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("family", modeling.FAMILIES)
+def test_classes_are_found_by_model_type(family):
+    made = getattr(modeling, f"Abreast{family}Config")
+    assert modeling.MODEL_TYPES[made.model_type] == family
+    assert type(AutoConfig.for_model(made.model_type)) is made
+
+
+def test_a_class_that_transformers_renamed_breaks_its_own_family_only(monkeypatch):
+    from transformers.models.olmo2 import modeling_olmo2
+
+    monkeypatch.delattr(modeling_olmo2, "Olmo2DecoderLayer")
+    for name in [name for name in vars(modeling) if name.startswith("AbreastOlmo2")]:
+        monkeypatch.delitem(vars(modeling), name)
+    with pytest.raises(ValueError, match="has not all of Olmo2: .*Olmo2DecoderLayer"):
+        modeling.AbreastOlmo2Config  # noqa: B018
+    assert modeling.AbreastLlamaConfig.model_type == "abreast_llama"
+
+
+@pytest.mark.slow
+def test_importing_makes_no_family():
+    code = (
+        "import sys, abreast.modeling, transformers\n"
+        "made = [n for n in sys.modules if '.modeling_' in n and n.startswith('transformers.models.')]\n"
+        "assert not [n for n in made if 'llama' in n or 'gemma' in n], made\n"
+        "config = transformers.AutoConfig.for_model('abreast_llama')\n"
+        "assert type(config).__name__ == 'AbreastLlamaConfig'\n"
+        "assert type(config) in transformers.AutoModelForCausalLM._model_mapping\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

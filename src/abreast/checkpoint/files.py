@@ -45,7 +45,7 @@ _TRAVELS = re.compile(
     r"|heal\.(csv|png)"
 )
 _MADE_HERE = re.compile(
-    r"config\.json|modeling\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    r"config\.json|modeling(_members)?\.py|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
 _READ = re.compile(
     rf"{_TRAVELS.pattern}|(adapter_)?config\.json|abreast\.json|README\.md|.*\.(py|jinja)"
