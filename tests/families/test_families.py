@@ -247,7 +247,7 @@ def test_a_class_that_transformers_renamed_breaks_its_own_family_only(monkeypatc
 def test_importing_makes_no_family():
     code = (
         "import sys, abreast.modeling, transformers\n"
-        "made = [name for name in sys.modules if name.endswith(('modeling_llama', 'modeling_gemma'))]\n"
+        "made = [n for n in sys.modules if n.endswith(('modeling_llama', 'modeling_gemma'))]\n"
         "assert not made, made\n"
         "config = transformers.AutoConfig.for_model('abreast_llama')\n"
         "assert type(config).__name__ == 'AbreastLlamaConfig'\n"
