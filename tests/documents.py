@@ -122,6 +122,9 @@ ELSEWHERE = {
     "abreast bench ORIGINAL CONVERTED --backend tp --ranks 2": (
         "tests/speed/test_backends.py::test_tensor_parallel_job_comes_back_from_torchrun"
     ),
+    "abreast convert-adapter ADAPTER OUT -o OUT-ADAPTER": (
+        "needs an adapter: tests/convert/test_adapter.py::test_command"
+    ),
     "abreast import MODEL.gguf -o MODEL": "needs a file: tests/engines/test_import.py writes some",
     "abreast export OUT --gguf model-q4.gguf --quantize Q4_K_M": (
         f"needs llama.cpp's quantiser: {LLAMACPP}"
@@ -159,6 +162,7 @@ PROGRAMS_ELSEWHERE = {
 FOREIGN_OPTIONS = {
     "--chat-template",
     "--enable-lora",
+    "--max-lora-rank",
     "--flash-attn",
     "--no-repack",
     "--smoke",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         write,
     )
     from abreast.checkpoint.tensors import (
+        ADAPTER,
         DTYPES,
         MAX_SHARD_BYTES,
         Checkpoint,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         lay_out,
         open_checkpoint,
         plan_for,
+        read_header,
         read_rows,
         write_shards,
     )

@@ -185,6 +185,38 @@ def convert(
     click.echo(f"check it: abreast verify {out} --against {model}")
 
 
+@console.verb(name="convert-adapter")
+@click.argument("adapter")
+@click.argument("converted")
+@click.option("-o", "--out", required=True, help="New folder for the converted adapter.")
+@click.option("--base", help="The original. Default: the one that CONVERTED names.")
+@dry_run_option
+@console.revision_option
+@console.json_option
+def convert_adapter(
+    adapter: str,
+    converted: str,
+    out: str,
+    base: str | None,
+    dry_run: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Fold ADAPTER, a LoRA adapter of the original, into the shapes of CONVERTED."""
+    from abreast.convert import convert_adapter as run
+
+    record = run(adapter, converted, out, base=base, revision=revision, dry_run=dry_run)
+    for warning in record["warnings"]:
+        console.say(f"warning: {warning}")
+    if as_json:
+        return console.print_json(record)
+    click.echo(
+        f"{out}: {record['modules']} matrices, rank up to {record['rank']}, {record['dtype']}, "
+        f"{console.bytes_text(record['bytes'])}, for plan {record['plan']}"
+        f"{' (dry run: nothing was written)' if dry_run else ''}"
+    )
+
+
 @console.verb()
 @click.argument("out")
 @click.option(

@@ -11,7 +11,15 @@ from typing import NoReturn
 
 import click
 
-from abreast.cli.checkpoint import convert, export, import_gguf, inspect, push, verify
+from abreast.cli.checkpoint import (
+    convert,
+    convert_adapter,
+    export,
+    import_gguf,
+    inspect,
+    push,
+    verify,
+)
 from abreast.cli.plan import measure, optimize, plan
 from abreast.cli.quality import evaluate, heal
 from abreast.cli.show import demo, env, play, report
@@ -37,7 +45,7 @@ def cli() -> None:
 
 
 for command in (
-    *(inspect, import_gguf, convert, verify, export, push),
+    *(inspect, import_gguf, convert, convert_adapter, verify, export, push),
     *(evaluate, study, heal),
     *(measure, plan, optimize),
     *(bench, estimate),

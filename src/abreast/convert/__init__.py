@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
+    from abreast.convert.adapter import convert_adapter
     from abreast.convert.inspect import inspect_model
     from abreast.convert.rewrite import convert, hash_inputs, preview
     from abreast.convert.rules import attention_kinds, obstacle

@@ -111,7 +111,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A conversion that has passed every check that needs no weights."""
 
     checkpoint: Checkpoint
@@ -145,7 +145,7 @@ def preview(
     Arguments and errors as for `convert`.
     """
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    job = _prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
+    job = prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
     return Preview(
         source=job.checkpoint.source,
         family=job.family.model_type,
@@ -198,7 +198,7 @@ def convert(
     target = Path(out)
     check_free(target)
     checkpoint = open_checkpoint(model, revision=revision)
-    job = _prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
+    job = prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         _write_companions(job, staging)
         stop = threading.Event()
@@ -251,7 +251,7 @@ def _threads_to_spare() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _prepare(
+def prepare(
     checkpoint: Checkpoint,
     plan: Plan | str,
     force: bool,
@@ -259,7 +259,7 @@ def _prepare(
     prefill: str,
     form: str,
     max_shard_bytes: int,
-) -> _Job:
+) -> Job:
     family = family_of(checkpoint.config)
     num_layers = num_layers_of(checkpoint.config)
     if isinstance(plan, str):
@@ -291,7 +291,7 @@ def _prepare(
         new_config = format_config(form, new_config)
     if len(dtypes) > 1:
         warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
-    return _Job(
+    return Job(
         checkpoint=checkpoint,
         family=family,
         plan=plan,
@@ -360,7 +360,7 @@ def _new_tensors(
     return made
 
 
-def _stream(job: _Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(job: Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
     total, done = job.bytes_written, 0
     for rule in job.rules:
         new = job.tensors[rule.name]
@@ -461,7 +461,7 @@ def hash_inputs(
     return {name: hash_entry(folder / name, stop=stop) for name in names}
 
 
-def _write_companions(job: _Job, staging: Path) -> None:
+def _write_companions(job: Job, staging: Path) -> None:
     copy_companions(job.checkpoint.folder, staging)
     text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
@@ -476,7 +476,7 @@ def _write_companions(job: _Job, staging: Path) -> None:
     write_tokenizer(job.checkpoint.folder, staging)
 
 
-def _peak_memory(job: _Job) -> int:
+def _peak_memory(job: Job) -> int:
     # A chunk is read, widened to float32 twice over while folding, and cast; four finished ones
     # wait for the writer, one is being written, and two hash buffers stand beside them.
     widest = max(
