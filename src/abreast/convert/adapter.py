@@ -105,28 +105,18 @@ def convert_adapter(
         check_free(target)
     settings, parts = _settings(folder), _read(folder)
     made = open_checkpoint(converted)
-    manifest, form = read_manifest(made.folder), format_of(made.config)
-    if form == "openelm":
-        raise CheckpointError(f"'{converted}' is in the format openelm, which peft does not load")
-    source = _original(manifest, base, revision)
-    job = prepare(source, manifest.plan, True, None, "grouped", form, MAX_SHARD_BYTES)
-    for name, new in job.tensors.items():
-        if name not in made.tensors or made.tensors[name].shape != new.shape:
-            raise CheckpointError(
-                f"tensor '{name}' of '{converted}' is not what its plan makes of the original; "
-                "convert again"
-            )
+    manifest = read_manifest(made.folder)
+    job = _job(made, manifest, _original(manifest, base, revision))
     low = {
         module: _low(module, kinds, settings, job)
         for module, kinds in parts.items()
         if any(kind.startswith("lora_") for kind in kinds)
     }
     folded = dict(_folded(job, low))
-    biased = any(bool(one.bias.any()) for one in folded.values())
     embedded = {module for module, kinds in parts.items() if _EMBEDDING_PAIR[0] in kinds}
-    if biased and (
-        embedded or form != "auto" or made.config.get("abreast_prefill") == "sequential"
-    ):
+    biased = any(bool(one.bias.any()) for one in folded.values())
+    divided = format_of(made.config) != "auto" or made.config.get("abreast_prefill") == "sequential"
+    if biased and (embedded or divided):
         raise CheckpointError(
             "the adapter adds biases (lora_bias, or what a LayerNorm's bias becomes), which go "
             "with neither an adapted embedding, sequential prefill nor a --format"
@@ -144,19 +134,19 @@ def convert_adapter(
             raise CheckpointError(f"tensor '{name}' would hold NaN or Inf; the adapter is damaged")
     ranks = {module: one.down.shape[0] for module, one in folded.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    config = {
-        "base_model_name_or_path": str(converted),
-        "inference_mode": True,
-        "lora_bias": biased,
-        "modules_to_save": sorted({n.split(".")[-2] for n in whole if "base_layer" not in n}),
-        "peft_type": "LORA",
-        "target_modules": _targets(ranks, job),
-        "task_type": settings.get("task_type"),
-        **_rank_settings(ranks),
-    }
     if not dry_run:
         with publish(target, needed_bytes=size) as staging:
             save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+            named = {name.split(".")[-2] for name in whole if "base_layer" not in name}
+            config = {
+                "base_model_name_or_path": str(converted),
+                "inference_mode": True,
+                "lora_bias": biased,
+                "modules_to_save": sorted(named),
+                "peft_type": "LORA",
+                "task_type": settings.get("task_type"),
+                **_ranks(ranks, job),
+            }
             text = json.dumps(config, indent=2, sort_keys=True)
             (staging / ADAPTER).write_text(text + "\n", encoding="utf-8")
     return {
@@ -237,6 +227,21 @@ def _original(manifest: Manifest, base: str | Path | None, revision: str | None)
             "(heal --keep-weights) with --base"
         )
     return source
+
+
+def _job(made: Checkpoint, manifest: Manifest, source: Checkpoint) -> Job:
+    """The conversion as it was made. Raises CheckpointError where `made` is another one's."""
+    form = format_of(made.config)
+    if form == "openelm":
+        raise CheckpointError(f"'{made.source}' is in the format openelm, which peft does not load")
+    job = prepare(source, manifest.plan, True, None, "grouped", form, MAX_SHARD_BYTES)
+    for name, new in job.tensors.items():
+        if name not in made.tensors or made.tensors[name].shape != new.shape:
+            raise CheckpointError(
+                f"tensor '{name}' of '{made.source}' is not what its plan makes of the original; "
+                "convert again"
+            )
+    return job
 
 
 def _low(
@@ -359,19 +364,20 @@ def _joined(
     return _Low(down, up, added)
 
 
-def _targets(ranks: Mapping[str, int], job: Job) -> list[str]:
-    """target_modules: short names, unless the adapter leaves out some of the modules so called."""
+def _ranks(ranks: Mapping[str, int], job: Job) -> dict[str, Any]:
+    """What peft's config says of the modules: short names, unless some so called have no adapter.
+
+    alpha is the rank everywhere, since B has the scaling.
+    """
     names = [n.removesuffix(".weight") for n, new in job.tensors.items() if len(new.shape) == 2]
     short = sorted({module.rpartition(".")[2] for module in ranks})
     meant = {name for name in names if name.rpartition(".")[2] in short}
-    return short if meant <= ranks.keys() else sorted(ranks)
-
-
-def _rank_settings(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """r, and what differs from it; alpha is the rank everywhere, since B has the scaling."""
     most = max(ranks.values(), default=8)
     other = {module: rank for module, rank in ranks.items() if rank != most}
-    return {"r": most, "lora_alpha": most, "rank_pattern": other, "alpha_pattern": other}
+    return {
+        "target_modules": short if meant <= ranks.keys() else sorted(ranks),
+        **{"r": most, "rank_pattern": other, "lora_alpha": most, "alpha_pattern": other},
+    }
 
 
 def _warnings(settings: Mapping[str, Any], manifest: Manifest) -> Iterator[str]:
