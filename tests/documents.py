@@ -89,7 +89,7 @@ ELSEWHERE = {
     ".ci/run": "runs all tests, these among them",
     "vllm serve DECI --trust-remote-code": f"{SERVED}tests/real_engines/test_stock.py",
     "mlx_lm.server --model OPENELM": "in mlx-lm, by tests/real_engines/test_stock.py",
-    "abreast plan MODEL -o RUN --wirings lp --device mps": "on a Mac",
+    "abreast plan MODEL -o RUN --wirings lp --device mps": "needs a Mac",
     "abreast convert MODEL --plan RUN/plan.yaml -o OPENELM --format openelm": (
         "after the line above; with another plan it is run on docs/serving.md"
     ),
