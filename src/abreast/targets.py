@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from abreast.errors import AbreastError
 from abreast.plan import Block, Plan
 
+SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": null}'"
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
@@ -211,6 +212,10 @@ def _mlx(model: Model, degree: int) -> Iterator[str]:
         )
 
 
+def _is_sequential(model: Model) -> bool:
+    return model.config.get("abreast_prefill") == "sequential"
+
+
 def _one_process(model: Model, degree: int) -> Iterator[str]:
     if degree > 1:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
@@ -234,10 +239,10 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
 
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
-    if model.config.get("abreast_prefill") == "sequential":
+    if _is_sequential(model) and not (model.family and model.family.vllm_layers):
         yield (
-            "this checkpoint asks for sequential prefill, which vLLM cannot run; serve it grouped "
-            "with --hf-overrides '{\"abreast_prefill\": null}', or convert it again without"
+            "sequential prefill runs in vLLM for llama, mistral, qwen2 and qwen3 only; "
+            + SERVE_GROUPED
         )
     yield from _experts(model, "vLLM")
     yield from _in_order(model, "vLLM")
@@ -255,9 +260,11 @@ def undivided(model: Model, degree: int) -> str | None:
     """What vLLM cannot split over `degree` ranks, or None if it can split every layer.
 
     A cqil group of p members splits over p or a multiple of p ranks, and over a divisor of p.
+    Under sequential prefill every member is split as an unconverted layer is.
     """
     native = model.family is not None and model.family.vllm_layers
-    for index, layer in enumerate(model.layers):
+    layers = (_layer(model.config),) if _is_sequential(model) else model.layers
+    for index, layer in enumerate(layers):
         if layer.heads % degree:
             return f"layer {index} has {layer.heads} attention heads"
         if layer.kv_heads % degree and degree % layer.kv_heads:
@@ -276,7 +283,7 @@ def undivided(model: Model, degree: int) -> str | None:
 def _torch_tp(model: Model, degree: int) -> Iterator[str]:
     if degree == 1:
         return
-    if model.config.get("abreast_prefill") == "sequential":
+    if _is_sequential(model):
         yield "sequential prefill runs on 1 process only; unset it to use several"
     yield from _experts(model, "torch_tp")
     apart = any(layer.members > 1 for layer in model.layers)
@@ -315,7 +322,7 @@ def _llamacpp(model: Model, degree: int) -> Iterator[str]:
             f"its FFN is gated by {config['hidden_act']}, llama.cpp's deci only by silu; "
             "serve it with vLLM or transformers"
         )
-    if config.get("abreast_prefill") == "sequential":
+    if _is_sequential(model):
         yield (
             "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
             "convert again without --prefill sequential"

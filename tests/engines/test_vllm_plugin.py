@@ -33,10 +33,16 @@ def test_degree_that_does_not_fit(tiny_checkpoint, tmp_path, family, plan, degre
     assert "\n" not in str(error.value)
 
 
-def test_sequential_prefill_is_refused(tiny_checkpoint, tmp_path):
-    convert(tiny_checkpoint(), "1+2", tmp_path / "out", prefill="sequential")
-    config = AutoConfig.from_pretrained(tmp_path / "out")
-    with pytest.raises(ServingError, match="hf-overrides"):
+def test_sequential_prefill(tiny_checkpoint, tmp_path):
+    """Members are split one by one, so that two ranks may share a group of three."""
+    convert(tiny_checkpoint(), "1|2|3", tmp_path / "native", prefill="sequential")
+    config = AutoConfig.from_pretrained(tmp_path / "native")
+    check(config, 2)
+    with pytest.raises(ServingError, match=r"size 8 .* layer 0 has 4 .* possible: 1, 2, 4$"):
+        check(config, 8)
+    convert(tiny_checkpoint("granite"), "1+2", tmp_path / "other", prefill="sequential")
+    config = AutoConfig.from_pretrained(tmp_path / "other")
+    with pytest.raises(ServingError, match=r"llama, mistral, qwen2 and qwen3 only; .*hf-overrides"):
         check(config, 1)
     config.abreast_prefill = None  # what the override that the message names does
     check(config, 1)

@@ -40,15 +40,18 @@ def compare(
 ) -> None:
     """Greedy tokens equal, top-5 log probabilities within tolerance.
 
-    Fed what vLLM wrote, transformers must predict just that, token by token. A looser tolerance is
-    for arithmetic that differs: there a token may win that is behind by no more than that.
+    Fed what vLLM wrote, transformers must predict just that, token by token, with the prompt in the
+    original order where the checkpoint asks for it. A looser tolerance is for arithmetic that
+    differs: there a token may win that is behind by no more than that.
     """
     # Faster implementations leave out what some families cap.
     model, _ = load(folder, plan=plan, dtype="float32", attn_implementation="eager")
+    sequential = getattr(model.config, "abreast_prefill", None) == "sequential"
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer["ids"]])
+        apart = {"prompt_tokens": len(prompt)} if sequential else {}
         with torch.inference_mode():
-            scores = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            scores = model(ids, **apart).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         if tolerance == TOLERANCE:
             assert scores.argmax(-1).tolist() == answer["ids"]
         for row, step, token in zip(scores, answer["logprobs"], answer["ids"], strict=True):

@@ -300,19 +300,6 @@ def test_torchao(in_engine, folder, tmp_path, run_apart, tensor_parallel):
     compare(folder, prompts, answers, tolerance=0.3)
 
 
-def test_sequential_prefill_is_refused_or_overridden(in_engine, tiny_checkpoint, tmp_path):
-    source = tiny_checkpoint(head_dim=32, num_layers=4)
-    convert(source, "1+2", tmp_path / "exact", prefill="sequential")
-    convert(source, "1+2", tmp_path / "grouped")
-    prompts = [list(range(3, 20))]
-    given = {"prompts": prompts, "new_tokens": 4}
-    with pytest.raises(RuntimeError, match="asks for sequential prefill, which vLLM cannot run"):
-        in_engine(tmp_path / "exact", generate, given=given, skip_tokenizer_init=True)
-    override = {"skip_tokenizer_init": True, "hf_overrides": {"abreast_prefill": None}}
-    done = in_engine(tmp_path / "exact", generate, given=given, **override)
-    compare(tmp_path / "grouped", prompts, done)
-
-
 def refused(llm: Any) -> None:
     raise AssertionError("it should not have loaded")
 

@@ -1,327 +1,31 @@
-"""Converted models in vLLM's own layers: one fused QKV and one gate-up matrix for a whole group.
+"""Converted models in vLLM's own layers, for the families whose row says `vllm_layers`.
 
-vLLM imports this file in its workers, for the families whose row says `vllm_layers`. A group that
-is one wide layer (lp) is a stock layer of its own width; only Qwen 3's gains, one per head, need a
-norm of their own. Plain tensor parallelism over the wide layer is Layer Parallelism (arXiv
-2502.02790, section 3): at a degree of p each rank holds one member's heads.
-
-A group whose FFNs see a band of attentions (cqil, arXiv 2404.06709, section 3.2) keeps its members
-apart, so that a rank can run whole members and the group needs one all-reduce, at its end. Let P be
-the members held by one rank, and S the ranks that share one member: P = p / degree and S = 1, or
-P = 1 and S = degree / p. There is a second exchange only where a member is shared (S > 1) or sees
-others' attention (bypass > 0).
-
-Shapes: N tokens, D hidden, P members here, X for whatever a matrix is wide.
+vLLM imports this file in its workers.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    get_tp_group,
-    tensor_model_parallel_all_gather,
-    tensor_model_parallel_all_reduce,
-)
-from vllm.distributed.parallel_state import get_world_group, init_model_parallel_group
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
-from vllm.model_executor.layers.linear import (
-    MergedColumnParallelLinear,
-    ReplicatedLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.models.llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
-
-def biases(config: Any) -> tuple[bool, bool, bool]:
-    """Whether q, k and v, the attention's output, and the FFN have biases, as in transformers.
-
-    Configs of other families may have the same keys, without meaning.
-    """
-    family = config.model_type.removeprefix("abreast_")
-    attention = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
-    ffn = bool(getattr(config, "mlp_bias", False)) and family == "llama"
-    return attention or family == "qwen2", attention, ffn
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm over each head with a gain per head: [N, heads * X] -> the same.
-
-    The checkpoint's gain is [all heads, X]; a rank keeps the rows of its heads.
-    """
-
-    def __init__(self, heads: int, first: int, head_dim: int, eps: float) -> None:
-        super().__init__()
-        self.first, self.shape, self.eps = first, (heads, head_dim), eps
-        self.weight = nn.Parameter(torch.ones(heads, head_dim), requires_grad=False)
-        set_weight_attrs(self.weight, {"weight_loader": self.load})
-
-    def load(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        if loaded.dim() > 1:  # a single layer has one gain for all its heads
-            loaded = loaded.narrow(0, self.first, self.shape[0])
-        parameter.data.copy_(loaded.expand(self.shape))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.unflatten(-1, self.shape).float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide.to(x.dtype) * self.weight).flatten(-2)
-
-
-class Attention(LlamaAttention):
-    """vLLM's attention of a layer's own width; norms of q and k where the family has them."""
-
-    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
-        bias, output_bias, _ = biases(config)
-        super().__init__(
-            config=config,
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            quant_config=vllm_config.quant_config,
-            bias=bias,
-            bias_o_proj=output_bias,
-            cache_config=vllm_config.cache_config,
-            prefix=prefix,
-        )
-        self.normed = config.model_type == "abreast_qwen3"
-        if self.normed:
-            rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-            for name, here, total in (
-                ("q_norm", self.num_heads, self.total_num_heads),
-                ("k_norm", self.num_kv_heads, self.total_num_kv_heads),
-            ):
-                first = rank * total // size  # ranks that share a head start at the same one
-                setattr(self, name, HeadNorm(here, first, self.head_dim, config.rms_norm_eps))
-
-    def attend(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """The outputs of this rank's heads: [N, D] -> [N, heads * X]."""
-        qkv, _ = self.qkv_proj(hidden)
-        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        if self.normed:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotary_emb(positions, q, k)
-        return self.attn(q, k, v)
-
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        output, _ = self.o_proj(self.attend(positions, hidden_states))
-        return output
-
-
-class Layer(nn.Module):
-    """A single layer or an lp group: two all-reduces, whatever its width."""
-
-    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
-        self.mlp = LlamaMLP(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            hidden_act=config.hidden_act,
-            quant_config=vllm_config.quant_config,
-            bias=biases(config)[2],
-            prefix=f"{prefix}.mlp",
-        )
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, residual = _add_and_norm(self.input_layernorm, hidden_states, residual)
-        attended = self.self_attn(positions, normed)
-        normed, residual = self.post_attention_layernorm(attended, residual)
-        return self.mlp(normed), residual
-
-
-def _add_and_norm(
-    norm: RMSNorm, hidden: torch.Tensor, residual: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if residual is None:
-        return norm(hidden), hidden
-    return norm(hidden, residual)
-
-
-class CqilLayer(nn.Module):
-    """A cqil group: y_j = x + sum of a_k for k = j - bypass .. j, and one all-reduce at the end.
-
-    Every rank adds up what it holds of the a_k and f_j; the sum over all ranks is the group's.
-    """
-
-    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
-        super().__init__()
-        rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        self.members, self.bypass = config.abreast_members, config.abreast_bypass
-        self.here, self.sharing = max(1, self.members // size), max(1, size // self.members)
-        self.first, self.lead = rank * self.members // size, rank == 0
-        self.group = member_group(self.members) if self.sharing > 1 else None
-        self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
-        self.self_attn.o_proj = _member_outputs(self, self.self_attn, config, f"{prefix}.self_attn")
-        self.mlp = MemberMLP(config, vllm_config, self.here, f"{prefix}.mlp")
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        normed, x_ND = _add_and_norm(self.input_layernorm, hidden_states, residual)
-        attended = self.self_attn.attend(positions, normed)
-        part_PND, _ = self.self_attn.o_proj(attended.unflatten(-1, (self.here, -1)).transpose(0, 1))
-        y_PND = x_ND + self.visible(part_PND)
-        fed_ND, bias = self.mlp(self.post_attention_layernorm(y_PND))
-        fed_ND = fed_ND + part_PND.sum(0)
-        if bias is not None and self.lead:
-            fed_ND = fed_ND + bias
-        return tensor_model_parallel_all_reduce(fed_ND), x_ND
-
-    def visible(self, part_PND: torch.Tensor) -> torch.Tensor:
-        """For each member here, the sum of the attention outputs that its FFN sees: [P, N, D]."""
-        if self.group is not None and not self.bypass:
-            # On some platforms the reduction is in place, and the part is needed again.
-            return self.group.all_reduce(part_PND.clone())
-        if not self.bypass:
-            return part_PND
-        all_PND = part_PND
-        if self.group is not None:
-            # One exchange does both: it completes each member's output and shows it to the others.
-            slots = [torch.zeros_like(part_PND)] * self.members
-            slots[self.first] = part_PND
-            all_PND = tensor_model_parallel_all_reduce(torch.cat(slots))
-        elif self.here < self.members:
-            all_PND = tensor_model_parallel_all_gather(part_PND, 0)
-        own = range(self.first, self.first + self.here)
-        return torch.stack([all_PND[max(0, j - self.bypass) : j + 1].sum(0) for j in own])
-
-
-class MemberLinear(nn.Module):
-    """One matrix for each of several members: [P, N, in] -> [P, N, out], as one batched product.
-
-    Never quantised: what the checkpoint has quantised is whole again here, see `_dequantized`.
-    Returns a pair, as vLLM's linear layers do.
-    """
-
-    def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(members, rows, columns), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(members, rows), requires_grad=False) if bias else None
-
-    def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
-        out_PNX = torch.bmm(x_PNX, self.weight.transpose(1, 2))
-        return (out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)), None
-
-
-class MemberMLP(nn.Module):
-    """The FFNs of the members here: [P, N, D] -> their sum [N, D] without the bias, and the bias.
-
-    A rank with one member or less holds consecutive rows of gate and up, so stock layers do.
-    """
-
-    def __init__(self, config: Any, vllm_config: VllmConfig, here: int, prefix: str) -> None:
-        super().__init__()
-        hidden, wide = config.hidden_size, config.intermediate_size
-        self.here, bias = here, biases(config)[2]
-        if config.hidden_act != "silu":
-            raise ValueError(f"activation {config.hidden_act} is not silu, which vLLM needs here")
-        if here == 1:
-            self.gate_up_proj = MergedColumnParallelLinear(
-                hidden, [wide] * 2, bias=bias, prefix=f"{prefix}.gate_up_proj"
-            )
-        else:
-            rows = 2 * wide // config.abreast_members
-            self.gate_up_proj = _GateUp(here, rows, hidden, bias)
-        self.down_proj = RowParallelLinear(
-            wide,
-            hidden,
-            bias=bias,
-            skip_bias_add=True,
-            reduce_results=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.down_proj",
-        )
-        self.act_fn = SiluAndMul()
-
-    def forward(self, y_PND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        wide_PNX, _ = self.gate_up_proj(y_PND if self.here > 1 else y_PND[0])
-        gated = self.act_fn(wide_PNX)
-        return self.down_proj(gated if self.here == 1 else gated.transpose(0, 1).flatten(1))
-
-
-class _GateUp(MemberLinear):
-    """Gate and up of each member, one below the other; the checkpoint has all gates, then all ups.
-
-    A rank that holds several members holds them whole.
-    """
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        rank = get_tensor_model_parallel_rank()
-        for name, loaded in weights:
-            parameter = self.get_parameter(name)
-            members, half = parameter.shape[0], parameter.shape[1] // 2
-            shard: Any = loaded.shard_id  # type: ignore[attr-defined]
-            own = loaded.narrow(0, rank * members * half, members * half)
-            own = own.reshape(members, half, *own.shape[1:])
-            parameter.data.narrow(1, shard * half, half).copy_(own)
-            yield name
-
-
-def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix: str) -> nn.Module:
-    """The output matrices of the members here: [P, N, X] -> [P, N, D]; the sum over ranks is whole.
-
-    In the checkpoint they lie one below the other, [p * D, X]: a rank takes the rows of its members
-    and of those its share of the columns.
-    """
-    hidden, bias = config.hidden_size, attention.o_proj.bias is not None
-    columns = attention.q_size // group.here
-    if group.here > 1:
-        linear: Any = MemberLinear(group.here, hidden, columns, bias)
-    else:
-        linear = ReplicatedLinear(columns, hidden, bias=bias, prefix=f"{prefix}.o_proj")
-    share = get_tensor_model_parallel_rank() % group.sharing
-
-    def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        own = loaded.narrow(0, group.first * hidden, group.here * hidden)
-        if loaded.dim() > 1:
-            own = own.narrow(1, share * columns, columns)
-        elif share:
-            own = torch.zeros_like(own)  # of the ranks that share a member, one adds its bias
-        parameter.data.copy_(own.reshape(parameter.shape))
-
-    for parameter in linear.parameters():
-        parameter.weight_loader = load
-    return linear
-
-
-@functools.cache
-def member_group(members: int) -> Any:
-    """Communicator of the ranks that share one member, where the degree is a multiple of p.
-
-    All ranks of all tensor parallel groups must call it together.
-    """
-    ranks = []
-    for group in get_tp_group().group_ranks:
-        share = len(group) // members
-        ranks += [group[start : start + share] for start in range(0, len(group), share)]
-    world = get_world_group()
-    # On a CPU, vLLM uses its fast shared-memory exchange for groups of this name only.
-    name = "tp_members" if current_platform.is_cpu() else "members"
-    backend = torch.distributed.get_backend(get_tp_group().device_group)
-    return init_model_parallel_group(ranks, world.local_rank, backend, group_name=name)
+from abreast.engines.vllm.exact import ExactGroup, mark_prompts
+from abreast.engines.vllm.layers import CqilLayer, Layer, member_group
+from abreast.engines.vllm.plugin import is_sequential
 
 
 def _layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
     model_config: Any = vllm_config.model_config.hf_config
     config = model_config.per_layer_config[extract_layer_index(prefix)]
+    members = config.num_attention_heads // model_config.to_dict()["num_attention_heads"]
+    if members > 1 and is_sequential(vllm_config):
+        return ExactGroup(config, members, vllm_config, prefix)
     return (CqilLayer if _has_band(config) else Layer)(config, vllm_config, prefix)
 
 
@@ -332,10 +36,13 @@ def _has_band(config: Any) -> bool:
 
 class _ForCausalLM(LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        # Communicators first: every rank has to take part, even without such a layer.
         config: Any = vllm_config.model_config.hf_config
         size = get_tensor_model_parallel_world_size()
         layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
+        if is_sequential(vllm_config):
+            mark_prompts()
+            layers = []  # of which none is built as a CqilLayer
+        # Communicators first: every rank has to take part, even without such a layer.
         for members in sorted({layer.abreast_members for layer in layers if _has_band(layer)}):
             if size > members:
                 member_group(members)

@@ -10,20 +10,15 @@ through vLLM's transformers backend (backend.py), on the model classes of modeli
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import Any
 
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
-from abreast.targets import VLLM, refusals
+from abreast.targets import SERVE_GROUPED, VLLM, refusals
 
 OLDEST = (0, 32)  # the first to size its KV cache layer by layer, and the one that is tested
-_LAYER_KEYS = (
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "abreast_members",
-    "abreast_bypass",
-)
 _CLASSES = "abreast.engines.vllm.models"
 _BACKEND = "abreast.engines.vllm.backend:AbreastForCausalLM"
 
@@ -59,6 +54,7 @@ def register() -> None:
         MODELS_CONFIG_MAP[family.converted] = _Check
         if family.model_type in no_float16:
             no_float16[family.converted_type] = no_float16[family.model_type]
+    _prepare_sequential_prefill()
 
 
 def is_too_old(version: str) -> bool:
@@ -73,19 +69,71 @@ def check(config: Any, tensor_parallel: int) -> None:
 
     config: transformers' config object. vLLM calls this in its main process, before its workers.
     """
-    layers = [config.per_layer_config[i] for i in range(config.num_hidden_layers)]
-    entries = {
-        str(i): {key: getattr(layer, key, None) for key in _LAYER_KEYS}
-        for i, layer in enumerate(layers)
-    }
-    as_json = {
-        "num_hidden_layers": len(layers),
-        "per_layer_config": entries,
-        "abreast_prefill": getattr(config, "abreast_prefill", None),
-    }
     family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
-    for reason in refusals(VLLM, as_json, family, degree=tensor_parallel):
+    for reason in refusals(VLLM, config.to_dict(), family, degree=tensor_parallel):
         raise ServingError(reason)
+
+
+def is_sequential(vllm_config: Any) -> bool:
+    """Whether vLLM serves a converted checkpoint that asks for sequential prefill."""
+    config = getattr(vllm_config.model_config, "hf_config", None)
+    return getattr(config, "abreast_prefill", None) == "sequential"
+
+
+def _prepare_sequential_prefill() -> bool:
+    """Choose the model runner that can mark prompts, and keep blocks of the prefix cache apart.
+
+    What was generated has other keys and values than the same text in a prompt. So the hash of a
+    block with generated tokens says where in it they begin; the hashes of later blocks depend on
+    it. `Scheduler` is what every process that hashes makes before the first request. Returns
+    whether this vLLM has what it takes.
+    """
+    try:
+        from vllm.config import VllmConfig
+        from vllm.v1.core import kv_cache_utils
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        lacks: Any = VllmConfig._get_v2_model_runner_unsupported_features
+        start, keys = Scheduler.__init__, kv_cache_utils.generate_block_hash_extra_keys
+    except (ImportError, AttributeError):
+        return False
+    if start.__globals__ is globals():
+        return True
+
+    @functools.wraps(lacks)
+    def lacks_sequential_prefill(self: Any) -> list[str]:
+        return lacks(self) + ["sequential prefill"] * is_sequential(self)
+
+    @functools.wraps(start)
+    def start_scheduler(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if is_sequential(vllm_config):
+            kv_cache_utils.generate_block_hash_extra_keys = keys_with_prompts_end
+        start(self, vllm_config, *args, **kwargs)
+
+    @functools.wraps(keys)
+    def keys_with_prompts_end(request: Any, first: int, end: int, *args: Any) -> Any:
+        extra, following = keys(request, first, end, *args)
+        if end > request.num_prompt_tokens:
+            extra = (*(extra or ()), ("generated", max(request.num_prompt_tokens - first, 0)))
+        return extra, following
+
+    VllmConfig._get_v2_model_runner_unsupported_features = lacks_sequential_prefill
+    Scheduler.__init__ = start_scheduler
+    return True
+
+
+def _unserved(vllm_config: Any) -> Iterator[str]:
+    """What asks for something that is not there under sequential prefill."""
+    if vllm_config.lora_config is not None:
+        yield "LoRA adapters"
+    if vllm_config.model_config.quantization is not None:
+        yield "quantised weights"
+    if vllm_config.parallel_config.use_ubatching:
+        yield "microbatches (DBO)"
+    if vllm_config.use_v2_model_runner:
+        yield "VLLM_USE_V2_MODEL_RUNNER=1"
+    if not _prepare_sequential_prefill():
+        yield "this version of vLLM"
 
 
 class _Check:
@@ -100,6 +148,8 @@ class _Check:
         config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
         try:
             check(config, parallel.tensor_parallel_size)
+            for thing in _unserved(vllm_config) if is_sequential(vllm_config) else ():
+                raise ServingError(f"{thing} cannot go with sequential prefill; {SERVE_GROUPED}")
         except ServingError as error:
             # vLLM's configurations are pydantic classes, which wrap a ValueError in several lines.
             raise RuntimeError(str(error)) from None

@@ -1,0 +1,204 @@
+"""Sequential prefill in vLLM: prompts as the original reads them, answers as transformers gives."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agreement import compare
+from test_vllm_features import compiled, generate, ids_of
+
+from abreast.convert.rewrite import convert
+from abreast.demo import model_folder
+from abreast.model.grouping import load
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from prefill import PLANS as DEPTHS
+from prefill import answered, few_shot
+
+PLANS = {"lp": DEPTHS[-1], "lp and cqil": "1+2+3 5|6 8|9:1 11+12"}
+LENGTHS = (1, 5, 31, 32, 33, 64, 100, 130)
+PROMPTS = [ids_of(count, count) for count in LENGTHS]
+OTHERS = [ids_of(7 + 8 * n, 1000 + n) for n in range(16)]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> Any:
+    made: dict[tuple[str, str], Path] = {}
+
+    def factory(source: Path, plan: str) -> Path:
+        key = (str(source), plan)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("converted") / "out"
+            convert(source, plan, made[key], dtype="float32", prefill="sequential")
+        return made[key]
+
+    return factory
+
+
+def check(source: Path, folder: Path, prompts: list[list[int]], answers: list[Any]) -> None:
+    """All tokens as by transformers, the first one's log probabilities as by the original."""
+    compare(folder, prompts, answers)
+    firsts = [{"ids": answer["ids"][:1], "logprobs": answer["logprobs"][:1]} for answer in answers]
+    compare(source, prompts, firsts)
+
+
+def in_company(llm: Any, prompts: list[list[int]], others: list[list[int]]) -> dict[str, Any]:
+    """Among others, alone, and once more from the prefix cache."""
+    half = len(others) // 2
+    mixed = generate(llm, others[:half] + prompts + others[half:], 64)
+    assert llm.reset_prefix_cache()
+    alone = [generate(llm, [prompt], 64)[0] for prompt in prompts]
+    mixed = mixed[half : half + len(prompts)]
+    return {"mixed": mixed, "alone": alone, "again": generate(llm, prompts, 8)}
+
+
+@pytest.mark.parametrize("chunk", [48, 2048])
+@pytest.mark.parametrize("plan", PLANS)
+def test_alone_and_among_others(in_engine, converted, plan, chunk):
+    folder = converted(model_folder(), PLANS[plan])
+    given = {"prompts": PROMPTS, "others": OTHERS}
+    done = in_engine(
+        folder,
+        in_company,
+        given=given,
+        max_num_batched_tokens=chunk,
+        max_num_seqs=24,
+        block_size=32,
+    )
+    assert {len(answer["ids"]) for answer in done["mixed"] + done["alone"]} == {64}
+    assert [answer["cached"] for answer in done["alone"]] == [0] * len(PROMPTS)
+    assert done["again"][-1]["cached"] == 128
+    for answers in done.values():
+        check(model_folder(), folder, PROMPTS, answers)
+
+
+def turns(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    """Answers, then the conversations so far as prompts of their own, then the first once more."""
+    first = generate(llm, prompts, 64)
+    longer = [
+        prompt + answer["ids"] + [7, 8] for prompt, answer in zip(prompts, first, strict=True)
+    ]
+    second = generate(llm, longer, 8)
+    return {"first": first, "longer": longer, "second": second, "again": generate(llm, prompts, 64)}
+
+
+def test_what_was_generated_is_read_again_as_a_prompt(in_engine, converted):
+    """Its blocks in the prefix cache were computed abreast: only those before it may serve."""
+    folder, prompts = converted(model_folder(), PLANS["lp"]), [ids_of(32, 1), ids_of(40, 2)]
+    done = in_engine(folder, turns, given={"prompts": prompts}, block_size=32)
+    check(model_folder(), folder, prompts, done["first"])
+    check(model_folder(), folder, done["longer"], done["second"])
+    assert [answer["cached"] for answer in done["second"]] == [32, 32]
+    check(model_folder(), folder, prompts, done["again"])
+
+
+def preempted(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    stock, times = Scheduler._preempt_request, []
+
+    def count(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        times.append(request.num_output_tokens)
+        return stock(self, request, *args, **kwargs)
+
+    Scheduler._preempt_request = count
+    return {"answers": generate(llm, prompts, 64), "times": times}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_preempted_requests_go_on_abreast(in_engine, converted, cached):
+    """Their generated tokens are computed again, in one chunk with the prompt."""
+    folder, prompts = converted(model_folder(), PLANS["lp"]), [ids_of(20, n) for n in range(4)]
+    few = {"num_gpu_blocks_override": 9, "block_size": 32, "enable_prefix_caching": cached}
+    done = in_engine(folder, preempted, given={"prompts": prompts}, **few)
+    assert max(done["times"]) > 12  # so that a block of it holds both kinds
+    check(model_folder(), folder, prompts, done["answers"])
+
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8, "tied": True},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_native_family(in_engine, converted, tiny_checkpoint, family, tensor_parallel):
+    source = tiny_checkpoint(family, head_dim=32, num_layers=8, **FAMILIES[family])
+    folder = converted(source, "1+2 3|4 5|6:1")
+    given = {"prompts": [ids[:40] for ids in PROMPTS[1:5]], "others": OTHERS[:2]}
+    given = {name: [[i % 128 for i in ids] for ids in lists] for name, lists in given.items()}
+    options = {"skip_tokenizer_init": True, "max_num_batched_tokens": 24, "max_num_seqs": 8}
+    done = in_engine(folder, in_company, tensor_parallel, given, **options)
+    for answers in done.values():
+        check(source, folder, given["prompts"], answers)
+
+
+def test_more_ranks_than_key_value_heads(in_engine, converted, tiny_checkpoint):
+    source = tiny_checkpoint("qwen3", head_dim=32, num_key_value_heads=1)
+    folder, prompts = converted(source, "1+2 3|4"), [list(range(3, 20)), [5, 99, 7]]
+    given = {"prompts": prompts, "new_tokens": 8}
+    done = in_engine(folder, generate, 2, given, skip_tokenizer_init=True)
+    check(source, folder, prompts, done)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+def test_decoding_is_compiled(in_engine, converted, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    source = tiny_checkpoint(head_dim=32, num_layers=6)
+    folder, prompts = converted(source, "1+2 3|4:1"), [list(range(3, 20)), [5, 99, 7]]
+    options = {"enforce_eager": False, "skip_tokenizer_init": True}
+    done = in_engine(folder, compiled, given={"prompts": prompts}, **options)
+    assert done["models"] == 1, done["mode"]
+    assert done["mode"] != "NONE"
+    check(source, folder, prompts, done["answers"])
+
+
+def test_few_shot_copying_is_right_as_often_as_in_transformers(in_engine, converted):
+    """The task of benchmarks/prefill.py, which grouped prefill fails."""
+    folder, tasks = converted(model_folder(), PLANS["lp"]), few_shot(count=24)
+    model, tokenizer = load(folder, dtype="float32")
+    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in tasks]
+    given = {"prompts": prompts, "new_tokens": 12}
+    done = in_engine(folder, generate, given=given)
+    right = [
+        tokenizer.decode(written["ids"]).startswith(answer)
+        for (_, answer), written in zip(tasks, done, strict=True)
+    ]
+    assert right == answered(model, tokenizer, tasks)
+    assert sum(right) >= 6
+    model.config.abreast_prefill = "grouped"
+    assert sum(answered(model, tokenizer, tasks)) < sum(right)
+
+
+REFUSED = {
+    "LoRA adapters": {"enable_lora": True},
+    "quantised weights": {"quantization": "fp8"},
+}
+
+
+@pytest.mark.parametrize("thing", REFUSED)
+def test_what_cannot_go_with_it_is_refused(in_engine, converted, tiny_checkpoint, thing):
+    folder = converted(tiny_checkpoint(head_dim=32), "1+2")
+    with pytest.raises(RuntimeError, match=f"{thing} cannot go with sequential prefill; serve it"):
+        in_engine(folder, generate, skip_tokenizer_init=True, **REFUSED[thing])
+
+
+def test_other_families_are_refused_or_served_grouped(in_engine, tiny_checkpoint, tmp_path):
+    source = tiny_checkpoint("granite", head_dim=32, num_layers=4)
+    convert(source, "1+2", tmp_path / "exact", prefill="sequential")
+    convert(source, "1+2", tmp_path / "grouped")
+    prompts = [list(range(3, 20))]
+    given = {"prompts": prompts, "new_tokens": 4}
+    with pytest.raises(RuntimeError, match="for llama, mistral, qwen2 and qwen3 only; serve it gr"):
+        in_engine(tmp_path / "exact", generate, given=given, skip_tokenizer_init=True)
+    override = {"skip_tokenizer_init": True, "hf_overrides": {"abreast_prefill": None}}
+    done = in_engine(tmp_path / "exact", generate, given=given, **override)
+    compare(tmp_path / "grouped", prompts, done)
