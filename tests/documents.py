@@ -107,7 +107,8 @@ ELSEWHERE = {
     "vllm serve OUT --distributed-executor-backend ray --tensor-parallel-size 8 "
     "--pipeline-parallel-size 2": "several machines",
     'vllm serve OUT --hf-overrides {"abreast_prefill": null}': (
-        f"from Python by {FEATURES}::test_sequential_prefill_is_refused_or_overridden"
+        "from Python by tests/real_engines/test_vllm_exact.py"
+        "::test_other_families_are_refused_or_served_grouped"
     ),
     "python -m abreast.engines.transformers serve OUT --port 8000": (
         "needs `openai`: tests/real_engines/test_transformers_serve.py::test_completion"
