@@ -239,13 +239,13 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
 
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
+    yield from _experts(model, "vLLM")
+    yield from _in_order(model, "vLLM")
     if _is_sequential(model) and not (model.family and model.family.vllm_layers):
         yield (
             "sequential prefill runs in vLLM for llama, mistral, qwen2 and qwen3 only; "
             + SERVE_GROUPED
         )
-    yield from _experts(model, "vLLM")
-    yield from _in_order(model, "vLLM")
     reason = undivided(model, degree)
     if reason:
         most = max(layer.heads for layer in model.layers)
