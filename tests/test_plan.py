@@ -368,3 +368,13 @@ def test_plans_cannot_be_changed() -> None:
     plan = Plan.parse("1+2", 6)
     with pytest.raises(ValueError, match="frozen"):
         plan.num_layers = 7  # type: ignore[misc]
+
+
+def test_saving_does_not_write_through_a_link(tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    for name in ("plan.yaml", ".plan.yaml.new"):
+        (tmp_path / name).symlink_to(outside)
+    Plan.parse("1+2", 4).save(tmp_path / "plan.yaml")
+    assert outside.read_text() == "mine"
+    assert Plan.load(tmp_path / "plan.yaml") == Plan.parse("1+2", 4)

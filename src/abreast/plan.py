@@ -321,7 +321,10 @@ class Plan(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the YAML plan file that `load` reads."""
-        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+        staging = Path(path).with_name(f".{Path(path).name}.new")
+        staging.unlink(missing_ok=True)
+        staging.write_text(self.to_yaml(), encoding="utf-8")
+        os.replace(staging, path)  # not through a link that lies there
 
     def to_yaml(self) -> str:
         data = self.model_dump(mode="json", exclude_none=True)

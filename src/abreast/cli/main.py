@@ -88,6 +88,8 @@ def main() -> NoReturn:
             raise
         _leave(f"'{error.filename}': {error.strerror}")
     except Exception as error:
+        if "can't start new thread" in str(error):
+            _leave("out of memory; use a smaller --batch-size, --window or model")
         library = _library_of(error)
         if library is None or "ABREAST_TRACEBACK" in os.environ:
             raise

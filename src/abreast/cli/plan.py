@@ -149,6 +149,7 @@ def plan(
 
     Writes OUT/plan.yaml, OUT/why.md and OUT/front.json. Reuses earlier measurements in OUT.
     """
+    from abreast.checkpoint import write
     from abreast.planner import expect, explain
 
     if known:
@@ -161,7 +162,7 @@ def plan(
     )
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
     planned.front.stats.on_record(planned.plan).save(plan_file)
-    reasons.write_text(explain(planned.plan, planned.front), encoding="utf-8")
+    write(reasons, explain(planned.plan, planned.front))
     searches = _repeated(model, Path(out), budget, calibration, search, planned, repeat, as_json)
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}

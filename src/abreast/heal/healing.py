@@ -36,6 +36,7 @@ from abreast.checkpoint import (
     open_checkpoint,
     plan_for,
     publish,
+    replacing,
     write,
     write_shards,
 )
@@ -376,7 +377,8 @@ def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
         progress=setup.progress,
     )
     if is_main_process():
-        save_file({n: p.cpu().contiguous() for n, p in members.items()}, weights)
+        with replacing(weights) as staging:
+            save_file({n: p.cpu().contiguous() for n, p in members.items()}, staging)
         write(result, json.dumps(asdict(solved)))
     return solved
 

@@ -157,8 +157,6 @@ class Checkpoints:
             (staging / "state.json").write_text(json.dumps(state), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if is_main or self.sharded:
-            self._write(staging, "weights", self.weights)
-            self._write(staging, "best", best)
             names: dict[torch.Tensor, str] = {p: name for name, p in self.weights.items()}
             moments = {
                 f"{names[parameter]}/{key}": value
@@ -166,7 +164,13 @@ class Checkpoints:
                 for parameter, values in optimizer.state.items()
                 for key, value in values.items()
             }
-            self._write(staging, "optimizer", moments)
+            try:
+                self._write(staging, "weights", self.weights)
+                self._write(staging, "best", best)
+                self._write(staging, "optimizer", moments)
+            except BaseException:
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
         self.accelerator.wait_for_everyone()
         if is_main:
             final = self.work / f"step-{step:08d}"

@@ -117,7 +117,14 @@ class Stats:
             )
         except FileNotFoundError:
             raise AbreastError(f"no statistics at '{path}'; run `abreast measure` first") from None
-        except (SafetensorError, OSError, LookupError, ValueError, TypeError) as error:
+        except (
+            SafetensorError,
+            OSError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise AbreastError(
                 f"'{path}' is damaged ({first_line(error)}); delete it and measure again"
             ) from None
