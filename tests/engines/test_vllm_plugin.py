@@ -7,13 +7,14 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig
 
 import abreast.modeling  # noqa: F401  registers the config classes
 from abreast.convert.rewrite import convert
-from abreast.engines.vllm.plugin import ServingError, check, is_too_old
+from abreast.engines.vllm.plugin import ServingError, check, default_streams, is_too_old, streams_of
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,25 @@ def test_sequential_prefill(tiny_checkpoint, tmp_path):
         check(config, 1)
     config.abreast_prefill = None  # what the override that the message names does
     check(config, 1)
+
+
+def test_streams_that_eagle_heads_read():
+    """Layers 0, 1, 2+3, 4, 5|6|7, 8, 9: a stream inside a group is the next one."""
+    config = SimpleNamespace(abreast={"num_layers": 10, "plan": "2+3 5|6|7"})
+    assert default_streams(config) == (2, 5, 7)
+    before = {0: 0, 1: 1, 2: 2, 3: 3, 4: 3, 5: 4, 6: 5, 7: 5, 8: 5, 9: 6, 10: 7}
+    assert {layer: streams_of(config, [layer])[0] for layer in before} == before
+    assert streams_of(config, default_streams(config)) == (2, 4, 5)
+    with pytest.raises(ServingError, match="before layers 3, 4, 9, of which plan"):
+        streams_of(config, [3, 4, 9])
+    in_order = SimpleNamespace(abreast={"num_layers": 6, "plan": "1~2~3"})
+    assert streams_of(in_order, [1, 2, 5]) == (1, 4, 5)  # 3 layers of attention, one has the FFNs
+
+
+@pytest.mark.parametrize("record", [None, {}, {"num_layers": 4, "plan": "1+2"}])
+def test_streams_that_the_original_does_not_have(record):
+    with pytest.raises(ServingError, match="use the head of that original"):
+        streams_of(SimpleNamespace(abreast=record), [2, 5])
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,14 @@ from typing import Any
 
 from torch import nn
 from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import PPMissingLayer
 
+from abreast.engines.vllm.models import without_adapters
+from abreast.engines.vllm.plugin import StreamsOfOriginal
 from abreast.modeling_members import ThroughViews
 
 
-class AbreastForCausalLM(TransformersForCausalLM):
+class AbreastForCausalLM(StreamsOfOriginal, TransformersForCausalLM):
     """A converted model of any family, built by modeling.py and run with vLLM's attention.
 
     Groups with parts that stay with their member need a tensor parallel size of 1, which plugin.py
@@ -25,13 +28,19 @@ class AbreastForCausalLM(TransformersForCausalLM):
     def recursive_replace(self) -> None:
         protected = []
         for index, layer in enumerate(self.model.layers):
-            if getattr(self.config.per_layer_config[index], "abreast_members", 1) > 1:
+            own = self.config.per_layer_config[index]
+            if getattr(own, "abreast_members", 1) > 1 and not isinstance(layer, PPMissingLayer):
                 protected += list(_member_modules(layer))
         for parent, name, _ in protected:
             setattr(parent, name, _placeholder(parent, name))
         super().recursive_replace()
         for parent, name, module in protected:
             setattr(parent, name, module)
+        parts = {module for _, _, part in protected for module in part.modules()}
+        apart = [
+            n for n, m in self.model.named_modules() if m in parts and isinstance(m, nn.Linear)
+        ]
+        self.hf_to_vllm_mapper = without_adapters(self.hf_to_vllm_mapper, apart)
 
 
 def _member_modules(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -13,11 +13,11 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.utils import extract_layer_index
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
 from abreast.engines.vllm.exact import ExactGroup, mark_prompts
 from abreast.engines.vllm.layers import CqilLayer, Layer, member_group
-from abreast.engines.vllm.plugin import is_sequential
+from abreast.engines.vllm.plugin import StreamsOfOriginal, is_sequential
 
 
 def _layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -34,7 +34,7 @@ def _has_band(config: Any) -> bool:
     return getattr(config, "abreast_bypass", None) is not None
 
 
-class _ForCausalLM(LlamaForCausalLM):
+class _ForCausalLM(StreamsOfOriginal, LlamaForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config: Any = vllm_config.model_config.hf_config
         size = get_tensor_model_parallel_world_size()
@@ -53,9 +53,19 @@ class _ForCausalLM(LlamaForCausalLM):
             if _has_band(layer)
             for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
         }
+        self.hf_to_vllm_mapper = without_adapters(self.hf_to_vllm_mapper, self.apart)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights(_dequantized(weights, self.apart))
+
+
+def without_adapters(mapper: WeightsMapper, modules: Iterable[str]) -> WeightsMapper:
+    """The mapper, with names for these modules' adapters that vLLM refuses.
+
+    Of matrices that are none of its own it would leave the adapter out, and say nothing.
+    """
+    names = {f"{n}.lora_": f"{n}, whose members stand apart.lora_" for n in sorted(modules)}
+    return mapper | WeightsMapper(orig_to_new_substr=names)
 
 
 def _dequantized(

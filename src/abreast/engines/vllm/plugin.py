@@ -11,11 +11,12 @@ through vLLM's transformers backend (backend.py), on the model classes of modeli
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
+from abreast.plan import Plan
 from abreast.targets import SERVE_GROUPED, VLLM, refusals
 
 OLDEST = (0, 32)  # the first to size its KV cache layer by layer, and the one that is tested
@@ -136,6 +137,50 @@ def _unserved(vllm_config: Any) -> Iterator[str]:
         yield "this version of vLLM"
 
 
+def streams_of(config: Any, layers: Sequence[int]) -> tuple[int, ...]:
+    """Before which layers of a conversion the streams stand that its original has before `layers`.
+
+    EAGLE-3 heads (arXiv 2503.01840, section 3.1) read such streams. Inside a group there is none:
+    where it ends is the next. Raises ServingError where two are the same one.
+    """
+    record = getattr(config, "abreast", None) or {}
+    names = ", ".join(map(str, layers))
+    try:
+        plan = Plan.parse(record["plan"], record["num_layers"])
+        ends = [0, *(max(block.ffns, default=-1) + 1 for block in plan.blocks)]
+        streams = tuple(min(i for i, end in enumerate(ends) if end >= own) for own in layers)
+    except (KeyError, TypeError, ValueError):
+        raise ServingError(
+            f"the EAGLE-3 head reads the streams before layers {names}, which the original of this "
+            "conversion does not have; use the head of that original"
+        ) from None
+    if len(set(streams)) < len(layers):
+        raise ServingError(
+            f"the EAGLE-3 head reads the streams before layers {names}, of which plan "
+            f"{plan.shorthand} makes fewer; use another draft, or a plan with no group between them"
+        )
+    return streams
+
+
+def default_streams(config: Any) -> tuple[int, ...]:
+    """vLLM's own choice for the original, see `streams_of`."""
+    count = (getattr(config, "abreast", None) or {}).get("num_layers", 0)
+    return 2, count // 2, count - 3
+
+
+class StreamsOfOriginal:
+    """Mixed into a model: EAGLE-3 heads count the layers of its original."""
+
+    config: Any
+    hf_to_vllm_mapper: Any
+
+    def get_eagle3_default_aux_hidden_state_layers(self) -> tuple[int, ...]:
+        return default_streams(self.config)
+
+    def set_aux_hidden_state_layers(self, layers: Sequence[int]) -> None:
+        super().set_aux_hidden_state_layers(streams_of(self.config, layers))  # type: ignore[misc]
+
+
 class _Check:
     """The hook that vLLM calls for an architecture while it builds its configuration."""
 
@@ -146,8 +191,13 @@ class _Check:
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
+        drafts = vllm_config.speculative_config
         try:
             check(config, parallel.tensor_parallel_size)
+            if drafts is not None and drafts.method == "eagle3":
+                head = drafts.draft_model_config.hf_config
+                named = getattr(head, "eagle_aux_hidden_state_layer_ids", None)
+                streams_of(config, named or default_streams(config))
             for thing in _unserved(vllm_config) if is_sequential(vllm_config) else ():
                 raise ServingError(f"{thing} cannot go with sequential prefill; {SERVE_GROUPED}")
         except ServingError as error:
