@@ -17,6 +17,7 @@ from abreast.errors import AbreastError
 from abreast.plan import Block, Plan
 
 SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": null}'"
+EXPERT_WIDTH = "moe_intermediate_size"
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
@@ -231,10 +232,18 @@ def _in_order(model: Model, engine: str) -> Iterator[str]:
 
 
 def _experts(model: Model, engine: str) -> Iterator[str]:
-    if model.family is not None and model.family.routes:
+    if model.family is None or not model.family.routes:
+        return
+    native = engine == "vLLM" and model.family.vllm_layers
+    if not native:
         yield (
             f"{engine} does not run groups of layers with experts, whose members each choose among "
             "their own; serve the checkpoint with transformers"
+        )
+    elif any(layer.band is not None for layer in model.layers):
+        yield (
+            f"{engine} runs no cqil groups of layers with experts; convert with an lp plan (5+6 "
+            "instead of 5|6), or serve it with transformers"
         )
 
 
@@ -271,6 +280,8 @@ def undivided(model: Model, degree: int) -> str | None:
             return f"layer {index} has {layer.kv_heads} key-value heads"
         if layer.intermediate % degree:
             return f"layer {index} has intermediate size {layer.intermediate}"
+        if model.family and model.family.routes and (model.config.get(EXPERT_WIDTH) or 0) % degree:
+            return f"its experts have {EXPERT_WIDTH} {model.config[EXPERT_WIDTH]}"
         if layer.members == 1 or degree == 1:
             continue
         if not native:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -171,12 +170,18 @@ def test_experts_are_not_healed(tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("family", ROUTED)
 def test_what_loads_them(tiny_checkpoint, tmp_path, family):
-    convert(tiny_checkpoint(family, **OWN.get(family, {})), "1~2", tmp_path / "out")
-    config, row = open_checkpoint(tmp_path / "out").config, CONVERTIBLE[family]
-    assert list(refusals(TRANSFORMERS, config, row)) == []
-    for target in (VLLM, LLAMACPP):
-        assert re.search("experts", next(refusals(target, config, row)))
-    assert "experts" in next(refusals(TORCH_TP, config, row, degree=2))
+    row, original = CONVERTIBLE[family], tiny_checkpoint(family, **OWN.get(family, {}))
+    for plan in ("1+2", "1|2"):
+        convert(original, plan, tmp_path / plan)
+        config = open_checkpoint(tmp_path / plan).config
+        assert list(refusals(TRANSFORMERS, config, row)) == []
+        assert "experts" in next(refusals(LLAMACPP, config, row))
+        assert "experts" in next(refusals(TORCH_TP, config, row, degree=2))
+        in_vllm = family in ("mixtral", "qwen3_moe") and plan == "1+2"
+        assert ("experts" in next(refusals(VLLM, config, row), "")) != in_vllm
+        if in_vllm:
+            assert next(refusals(VLLM, config, row, degree=2), None) is None
+            assert "possible: 1, 2, 4" in next(refusals(VLLM, config, row, degree=3))
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "ernie4_5_moe"])

@@ -139,6 +139,26 @@ def test_native_family(in_engine, converted, tiny_checkpoint, family, tensor_par
     assert done["per_token"] == (expected(8, MIXED) if tensor_parallel > 1 else {})
 
 
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("mixtral", {}),
+        ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [5], "attention_bias": True}),
+    ],
+)
+def test_native_family_with_experts(
+    in_engine, converted, tiny_checkpoint, family, more, tensor_parallel
+):
+    more = {**more, "moe_intermediate_size": 64, "intermediate_size": 128}
+    source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more)
+    folder = converted(source, "1+2 3+4")
+    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    compare(folder, PROMPTS, done["answers"])
+    assert done["per_token"] == (expected(6, "1+2 3+4") if tensor_parallel > 1 else {})
+
+
 @pytest.mark.parametrize(
     ("plan", "tensor_parallel", "joined"),
     [("1|2 3|4:1", 4, 2), ("1|2|3|4:2", 2, 0)],

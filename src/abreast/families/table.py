@@ -321,6 +321,7 @@ _ROWS = (
             (r"(\.experts\.\d+)\.w3\.", r"\1.up_proj."),
         ),
         slides=True,
+        vllm_layers=True,
         deci_lacks=_EXPERTS,
     ),
     Family(
@@ -344,6 +345,7 @@ _ROWS = (
         dense=_gated_ffn(),
         expert_keys=EXPERT_COUNTS,
         head_norms=_QK_HEADS,
+        vllm_layers=True,
         deci_lacks=_EXPERTS,
     ),
     Family(

@@ -38,8 +38,11 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
 )
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
+
+from abreast.engines.vllm.experts import Experts, has_experts
 
 
 def biases(config: Any) -> tuple[bool, bool, bool]:
@@ -48,7 +51,9 @@ def biases(config: Any) -> tuple[bool, bool, bool]:
     Configs of other families may have the same keys, without meaning.
     """
     family = config.model_type.removeprefix("abreast_")
-    attention = bool(getattr(config, "attention_bias", False)) and family in ("llama", "qwen3")
+    attention = bool(getattr(config, "attention_bias", False)) and family in (
+        *("llama", "qwen3", "qwen3_moe"),
+    )
     ffn = bool(getattr(config, "mlp_bias", False)) and family == "llama"
     return attention or family == "qwen2", attention, ffn
 
@@ -96,7 +101,7 @@ class Attention(LlamaAttention):
             cache_config=vllm_config.cache_config,
             prefix=prefix,
         )
-        self.normed = config.model_type == "abreast_qwen3"
+        self.normed = config.model_type.startswith("abreast_qwen3")
         if self.normed:
             rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
             for name, here, total in (
@@ -126,14 +131,17 @@ class Layer(nn.Module):
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
-        self.mlp = LlamaMLP(
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            hidden_act=config.hidden_act,
-            quant_config=vllm_config.quant_config,
-            bias=biases(config)[2],
-            prefix=f"{prefix}.mlp",
-        )
+        if has_experts(config, extract_layer_index(prefix)):
+            self.mlp = Experts(config, vllm_config, f"{prefix}.mlp")
+        else:
+            self.mlp = LlamaMLP(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                hidden_act=config.hidden_act,
+                quant_config=vllm_config.quant_config,
+                bias=biases(config)[2],
+                prefix=f"{prefix}.mlp",
+            )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

@@ -115,3 +115,11 @@ class AbreastQwen2ForCausalLM(_ForCausalLM):
 
 class AbreastQwen3ForCausalLM(_ForCausalLM):
     """Qwen 3 with layers of their own width, and a gain of q and k for every head."""
+
+
+class AbreastMixtralForCausalLM(_ForCausalLM):
+    """Mixtral with layers of their own width and number of experts."""
+
+
+class AbreastQwen3MoeForCausalLM(_ForCausalLM):
+    """Qwen 3 with experts, and layers of their own width and number of them."""

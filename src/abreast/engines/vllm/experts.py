@@ -1,0 +1,70 @@
+"""Layers with experts in vLLM: those of all members of an lp group in one fused layer.
+
+Their routers are one matrix with the members' rows one below the other; each member chooses among
+its own experts, as `modeling_members.MemberRouter` does. vLLM splits experts over ranks as ever, by
+their width or, with expert parallelism, by their number.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+from vllm.model_executor.layers.linear import ReplicatedLinear
+
+
+def has_experts(config: Any, index: int) -> bool:
+    """Whether a layer has experts; config: its own, where groups have as many as all members."""
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    return bool(getattr(config, "num_local_experts", 0)) and index not in dense
+
+
+class Experts(nn.Module):
+    """The router and experts of a layer's members: [N, D] -> [N, D]."""
+
+    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        hidden, members = config.hidden_size, getattr(config, "abreast_members", None) or 1
+        mixtral = config.model_type == "abreast_mixtral"
+        self.gate = ReplicatedLinear(
+            hidden, config.num_local_experts, bias=False, prefix=f"{prefix}.gate"
+        )
+        self.experts = FusedMoEFactory(
+            num_experts=config.num_local_experts,
+            top_k=members * config.num_experts_per_tok,
+            hidden_size=hidden,
+            intermediate_size=(
+                config.intermediate_size if mixtral else config.moe_intermediate_size
+            ),
+            renormalize=False,
+            custom_routing_function=partial(choose, members, mixtral or config.norm_topk_prob),
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.experts",
+        )
+
+    def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        logits, _ = self.gate(hidden_ND)
+        out: torch.Tensor = self.experts(hidden_states=hidden_ND, router_logits=logits)
+        return out
+
+
+def choose(
+    members: int,
+    normalised: bool,
+    hidden_states: torch.Tensor,
+    gating_output: torch.Tensor,
+    topk: int,
+    renormalize: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and numbers of the experts that every member chooses, [N, topk] each, for all members
+    together; gating_output: logits [N, members * experts]."""
+    scores = gating_output.unflatten(-1, (members, -1)).softmax(-1, dtype=torch.float)
+    weights, chosen = scores.topk(topk // members)
+    if normalised:
+        weights = weights / weights.sum(-1, keepdim=True)
+    before = torch.arange(members, device=chosen.device).unsqueeze(-1) * scores.shape[-1]
+    return weights.flatten(-2), (chosen + before).flatten(-2).to(torch.int32)
