@@ -179,6 +179,8 @@ def test_what_loads_them(tiny_checkpoint, tmp_path, family):
         assert "experts" in next(refusals(TORCH_TP, config, row, degree=2))
         in_vllm = family in ("mixtral", "qwen3_moe") and plan == "1+2"
         assert ("experts" in next(refusals(VLLM, config, row), "")) != in_vllm
+        sequential = {**config, "abreast_prefill": "sequential"}
+        assert next(refusals(VLLM, sequential, row), None) is not None
         if in_vllm:
             assert next(refusals(VLLM, config, row, degree=2), None) is None
             assert "possible: 1, 2, 4" in next(refusals(VLLM, config, row, degree=3))
