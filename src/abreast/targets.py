@@ -250,7 +250,8 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
 def _vllm(model: Model, degree: int) -> Iterator[str]:
     yield from _experts(model, "vLLM")
     yield from _in_order(model, "vLLM")
-    if _is_sequential(model) and not (model.family and model.family.vllm_layers):
+    native = model.family is not None and model.family.vllm_layers and not model.family.routes
+    if _is_sequential(model) and not native:
         yield (
             "sequential prefill runs in vLLM for llama, mistral, qwen2 and qwen3 only; "
             + SERVE_GROUPED
