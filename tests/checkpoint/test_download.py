@@ -235,5 +235,7 @@ def test_eval_takes_the_revision_of_the_original(monkeypatch, tmp_path):
         return None, None
 
     monkeypatch.setattr("abreast.model.load", load)
+    monkeypatch.setattr("abreast.model.fitting_dtype", lambda *_, **__: "float32")
+    monkeypatch.setattr("abreast.checkpoint.open_checkpoint", lambda *_, **__: None)
     CliRunner().invoke(cli, ["eval", str(tmp_path), "--against", NAME, "--revision", "v1"])
     assert asked == [(str(tmp_path), "v1"), (NAME, "v1")]
