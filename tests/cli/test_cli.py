@@ -262,3 +262,13 @@ def test_verbose_lets_libraries_log(run, demo, monkeypatch):
     monkeypatch.setenv("HF_HUB_VERBOSITY", "error")
     assert run("inspect", demo, "--verbose")[0] == 0
     assert os.environ["TRANSFORMERS_VERBOSITY"] == os.environ["HF_HUB_VERBOSITY"] == "info"
+
+
+def test_the_shell_completes_verbs(run, monkeypatch):
+    for name, value in (
+        ("COMP_WORDS", "abreast es"),
+        ("COMP_CWORD", "1"),
+        ("_ABREAST_COMPLETE", "bash_complete"),
+    ):
+        monkeypatch.setenv(name, value)
+    assert run()[:2] == (0, "plain,estimate\n")

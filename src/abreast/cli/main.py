@@ -68,7 +68,7 @@ def main() -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and shells ignore some
             signal.signal(number, _interrupted)
     try:
-        cli(standalone_mode=False)
+        cli(prog_name="abreast", standalone_mode=False)
     except AbreastError as error:
         _leave(str(error))
     except click.ClickException as error:
