@@ -316,7 +316,7 @@ def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"pick one: \['a', 'b'\]: use hub:x@CONFIG$"):
         list(documents("hub:x"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="pip install 'abreast"):
+    with pytest.raises(DataError, match="pip install datasets"):
         list(documents("hub:x"))
 
 

@@ -18,7 +18,10 @@ CASES = [
     ("mlx", "deci-ff", FF),
     ("mlx", "openelm", LP),
 ]
-PROMPTS = [[3, 4, 5, 6, 7, 8], [5, 99, 7, 300, 22, 1], list(range(100, 60, -1)), [5, 99, 7]]
+PROMPTS = [  # of lengths that mlx-lm takes together, two by two
+    *([3, 4, 5, 6, 7, 8], [5, 99, 7, 300, 22, 1], [5, 99, 7], [2047, 1024, 512]),
+    *([*range(100, 60, -1)], [*range(900, 940)], [17], [*range(200, 329)]),
+]
 
 
 @pytest.mark.parametrize(("engine", "form", "plan"), CASES)

@@ -324,14 +324,14 @@ def read_original(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint as transformers loads it. Raises CheckpointError for what cannot be folded."""
     config, source = checkpoint.config, f"'{checkpoint.source}'"
     own = config.get("per_layer_config")
-    first = next(iter(own.items())) if isinstance(own, dict) and own else ("", "")
+    index, changed = next(iter(own.items())) if isinstance(own, dict) and own else ("", ())
+    keys = ", ".join(changed) if isinstance(changed, dict) else "damaged"
     reasons = {
         "quantization_config": "is quantised, its weights cannot be folded; "
         "convert the unquantised original and quantise the result",
         "abreast": "is converted already; give the original that it was made from",
         "per_layer_config": "has layers of different shape already (per_layer_config of layer "
-        f"{first[0]}: {', '.join(first[1])}), which cannot be joined; give a model whose layers "
-        "are all alike",
+        f"{index}: {keys}), which cannot be joined; give a model whose layers are all alike",
         "auto_map": "brings its own code (auto_map in config.json), which is not "
         "run here; only stock architectures can be converted",
     }
