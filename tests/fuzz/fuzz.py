@@ -164,6 +164,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--inputs", type=int, default=10**9, help="at most so many")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
     parser.add_argument("--replay", action="store_true", help="only run the corpus")
@@ -183,7 +184,7 @@ def main() -> int:
         before = {p: p.read_bytes() for p in sorted(origin.rglob("*")) if p.is_file()}
         end = time.monotonic() + 60 * options.minutes
         seen: set[str] = set()
-        while time.monotonic() < end:
+        while time.monotonic() < end and counts.total() < options.inputs:
             name = names[counts.total() % len(names)]
             target = TARGETS[name]
             file, command = place_of(target, origin, chance), chance.choice(target.commands)

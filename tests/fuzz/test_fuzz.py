@@ -22,12 +22,12 @@ def harness(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_a_minute_of_damaged_files_and_all_that_ever_failed():
-    harness("fuzz.py", "--minutes", "1")
+    harness("fuzz.py", "--minutes", "3", "--seed", "1", "--inputs", "112")
 
 
 @pytest.mark.slow
 def test_killed_and_starved_runs_leave_nothing_and_go_on():
-    harness("kill.py", "-n", "24")
+    harness("kill.py", "-n", "24", "--seed", "1")
 
 
 def test_the_ledger_says_what_was_run_and_when():

@@ -206,7 +206,9 @@ def weight_files(
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises CheckpointError when it is absent or not one."""
     try:
-        data = json.loads(read_text(path))
+        data = json.loads(text := read_text(path))
+        if r"\ud" in text.lower():  # half a character, which no file that we write can hold
+            json.dumps(data, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"'{path.parent}' has no {path.name}; give a model folder") from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number too long

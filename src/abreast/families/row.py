@@ -354,7 +354,11 @@ def layer_configs(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The config of every layer by itself."""
     base = {k: v for k, v in config.items() if k != "per_layer_config"}
     base["head_dim"] = head_dim_of(config)
-    own = {int(key): entry for key, entry in (config.get("per_layer_config") or {}).items()}
+    own = config.get("per_layer_config") or {}
+    entries = own.values() if isinstance(own, Mapping) else [None]
+    if not all(isinstance(entry, Mapping) for entry in entries) or not all(map(str.isdecimal, own)):
+        raise FamilyError("config.json: per_layer_config does not describe layers by their number")
+    own = {int(key): entry for key, entry in own.items()}
     return [{**base, **own.get(index, {})} for index in range(num_layers_of(config))]
 
 

@@ -39,6 +39,7 @@ from abreast.planner.search import BEAM, COUNTED, PER_GROUP, additive
 from abreast.planner.settings import CalibrationSettings
 from abreast.runs import (
     Author,
+    Journal,
     Role,
     check_least,
     check_run,
@@ -46,6 +47,7 @@ from abreast.runs import (
     check_window,
     identity_of,
     open_run,
+    read_journal,
     recorded_dtype,
     window_bytes,
     windows_at_once,
@@ -104,6 +106,10 @@ class Calibration:
         items = self.sample.items
         bounds = [np.searchsorted(items, (b * self.size, (b + 1) * self.size)) for b in batches]
         return np.concatenate([np.arange(begin, end) for begin, end in bounds])
+
+    def journal(self) -> Journal:
+        """What was measured, by program and batch."""
+        return read_journal(self.folder, lambda batch: len(self.windows_of([batch])))
 
     @property
     def num_layers(self) -> int:

@@ -21,7 +21,7 @@ from abreast.planner.calibration import DEPENDENCY_SHARE, Calibration, share_of
 from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
 from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import Candidates, additive
-from abreast.runs import JOURNAL, Journal, read_journal
+from abreast.runs import JOURNAL, Journal
 
 Progress = Callable[[int, int], None]
 GEOMETRY = "geometry.safetensors"
@@ -54,7 +54,7 @@ def score_programs(
 ) -> list[tuple[Cost, float, float]]:
     """As `score`; with each cost the share of next tokens that stay the same, and its error."""
     chosen = list(calibration.batches if batches is None else batches)
-    lines = read_journal(calibration.folder)
+    lines = calibration.journal()
     todo = {
         batch: [p for p in dict.fromkeys(programs) if (name_of(p), batch) not in lines]
         for batch in chosen
@@ -84,7 +84,7 @@ def measured_plans(calibration: Calibration, *, least: int | None = None) -> dic
 
     least: also plans that were measured on so many batches only; None: those on the whole text.
     """
-    lines = read_journal(calibration.folder)
+    lines = calibration.journal()
     batches_of: dict[str, list[int]] = {}
     for program, batch in sorted(lines):
         batches_of.setdefault(program, []).append(batch)
@@ -169,7 +169,7 @@ def measure(
     _costs_alone(calibration, promising, batches, progress)
     original = Plan(num_layers=num_layers, groups=(promising[0],))
     measured = measured_plans(calibration, least=len(screened))
-    original_nll = _sums(read_journal(calibration.folder), program_of(original), batches)[:, 1]
+    original_nll = _sums(calibration.journal(), program_of(original), batches)[:, 1]
     stats = Stats(
         identity=calibration.identity,
         source=calibration.source,
@@ -235,7 +235,7 @@ def candidate_costs(calibration: Calibration, objective: Objective | None = None
     objective = objective or calibration.objective
     batches = calibration.batches
     screened = batches[: share_of(batches, calibration.settings.screen)]
-    measured = read_journal(calibration.folder)
+    measured = calibration.journal()
     num_layers = calibration.num_layers
     groups = [
         group
@@ -251,7 +251,7 @@ def candidate_costs(calibration: Calibration, objective: Objective | None = None
 
 def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:
     """Cost of `first` over `second`, both measured before; errors paired over windows."""
-    lines = read_journal(calibration.folder)
+    lines = calibration.journal()
     one, two = (_sums(lines, program_of(plan), calibration.batches) for plan in (first, second))
     sums = np.stack([one[:, 0], two[:, 0], one[:, 2] - two[:, 2]], 1)
     return _cost(calibration, sums, calibration.batches)
@@ -264,7 +264,7 @@ def full_forwards(calibration: Calibration) -> dict[int, float]:
     """
     path = calibration.folder / GEOMETRY
     layers = {calibration.num_layers: load_file(path)["layers"].item() if path.is_file() else 0.0}
-    for (program, _), line in read_journal(calibration.folder).items():
+    for (program, _), line in calibration.journal().items():
         depth = len(program.split())
         layers[depth] = layers.get(depth, 0.0) + line["evaluated"] * len(line["sums"])
     full = calibration.num_layers * len(calibration.tokens)

@@ -33,7 +33,7 @@ from abreast.planner import (
 from abreast.rivals.choose import at_random, by_similarity, least_influence, least_turn
 from abreast.rivals.measured import BASELINES_FILE, METHODS, Measured
 from abreast.rivals.repair import Streams, marked
-from abreast.runs import open_run, read_journal
+from abreast.runs import open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +89,7 @@ class _Text:
     def full_forwards(self, programs: Iterable[Program]) -> float:
         """What scoring these programs took, in full forward passes of this text."""
         names, layers = {name_of(program) for program in programs}, 0.0
-        for (name, _), line in read_journal(self.run.folder).items():
+        for (name, _), line in self.run.journal().items():
             layers += line["evaluated"] * len(line["sums"]) if name in names else 0
         return layers / (self.run.num_layers * len(self.run.tokens))
 
@@ -271,7 +271,7 @@ def _fit_and_score(
     progress: Progress | None,
 ) -> None:
     """Score on held-out text whatever the journal lacks; fit the maps of only these."""
-    known = read_journal(judge.run.folder)
+    known = judge.run.journal()
     missing = [
         program
         for program in dict.fromkeys(program for *_, program in repaired)

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -86,10 +86,11 @@ def _beginning(prefix: Sequence[int]) -> str:
     return f"with token {tokens}" if prefix else "without a beginning-of-text token"
 
 
-def read_journal(out: Path) -> Journal:
+def read_journal(out: Path, windows: Callable[[int], int] | None = None) -> Journal:
     """Merge the workers' journals in `out` into one; return its lines by program and batch.
 
-    A line that an interruption left incomplete, or that is damaged, is dropped.
+    A line that an interruption left incomplete, or that is damaged, is dropped. windows: how many
+    there are in a batch, none in one that does not exist.
     """
     journals = sorted(out.glob(JOURNAL.format("*")))
     lines: Journal = {}
@@ -105,6 +106,8 @@ def read_journal(out: Path) -> Journal:
                     lines[place] = line
                     shapes.setdefault(place[1], Counter())[shape] += 1
     usual = {batch: counter.most_common(1)[0][0] for batch, counter in shapes.items()}
+    if windows is not None:
+        usual = {batch: (windows(batch), *shape[1:]) for batch, shape in usual.items()}
     lines = {
         place: line for place, line in lines.items() if np.shape(line["sums"]) == usual[place[1]]
     }

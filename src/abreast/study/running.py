@@ -30,6 +30,7 @@ from abreast.model import (
 )
 from abreast.runs import (
     JOURNAL,
+    Journal,
     check_least,
     check_run,
     check_window,
@@ -87,6 +88,12 @@ class Run:
     @property
     def batches(self) -> range:
         return range(math.ceil(len(self.tokens) / self.size))
+
+    def journal(self) -> Journal:
+        """What was run, by program and batch."""
+        return read_journal(
+            self.out, lambda batch: len(self.tokens[batch * self.size : (batch + 1) * self.size])
+        )
 
 
 @dataclass(frozen=True)
@@ -204,7 +211,7 @@ def run_all(
     original's loss is not finite.
     """
     names = {program: name_of(program) for program in [run.original, *programs]}
-    done = read_journal(run.out)
+    done = run.journal()
     todo = {(b, p) for b in run.batches for p in names if (names[p], b) not in done}
     parts = split({program for _, program in todo}, run.original, len(run.settings.devices))
     shares = _shares(run, parts, todo)
@@ -215,7 +222,7 @@ def run_all(
         step(cost_text(passes, len(changed), run.settings))
     total = len(names) * len(run.batches)
     _run_shares(shares, progress, total - len(todo), total)
-    done = read_journal(run.out)
+    done = run.journal()
     sums = {
         program: np.concatenate([np.asarray(done[name, b]["sums"]) for b in run.batches])
         for program, name in names.items()
