@@ -9,8 +9,8 @@ HOSTS = ("127.0.0.1", "localhost")
 MOST_BYTES = 1 << 20  # of a request
 _PATHS = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)/?|/(assets|static|svelte)/.*"
-    r"|/gradio_api/((queue/(join|data|status)|cancel|reset|startup-events|info|app_id)/?"
-    r"|heartbeat/\w+)"
+    r"|/gradio_api/((queue/(join|data|status)|run/predict|cancel|reset)/?"
+    r"|(startup-events|info|app_id)/?|heartbeat/\w+)"
 )
 _HEADERS = [  # gradio's own page has inline scripts, and compiles the templates of its components
     (
