@@ -33,6 +33,23 @@ Work = Callable[..., Any]
 InEngine = Callable[..., Any]
 
 
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of float32 conversions, each made once, with any option of `convert`."""
+    from abreast.convert import convert
+
+    made: dict[str, Path] = {}
+
+    def factory(source: Path, plan: str, **options: str) -> Path:
+        key = f"{source} {plan} {options}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("converted") / "out"
+            convert(source, plan, made[key], dtype="float32", **options)
+        return made[key]
+
+    return factory
+
+
 @pytest.fixture
 def run_apart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python code in an interpreter of its own."""

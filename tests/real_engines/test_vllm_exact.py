@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,8 @@ OTHERS = [ids_of(7 + 8 * n, 1000 + n) for n in range(16)]
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Any:
-    made: dict[tuple[str, str], Path] = {}
-
-    def factory(source: Path, plan: str) -> Path:
-        key = (str(source), plan)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("converted") / "out"
-            convert(source, plan, made[key], dtype="float32", prefill="sequential")
-        return made[key]
-
-    return factory
+def converted(converted) -> Any:
+    return partial(converted, prefill="sequential")
 
 
 def check(source: Path, folder: Path, prompts: list[list[int]], answers: list[Any]) -> None:

@@ -6,13 +6,11 @@ Tolerance: 1e-3 of a log probability, as the project promises; differences seen 
 from __future__ import annotations
 
 import collections
-from pathlib import Path
 from typing import Any
 
 import pytest
 from agreement import compare
 
-from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
 from abreast.model.grouping import load
 from abreast.plan import Plan
@@ -21,20 +19,6 @@ NEW_TOKENS = 64
 PLANS = {"lp": "2+3 4+5 6+7 10+11", "cqil": "8|9 10|11", "cqil-1": "8|9:1 10|11:1"}
 PROMPTS = [list(range(3, 20)), [5, 99, 7], list(range(100, 60, -1))]
 TEXTS = ("def main():", "import os\nimport sys\n\n", "class Foo(object):\n    def __init__(self")
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Any:
-    made: dict[tuple[str, str], Path] = {}
-
-    def factory(source: Path, plan: str) -> Path:
-        key = (str(source), plan)
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("converted") / "out"
-            convert(source, plan, made[key], dtype="float32")
-        return made[key]
-
-    return factory
 
 
 def complete(
