@@ -155,7 +155,8 @@ def run_demo(
         chosen = Plan.parse(Plan.read("smollm2-25", 30).shorthand, 30)
     else:
         raise AbreastError(f"no demo on '{model}'; give {SMOLLM2}, or use abreast optimize")
-    max_tokens = max_tokens or (100_000 if model is None else 16_384)
+    if max_tokens is None:
+        max_tokens = 100_000 if model is None else 16_384
     if plan is not None:
         chosen = Plan.read(plan, chosen.num_layers) if isinstance(plan, str) else plan
     with _target(out) as target:

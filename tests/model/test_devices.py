@@ -1,6 +1,7 @@
 """What the dtype "auto" stands for, where a device has no arithmetic in the checkpoint's."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,6 +65,12 @@ def test_float32_is_not_taken_where_it_does_not_fit(cpu, checkpoint, monkeypatch
     said = list[str]()
     assert fitting_dtype(checkpoint, "auto", "cpu", step=said.append) == "bfloat16"
     assert said == ["bfloat16 is slow on this CPU, and float32 does not fit into its memory"]
+
+
+def test_a_config_may_leave_the_dtype_to_the_tensors(cpu, checkpoint):
+    cpu(avx512_bf16=True)
+    open_ended = replace(checkpoint, config={**checkpoint.config, "dtype": "auto"})
+    assert fitting_dtype(open_ended, "auto", "cpu") == "bfloat16"
 
 
 def test_an_unknown_dtype_is_refused(checkpoint):

@@ -46,7 +46,7 @@ def loaded_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     """The dtype that `load` loads a model in; "auto" is what the config says, else the widest."""
     config = checkpoint.config
     named = config.get("dtype") or config.get("torch_dtype") if dtype == "auto" else dtype
-    if isinstance(named, str):
+    if isinstance(named, str) and named != "auto":  # which a config may say, too
         return named_dtype(named)
     return max((DTYPES[t.dtype] for t in checkpoint.tensors.values()), key=lambda d: d.itemsize)
 
