@@ -137,6 +137,7 @@ def _child(
         os.chdir(folder)
         os.environ["TMPDIR"] = str(temporary)
         tempfile.tempdir = None
+        sys.dont_write_bytecode = True  # of modules that are first imported here
         if limited:
             spent = int(time.process_time())
             resource.setrlimit(resource.RLIMIT_CPU, (spent + CPU_SECONDS, spent + CPU_SECONDS + 5))
