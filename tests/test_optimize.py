@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 
 import abreast.optimize as optimizing
+from abreast.cli.forecast import forecast, resumed
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.optimize import Checks, Healing, optimize
+from abreast.optimize import Checks, Healing, optimize, original_of
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate
 from abreast.planner.find import (
+    Planned,
     ProfileSettings,
     estimated_profile,
     find_plan,
+    keep_accuracy,
     measured_profile,
     profile_here,
 )
@@ -110,11 +113,76 @@ def test_impossible_budgets_name_the_nearest(budget, message):
         ({"max_kl": float("nan")}, "--max-kl nan must be more than 0"),
         ({"max_ppl_increase": -0.1}, "--max-ppl-increase -0.1 must be more than 0"),
         ({"speedup": 1.0}, "--speedup 1 must be more than 1"),
+        ({"keep_quality": 1.5}, "--keep-quality 1.5 is a share"),
+        ({"keep_quality": 0.9, "depth": 7}, "give one budget only"),
     ],
 )
 def test_senseless_budgets_are_refused(budget, message):
     with pytest.raises(AbreastError, match=message):
         Budget(**budget)
+
+
+def test_the_deepest_cut_that_keeps_enough_accuracy(monkeypatch):
+    kept = {7: 0.99, 6: 0.97, 5: 0.99}
+    judged = []
+
+    def score(calibration, plans, **_):
+        judged.append(plans[0].depth)
+        share = kept[plans[0].depth]
+        return [replace(cost(0.0), accuracy_kept=share, kept_stderr=0.01)]
+
+    monkeypatch.setattr(import_module("abreast.planner.find"), "score", score)
+    questions = SimpleNamespace(sample=SimpleNamespace(num_items=10))
+    best = front().best()
+    planned = Planned(best[7], (), cost(0), cost(0), front(), None)
+    choose = lambda share: keep_accuracy(planned, questions, share)  # noqa: E731
+    assert (choose(0.98).plan, judged) == (best[7], [7, 6])  # nothing behind the first that fails
+    chosen = choose(0.96)
+    assert (chosen.plan, chosen.on_tasks.accuracy_kept) == (best[6], 0.97)
+    assert chosen.expected == chosen.searched == front().plans[best[6]]
+    assert judged[2:] == [7, 6]  # the plan of 5 stages has a KL of 0.4
+    with pytest.raises(AbreastError, match=r"no plan keeps 99.5% .* on 10 questions"):
+        choose(0.995)
+    kept[7] = None
+    with pytest.raises(AbreastError, match="no better than chance on these tasks"):
+        choose(0.9)
+
+
+@pytest.mark.slow
+def test_accuracy_decides_the_depth_on_the_command_line(run, tmp_path):
+    from abreast.demo import model_folder
+
+    tasks = ("--score-tasks", "python_entry,python_attribute", "--questions", 24)
+    command = ("plan", model_folder(), "-o", tmp_path / "run", *SMALL, *tasks, "--no-plots")
+    status, text, err = run(*command, "--keep-quality", 0.5, "--per-group", 0, "--json")
+    assert status == 0, err
+    found = json.loads(text)
+    assert found["on_tasks"]["accuracy_kept"] >= 0.5 and found["on_tasks"]["tokens"] > 24
+    assert "budget: the deepest cut that keeps 50.0% of the accuracy above chance" in err
+    assert "15 stages keep" in err
+
+
+def test_a_forecast_adds_up_and_a_later_call_says_what_is_there(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    settings = CalibrationSettings("stdlib", num_windows=8, window=32, wirings=("lp",))
+    loaded = original_of(model, QUICK)
+    few, many = (
+        forecast(loaded, model, tmp_path, settings, QUICK, depth=depth, per_group=1)
+        for depth in (7, 5)
+    )
+    assert few.text == 0.0 and min(few.search, few.checks, few.timing) > 0 and many.search > 0
+    assert re.fullmatch(r"all of it takes about 1 minutes \(text 0, search 0, .*\)", few.words)
+    written = replace(settings, data="self")
+    assert forecast(loaded, model, tmp_path, written, QUICK, depth=7, per_group=1).text > 0
+    assert resumed(tmp_path) is None
+    out = tmp_path / "run"
+    command = ("optimize", model, "-o", out, *SMALL, "--depth", 7, "--per-group", 1, "--no-plots")
+    few = ("--rounds", 1, "--eval-data", "stdlib", "--max-tokens", 300, "--no-report")
+    status, _, err = run(*command, *few)
+    assert status == 0 and re.search(r"all of it takes about \d+ minutes", err)
+    status, _, err = run(*command, *few)
+    assert status == 0 and "all of it takes" not in err
+    assert re.search(r"goes on in '.*', where \d+ measurements and 1 conversions are", err)
 
 
 def test_a_speed_up_needs_a_profile_that_knows_the_groups():

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import open_checkpoint, read_json, read_manifest, resolve, write
 from abreast.convert import convert, verify
@@ -36,8 +36,15 @@ from abreast.model import fitting_dtype, load, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner import Planned, explain
 from abreast.report import check_extra, read_run, write_card, write_report
-from abreast.runs import Author, record_environment, token_stream
+from abreast.runs import (
+    Author,
+    record_environment,
+    token_stream,
+)
 from abreast.speed import bench, verdict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Step = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -177,24 +184,30 @@ def evaluation_text(
     shorter than a window.
     """
     folder, _ = resolve(model, revision=checks.revision)
-    loading: dict[str, Any] = {"trust_remote_code": checks.trust_remote_code}
-    fitting = fitting_dtype(open_checkpoint(folder), checks.dtype, checks.device)
     stream = token_stream(
         checks.data,
-        load_tokenizer(folder, **loading),
+        load_tokenizer(folder, trust_remote_code=checks.trust_remote_code),
         folder,
         max_tokens=checks.max_tokens,
         window=checks.window,
         seed=checks.seed,
         add_bos=checks.add_bos,
         role="judge",
-        author=author or (lambda: load(folder, dtype=fitting, device=checks.device, **loading)[0]),
+        author=author or (lambda: original_of(model, checks)),
         folder=Path(out),
         option="--eval-data",
         step=step,
     )
     check_length(stream, min(checks.window, checks.max_tokens))
     return stream
+
+
+def original_of(model: str | Path, checks: Checks) -> PreTrainedModel:
+    """The original, loaded as the checks say."""
+    folder, _ = resolve(model, revision=checks.revision)
+    dtype = fitting_dtype(open_checkpoint(folder), checks.dtype, checks.device)
+    remote = checks.trust_remote_code
+    return load(folder, dtype=dtype, device=checks.device, trust_remote_code=remote)[0]
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def test_a_plan_costs_what_it_costs_on_held_out_text(texts, tmp_path):
     assert f"{searched.kl - expected.kl:+.5f} against held-out text" in page
     found = read_run(tmp_path)
     assert [row.cost for row in found.front] == [planned.front.held_out[p] for p in best.values()]
-    assert "full forward passes over 256 tokens, about" in messages[0]
+    assert "full forward passes over 256 tokens down to 6 stages, " in messages[0]
     find_plan(calibration, tmp_path, Budget(depth=6), held_out=held_out, step=messages.append)
     assert any("of which earlier calls made" in message for message in messages)
 

@@ -154,11 +154,11 @@ def test_tasks_cost_the_margin_of_the_right_choice(tiny_checkpoint, tmp_path):
     plan = Plan.parse("2+3", LAYERS)
     (cost,) = score(calibration, [plan])
     model, _ = load(folder)
-    lines = []
+    lines, accuracies = [], []
     for mode in (None, plan):
         if mode:
             model = load(folder, plan=plan)[0]
-        margins, sample = [], calibration.sample
+        margins, hits, sample = [], [], calibration.sample
         for item in range(sample.num_items):
             logp = {True: [], False: []}
             for window in np.flatnonzero(sample.items == item):
@@ -170,11 +170,18 @@ def test_tasks_cost_the_margin_of_the_right_choice(tiny_checkpoint, tmp_path):
                 logp[bool(sample.right[window])].append(total)
             assert len(logp[True]) == 1 and len(logp[False]) == 3
             margins.append(logp[True][0] - np.log(np.mean(np.exp(logp[False]))))
+            hits.append(logp[True][0] > max(logp[False]))
         lines.append(np.array(margins))
+        accuracies.append(hits)
     lost = lines[0] - lines[1]
     assert cost.margin_loss == pytest.approx(lost.mean(), rel=1e-3, abs=1e-5)
     assert cost.margin_stderr == pytest.approx(lost.std(ddof=1) / 8**0.5, rel=1e-3)
     assert calibration.objective.value(cost) == cost.margin_loss
+    right = np.array(accuracies) - 1 / 4
+    if right[0].sum() > 0:
+        assert cost.accuracy_kept == pytest.approx(right[1].sum() / right[0].sum())
+    else:
+        assert cost.accuracy_kept is None
     stats = measure(replace(calibration, settings=replace(calibration.settings, screen=1)))
     assert dict(Stats.load(tmp_path / "run" / "stats.safetensors").groups) == dict(stats.groups)
     other = run(folder, tmp_path / "other", **options, part=(1, 2))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,9 @@ class Search:
             "help": "Text to judge plans on. Default: another part of that of --data.",
             "option": "--held-out-data --baseline-data",
         },
+    )
+    questions: int = field(
+        default=240, metadata={"help": "With --keep-quality: questions to judge plans on."}
     )
     plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
 
@@ -225,9 +229,10 @@ def optimize(
     an 8B model to 3 bits does. Every step leaves a file in OUT and is not repeated; another budget
     adds only what is new.
     """
+    from abreast.cli.forecast import forecast, resumed
     from abreast.evaluate import find_tasks
     from abreast.heal import Recipe
-    from abreast.optimize import Checks, Healing, evaluation_text
+    from abreast.optimize import Checks, Healing, evaluation_text, original_of
     from abreast.optimize import optimize as run
     from abreast.report import PAGE, check_extra
 
@@ -257,7 +262,24 @@ def optimize(
         trust_remote_code=calibration.trust_remote_code,
         seed=seed,
     )
-    evaluation_text(model, out, checks, step=console.say)
+
+    @cache
+    def author() -> Any:
+        original = original_of(model, checks)
+        expected = forecast(
+            *(original, model, out, calibration, checks),
+            depth=budget.depth,
+            per_group=search.per_group,
+            held_out_data=search.held_out_data,
+        )
+        console.say(expected.words)
+        return original
+
+    if (earlier := resumed(out)) is not None:
+        console.say(earlier)
+    evaluation_text(model, out, checks, None if earlier else author, step=console.say)
+    if not earlier:
+        author()  # where nothing had to be written
     command = ["abreast", *sys.argv[1:]]
     planned, rivals = _find(
         model,
@@ -270,6 +292,7 @@ def optimize(
         best=candidates,
         timed=True,
         command=command,
+        author=None if earlier else author,
     )
     with console.progress_bar("optimize", as_json) as progress:
         result = run(
@@ -339,6 +362,7 @@ def _find(
     timed: bool = False,
     repeat: int = 1,
     command: Sequence[str] | None = None,
+    author: Callable[[], Any] | None = None,
 ) -> tuple[Planned, tuple[Measured, ...]]:
     """Calibrate, profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
@@ -347,9 +371,11 @@ def _find(
         check_depth,
         estimated_profile,
         find_plan,
+        keep_accuracy,
         kind_of,
         profile_here,
         search_texts,
+        task_questions,
     )
     from abreast.report import check_drawing, draw_front
     from abreast.rivals import compare
@@ -358,9 +384,18 @@ def _find(
     if search.plots:
         check_drawing()
     calibration, held_out = search_texts(
-        model, out, settings, search.held_out_data, repeat=repeat, step=console.say
+        model,
+        out,
+        settings,
+        search.held_out_data,
+        repeat=repeat,
+        author=author,
+        step=console.say,
     )
     check_depth(calibration, budget.depth)
+    questions = None
+    if budget.keep_quality is not None:
+        questions = task_questions(model, out, settings, search.questions, calibration.load)
     console.say(f"budget: {budget.text}")
     if command is not None:
         record_environment(out, settings.device, command)
@@ -382,6 +417,9 @@ def _find(
             step=console.say,
             progress=progress,
         )
+        if budget.keep_quality is not None and questions is not None:
+            share = budget.keep_quality
+            planned = keep_accuracy(planned, questions, share, step=console.say, progress=progress)
         if not settings.engines:
             engines = best_per_engine(planned, calibration, held_out, progress=progress)
             planned = replace(planned, engines=engines)

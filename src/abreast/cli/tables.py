@@ -117,6 +117,10 @@ def print_plan(model: str, planned: Planned, hardware: str | None) -> None:
         f"searched {name}": f"{searched:.5f} nats, {searched - value:+.5f} against held-out text",
         "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
     }
+    if (tasks := planned.on_tasks) is not None:
+        rows["accuracy kept"] = (
+            f"{tasks.accuracy_kept:.1%} ± {tasks.kept_stderr:.1%} of that above chance"
+        )
     for engine, best in planned.engines.items():
         plan = "none of this depth" if best is None else best[0].label
         costs = "" if best is None else f": {objective.name} {objective.value(best[1]):.5f}"

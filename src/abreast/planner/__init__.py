@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.planner.calibration import Calibration, Expected, calibrate, expect, search_texts
+    from abreast.planner.calibration import (
+        Calibration,
+        Expected,
+        calibrate,
+        expect,
+        search_texts,
+        task_questions,
+    )
     from abreast.planner.find import (
+        PROFILED_TOKENS,
         NoisyTiming,
         Planned,
         ProfileSettings,
@@ -14,6 +22,8 @@ if TYPE_CHECKING:
         check_depth,
         estimated_profile,
         find_plan,
+        keep_accuracy,
+        likely_depth,
         profile_here,
         saved_profile,
     )
@@ -30,7 +40,7 @@ if TYPE_CHECKING:
         kind_of,
     )
     from abreast.planner.measuring import measure, score, score_programs
-    from abreast.planner.objective import KL, OBJECTIVES, Cost, Objective, Scoring
+    from abreast.planner.objective import KL, OBJECTIVES, OF_TASKS, Cost, Objective, Scoring
     from abreast.planner.scoring import MIN_CALIBRATION_WINDOWS
     from abreast.planner.search import Costs, additive, contiguous
     from abreast.planner.settings import CalibrationSettings

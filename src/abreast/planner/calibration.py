@@ -124,11 +124,13 @@ class Calibration:
 class Expected:
     """Cost of a calibration run: full forward passes, at most, and bytes held at once.
 
+    likely: passes where the groups chosen are like the others, instead of those that take longest.
     activations: hidden states and logits that are kept; a layer's working memory comes on top.
     """
 
     candidates: int
     full_forwards: float
+    likely: float
     weights: int
     activations: int
 
@@ -281,12 +283,14 @@ def search_texts(
     *,
     repeat: int = 1,
     number: int = 0,
+    author: Author | None = None,
     step: Callable[[str], None] = lambda message: None,
 ) -> tuple[Calibration, Calibration]:
     """The text of one of `repeat` searches, and that which plans are judged on; none is in both.
 
     held_out_data: names the latter; without it, a text that has none of its own for judging gives a
-    part of itself. out: the run folder. Raises as `calibrate`.
+    part of itself. out: the run folder. author: gives the loaded model, None to load it here.
+    Raises as `calibrate`.
     """
     out, other = Path(out), held_out_data or settings.data
     by_role = settings.scoring.score == "kl" and other in (AUTO, OWN)
@@ -298,6 +302,7 @@ def search_texts(
         settings,
         part=(number, parts),
         text=first,
+        author=author,
         step=step,
     )
     held_out = calibrate(
@@ -313,6 +318,18 @@ def search_texts(
     return calibration, held_out
 
 
+def task_questions(
+    model: str | Path, out: str | Path, settings: CalibrationSettings, count: int, author: Author
+) -> Calibration:
+    """So many questions with choices, of --score-tasks, to judge plans on. Raises as `calibrate`.
+
+    out: the run folder. author: gives the loaded model.
+    """
+    scoring = replace(settings.scoring, score="tasks", texts="mean")
+    settings = replace(settings, data=AUTO, scoring=scoring, num_windows=count)
+    return calibrate(model, Path(out) / "questions", settings, role="judge", author=author)
+
+
 def expect(
     model: str | Path,
     settings: CalibrationSettings,
@@ -324,7 +341,6 @@ def expect(
     """Cost of `measure` with these settings, from config and headers, reading no weights.
 
     depth: that of a search as well, down to this depth, and of judging the best plan of each.
-    full_forwards is an upper limit: as if the candidates that take longest were kept.
     """
     checkpoint = open_checkpoint(model, revision=settings.revision, weights=False)
     groups = _candidates(checkpoint.config, settings)
@@ -332,33 +348,67 @@ def expect(
     num_windows, at_once = settings.num_windows, windows_at_once(cache, settings.max_cache_bytes)
     size = min(num_windows, settings.batch_size, at_once)
     batches = math.ceil(num_windows / size)
-    share = share_of(range(batches), settings.screen) / batches
-    # A candidate shares the layers before it with the original.
-    wirings = len({group.kind for group in groups if len(group.layers) == 2}) or 1
-    sizes = sorted({len(group.layers) for group in groups})
-    screened, every = 0.0, list[int]()
-    for size in sizes:
-        costs = {num_layers - g.layers[0] for g in groups if len(g.layers) == size}
-        chosen = 1.0 if size == sizes[0] else settings.larger
-        longest = sorted(costs, reverse=True)[: math.ceil(chosen * len(costs))]
-        screened += wirings * sum(longest)
-        every += longest
-    measured = sum(sorted(every, reverse=True)[: math.ceil(settings.keep * len(every))])
-    dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
-    layers_run = 2 * num_layers + dependency + share * screened + (1 - share) * measured
-    passes = layers_run / num_layers
+    depths = list[int]()
     if depth is not None:
         free = dict.fromkeys(groups, 0.0)
-        depths = sum(depth <= reached < num_layers for reached in additive(num_layers, free))
-        plans = sum(per_group * min(COUNTED, number) for number in range(1, depths + 1))
-        passes += plans * PLAN_SCREEN + depths * beam * (1 - PLAN_SCREEN) + 1 + depths
+        depths = [
+            reached for reached in additive(num_layers, free) if depth <= reached < num_layers
+        ]
+    most, likely = (
+        _alone(groups, num_layers, batches, settings, likely=likely)
+        + _searched(depths, num_layers, per_group, beam, likely=likely)
+        for likely in (False, True)
+    )
     return Expected(
         candidates=len(groups),
-        full_forwards=passes,
+        full_forwards=most,
+        likely=likely,
         weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values())
         * loaded_dtype(checkpoint, settings.dtype).itemsize,
         activations=size * cache,
     )
+
+
+def _alone(
+    groups: Sequence[Group],
+    num_layers: int,
+    batches: int,
+    settings: CalibrationSettings,
+    *,
+    likely: bool,
+) -> float:
+    """Passes of the groups alone: those that take longest are chosen, or such as take the mean."""
+    share = share_of(range(batches), settings.screen) / batches
+    wirings = len({group.kind for group in groups if len(group.layers) == 2}) or 1
+    smallest = min(len(group.layers) for group in groups)
+
+    def chosen(layers: Sequence[float], part: float) -> list[float]:
+        count = math.ceil(part * len(layers))
+        ranked = sorted(layers, reverse=True)
+        return [sum(layers) / len(layers)] * count if likely else ranked[:count]
+
+    screened = list[float]()
+    for size in sorted({len(group.layers) for group in groups}):
+        # A candidate shares the layers before it with the original.
+        layers = {num_layers - group.layers[0] for group in groups if len(group.layers) == size}
+        screened += chosen([*layers], 1.0 if size == smallest else settings.larger)
+    measured = sum(chosen(screened, settings.keep))
+    dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
+    layers_run = 2 * num_layers + dependency + (1 - share) * measured
+    return (layers_run + share * wirings * sum(screened)) / num_layers
+
+
+def _searched(
+    depths: Sequence[int], num_layers: int, per_group: int, beam: int, *, likely: bool
+) -> float:
+    """Passes of the plans of these depths, the judging included."""
+    passes = float(bool(depths))
+    for number, depth in enumerate(depths, start=1):
+        # a plan shares the layers before its first group; so many groups, spread over the model
+        whole = number / (number + 1) * depth / num_layers if likely else 1.0
+        plans = per_group * min(COUNTED, number) * PLAN_SCREEN + beam * (1 - PLAN_SCREEN) + 1
+        passes += whole * plans
+    return passes
 
 
 def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:

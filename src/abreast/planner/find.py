@@ -21,6 +21,7 @@ from abreast.plan import Group, Plan
 from abreast.planner.calibration import PLAN_SCREEN, Calibration, expect, share_of
 from abreast.planner.front import (
     FRONT_FILE,
+    MOST_KL,
     Budget,
     Front,
     Profile,
@@ -57,7 +58,7 @@ class Planned:
 
     others: the next best plans of its depth, as many as requested. searched: the plan's cost on the
     text that it was searched on; expected: on held-out text, where it was measured there. engines:
-    see `best_per_engine`.
+    see `best_per_engine`. on_tasks: see `keep_accuracy`.
     """
 
     plan: Plan
@@ -67,6 +68,7 @@ class Planned:
     front: Front
     profile: Profile | None
     engines: Mapping[str, tuple[Plan, Cost] | None] = field(default_factory=dict)
+    on_tasks: Cost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values, with the best plan of each depth."""
@@ -92,6 +94,7 @@ class Planned:
                 name: best and {"plan": best[0].shorthand, **asdict(best[1])}
                 for name, best in self.engines.items()
             },
+            **({} if self.on_tasks is None else {"on_tasks": asdict(self.on_tasks)}),
         }
 
 
@@ -137,7 +140,7 @@ def find_plan(
     objective = objective or calibration.objective
     deepest = check_depth(calibration, budget.depth)
     least_depth = budget.depth or deepest
-    step(_expected_work(calibration, least_depth, per_group, beam))
+    step(_expected_work(calibration, budget.depth, per_group, beam))
     step("measure groups alone")
     stats = measure(calibration, objective=objective, depth=budget.depth, progress=progress)
     screened = partial(_screened, calibration, objective, progress)
@@ -169,6 +172,48 @@ def find_plan(
     chosen, *others = front.choose(budget, profile, best=best)
     expected, searched = front.judged(chosen), front.plans[chosen]
     return Planned(chosen, tuple(others), expected, searched, front, profile)
+
+
+def keep_accuracy(
+    planned: Planned,
+    calibration: Calibration,
+    share: float,
+    *,
+    step: Callable[[str], None] = lambda message: None,
+    progress: Progress | None = None,
+) -> Planned:
+    """The deepest cut of a front that keeps such a share of the accuracy above chance.
+
+    calibration: on tasks with choices. The best plans of each depth are judged, the least cut
+    first, until one does not keep it; `on_tasks` is what the chosen one costs there. Raises
+    AbreastError where the original is no better than chance, and where no plan keeps it.
+    """
+    front, chosen = planned.front, None
+    step(f"judge the best plan of each depth on {calibration.sample.num_items} questions")
+    for depth, plan in front.best().items():
+        if front.judged(plan).kl > MOST_KL:
+            break
+        (cost,) = score(calibration, [plan], progress=progress)
+        if cost.accuracy_kept is None:
+            raise AbreastError(
+                "the model is no better than chance on these tasks; name others with "
+                "--score-tasks, or give --max-kl"
+            )
+        interval = f"{cost.accuracy_kept:.1%} ± {cost.kept_stderr:.1%}"
+        step(f"{depth} stages keep {interval} of the accuracy above chance")
+        if cost.accuracy_kept < share:
+            break
+        chosen = plan, cost
+    if chosen is None:
+        raise AbreastError(
+            f"no plan keeps {share:.1%} of the accuracy above chance on "
+            f"{calibration.sample.num_items} questions; ask for less, or give --max-kl"
+        )
+    plan, cost = chosen
+    expected, searched = front.judged(plan), front.plans[plan]
+    return replace(
+        planned, plan=plan, others=(), expected=expected, searched=searched, on_tasks=cost
+    )
 
 
 def _screened(
@@ -227,23 +272,31 @@ def best_per_engine(
     return rows
 
 
-def _expected_work(calibration: Calibration, least_depth: int, per_group: int, beam: int) -> str:
+def likely_depth(num_layers: int) -> int:
+    """How deep a search without a depth probably goes, the depth that is too much included.
+
+    DEFAULT_KL is reached at 28 of SmolLM2's 30 layers, see benchmarks/RESULTS.md.
+    """
+    return num_layers - max(2, round(num_layers / 10))
+
+
+def _expected_work(calibration: Calibration, depth: int | None, per_group: int, beam: int) -> str:
     """What a search takes; in minutes as well where it begins, from a pass over a few windows."""
-    passes = expect(
-        calibration.checkpoint,
-        calibration.settings,
-        depth=least_depth,
-        per_group=per_group,
-        beam=beam,
-    ).full_forwards
-    work = f"at most {passes:.0f} full forward passes over {calibration.tokens.size:,} tokens"
+    least = depth or likely_depth(calibration.num_layers)
+    expected = expect(
+        calibration.checkpoint, calibration.settings, depth=least, per_group=per_group, beam=beam
+    )
+    work = (
+        f"about {expected.likely:.0f} full forward passes over {calibration.tokens.size:,} tokens "
+        f"down to {least} stages"
+    )
     if (done := sum(full_forwards(calibration).values())) > 0:
         return f"{work}, of which earlier calls made {done:.0f}"
     ids = torch.from_numpy(calibration.tokens[: calibration.size])
     begin = time.perf_counter()
     logits_of(calibration.model, ids, len(ids))
-    seconds = (time.perf_counter() - begin) * len(calibration.batches) * passes
-    return f"{work}, about {seconds / 60:.0f} minutes here"
+    seconds = (time.perf_counter() - begin) * len(calibration.batches) * expected.likely
+    return f"{work}, {seconds / 60:.0f} minutes here"
 
 
 def profile_here(

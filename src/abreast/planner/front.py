@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from abreast.checkpoint import own_file, replacing
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
-from abreast.planner.objective import KL, Cost, Objective
+from abreast.planner.objective import KL, OF_TASKS, Cost, Objective
 
 STATS_FILE = "stats.safetensors"
 FRONT_FILE = "front.json"
@@ -28,9 +28,9 @@ GEOMETRY_ARRAYS = ("similarity", "angular", "influence", "dependency")
 # (tools/perplexity/README.md), where Q4_K_M is at 0.03 and Q2_K at 0.4.
 DEFAULT_KL = 0.1
 DEFAULT_KL_IS = "quantising an 8B model to 3 bits costs"
+MOST_KL = 3 * DEFAULT_KL  # how far a search goes whose plans are then judged on tasks
 _METADATA_KEY = "abreast"
 _COST_ARRAYS = ("kl", "kl_stderr", "loss_increase", "loss_stderr", "tokens")
-_MARGINS = ("margin_loss", "margin_stderr")  # where tasks were scored
 _NOT_FINITE = "is not finite; measure again with --dtype float32, or check the model's weights"
 
 
@@ -86,7 +86,7 @@ class Stats:
             "full_forwards": self.full_forwards,
         }
         costs = [asdict(cost) for cost in self.groups.values()]
-        columns = {name: [cost[name] for cost in costs] for name in _COST_ARRAYS + _MARGINS}
+        columns = {name: [cost[name] for cost in costs] for name in _COST_ARRAYS + OF_TASKS}
         arrays = {n: np.array(c, dtype=np.float64) for n, c in columns.items() if None not in c}
         arrays |= {name: np.ascontiguousarray(getattr(self, name)) for name in GEOMETRY_ARRAYS}
         with replacing(Path(path)) as staging:
@@ -99,18 +99,21 @@ class Stats:
             own_file(Path(path), most=None)
             with safe_open(path, framework="np") as file:
                 header = json.loads((file.metadata() or {})[_METADATA_KEY])
-                costs = (*_COST_ARRAYS, *(_MARGINS if _MARGINS[0] in [*file.keys()] else ()))
+                costs = (*_COST_ARRAYS, *(name for name in OF_TASKS if name in [*file.keys()]))
                 arrays = {name: file.get_tensor(name) for name in (*costs, *GEOMETRY_ARRAYS)}
             num_layers = int(header["num_layers"])
             groups = [Plan.parse(name, num_layers).groups[0] for name in header["groups"]]
             arrays["tokens"] = arrays["tokens"].astype(int)
-            columns = [arrays[name].tolist() for name in costs]
+            columns = {name: arrays[name].tolist() for name in costs}
             stats = cls(
                 identity=dict(header["identity"]),
                 source=str(header["source"]),
                 num_layers=num_layers,
                 loss=float(header["loss"]),
-                groups=dict(zip(groups, map(Cost, *columns), strict=True)),
+                groups={
+                    group: Cost(**{name: column[row] for name, column in columns.items()})
+                    for row, group in enumerate(groups)
+                },
                 full_forwards=float(header["full_forwards"]),
                 revision=header.get("revision"),
                 **{name: arrays[name] for name in GEOMETRY_ARRAYS},
@@ -184,7 +187,8 @@ class Budget:
     """Limit on what a plan costs, or the least that it must gain: one of them, or else DEFAULT_KL.
 
     depth: effective depth. max_kl: nats per token. max_ppl_increase: relative, 0.02 is 2 %.
-    speedup: predicted, needs a profile.
+    speedup: predicted, needs a profile. keep_quality: see `keep_accuracy`, which chooses among the
+    plans with a KL of at most MOST_KL.
     """
 
     depth: int | None = field(default=None, metadata={"help": "Budget: number of stages."})
@@ -201,12 +205,19 @@ class Budget:
     speedup: float | None = field(
         default=None, metadata={"help": "Budget: predicted speed-up of decoding."}
     )
+    keep_quality: float | None = field(
+        default=None,
+        metadata={
+            "help": "Budget: share of the accuracy above chance to keep on --score-tasks, 0.98 say."
+        },
+    )
 
     def __post_init__(self) -> None:
         limits = [(name, value) for name, value in asdict(self).items() if value is not None]
         if len(limits) > 1:
             raise AbreastError(
-                "give one budget only: --depth, --max-kl, --max-ppl-increase or --speedup"
+                "give one budget only: --depth, --max-kl, --max-ppl-increase, --speedup or "
+                "--keep-quality"
             )
         for name, value in limits:
             least = 1 if name == "speedup" else 0
@@ -214,6 +225,8 @@ class Budget:
                 raise AbreastError(
                     f"--{name.replace('_', '-')} {value:g} must be more than {least}"
                 )
+        if self.keep_quality is not None and self.keep_quality > 1:
+            raise AbreastError(f"--keep-quality {self.keep_quality:g} is a share, of 1 at most")
         if not limits:
             object.__setattr__(self, "max_kl", DEFAULT_KL)
 
@@ -227,14 +240,18 @@ class Budget:
             return f"the deepest cut with a KL of at most {self.max_kl:g} nats per token{same}"
         if self.max_ppl_increase is not None:
             return f"the deepest cut with at most {self.max_ppl_increase:.1%} more perplexity"
+        if self.keep_quality is not None:
+            return (
+                f"the deepest cut that keeps {self.keep_quality:.1%} of the accuracy above chance"
+            )
         return f"the plan of least loss that decodes {self.speedup:g}x as fast"
 
     def met(self, plan: Plan, cost: Cost, profile: Profile | None) -> bool:
         """Whether a plan of this cost is within the budget."""
         if self.depth is not None:
             return plan.depth == self.depth
-        if self.max_kl is not None:
-            return cost.kl <= self.max_kl
+        if self.max_kl is not None or self.keep_quality is not None:
+            return cost.kl <= (self.max_kl or MOST_KL)
         if self.max_ppl_increase is not None:
             return cost.ppl_increase <= self.max_ppl_increase
         return _required(profile).speedup(plan) >= float(self.speedup or 0)
@@ -323,9 +340,12 @@ class Front:
             return AbreastError("no plan has been measured; run `abreast plan` here first")
         if budget.depth is not None:
             return unreachable(budget.depth, self.stats.num_layers, self.best())
-        if budget.max_kl is not None:
-            least = min(cost.kl for cost in self._limited(budget).values())
-            message = f"no plan has a KL of at most {budget.max_kl:g}; the least is {least:.2g}"
+        if budget.max_kl is not None or budget.keep_quality is not None:
+            least, most = (
+                min(c.kl for c in self._limited(budget).values()),
+                budget.max_kl or MOST_KL,
+            )
+            message = f"no plan has a KL of at most {most:g}; the least is {least:.2g}"
         elif budget.max_ppl_increase is not None:
             least = min(cost.ppl_increase for cost in self._limited(budget).values())
             message = (

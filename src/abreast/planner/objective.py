@@ -21,7 +21,8 @@ class Cost:
     kl: mean KL(original || model) of the next-token distributions. loss_increase: of the mean
     negative log-likelihood, paired. *_stderr: cluster-robust over windows. tokens: scored.
     margin_loss: of tasks, how much the mean margin of the right choice falls, in nats per item, and
-    its standard error over items; None where no task is scored.
+    its standard error over items; None where no task is scored. accuracy_kept: share of the
+    original's accuracy above chance; None as well where it has none.
     """
 
     kl: float
@@ -31,11 +32,16 @@ class Cost:
     tokens: int
     margin_loss: float | None = None
     margin_stderr: float | None = None
+    accuracy_kept: float | None = None
+    kept_stderr: float | None = None
 
     @property
     def ppl_increase(self) -> float:
         """Relative increase of the perplexity: 0.02 is 2 %."""
         return float(np.expm1(self.loss_increase))
+
+
+OF_TASKS = ("margin_loss", "margin_stderr", "accuracy_kept", "kept_stderr")  # fields of a cost
 
 
 @dataclass(frozen=True)

@@ -122,12 +122,31 @@ class Sample:
         by_item, tokens = np.add.reduceat(sums, starts), np.add.reduceat(counts, starts)
         kl, kl_stderr = ratio_of_means(by_item[:, 2], tokens)
         loss, loss_stderr = ratio_of_means(by_item[:, 0] - by_item[:, 1], tokens)
-        lost: tuple[float, ...] = ()
+        of_tasks: dict[str, float] = {}
         if self.right is not None:
-            right = self.right[windows]
-            ours, theirs = (_margins(-sums[:, i], right, starts) for i in (0, 1))
-            lost = ratio_of_means(theirs - ours, np.ones(len(starts)))
-        return Cost(kl, kl_stderr, loss, loss_stderr, int(tokens.sum()), *lost)
+            of_tasks = _choices(-sums[:, 0], -sums[:, 1], self.right[windows], starts)
+        return Cost(kl, kl_stderr, loss, loss_stderr, int(tokens.sum()), **of_tasks)
+
+
+def _choices(
+    ours: np.ndarray, theirs: np.ndarray, right: np.ndarray, starts: np.ndarray
+) -> dict[str, float]:
+    """`OF_TASKS` of a cost, from the log probabilities of all choices and where items start."""
+    lost = _margins(theirs, right, starts) - _margins(ours, right, starts)
+    margin_loss, margin_stderr = ratio_of_means(lost, np.ones(len(starts)))
+    chance = np.add.reduceat(right, starts, dtype=float) / np.diff(starts, append=len(right))
+
+    def above_chance(logp: np.ndarray) -> np.ndarray:
+        best = logp == np.repeat(
+            np.maximum.reduceat(logp, starts), np.diff(starts, append=len(logp))
+        )
+        return np.logical_or.reduceat(best & right, starts) - chance
+
+    cost = {"margin_loss": margin_loss, "margin_stderr": margin_stderr}
+    if above_chance(theirs).sum() > 0:
+        kept, stderr = ratio_of_means(above_chance(ours), above_chance(theirs))
+        cost |= {"accuracy_kept": kept, "kept_stderr": stderr}
+    return cost
 
 
 def _margins(logp: np.ndarray, right: np.ndarray, starts: np.ndarray) -> np.ndarray:

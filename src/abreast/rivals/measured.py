@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from abreast.planner import Cost, Objective
+from abreast.planner import OF_TASKS, Cost, Objective
 
 BASELINES_FILE = "baselines.json"
 METHODS = {
@@ -77,8 +77,7 @@ class Measured:
                 loss_increase=float(row["loss_increase"]),
                 loss_stderr=number("loss_stderr"),
                 tokens=int(row["tokens"]),
-                margin_loss=known("margin_loss"),
-                margin_stderr=known("margin_stderr"),
+                **{name: known(name) for name in OF_TASKS},
             ),
             refit=bool(row.get("refit", False)),
             agreement=known("agreement"),

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
         windows_at_once,
     )
     from abreast.runs.text import (
+        ROWS,
         Author,
         Role,
         conversations,
         save_texts,
         saved_texts,
+        share_written,
         token_stream,
     )
 

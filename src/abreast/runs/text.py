@@ -172,6 +172,16 @@ def _default(role: Role, writes: bool, record: Path | None, mixed: bool) -> tupl
     return source, f"{words[source]}{why}"
 
 
+def share_written(data: str, role: Role, folder: Path) -> float:
+    """The share of a text that the model itself writes; folder: of the run."""
+    names = _sources(
+        _default(role, True, folder / TEXT_FOLDER / f"{role}.json", False)[0]
+        if data == AUTO
+        else data
+    )
+    return names.count(OWN) / len(names)
+
+
 def _sources(data: str) -> list[str]:
     """The sources that a name stands for: one, or several with commas between them."""
     path = Path(data.removeprefix(CHAT)).expanduser()

@@ -1,0 +1,116 @@
+"""How long `optimize` will take, said before it begins."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from abreast.families import num_layers_of
+from abreast.model import logits_of, scores_under
+from abreast.plan import Plan
+from abreast.planner import PROFILED_TOKENS, CalibrationSettings, expect, likely_depth
+from abreast.runs import JOURNAL, ROWS, Role, share_written
+from abreast.speed import bench
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from abreast.optimize import Checks
+
+
+def resumed(out: str | Path) -> str | None:
+    """What an earlier call left in a run folder; None where there is nothing to go on with."""
+    out = Path(out)
+    journals = sorted(out.glob("*/" + JOURNAL.format("*")))
+    measured = sum(path.read_bytes().count(b"\n") for path in journals)
+    conversions = len([*out.glob("plans/*/converted*")])
+    if not measured:
+        return None
+    return f"goes on in '{out}', where {measured} measurements and {conversions} conversions are"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds that the stages of `optimize` will take; healing and tasks are not among them.
+
+    text: writing by the model itself. search: measuring and judging plans. checks: comparing the
+    conversion with the original. timing: both models, and each kind of stage.
+    """
+
+    text: float
+    search: float
+    checks: float
+    timing: float
+
+    @property
+    def words(self) -> str:
+        minutes = {name: seconds / 60 for name, seconds in asdict(self).items()}
+        parts = ", ".join(f"{name} {each:.0f}" for name, each in minutes.items())
+        return f"all of it takes about {max(1, round(sum(minutes.values())))} minutes ({parts})"
+
+
+def forecast(
+    original: PreTrainedModel,
+    model: str | Path,
+    out: str | Path,
+    settings: CalibrationSettings,
+    checks: Checks,
+    *,
+    depth: int | None,
+    per_group: int,
+    held_out_data: str | None = None,
+) -> Forecast:
+    """How long `optimize` takes here, from one window scored and a few tokens decoded.
+
+    original: the model, loaded. out: the run folder. depth: a budget, None for one of quality.
+    """
+    num_layers = num_layers_of(original.config.to_dict())
+    least = depth or likely_depth(num_layers)
+    passes = expect(model, settings, depth=least, per_group=per_group).likely
+    window, calibrated = settings.window, settings.num_windows * settings.window
+    texts: tuple[tuple[str, Role, int], ...] = (
+        (settings.data, "calibrate", calibrated),
+        (held_out_data or settings.data, "judge", calibrated),
+        (checks.data, "judge", checks.max_tokens),
+    )
+    written = [tokens * share_written(data, role, Path(out)) for data, role, tokens in texts]
+
+    def score(size: int) -> tuple[float, float]:
+        """Seconds to run a window, and to run and score it."""
+        ids = torch.zeros(1, size, dtype=torch.int64)
+        begin = time.perf_counter()
+        reference = logits_of(original, ids, 1)
+        middle = time.perf_counter()
+        scores_under(original, Plan(num_layers=num_layers), ids, reference)
+        return middle - begin, time.perf_counter() - middle
+
+    def decode(batch_size: int) -> float:
+        """Seconds of a step."""
+        timed = bench(
+            {"original": original},
+            task="decode",
+            batch_size=batch_size,
+            context=16,
+            new_tokens=4,
+            rounds=2,
+            warmup=1,
+        )
+        return timed.timings["original"].median / 4
+
+    score(16)
+    run, scored = score(window)
+    step = decode(1)
+    decoded = checks.new_tokens * step + 2 * checks.context / window * run
+    profiled = 4 * (PROFILED_TOKENS * step + checks.context / window * run)
+    batches = [math.ceil(tokens / ROWS / window) * window for tokens in written]
+    return Forecast(
+        text=sum(batches) * decode(ROWS) if any(batches) else 0.0,
+        search=passes * settings.num_windows * scored,
+        checks=checks.max_tokens / window * (run + scored),
+        timing=2 * checks.rounds * (decoded + profiled),
+    )
