@@ -103,7 +103,7 @@ def converted(model: Model, work: Path) -> Path:
 @pytest.fixture(scope="module")
 def run_folder(model: Model, work: Path) -> Path:
     """What optimize leaves, with the report."""
-    small = (*SEARCH, "--per-group", "1", "--no-baselines", "--rounds", "6")
+    small = (*SEARCH, "--per-group", "1", "--no-baselines", "--rounds", "2")
     options = ("--depth", model.depth, *small, "--eval-data", "stdlib", "--max-tokens", "1024")
     options += ("--no-plots",)
     run("optimize", model.folder, "-o", work / "run", *options)
@@ -209,7 +209,7 @@ def test_heal(model, work, method):
 
 
 def test_bench_and_estimate(model, converted):
-    size = ("--context", 32, "--rounds", 6, "--steps", 2, "--warmup", 1, "--dtype", "float32")
+    size = ("--context", 32, "--rounds", 2, "--steps", 2, "--warmup", 1, "--dtype", "float32")
     result = run_json("bench", model.folder, converted, "--task", "decode", *size)
     assert result
     assert run_json("estimate", model.folder, "--plan", model.plan, "--hardware", "2xA100-NVLink")

@@ -291,6 +291,7 @@ def optimize(
         as_json,
         best=candidates,
         timed=True,
+        rounds=rounds,
         command=command,
         author=None if earlier else author,
     )
@@ -360,6 +361,7 @@ def _find(
     *,
     best: int = 1,
     timed: bool = False,
+    rounds: int = 12,
     repeat: int = 1,
     command: Sequence[str] | None = None,
     author: Callable[[], Any] | None = None,
@@ -427,7 +429,7 @@ def _find(
             chosen = planned.front.best().values()
             kinds = {kind_of(group) for plan in chosen for group in plan.groups}
             try:
-                profile = profile_here(calibration, kinds, out, step=console.say)
+                profile = profile_here(calibration, kinds, out, rounds=rounds, step=console.say)
                 planned = replace(planned, profile=profile)
             except NoisyTiming as error:
                 console.say(f"no speed is predicted: {error}")
