@@ -33,7 +33,7 @@ test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 test-engines: test-gguf test-vllm test-stock ## run the tests against real engines
 
 test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
-	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_engines/test_llamacpp*.py
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -n 2 tests/real_engines/test_llamacpp*.py
 
 test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment of their own
 	$(IN_VLLM) -m pytest tests/real_engines/test_vllm*.py tests/real_engines/test_transformers_serve.py
@@ -43,7 +43,7 @@ test-stock: $(VENV)/.dev .venv-vllm/.ready .venv-mlx/.ready ## run the tests in 
 
 test-real: $(VENV)/.dev .venv-gguf/.ready .venv-vllm/.ready .venv-mlx/.ready ## run the tests on two real models, which it downloads once (330 MB)
 	$(PYTEST) --dist loadgroup tests/real_models --ignore-glob='*_llamacpp.py'
-	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest tests/real_models/*_llamacpp.py tests/real_models/*_tokens.py
+	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -n 2 tests/real_models/*_llamacpp.py tests/real_models/*_tokens.py
 
 lint: $(VENV)/.dev ## check style, formatting and types
 	$(BIN)/ruff check .
