@@ -185,6 +185,25 @@ def test_a_forecast_adds_up_and_a_later_call_says_what_is_there(tiny_checkpoint,
     assert re.search(r"goes on in '.*', where \d+ measurements and 1 conversions are", err)
 
 
+def test_dry_runs_say_how_long_it_takes_and_write_nothing(tiny_checkpoint, tmp_path, run):
+    model, out = tiny_checkpoint(num_layers=LAYERS, tokenizer=True), tmp_path / "out"
+    status, text, _ = run(
+        "optimize", model, "-o", out, *SMALL, "--no-report", "--dry-run", "--json"
+    )
+    assert status == 0 and json.loads(text).keys() == {"text", "search", "checks", "timing"}
+    short = ("--window", 16, "--batch-size", 2, "--micro-batch", 1, "--steps", 10, "--no-plots")
+    heal = ("heal", model, "--plan", "2+3", "-o", out, *short, "--dry-run")
+    status, text, _ = run(*heal)
+    assert status == 0, text
+    assert "8 -> 7 stages: 2+3" in text and "65,536 tokens of text" in text
+    assert re.search(r"tokens/s end to end; 10 steps take about \d", text)
+    status, text, _ = run(*heal, "--method", "refit", "--json")
+    assert json.loads(text).keys() == {"plan", "refit"}
+    assert not out.exists() and not (tmp_path / "out.work").exists()
+    status, _, err = run("heal", model, "--plan", "2+9", "-o", out, "--dry-run", "--no-plots")
+    assert status == 2 and len(err.strip().splitlines()) == 1
+
+
 def test_a_speed_up_needs_a_profile_that_knows_the_groups():
     with pytest.raises(AbreastError, match="needs a latency profile"):
         front().choose(Budget(speedup=1.1))

@@ -1,4 +1,4 @@
-"""How long `optimize` will take, said before it begins."""
+"""What `optimize` and `heal` will take, said before they begin."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from abreast.checkpoint import open_checkpoint, plan_for
+from abreast.cli.console import bytes_text
+from abreast.convert import preview
 from abreast.families import num_layers_of
-from abreast.model import logits_of, scores_under
+from abreast.heal import REFIT_TOKENS, Recipe, memory_needed, step_seconds
+from abreast.model import load, logits_of, scores_under
 from abreast.plan import Plan
 from abreast.planner import PROFILED_TOKENS, CalibrationSettings, expect, likely_depth
 from abreast.runs import JOURNAL, ROWS, Role, share_written
@@ -114,3 +119,36 @@ def forecast(
         checks=checks.max_tokens / window * (run + scored),
         timing=2 * checks.rounds * (decoded + profiled),
     )
+
+
+def healing(
+    model: str,
+    plan: str,
+    recipe: Recipe,
+    *,
+    method: str,
+    window: int,
+    revision: str | None,
+    force: bool,
+    **loading: Any,
+) -> dict[str, str]:
+    """What healing takes here, in words: memory of refit, pace of training on random tokens.
+
+    Raises AbreastError for what `heal` refuses of plan and recipe.
+    """
+    preview(model, plan, revision=revision, force=force)
+    recipe.check()
+    source = open_checkpoint(model, revision=revision)
+    parsed, rows = plan_for(source, plan), dict[str, str]()
+    rows["plan"] = f"{parsed.num_layers} -> {parsed.depth} stages: {parsed.shorthand}"
+    if method != "distill":
+        largest = max(len(group.layers) for group in parsed.groups)
+        needs = memory_needed(source.config, largest_group=largest, bytes_per_weight=4)
+        rows["refit"] = f"{REFIT_TOKENS:,} tokens of text, {bytes_text(needs['total'])} of memory"
+    if method != "refit":
+        original, _ = load(source.folder, **loading)
+        vocabulary = original.get_input_embeddings().weight.shape[0]
+        size = (max(10, 2 * recipe.batch_size), window)
+        ids = np.random.default_rng(0).integers(vocabulary, size=size)
+        rows["training"] = recipe.pace(step_seconds(original, parsed, ids, recipe), window)
+    return rows

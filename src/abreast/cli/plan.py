@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,6 +200,7 @@ def plan(
 @click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
 @click.option("--limit", type=int, help="With --tasks: items of each task.")
 @click.option("--no-report", is_flag=True, help="Write no OUT/report (needs fewer packages).")
+@click.option("--dry-run", is_flag=True, help="Only print how long it would take.")
 @out_option
 @console.chat_option
 @calibration_options
@@ -220,6 +221,7 @@ def optimize(
     num_fewshot: int | None,
     limit: int | None,
     no_report: bool,
+    dry_run: bool,
     calibration: CalibrationSettings,
     as_json: bool,
 ) -> None:
@@ -272,9 +274,15 @@ def optimize(
             per_group=search.per_group,
             held_out_data=search.held_out_data,
         )
-        console.say(expected.words)
+        if as_json and dry_run:
+            console.print_json(asdict(expected))
+        else:
+            (click.echo if dry_run else console.say)(expected.words)
         return original
 
+    if dry_run:
+        author()
+        return
     if (earlier := resumed(out)) is not None:
         console.say(earlier)
     evaluation_text(model, out, checks, None if earlier else author, step=console.say)

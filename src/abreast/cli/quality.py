@@ -379,6 +379,7 @@ def _score(value: float | None, stderr: float | None) -> str:
 @console.remote_option
 @console.device_option
 @console.seed_option
+@click.option("--dry-run", is_flag=True, help="Only print what it would take.")
 @console.json_option
 @click.pass_context
 def heal(
@@ -405,6 +406,7 @@ def heal(
     trust_remote_code: bool,
     device: str,
     seed: int,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Convert MODEL, an original, under a plan and recover the quality that this costs."""
@@ -419,6 +421,14 @@ def heal(
         for name, value in RECIPES[preset].items()
         if context.get_parameter_source(name) is ParameterSource.DEFAULT
     }
+    recipe = replace(recipe, **implied)
+    if dry_run:
+        from abreast.cli.forecast import healing
+
+        loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+        options = {"method": method, "window": window, "revision": revision, "force": force}
+        rows = healing(model, plan, recipe.suited(), **options, **loading)
+        return console.print_json(rows) if as_json else console.print_table(rows)
     with console.progress_bar("heal", as_json) as progress:
         healed = run(
             model,
@@ -429,7 +439,7 @@ def heal(
             add_bos=add_bos,
             tokens=tokens,
             window=window,
-            recipe=replace(recipe, **implied),
+            recipe=recipe,
             refit_steps=refit_steps.split(","),
             seed=seed,
             device=device,
