@@ -137,7 +137,7 @@ def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
     written, real = [], text._write
 
     def broken(*arguments: Any, **options: Any) -> Any:
-        written.append(options["number"])
+        written.append(options["first"])
         if len(written) == 2:
             raise KeyboardInterrupt
         return real(*arguments, **options)
@@ -146,7 +146,7 @@ def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         read("self", **options)
     assert read("self", **options).sha256 == whole.sha256
-    assert written[:3] == [0, 1, 1]
+    assert written[:3] == [0, ROWS, ROWS]
 
 
 def test_a_run_keeps_to_its_first_default(read, tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_it_is_written_at_temperature_1(read):
         prefix=(0,),
         rows=4000,
         length=3,
-        number=0,
+        first=0,
         seed=0,
         role="judge",
         batches=1,
@@ -193,14 +193,18 @@ def test_it_is_written_at_temperature_1(read):
     assert {int(t[0]) for t in texts[1::2]} == first != other
 
 
-def test_texts_end_where_the_model_ends_them(read):
+def test_texts_end_where_the_model_ends_them(read, monkeypatch):
+    rows, real = [], text._write
+    spy = lambda *a, **options: (rows.append(options["rows"]), real(*a, **options))[1]  # noqa: E731
+    monkeypatch.setattr(text, "_write", spy)
     with torch.no_grad():
         read.original.lm_head.weight[2] = 0
         read.original.model.norm.weight *= 0  # all tokens are as likely
-    stream = read("self", max_tokens=400, window=128)
+    stream = read("self", max_tokens=500, window=128)
     lengths = np.diff([-1, *np.flatnonzero(stream.tokens == 2)])
     assert stream.tokens.max() < len(read.tokenizer)
     assert len(lengths) and lengths.min() >= text.LEAST_TOKENS and lengths.max() <= 128
+    assert rows[0] == 4 and len(rows) > 1 and rows[-1] < 4  # no more than what was missing
 
 
 def test_a_model_is_not_judged_on_its_own_text(read, model, tmp_path, monkeypatch):

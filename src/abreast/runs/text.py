@@ -315,7 +315,8 @@ def _own(
 ) -> TokenStream:
     """Text that the model writes; in the run's folder a later call finds it, or goes on with it.
 
-    length: tokens of a text, of which ROWS are written at a time.
+    length: tokens of a text, of which at most ROWS are written at a time. The last batch has only
+    as many as are missing, by the mean length so far.
     """
     identity = {
         "version": _VERSION,
@@ -328,19 +329,21 @@ def _own(
     }
     path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
     texts = [] if path is None else saved_texts(path, identity)
-    rows, writer = min(ROWS, math.ceil(max_tokens / length)), None
+    writer = None
     while (left := max_tokens - sum(map(len, texts))) > 0:
         writer = writer or author()
+        mean = sum(map(len, texts)) / len(texts) if texts else length
+        rows = min(ROWS, math.ceil(left / mean))
         texts += _write(
             writer,
             tokenizer,
             prefix=prefix,
             rows=rows,
             length=length,
-            number=len(texts) // rows,
+            first=len(texts),
             seed=seed,
             role=role,
-            batches=math.ceil(left / (rows * length)),
+            batches=math.ceil(left / (rows * mean)),
             step=step,
         )
         step = _silent
@@ -388,7 +391,7 @@ def _write(
     prefix: tuple[int, ...],
     rows: int,
     length: int,
-    number: int,
+    first: int,
     seed: int,
     role: Role,
     batches: int,
@@ -397,7 +400,7 @@ def _write(
     """A batch of texts, int32 each: its first tokens, if any, and what the model goes on with.
 
     They begin with the prefix, or what else begins a text, which is left out of them. Every second
-    one then has a beginning from the list. number: of the batch, batches: still to write.
+    one then has a beginning from the list. first: number of the first. batches: still to write.
     """
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -409,16 +412,15 @@ def _write(
         tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:length]
         for words in _BEGINNINGS[role]
     ]
-    first_row = number * rows
     forced = [
         list(starts[row // 2 % len(starts)]) if row % 2 or not start else []
-        for row in range(first_row, first_row + rows)
+        for row in range(first, first + rows)
     ]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_tokens(np.array([*start, *(t for tokens in starts for t in tokens)]), vocabulary)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     steps = int(max(1, min(length - 1, limit - len(start))))  # room for the end of text
-    digest = hashlib.sha256(f"{seed} {role} {number}".encode()).digest()
+    digest = hashlib.sha256(f"{seed} {role} {first}".encode()).digest()
     device = device_of(model)
     random = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
     texts: list[list[int]] = [[] for _ in range(rows)]
