@@ -101,13 +101,22 @@ def converted(model: Model, work: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_folder(model: Model, work: Path) -> Path:
-    """What optimize leaves, with the report."""
-    small = (*SEARCH, "--per-group", "1", "--no-baselines", "--rounds", "2")
-    options = ("--depth", model.depth, *small, "--eval-data", "stdlib", "--max-tokens", "1024")
-    options += ("--no-plots",)
-    run("optimize", model.folder, "-o", work / "run", *options)
-    return work / "run"
+def searched(model: Model, work: Path) -> Path:
+    """A run folder with a search."""
+    folder = work / "run"
+    run("measure", model.folder, "-o", folder, *SEARCH)
+    options = ("--depth", model.depth, "--per-group", "1", "--no-plots")
+    run("plan", model.folder, "-o", folder, *SEARCH, *options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(model: Model, searched: Path) -> Path:
+    """What optimize adds to a search, with the report."""
+    options = ("--depth", model.depth, "--per-group", "1", "--no-plots", "--rounds", "2")
+    checks = ("--eval-data", "stdlib", "--max-tokens", "1024")
+    run("optimize", model.folder, "-o", searched, *SEARCH, *options, *checks)
+    return searched
 
 
 def test_import(model, gguf_files, work):
@@ -144,16 +153,11 @@ def test_eval_on_tasks(model, converted, work):
     assert result
 
 
-def test_measure_and_plan(model, work):
-    folder = work / "search"
-    run("measure", model.folder, "-o", folder, *SEARCH)
-    options = (*SEARCH, "--depth", model.depth, "--per-group", "1", "--no-plots")
-    run("plan", model.folder, "-o", folder, *options)
+def test_measure_and_plan(model, searched):
     for name in ("plan.yaml", "why.md", "front.json"):
-        assert (folder / name).is_file()
-    run(
-        "eval", model.folder, "--plan", folder / "plan.yaml", "--data", "stdlib", "--max-tokens", 64
-    )
+        assert (searched / name).is_file()
+    plan = ("--plan", searched / "plan.yaml")
+    run("eval", model.folder, *plan, "--data", "stdlib", "--max-tokens", 64)
 
 
 def test_optimize_report_and_push(model, run_folder):
