@@ -35,7 +35,7 @@ search_options = console.settings("search", __name__, "Search")
 # Defaults of other options. The names say what they are meant for, a 135M model on two cores; the
 # time of a whole run has not been measured.
 EFFORTS: dict[str, dict[str, Any]] = {
-    "minutes": {"num_windows": 16, "per_group": 2, "max_tokens": 16_384},
+    "minutes": {"num_windows": 16, "per_group": 2, "max_tokens": 16_384, "rounds": 8},
     "hour": {},
     "night": {"num_windows": 128, "per_group": 8, "max_tokens": 200_000, "method": "both"},
 }
