@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from abreast.convert.config import converted_config
@@ -11,6 +13,7 @@ from abreast.plan import Plan
 from abreast.targets import (
     LLAMACPP,
     SERVERS,
+    SGLANG,
     TORCH_TP,
     TRANSFORMERS,
     VLLM,
@@ -95,7 +98,12 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
         (TRANSFORMERS, "cohere", "1+2 3~4", 1, "group 3~4 cannot be converted"),
         (TORCH_TP, "llama", "1~2 3+4", 2, None),
         (TORCH_TP, "gemma2", "1~2", 2, "norms after a branch"),
-        (VLLM, "llama", "1~2", 1, "ff groups"),
+        (VLLM, "llama", "1~2", 2, None),
+        (SGLANG, "llama", "1+2 3|4:1", 2, None),
+        (SGLANG, "qwen3", "1~2", 4, None),
+        (SGLANG, "llama", "1|2|3", 2, "layer 1 is a cqil group of 3 members; possible: 1"),
+        (SGLANG, "gemma2", "1+2", 1, "llama, mistral, qwen2 and qwen3 only"),
+        (SGLANG, "mixtral", "1+2", 1, "llama, mistral, qwen2 and qwen3 only"),
         (LLAMACPP, "llama", "1~2", 1, "ff groups"),
         (LLAMACPP, "llama", "1+2", 1, None),
         (LLAMACPP, "llama", "1|2", 1, "convert with an lp plan"),
@@ -110,6 +118,20 @@ def test_reasons(target, family, plan, degree, reason):
         refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
     )
     assert reason in found[0] if reason else not found
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "plan", "reason"),
+    [
+        (VLLM, {"abreast_prefill": "sequential"}, "1~2", "prefill of ff groups .*--hf-overrides"),
+        (SGLANG, {"abreast_prefill": "sequential"}, "1+2", "without --prefill sequential"),
+        (SGLANG, {"quantization_config": {"bits": 8}}, "1|2", "cqil groups with quantised"),
+        (SGLANG, {"quantization_config": {"bits": 8}}, "1+2", None),
+    ],
+)
+def test_reasons_of_one_config(target, more, plan, reason):
+    found = list(refusals(target, CONFIG | more, CONVERTIBLE["llama"], Plan.parse(plan, 6)))
+    assert re.search(reason, found[0]) if reason else not found
 
 
 def test_servers_that_refuse_are_named():

@@ -247,15 +247,46 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
         )
 
 
+def _is_native(model: Model) -> bool:
+    """Whether it is one of llama, mistral, qwen2 and qwen3."""
+    return model.family is not None and model.family.vllm_layers and not model.family.routes
+
+
 def _vllm(model: Model, degree: int) -> Iterator[str]:
     yield from _experts(model, "vLLM")
-    yield from _in_order(model, "vLLM")
-    native = model.family is not None and model.family.vllm_layers and not model.family.routes
-    if _is_sequential(model) and not native:
+    if _is_sequential(model):
+        if not _is_native(model):
+            yield (
+                "sequential prefill runs in vLLM for llama, mistral, qwen2 and qwen3 only; "
+                + SERVE_GROUPED
+            )
+        if any(layer.intermediate == 0 for layer in model.layers):
+            yield "sequential prefill of ff groups does not run in vLLM; " + SERVE_GROUPED
+    yield from _degree(model, degree)
+
+
+def _sglang(model: Model, degree: int) -> Iterator[str]:
+    if not _is_native(model):
         yield (
-            "sequential prefill runs in vLLM for llama, mistral, qwen2 and qwen3 only; "
-            + SERVE_GROUPED
+            "SGLang runs conversions of llama, mistral, qwen2 and qwen3 only; serve the checkpoint "
+            "with vLLM or transformers"
         )
+    if _is_sequential(model):
+        yield (
+            "the checkpoint runs prompts in the original order, which is not there for SGLang; "
+            "convert again without --prefill sequential, or serve it with vLLM"
+        )
+    if model.config.get("quantization_config") and any(
+        layer.band is not None for layer in model.layers
+    ):
+        yield (
+            "cqil groups with quantised weights do not run in SGLang; convert with an lp plan (5+6 "
+            "instead of 5|6), or serve the checkpoint with vLLM"
+        )
+    yield from _degree(model, degree)
+
+
+def _degree(model: Model, degree: int) -> Iterator[str]:
     reason = undivided(model, degree)
     if reason:
         most = max(layer.heads for layer in model.layers)
@@ -267,7 +298,7 @@ def _vllm(model: Model, degree: int) -> Iterator[str]:
 
 
 def undivided(model: Model, degree: int) -> str | None:
-    """What vLLM cannot split over `degree` ranks, or None if it can split every layer.
+    """What vLLM and SGLang cannot split over `degree` ranks, None if they can split every layer.
 
     A cqil group of p members splits over p or a multiple of p ranks, and over a divisor of p.
     Under sequential prefill every member is split as an unconverted layer is.
@@ -360,6 +391,14 @@ VLLM = Target(
     install='pip install "abreast[vllm]"',
     serve="vllm serve {out}",
     split=" --tensor-parallel-size {degree}",
+)
+SGLANG = Target(  # not among SERVERS, which cards suggest, until it has run on a GPU
+    name="SGLang",
+    refuse=_sglang,
+    install="pip install abreast sglang",
+    export="export SGLANG_EXTERNAL_MODEL_PACKAGE=abreast.engines.sglang",
+    serve="python -m sglang.launch_server --model-path {out}",
+    split=" --tp-size {degree}",
 )
 LLAMACPP = Target(
     name="llama.cpp",

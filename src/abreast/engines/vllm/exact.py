@@ -35,7 +35,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.model_executor.utils import set_weight_attrs
 
-from abreast.engines.vllm.layers import HeadNorm, MemberLinear, add_and_norm, biases, visible
+from abreast.engines.members import HeadNorm, MemberLinear, biases, visible
+from abreast.engines.vllm.layers import add_and_norm
 from abreast.engines.vllm.plugin import is_sequential
 
 KINDS = "abreast_kinds"  # in vLLM's forward context: rows of prompts, and the others

@@ -39,49 +39,10 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
+from abreast.engines.members import HeadNorm, MemberLinear, biases, visible
 from abreast.engines.vllm.experts import Experts, has_experts
-
-
-def biases(config: Any) -> tuple[bool, bool, bool]:
-    """Whether q, k and v, the attention's output, and the FFN have biases, as in transformers.
-
-    Configs of other families may have the same keys, without meaning.
-    """
-    family = config.model_type.removeprefix("abreast_")
-    attention = bool(getattr(config, "attention_bias", False)) and family in (
-        *("llama", "qwen3", "qwen3_moe"),
-    )
-    ffn = bool(getattr(config, "mlp_bias", False)) and family == "llama"
-    return attention or family == "qwen2", attention, ffn
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm over each head with a gain per head: [N, heads * X] -> the same.
-
-    The checkpoint's gain is [all heads, X]; a rank keeps the rows of its heads, of each of several
-    members if they run one by one.
-    """
-
-    def __init__(self, heads: int, first: int, head_dim: int, eps: float, members: int = 1) -> None:
-        super().__init__()
-        self.first, self.eps = first, eps
-        self.weight = nn.Parameter(torch.ones(members, heads, head_dim), requires_grad=False)
-        set_weight_attrs(self.weight, {"weight_loader": self.load})
-
-    def load(self, parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        members, heads, _ = parameter.shape
-        if loaded.dim() > 1:  # a single layer has one gain for all its heads
-            loaded = loaded.unflatten(0, (members, -1)).narrow(1, self.first, heads)
-        parameter.data.copy_(loaded.expand(parameter.shape))
-
-    def forward(self, x: torch.Tensor, member: int = 0) -> torch.Tensor:
-        weight = self.weight[member]
-        wide = x.unflatten(-1, weight.shape).float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide.to(x.dtype) * weight).flatten(-2)
 
 
 class Attention(LlamaAttention):
@@ -126,11 +87,18 @@ class Attention(LlamaAttention):
 
 
 class Layer(nn.Module):
-    """A single layer or an lp group: two all-reduces, whatever its width."""
+    """A single layer or an lp group: two all-reduces, whatever its width.
+
+    Also what an ff group is made of: attentions alone, and a last one with the FFNs of all.
+    """
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: Any = None
+        if config.intermediate_size == 0:
+            return
         if has_experts(config, extract_layer_index(prefix)):
             self.mlp = Experts(config, vllm_config, f"{prefix}.mlp")
         else:
@@ -142,7 +110,6 @@ class Layer(nn.Module):
                 bias=biases(config)[2],
                 prefix=f"{prefix}.mlp",
             )
-        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
@@ -150,6 +117,8 @@ class Layer(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         normed, residual = add_and_norm(self.input_layernorm, hidden_states, residual)
         attended = self.self_attn(positions, normed)
+        if self.mlp is None:
+            return attended, residual
         normed, residual = self.post_attention_layernorm(attended, residual)
         return self.mlp(normed), residual
 
@@ -210,28 +179,6 @@ class CqilLayer(nn.Module):
         elif self.here < self.members:
             all_PND = tensor_model_parallel_all_gather(part_PND, 0)
         return visible(all_PND, self.bypass, range(self.first, self.first + self.here))
-
-
-def visible(all_PND: torch.Tensor, bypass: int, members: Iterable[int]) -> torch.Tensor:
-    """For each of some members, the sum of the attention outputs that its FFN sees: [.., N, D]."""
-    return torch.stack([all_PND[max(0, j - bypass) : j + 1].sum(0) for j in members])
-
-
-class MemberLinear(nn.Module):
-    """One matrix for each of several members: [P, N, in] -> [P, N, out], as one batched product.
-
-    Never quantised: what the checkpoint has quantised is whole again here, see `_dequantized`.
-    Returns a pair, as vLLM's linear layers do.
-    """
-
-    def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(members, rows, columns), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(members, rows), requires_grad=False) if bias else None
-
-    def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
-        out_PNX = torch.bmm(x_PNX, self.weight.transpose(1, 2))
-        return (out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)), None
 
 
 class MemberMLP(nn.Module):
