@@ -70,7 +70,7 @@ def run_apart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 def in_engine() -> InEngine:
     """Run work(llm, **given) on every rank of a vLLM engine; return what rank 0 returns.
 
-    in_engine(folder, work, tensor_parallel=1, given={}, **options of vllm.LLM)
+    in_engine(folder, work, tensor_parallel=1, given={}, pipeline=1, **options of vllm.LLM)
     """
     import torch
 
@@ -78,15 +78,20 @@ def in_engine() -> InEngine:
     import vllm  # noqa: F401
 
     def run(
-        folder: Path | str, work: Work, tensor_parallel: int = 1, given: Any = None, **options: Any
+        folder: Path | str,
+        work: Work,
+        tensor_parallel: int = 1,
+        given: Any = None,
+        pipeline: int = 1,
+        **options: Any,
     ) -> Any:
-        port = free_port()
+        port, size = free_port(), tensor_parallel * pipeline
+        options |= {"tensor_parallel_size": tensor_parallel, "pipeline_parallel_size": pipeline}
         context = multiprocessing.get_context("fork")
-        ends = [context.Pipe(duplex=False) for _ in range(tensor_parallel)]
+        ends = [context.Pipe(duplex=False) for _ in range(size)]
         ranks = [
             context.Process(
-                target=_rank,
-                args=(rank, tensor_parallel, port, str(folder), work, given or {}, options, end),
+                target=_rank, args=(rank, size, port, str(folder), work, given or {}, options, end)
             )
             for rank, (_, end) in enumerate(ends)
         ]
@@ -111,6 +116,18 @@ def in_engine() -> InEngine:
         return answers[0][0]
 
     return run
+
+
+def _hold_streams(worker: Any) -> None:
+    """Make the buffers of a pipeline's later stages, which vLLM makes while it compiles only: on a
+    CPU, without compilation, it stops at `assert self.intermediate_tensors is not None`."""
+    from vllm.distributed import get_pp_group
+
+    runner = worker.model_runner
+    if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device="cpu"
+        )
 
 
 def _rank(
@@ -147,7 +164,8 @@ def _rank(
             "seed": 0,
             **({"distributed_executor_backend": "external_launcher"} if size > 1 else {}),
         }
-        llm = LLM(folder, tensor_parallel_size=size, **{**settings, **options})
+        llm = LLM(folder, **{**settings, **options})
+        llm.collective_rpc(_hold_streams)
         end.send((work(llm, **given), None))
     except BaseException:
         end.send((None, traceback.format_exc()))

@@ -16,7 +16,12 @@ from abreast.model.grouping import load
 from abreast.plan import Plan
 
 NEW_TOKENS = 64
-PLANS = {"lp": "2+3 4+5 6+7 10+11", "cqil": "8|9 10|11", "cqil-1": "8|9:1 10|11:1"}
+PLANS = {
+    "lp": "2+3 4+5 6+7 10+11",
+    "cqil": "8|9 10|11",
+    "cqil-1": "8|9:1 10|11:1",
+    "ff": "2~3 8~9~10",
+}
 PROMPTS = [list(range(3, 20)), [5, 99, 7], list(range(100, 60, -1))]
 TEXTS = ("def main():", "import os\nimport sys\n\n", "class Foo(object):\n    def __init__(self")
 
@@ -27,6 +32,7 @@ def complete(
     """Greedy tokens and top-5 log probabilities, and how often ranks talked per decoded token."""
     from vllm import SamplingParams
     from vllm.distributed.parallel_state import GroupCoordinator
+    from vllm.model_executor.models.utils import PPMissingLayer
 
     (name,) = llm.apply_model(lambda model: type(model).__module__)
     assert native is None or (name == "abreast.engines.vllm.models") == native, name
@@ -63,11 +69,15 @@ def complete(
         ask(prompts[:1], count)
         counts.append(dict(calls))
     more = {name: counts[1][name] - counts[0].get(name, 0) for name in counts[1]}
-    return {"answers": answers, "per_token": {name: n for name, n in more.items() if n}}
+    (elsewhere,) = llm.apply_model(
+        lambda model: sum(isinstance(part, PPMissingLayer) for part in model.modules())
+    )
+    per_token = {name: n for name, n in more.items() if n}
+    return {"answers": answers, "per_token": per_token, "elsewhere": elsewhere}
 
 
 def expected(source_layers: int, plan: str, joined: int = 0) -> dict[str, int]:
-    """Collectives per token: 4 for two single layers, 2 for an lp group, 1 for cqil.
+    """Collectives per token: 4 for two single layers, 3 for an ff pair, 2 for lp, 1 for cqil.
 
     joined: extra all-reduces of cqil groups whose members are spread over several ranks.
     """
@@ -75,8 +85,10 @@ def expected(source_layers: int, plan: str, joined: int = 0) -> dict[str, int]:
     groups = [stages.group_of(stage) for stage in stages.stages]
     cqil = [group for group in groups if group and group.wiring == "cqil"]
     exchanges = 0 if joined else sum(group.bypass > 0 for group in cqil)
+    alone = sum(not block.ffns for block in stages.blocks)  # attentions of ff groups
     return {
-        "all_reduce": 2 * (len(groups) - len(cqil)) + len(cqil) + joined + 1,  # 1: the embedding
+        # 1: the embedding
+        "all_reduce": 2 * (len(groups) - len(cqil)) + len(cqil) + alone + joined + 1,
         "all_gather": exchanges + 1,  # 1: the logits
     }
 
@@ -107,20 +119,21 @@ FAMILIES = {
     "qwen3": {"biases": True},
 }
 HEAD_DIM = 32  # vLLM's attention on a CPU knows no 16
-# Of layers 0 to 8: an lp pair, a cqil pair, one with a bypass (in Qwen 2 past its sliding window)
-MIXED = "1+2 3|4 5|6:1"
+# Of layers 0 to 9: an lp pair, a cqil pair, one with a bypass (in Qwen 2 past its sliding window),
+# and an ff pair
+MIXED = "1+2 3|4 5|6:1 7~8"
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_native_family(in_engine, converted, tiny_checkpoint, family, tensor_parallel):
     folder = converted(
-        tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=8, **FAMILIES[family]), MIXED
+        tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=10, **FAMILIES[family]), MIXED
     )
     given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
     done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
-    assert done["per_token"] == (expected(8, MIXED) if tensor_parallel > 1 else {})
+    assert done["per_token"] == (expected(10, MIXED) if tensor_parallel > 1 else {})
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
@@ -136,11 +149,11 @@ def test_native_family_with_experts(
 ):
     more = {**more, "moe_intermediate_size": 64, "intermediate_size": 128}
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more)
-    folder = converted(source, "1+2 3+4")
+    folder = converted(source, "1+2 3~4")
     given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
     done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
-    assert done["per_token"] == (expected(6, "1+2 3+4") if tensor_parallel > 1 else {})
+    assert done["per_token"] == (expected(6, "1+2 3~4") if tensor_parallel > 1 else {})
 
 
 @pytest.mark.parametrize(
@@ -160,6 +173,28 @@ def test_members_and_ranks_need_not_be_equal(
     assert done["per_token"] == expected(6, plan, joined)
 
 
+@pytest.mark.parametrize(
+    ("family", "plan", "prefill", "tensor_parallel"),
+    [
+        ("llama", "1+2 3~4 5|6:1", "grouped", 2),  # the first of two stages ends after 3
+        ("llama", "1+2 3|4", "sequential", 1),
+        ("granite", "1+2 3|4", "grouped", 1),
+    ],
+    ids=["grouped", "sequential", "backend"],
+)
+def test_pipeline_parallel(
+    in_engine, converted, tiny_checkpoint, family, plan, prefill, tensor_parallel
+):
+    folder = converted(
+        tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=8), plan, prefill=prefill
+    )
+    given = {"prompts": PROMPTS, "new_tokens": 16, "native": family == "llama"}
+    options = {"pipeline": 2, "skip_tokenizer_init": True}
+    done = in_engine(folder, complete, tensor_parallel, given, **options)
+    compare(folder, PROMPTS, done["answers"])
+    assert done["elsewhere"] >= 3  # half of 6 layers, in the later stage
+
+
 FULL = {"layer_types": ["full_attention"] * 6}
 
 
@@ -168,6 +203,7 @@ FULL = {"layer_types": ["full_attention"] * 6}
     [
         ("granite", {}, "1+2", 2),
         ("granite", {}, "1+2 3|4:1", 1),
+        ("granite", {}, "1~2 3+4", 2),
         ("gemma2", FULL, "1+2 3|4", 1),
         ("olmo2", {}, "1+2 3|4", 1),
         ("gemma3_text", FULL, "1+2 3|4:1", 1),
