@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-real lint fuzz kill dist bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz kill dist bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,7 +30,7 @@ test: compiler $(VENV)/.browser ## run all tests, those against real engines inc
 test-fast: $(VENV)/.dev ## run the tests that are not marked slow
 	$(PYTEST) -m "not slow"
 
-test-engines: test-gguf test-vllm test-stock ## run the tests against real engines
+test-engines: test-gguf test-vllm test-stock test-sglang ## run the tests against real engines
 
 test-gguf: .venv-gguf/.ready ## run the tests that need llama.cpp, in an environment of their own
 	OMP_NUM_THREADS=1 .venv-gguf/bin/python -m pytest -n 2 tests/real_engines/test_llamacpp*.py
@@ -40,6 +40,9 @@ test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment 
 
 test-stock: $(VENV)/.dev .venv-vllm/.ready .venv-mlx/.ready ## run the tests in vLLM and mlx-lm without abreast
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real_engines/test_stock.py
+
+test-sglang: $(VENV)/.dev .venv-sglang/.ready ## compare what our models use with SGLang's own source
+	$(BIN)/python -m pytest tests/real_engines/test_sglang_source.py
 
 test-real: $(VENV)/.dev .venv-gguf/.ready .venv-vllm/.ready .venv-mlx/.ready ## run the tests on two real models, which it downloads once (330 MB)
 	$(PYTEST) --dist loadgroup tests/real_models --ignore-glob='*_llamacpp.py'
@@ -76,7 +79,7 @@ docs: $(VENV)/.dev ## build the site into site/; read it at site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the virtual environments, build outputs and caches
-	rm -rf $(VENV) .venv-gguf .venv-vllm .venv-mlx build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gguf .venv-vllm .venv-mlx .venv-sglang build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
@@ -117,6 +120,12 @@ vllm-parts:
 	@scripts/need.sh python
 	"$(PYTHON)" -m venv .venv-mlx
 	.venv-mlx/bin/python $(INSTALL) -r tests/real_engines/mlx.txt
+	@touch $@
+
+# Without what it depends on, which needs CUDA: its source is read, not run.
+.venv-sglang/.ready: tests/real_engines/sglang.txt | $(VENV)/.core
+	rm -rf .venv-sglang
+	$(BIN)/python $(INSTALL) --no-deps --target .venv-sglang -r tests/real_engines/sglang.txt
 	@touch $@
 
 # The packages taken out are builds for CUDA and break `import transformers` on a CPU.
