@@ -109,6 +109,10 @@ ELSEWHERE = {
     "ray start --address FIRST_MACHINE:6379": "several machines",
     "vllm serve OUT --distributed-executor-backend ray --tensor-parallel-size 8 "
     "--pipeline-parallel-size 2": "several machines",
+    "export SGLANG_EXTERNAL_MODEL_PACKAGE=abreast.engines.sglang": "needs a GPU",
+    "python -m sglang.launch_server --model-path OUT --tp-size 2": (
+        "needs a GPU: tests/engines/test_sglang.py runs the models on a stand-in"
+    ),
     'vllm serve OUT --hf-overrides {"abreast_prefill": null}': (
         "from Python by tests/real_engines/test_vllm_exact.py"
         "::test_other_families_are_refused_or_served_grouped"
