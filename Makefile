@@ -39,7 +39,7 @@ test-vllm: .venv-vllm/.ready ## run the tests that need vLLM, in an environment 
 	$(IN_VLLM) -m pytest tests/real_engines/test_vllm*.py tests/real_engines/test_transformers_serve.py
 
 test-stock: $(VENV)/.dev .venv-vllm/.ready .venv-mlx/.ready ## run the tests in vLLM and mlx-lm without abreast
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real_engines/test_stock.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/real_engines/test_stock.py tests/real_engines/test_mlx.py
 
 test-sglang: $(VENV)/.dev .venv-sglang/.ready ## compare what our models use with SGLang's own source
 	$(BIN)/python -m pytest tests/real_engines/test_sglang_source.py
@@ -69,7 +69,7 @@ dist: $(VENV)/.dev ## build sdist and wheel into dist/, twice, and compare
 	$(BIN)/python -m hatchling build -d build/dist
 	diff -r dist build/dist
 
-bench: $(VENV)/.dev .venv-vllm/.ready ## run the scripts in benchmarks/ but healing.py
+bench: $(VENV)/.dev .venv-vllm/.ready .venv-mlx/.ready ## run the scripts in benchmarks/ but healing.py
 	@test -n "$(BENCHMARKS)" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
 	@set -e; for script in $(wildcard benchmarks/vllm_*.py); do \

@@ -89,12 +89,18 @@ ELSEWHERE = {
     ".ci/run": "runs all tests, these among them",
     "vllm serve DECI --trust-remote-code": f"{SERVED}tests/real_engines/test_stock.py",
     "mlx_lm.server --model OPENELM": "in mlx-lm, by tests/real_engines/test_stock.py",
-    "abreast plan MODEL -o RUN --wirings lp --device mps": "needs a Mac",
     "abreast plan MODEL -o RUN --keep-quality 0.98": (
         "the model here answers no better than chance: tests/test_optimize.py"
     ),
-    "abreast convert MODEL --plan RUN/plan.yaml -o OPENELM --format openelm": (
-        "after the line above; with another plan it is run on docs/serving.md"
+    "mlx_lm.convert --hf-path MLX --mlx-path MLX-4BIT -q --trust-remote-code": (
+        "in mlx-lm, by tests/real_engines/test_mlx.py::test_four_bits"
+    ),
+    "mlx_lm.server --model MLX-4BIT --trust-remote-code": (
+        "in mlx-lm, by tests/real_engines/test_mlx.py::test_server"
+    ),
+    "mlx.launch --hostfile HOSTS.json --env ABREAST_UNPAIRED=replicate -- "
+    "mlx_lm.server --model MLX-4BIT --trust-remote-code": (
+        "on one host, by tests/real_engines/test_mlx.py::test_server"
     ),
     "vllm serve OUT": f"{SERVED}{VLLM}::client",
     "vllm serve OUT --tensor-parallel-size 4": f"{SERVED}{VLLM}::client",

@@ -375,6 +375,11 @@ class Plan(BaseModel):
         )
 
     @property
+    def ungrouped(self) -> Plan:
+        """The plan of the original: every layer stands alone."""
+        return self.model_copy(update={"groups": ()})
+
+    @property
     def depth(self) -> int:
         """Effective depth: the number of stages."""
         return len(self.stages)

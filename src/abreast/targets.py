@@ -198,7 +198,10 @@ def refused_by(config: Mapping[str, Any], family: FamilyFacts | None) -> dict[st
 
 def servers_of(config: Mapping[str, Any]) -> tuple[Target, ...]:
     """The servers that a checkpoint is meant for."""
-    return SERVERS if format_of(config) == "auto" else (STOCK_VLLM, MLX, TRANSFORMERS, LLAMACPP)
+    form = format_of(config)
+    if form == "mlx":
+        return VLLM, MLX_MODEL, TRANSFORMERS, LLAMACPP
+    return SERVERS if form == "auto" else (STOCK_VLLM, MLX, TRANSFORMERS, LLAMACPP)
 
 
 def _mlx(model: Model, degree: int) -> Iterator[str]:
@@ -211,6 +214,22 @@ def _mlx(model: Model, degree: int) -> Iterator[str]:
             f"its {heads} heads of {size} do not add up to the hidden size {hidden}, as mlx-lm "
             "expects in deci-ff; convert an lp plan with --format openelm"
         )
+
+
+def _mlx_model(model: Model, degree: int) -> Iterator[str]:
+    """Of the format mlx, under ABREAST_UNPAIRED=shard: replicate needs no even division."""
+    config = model.config
+    heads = _size(config, "num_attention_heads")
+    for name, count in (
+        ("attention heads", heads),
+        ("KV heads", config.get("num_key_value_heads") or heads),
+        ("FFN columns", _size(config, "intermediate_size")),
+    ):
+        if count % degree:
+            yield (
+                f"{degree} ranks cannot share {count} {name} evenly; use a number of ranks that "
+                "divides them, or ABREAST_UNPAIRED=replicate"
+            )
 
 
 def _is_sequential(model: Model) -> bool:
@@ -414,6 +433,14 @@ MLX = Target(
     install="pip install mlx-lm",
     serve="mlx_lm.server --model {out}",
     formats=("openelm", "deci-ff"),
+)
+MLX_MODEL = replace(  # the model file that comes with the checkpoint
+    MLX,
+    refuse=_mlx_model,
+    export="mlx_lm.convert --hf-path {out} --mlx-path {file} -q --trust-remote-code  # 4 bits",
+    serve="mlx_lm.server --model {out} --trust-remote-code",
+    file="OUT-4BIT",
+    formats=("mlx",),
 )
 STOCK_VLLM = replace(  # the code that reads these formats' configuration comes with them
     VLLM,

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from abreast.convert import convert, preview, verify
 from abreast.errors import AbreastError
 from abreast.model import grouped, load
-from abreast.targets import LLAMACPP, MLX, STOCK_VLLM, TRANSFORMERS, refusals
+from abreast.targets import MLX_MODEL, refusals, servers_of
 
 # deci's query heads for groups of 2 and 3 are the least that all can share: 6 times those of one.
-PLANS = {"deci": "1+2 3~4", "deci-ff": "1~2 3~4", "openelm": "1+2 3+4"}
+PLANS = {"deci": "1+2 3~4", "deci-ff": "1~2 3~4", "openelm": "1+2 3+4", "mlx": "1|2:1 3~4"}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -38,7 +38,8 @@ def checked(form: str, source: Path, out: Path, plan: str = "", **options: Any) 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_format_is_proved(tiny_checkpoint, tmp_path, form, dtype):
     checked(form, tiny_checkpoint(dtype=dtype, tied=form != "deci"), tmp_path / "out")
-    assert (tmp_path / "out" / "configuration_decilm.py").is_file() == (form != "openelm")
+    code = {"openelm": set(), "mlx": {"mlx_model.py"}}.get(form, {"configuration_decilm.py"})
+    assert {path.name for path in (tmp_path / "out").glob("*.py")} == code
 
 
 @pytest.mark.parametrize("form", PLANS)
@@ -95,7 +96,7 @@ def test_a_dry_run_says_what_it_costs(run, tiny_checkpoint):
     source = tiny_checkpoint()
     costs = {form: preview(source, plan, form=form).format_bytes for form, plan in PLANS.items()}
     # 5 of 6 FFNs (96) grow to 256, one of 192 does; openelm has true widths
-    assert costs["openelm"] == 0 < costs["deci-ff"] < costs["deci"]
+    assert costs["openelm"] == costs["mlx"] == 0 < costs["deci-ff"] < costs["deci"]
     said = run("convert", source, "--plan", "1+2", "-o", "out", "--dry-run", "--format", "deci")
     assert "zeros for it" in "".join(map(str, said))
 
@@ -113,6 +114,11 @@ def test_a_dry_run_says_what_it_costs(run, tiny_checkpoint):
         ("openelm", "1+2", "qwen3", {}, "norms q and k by head"),
         ("deci", "1+2", "mistral", {"sliding_window": 16}, "slides"),
         ("deci", "1+2", "granite", {}, "otherwise than Llama's"),
+        ("mlx", "1+2", "olmo2", {}, "runs llama, mistral, qwen2, qwen3, gemma3_text;"),
+        ("mlx", "1+2", "llama", {"hidden_act": "gelu"}, "gated by gelu, there by silu"),
+        ("mlx", "1+2", "gemma3_text", {"final_logit_softcapping": 30.0}, "caps scores"),
+        ("mlx", "1+2", "gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
+        ("mlx", "1+2", "llama", {"rope_parameters": {**LLAMA3, "rope_type": "yarn"}}, r"\(yarn\)"),
         ("gguf", "1+2", "llama", {}, "is not one of auto, deci, deci-ff, openelm"),
     ],
 )
@@ -133,12 +139,9 @@ def test_sequential_prefill_needs_our_classes(tiny_checkpoint):
 def test_which_engine_loads_it(tiny_checkpoint, tmp_path, form):
     convert(tiny_checkpoint(), PLANS[form], tmp_path / "out", form=form)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    loads = {
-        target.name: not any(refusals(target, config, None))
-        for target in (STOCK_VLLM, MLX, TRANSFORMERS, LLAMACPP)
-    }
+    loads = {target.name: not any(refusals(target, config, None)) for target in servers_of(config)}
     assert loads == {
-        "vLLM": form != "openelm",
+        "vLLM": form.startswith("deci"),
         "mlx-lm": form != "deci",
         "transformers": False,
         "llama.cpp": False,
@@ -156,6 +159,27 @@ def test_llama3_rope_in_deci(tiny_checkpoint, tmp_path):
     assert read.rope_parameters["factor"] == 4.0
     assert read.block_configs[0].attention.n_heads_in_group == 2 * 2
     assert json.loads(read.to_json_string())["block_configs"] == config["block_configs"]
+
+
+def test_mlx_keeps_the_originals_tensors(tiny_checkpoint, tmp_path):
+    """And its order: sequential prefill, and groups of layers with different masks."""
+    source, out = tiny_checkpoint("gemma3_text", head_dim=16, sliding_window=8), tmp_path / "out"
+    convert(source, "1+2+3+4+5", out, form="mlx", prefill="sequential", force=True)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, source))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    result = verify(out, source, num_tokens=48, new_tokens=8)
+    assert result.ok, result.faults
+    assert result.prefill < 1e-6
+
+
+def test_which_ranks_share_the_heads(tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint(), "1+2", tmp_path / "out", form="mlx")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    reasons = {n: next(refusals(MLX_MODEL, config, None, degree=n), "") for n in (1, 2, 4)}
+    assert reasons[1] == reasons[2] == ""
+    assert "4 ranks cannot share 2 KV heads" in reasons[4]
+    assert "ABREAST_UNPAIRED=replicate" in reasons[4]
 
 
 @pytest.mark.parametrize("key", ["block_configs", "hidden_size", "num_attention_heads"])

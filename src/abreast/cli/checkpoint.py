@@ -118,7 +118,7 @@ def import_gguf(
     "--format",
     "form",
     default="auto",
-    help="auto, or deci, deci-ff or openelm, which other engines load without a plugin.",
+    help="auto, or deci, deci-ff, openelm or mlx, which other engines load without a plugin.",
 )
 @console.force_option
 @console.revision_option

@@ -232,6 +232,11 @@ def _original(manifest: Manifest, base: str | Path | None, revision: str | None)
 def _job(made: Checkpoint, manifest: Manifest, source: Checkpoint) -> Job:
     """The conversion as it was made. Raises CheckpointError where `made` is another one's."""
     form = format_of(made.config)
+    if form == "mlx":
+        raise CheckpointError(
+            f"'{made.source}' is in the format mlx, whose layers are the original's; an adapter of "
+            "the original fits them as it is"
+        )
     if form == "openelm":
         raise CheckpointError(f"'{made.source}' is in the format openelm, which peft does not load")
     job = prepare(source, manifest.plan, True, None, "grouped", form, MAX_SHARD_BYTES)

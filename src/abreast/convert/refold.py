@@ -16,7 +16,16 @@ import numpy as np
 import torch
 
 from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json, read_rows
-from abreast.families import Family, Stack, as_ours, head_dim_of, layer_configs, name_in, sizes
+from abreast.families import (
+    FORMATS,
+    Family,
+    Stack,
+    as_ours,
+    head_dim_of,
+    layer_configs,
+    name_in,
+    sizes,
+)
 from abreast.plan import Block, Plan
 from abreast.targets import format_of
 
@@ -56,6 +65,13 @@ class Refold:
     family: Family
     plan: Plan
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers that the conversion's tensors belong to."""
+        form = format_of(self.made.config)
+        joins = form not in FORMATS or FORMATS[form].joins
+        return (self.plan if joins else self.plan.ungrouped).blocks
+
     def misfits(self) -> Iterator[str]:
         """Tensors that are missing, left over, misshapen or of another dtype."""
         wanted, made = dict(self._written()), self.made.tensors
@@ -93,7 +109,7 @@ class Refold:
         W becomes round(W diag(g)) diag(1 / g), b + W beta and sums of biases are rounded as a
         whole, and so is every other number where the conversion casts.
         """
-        family, prefix, blocks = self.family, self.family.layer_prefix, self.plan.blocks
+        family, prefix, blocks = self.family, self.family.layer_prefix, self.blocks
         stored = main_dtype(self.made.folder)
         form = format_of(self.made.config)
         made = {
@@ -185,7 +201,7 @@ class Refold:
             else:
                 outer[name] = _stacked([tensor])
         yield from outer.items()
-        for index, block in enumerate(self.plan.blocks):
+        for index, block in enumerate(self.blocks):
             for name in layers[block.attentions[0]]:
                 members = [layers[layer] for layer in self._members(block, name)]
                 if len(members) == 1:

@@ -55,14 +55,17 @@ from abreast.convert.fold import (
     sum_biases,
     tensor_rules,
 )
-from abreast.convert.rules import check_format, check_plan
+from abreast.convert.rules import attention_kinds, check_format, check_plan
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import (
     DECI_CODE,
+    FORMATS,
+    MLX_CODE,
     Family,
     all_tensors,
     family_of,
     format_config,
+    mlx_config,
     name_in,
     num_layers_of,
     padding_in,
@@ -186,7 +189,8 @@ def convert(
     exactly). force: allow groups with the first or last layer. dtype: "float32", "bfloat16" or
     "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
     the original order and only decode abreast. form: "auto" for our classes, or stock ones where
-    all layers come out alike; "deci", "deci-ff", "openelm" for other engines' (families/formats).
+    all layers come out alike; "deci", "deci-ff", "openelm" for other engines', and "mlx" for the
+    original's layers with a model file for mlx-lm (families/formats).
     max_shard_bytes: size limit of one safetensors file.
     healed: where `model` holds healed weights: how they were made, and under "source" the entry of
     the true original, which the manifest then names as the source. progress(done, total) is called
@@ -267,18 +271,24 @@ def prepare(
     plan.check_layers(num_layers)
     checkpoint = read_original(checkpoint, family)
     config = checkpoint.config
-    warnings = [*checkpoint.warnings, *check_plan(config, plan, force=force, prefill=prefill)]
     check_format(form, config, family, plan)
-    if form != "auto" and prefill != "grouped":
-        raise AbreastError(f"--prefill {prefill} needs our own classes; use --format auto")
+    joins = form == "auto" or FORMATS[form].joins
+    warnings = [*checkpoint.warnings]
+    warnings += check_plan(config, plan, force=force, prefill=prefill, joins=joins)
+    if prefill != "grouped" and form != "auto" and joins:
+        raise AbreastError(f"--prefill {prefill} needs --format auto or mlx")
     cast = _cast_name(dtype)
-    rules = tensor_rules(family, config, plan)
+    rules = tensor_rules(family, config, plan if joins else plan.ungrouped)
     tensors = _new_tensors(rules, checkpoint, family, cast)
     dtypes = {tensor.dtype for tensor in tensors.values()}
     main = str(DTYPES[next(iter(tensors.values())).dtype]).removeprefix("torch.")
-    new_config = converted_config(config, family, plan, dtype=main, prefill=prefill)
     folded = sum(tensor.nbytes for tensor in tensors.values())
-    if form != "auto":
+    if joins:
+        new_config = converted_config(config, family, plan, dtype=main, prefill=prefill)
+    else:
+        new_config = mlx_config(config, family, plan, attention_kinds(config), main)
+        new_config |= {"abreast_prefill": prefill} if prefill == "sequential" else {}
+    if form != "auto" and joins:
         rules = [
             replace(
                 rule,
@@ -471,8 +481,9 @@ def _write_companions(job: Job, staging: Path) -> None:
     if model_type == job.family.converted_type:
         for name in REMOTE_CODE:
             shutil.copyfile(str(files("abreast") / name), staging / name)
-    elif "auto_map" in job.config:
-        shutil.copyfile(str(files("abreast.convert") / DECI_CODE), staging / DECI_CODE)
+    for key, name in (("auto_map", DECI_CODE), ("model_file", MLX_CODE)):
+        if key in job.config and model_type != job.family.converted_type:
+            shutil.copyfile(str(files("abreast.convert") / name), staging / name)
     write_tokenizer(job.checkpoint.folder, staging)
 
 

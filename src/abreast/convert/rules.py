@@ -147,21 +147,27 @@ def stays_apart(family: Family, matrix: Matrix, block: Block) -> bool:
 
 
 def check_plan(
-    config: Mapping[str, Any], plan: Plan, *, force: bool = False, prefill: str = "grouped"
+    config: Mapping[str, Any],
+    plan: Plan,
+    *,
+    force: bool = False,
+    prefill: str = "grouped",
+    joins: bool = True,
 ) -> list[str]:
-    """Check that every group of a plan can be fused. Returns warnings; raises FoldError.
+    """Check that every group of a plan can be written. Returns warnings; raises FoldError.
 
     force: allow groups with the first or the last layer, with a warning. prefill: "sequential"
-    needs the members back from the wide weights, which summed biases do not give.
+    needs the members back from the wide weights, which summed biases do not give. joins: groups
+    become one layer each, which has one mask; else members keep a layer, and a mask, of their own.
     """
     if prefill not in ("grouped", "sequential"):
         raise FoldError(f"prefill '{prefill}' is not one of grouped, sequential")
-    if prefill == "sequential":
+    if prefill == "sequential" and joins:
         _check_members_come_back(config, plan)
     if not plan.groups:
         raise FoldError("the plan has no group; name at least one, for example 5+6")
     for group in plan.groups:
-        reason = obstacle(config, group.layers, in_order=group.is_in_order)
+        reason = obstacle(config, group.layers, in_order=group.is_in_order or not joins)
         if reason:
             message = f"group {group.shorthand} cannot be fused: {reason}; leave it out"
             in_order = Group.wired(group.layers, "ff").shorthand
@@ -191,7 +197,7 @@ def check_format(form: str, config: Mapping[str, Any], family: Family, plan: Pla
                 f"group {group.shorthand} cannot be written as {form}, which has no {group.wiring} "
                 f"groups; make it {others}, or use --format auto"
             )
-    for lack in _lacks(form, config, family):
+    for lack in (_lacks_of_mlx if form == "mlx" else _lacks)(form, config, family):
         raise FoldError(
             f"a {family.model_type} cannot be written as {form}: {lack}; use --format auto"
         )
@@ -217,6 +223,28 @@ def _lacks(form: str, config: Mapping[str, Any], family: Family) -> Iterator[str
         yield f"its RoPE is scaled ({rope['rope_type']})"
     elif factor != 1:
         yield f"it rotates only {factor} of q and k"
+
+
+def _lacks_of_mlx(form: str, config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """What the layers of a model need that the model file for mlx-lm does not have."""
+    if family.model_type not in FORMATS[form].families:
+        yield f"its model file runs {', '.join(FORMATS[form].families)}"
+    gemma = family.model_type == "gemma3_text"
+    key, act = ("hidden_activation", "gelu_pytorch_tanh") if gemma else ("hidden_act", "silu")
+    if config.get(key, act) not in (act, "swish" if act == "silu" else act):
+        yield f"its FFN is gated by {config[key]}, there by {act}"
+    if bool(gemma and config.get("use_bidirectional_attention")):
+        yield "its attention looks ahead (use_bidirectional_attention)"
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if gemma and config.get(key):
+            yield f"it caps scores ({key})"
+    ropes = config.get("rope_parameters") or {}
+    nested = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    for rope in [rope_of({"rope_parameters": own}) for own in nested] or [rope_of(config)]:
+        if rope["rope_type"] not in FORMATS[form].ropes:
+            yield f"its RoPE is scaled ({rope['rope_type']})"
+        if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1) != 1:
+            yield "it rotates only a part of q and k"
 
 
 def _check_members_come_back(config: Mapping[str, Any], plan: Plan) -> None:

@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from abreast.families.formats import (
         DECI_CODE,
         FORMATS,
+        MLX_CODE,
         Padding,
         as_ours,
         format_config,
+        mlx_config,
         name_in,
         padding_in,
         rope_of,

@@ -5,39 +5,53 @@ those of a narrow layer are filled up with zeros, in every group of heads that s
 head. FFN widths are multiples of 256, filled up with zeros, too. Either branch may be left out,
 which is how ff groups are written; if there are no others (deci-ff), no query heads are needed.
 openelm is OpenELMForCausalLM: any heads and FFN in every layer, q, k, v and gate, up in one matrix
-each.
+each. mlx has the original's layers and tensors, and a model file that runs them by the plan.
 
-A format is written from the configuration and the tensors of a conversion for our own classes, and
-read back as one.
+The others are written from the configuration and the tensors of a conversion for our own classes,
+and read back as one.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from abreast.errors import CheckpointError
-from abreast.families.row import head_dim_of
+from abreast.families.row import Family, has_bias, head_dim_of, is_tied
+from abreast.plan import Plan
 from abreast.targets import Layer, format_of, layers_of
 
 DECI_CODE = "configuration_decilm.py"
+MLX_CODE = "mlx_model.py"
+_MLX_TYPE = "abreast_mlx_"
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a format can express: wirings of groups and kinds of RoPE."""
+    """What a format can express: wirings of groups and kinds of RoPE.
+
+    families: those that it has, where it takes more than llama's layers. joins: whether a group is
+    written as one layer; else the plan is only recorded.
+    """
 
     wirings: tuple[str, ...]
     ropes: tuple[str, ...] = ("default", "linear", "llama3")
+    families: tuple[str, ...] = ()
+    joins: bool = True
 
 
 FORMATS = {
     "deci": Format(("lp", "ff")),
     "deci-ff": Format(("ff",)),
     "openelm": Format(("lp",), ("default",)),
+    "mlx": Format(
+        ("lp", "cqil", "ff"),
+        families=("llama", "mistral", "qwen2", "qwen3", "gemma3_text"),
+        joins=False,
+    ),
 }
 
 # The beginnings and middles of tensors' names: ours, openelm's.
@@ -139,6 +153,54 @@ def format_config(form: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def mlx_config(
+    config: Mapping[str, Any], family: Family, plan: Plan, kinds: Sequence[str], dtype: str
+) -> dict[str, Any]:
+    """config.json in the format mlx: the original's, and what its model file reads.
+
+    kinds: of attention, of every layer. dtype: of the weights.
+    """
+    head = head_dim_of(config)
+    gemma = family.model_type == "gemma3_text"
+    slides = family.slides and config.get("sliding_window")
+    kinds = ["sliding_attention"] * len(kinds) if slides else list(kinds)
+    ropes = config.get("rope_parameters") or {}
+    if not any(isinstance(value, dict) for value in ropes.values()):  # one for all, or old keys
+        full = rope_of({"rope_theta": 1e6, **config} if gemma else config)
+        local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", 1e4)}
+        ropes = {"full_attention": full, "sliding_attention": local if gemma else full}
+    scalar = config.get("query_pre_attn_scalar", 256) if gemma else head
+    groups = [
+        {"layers": list(g.layers), "bypass": g.ffn_band, "in_order": g.is_in_order}
+        for g in plan.groups
+    ]
+    return dict(config) | {
+        "model_type": _MLX_TYPE + family.model_type,
+        "model_file": MLX_CODE,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # as mlx-lm reads it
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"],
+        "head_dim": head,
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": is_tied(config),
+        "abreast": {
+            "num_layers": plan.num_layers,
+            "plan": plan.shorthand,
+            "format": "mlx",
+            "groups": groups,
+            "kinds": kinds,
+            "rope": ropes,
+            "biases": [matrix.name for matrix in family.matrices if has_bias(matrix, config)],
+            "head_norms": bool(family.head_norms),
+            "post_norms": bool(family.member_norms),
+            "gain_offset": family.gain_offset,
+            "activation": "gelu" if gemma else "silu",
+            "attention_scale": scalar**-0.5,
+            "embedding_scale": config["hidden_size"] ** 0.5 if gemma else 1.0,
+        },
+    }
+
+
 def _block(layer: Layer, heads: int, hidden: int) -> dict[str, Any]:
     width = _multiple(layer.intermediate)
     attention = {
@@ -180,6 +242,10 @@ def as_ours(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     form = format_of(config)
     if form == "auto":
         return dict(config), {}
+    if form == "mlx":
+        model_type = str(config.get("model_type")).removeprefix(_MLX_TYPE)
+        own = {key: value for key, value in config.items() if key not in ("abreast", "model_file")}
+        return own | {"model_type": model_type}, {}
     try:
         hidden = config["hidden_size"]
         if form == "openelm":

@@ -28,6 +28,7 @@ from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
 from abreast.model.devices import check_device, named_dtype
 from abreast.plan import Group, Norms, Plan
+from abreast.targets import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,8 +83,7 @@ def load(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     config, names = as_ours(checkpoint.config)
-    if config["model_type"] != checkpoint.config["model_type"]:  # written for other engines
-        options |= {"config": transformers.AutoConfig.for_model(**config), "key_mapping": names}
+    joined = format_of(checkpoint.config) != "mlx"  # whose layers are the original's
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if not trust_remote_code and _KERNEL.search(json.dumps(config)):
@@ -92,6 +92,9 @@ def load(
             "/ in it); take that key out, or allow it with --trust-remote-code"
         )
     try:
+        if config["model_type"] != checkpoint.config["model_type"]:  # written for other engines
+            own = transformers.AutoConfig.for_model(**config)
+            options |= {"config": own, "key_mapping": names}
         loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -104,7 +107,11 @@ def load(
         raise CheckpointError(f"'{model}' cannot be loaded: {reason}") from error
     _check_loaded(folder, report)
     loaded = loaded.eval() if spread else loaded.to(device).eval()
-    if plan is not None:
+    if not joined and plan is None:
+        written = str(checkpoint.config["abreast"].get("plan"))
+        plan = Plan.parse(written, len(decoder_layers(loaded)))
+        apply(loaded, plan, prefill=config.get("abreast_prefill", "grouped"))
+    elif plan is not None:
         apply(loaded, plan, norms=norms)
     return loaded, load_tokenizer(folder, trust_remote_code=trust_remote_code)
 

@@ -1,0 +1,217 @@
+"""The format mlx in stock mlx-lm, on one rank and several, against transformers, in float32.
+
+The same 64 greedy tokens, top-5 log probabilities within 1e-3, and as many exchanges as the wirings
+promise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agreement import compare, free_port
+
+from abreast.convert import convert
+from abreast.demo import model_folder
+from abreast.model import load
+from abreast.plan import Plan
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv-mlx" / "bin"
+# every wiring, groups of two and of three
+PLAN = "1+2 3|4 5|6:1 7~8 9+10+11 12|13|14:1"
+TINY = {"num_layers": 17, "tokenizer": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"biases": True},
+    "mistral": {"sliding_window": 24},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 5},
+    "qwen3": {"head_dim": 24, "tied": True},
+    "gemma3_text": {
+        "head_dim": 32,
+        "tied": True,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 20,
+    },
+}
+PROMPTS = [
+    *([3, 4, 5, 6, 7, 8], [5, 99, 7, 30, 22, 1], [5, 99, 7], [47, 24, 12]),
+    *([*range(100, 60, -1)], [*range(80, 120)], [17], [*range(20, 127)]),
+]
+
+
+def in_ranks(command: list[Any], folder: Path, ranks: int, **environment: str) -> list[Any]:
+    """Run a command of mlx's environment on so many ranks; (status, output) of each."""
+    hosts = folder / f"hosts-{time.monotonic_ns()}.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(ranks)]))
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    started = [
+        subprocess.Popen(
+            list(map(str, command)),
+            cwd=folder,
+            env=own | ({"MLX_RANK": str(r), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        return [
+            (process.returncode, out)
+            for process in started
+            for out in [process.communicate(timeout=600)[0]]
+        ]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def run(
+    out: Path, ranks: int = 1, unpaired: str = "shard", prompts: Any = PROMPTS, tokens: int = 64
+) -> dict[str, Any]:
+    questions, answers = out.parent / "questions.json", out.parent / "answers.json"
+    alone = [0, len(prompts) - 1]
+    questions.write_text(json.dumps({"prompts": prompts, "tokens": tokens, "alone": alone}))
+    script = Path(__file__).with_name("mlx_ranks.py")
+    command = [BIN / "python", script, out, questions, answers]
+    for status, output in in_ranks(command, out.parent, ranks, ABREAST_UNPAIRED=unpaired):
+        assert status == 0, output
+    return json.loads(answers.read_text())
+
+
+def agree(out: Path, made: dict[str, Any], prompts: list[list[int]] = PROMPTS) -> None:
+    compare(out, [*prompts, prompts[0], prompts[-1]], made["answers"])
+
+
+def exchanges(plan: Plan, unpaired: str, ranks: int) -> int:
+    """How many a decoded token takes."""
+    count = 0
+    for stage in plan.stages:
+        group = plan.group_of(stage)
+        shards = unpaired == "shard"
+        if group is None:
+            count += 2 * shards
+        elif group.is_in_order:
+            count += len(stage) * shards + 1
+        else:
+            count += 2 if group.ffn_band is None else 1
+    return count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_tokens_and_logprobs(tiny_checkpoint, tmp_path, family):
+    source, out = tiny_checkpoint(family, **TINY, **FAMILIES[family]), tmp_path / "out"
+    convert(source, PLAN, out, form="mlx")
+    for ranks, unpaired in ((1, "shard"), (2, "shard"), (2, "replicate")):
+        made = run(out, ranks, unpaired)
+        agree(out, made)
+        expected = exchanges(Plan.parse(PLAN, 17), unpaired, ranks) if ranks > 1 else 0
+        assert made["sums"]["token"] == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_the_bundled_model(tmp_path, ranks):
+    plan, out = "2+3 4|5 6~7 9|10|11|12:3" if ranks < 3 else "2+3+4+5 6|7|8|9:2", tmp_path / "out"
+    convert(model_folder(), plan, out, form="mlx", dtype="float32")
+    made = run(out, ranks, "replicate")
+    agree(out, made)
+    if ranks > 1:
+        assert made["sums"]["token"] == 3
+        assert made["sums"]["caches"] < 16
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_prompts_in_the_original_order(tiny_checkpoint, tmp_path, family):
+    source, out = tiny_checkpoint(family, **TINY, **FAMILIES[family]), tmp_path / "out"
+    convert(source, PLAN, out, form="mlx", prefill="sequential")
+    for ranks, unpaired in ((1, "shard"), (2, "shard"), (2, "replicate")):
+        made = run(out, ranks, unpaired, tokens=16)
+        agree(out, made)
+        sums = made["sums"]
+        assert sums["prompt"] == sums["its end"]
+        assert ranks == 1 or sums["prompt"] > sums["token"]
+
+
+def test_what_ranks_refuse(tiny_checkpoint, tmp_path):
+    source, out = tiny_checkpoint(num_key_value_heads=1, tokenizer=True), tmp_path / "out"
+    convert(source, "1+2", out, form="mlx")
+    script = Path(__file__).with_name("mlx_ranks.py")
+    command = [BIN / "python", script, out, "none", "none"]
+    for unpaired, ranks, reason in (
+        ("shard", 2, "2 ranks cannot share 1 KV heads evenly; use ABREAST_UNPAIRED=replicate"),
+        ("replicate", 3, "layers 1 to 2 are a group of 2, too few for 3 ranks"),
+        ("halve", 2, "ABREAST_UNPAIRED is 'halve', not one of shard, replicate"),
+    ):
+        said = in_ranks(command, tmp_path, ranks, ABREAST_UNPAIRED=unpaired)
+        assert [status for status, _ in said] == [2] * ranks
+        assert said[0][1].splitlines()[-1].startswith(f"error: {reason}")
+
+
+def test_four_bits(tmp_path):
+    """Quantised by mlx-lm: nearly the same, and on two ranks the same as on one."""
+    out, small = tmp_path / "out", tmp_path / "small"
+    convert(model_folder(), "2+3 4|5:1 6~7", out, form="mlx")
+    command = [BIN / "mlx_lm.convert", "--hf-path", out, "--mlx-path", small, "-q", "--q-bits", "4"]
+    command += ["--q-group-size", "32", "--trust-remote-code"]
+    ((status, output),) = in_ranks(command, tmp_path, 1)
+    assert status == 0, output
+    weights = {
+        name: sum(f.stat().st_size for f in name.glob("*.safetensors")) for name in (out, small)
+    }
+    assert weights[small] < 0.35 * weights[out]
+    prompts = [[3, 4, 5, 6, 7, 8], [*range(100, 60, -1)]]
+    alone, *others = (
+        run(small, ranks, unpaired, prompts, 8)["answers"]
+        for ranks, unpaired in ((1, "shard"), (2, "replicate"))
+    )
+    for answers in others:
+        assert [a["ids"] for a in answers] == [a["ids"] for a in alone]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_server(tmp_path, ranks):
+    """As docs/serving.md starts it: an OpenAI-compatible server, whose text is that of generate."""
+    out, port = tmp_path / "MLX-4BIT", free_port()
+    convert(model_folder(), "2+3 4|5:1 6~7", out, form="mlx", dtype="float32")
+    serve = [str(BIN / "mlx_lm.server"), "--model", str(out), "--trust-remote-code"]
+    launch = [str(BIN / "mlx.launch"), "-n", "2", "--starting-port", str(free_port())]
+    launch += ["--env", "ABREAST_UNPAIRED=replicate", "--"]
+    command = [*(launch if ranks > 1 else []), *serve, "--port", str(port)]
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    server = subprocess.Popen(
+        command, cwd=tmp_path, env=own | {"OMP_NUM_THREADS": "1"}, start_new_session=True
+    )
+    try:
+        asked = {"prompt": "import os", "max_tokens": 16, "temperature": 0}
+        text = answer(f"http://127.0.0.1:{port}/v1/completions", asked)["choices"][0]["text"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    model, tokenizer = load(out)
+    ids = tokenizer("import os", return_tensors="pt")
+    tokens = model.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert text == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def answer(url: str, asked: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+    """What a server says as soon as it is up."""
+    request = urllib.request.Request(url, json.dumps(asked).encode())
+    request.add_header("Content-Type", "application/json")
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=seconds) as said:
+                return json.load(said)
+        except (urllib.error.URLError, ConnectionError):
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
