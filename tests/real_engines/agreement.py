@@ -7,6 +7,7 @@ import os
 import shlex
 import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from abreast.model.grouping import load
 
 TOLERANCE = 1e-3
+MLX = Path(__file__).resolve().parents[2] / ".venv-mlx" / "bin"
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 
 
@@ -82,3 +84,46 @@ def answers_of_stock(
     )
     made: list[dict[str, Any]] = json.loads(answers.read_text())
     return made
+
+
+def in_mlx_ranks(command: list[Any], folder: Path, ranks: int, **environment: str) -> list[Any]:
+    """Run a command of mlx's environment on so many ranks; (status, output) of each."""
+    hosts = folder / f"hosts-{time.monotonic_ns()}.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(ranks)]))
+    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    started = [
+        subprocess.Popen(
+            list(map(str, command)),
+            cwd=folder,
+            env=own | ({"MLX_RANK": str(r), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
+    try:
+        return [
+            (process.returncode, out)
+            for process in started
+            for out in [process.communicate(timeout=600)[0]]
+        ]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def answers_of_mlx(
+    folder: Path, prompts: list[list[int]], tokens: int, ranks: int = 1, unpaired: str = "shard"
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """What mlx_ranks.py makes of prompts together, then of the first and last alone; its counts."""
+    questions, answers = folder.parent / "questions.json", folder.parent / "answers.json"
+    asked = {"prompts": prompts, "tokens": tokens, "alone": [0, len(prompts) - 1]}
+    questions.write_text(json.dumps(asked))
+    script = Path(__file__).with_name("mlx_ranks.py")
+    command = [MLX / "python", script, folder, questions, answers]
+    for status, output in in_mlx_ranks(command, folder.parent, ranks, ABREAST_UNPAIRED=unpaired):
+        assert status == 0, output
+    made = json.loads(answers.read_text())
+    return made["answers"], made["sums"]

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agreement import compare, free_port
+from agreement import MLX, answers_of_mlx, compare, free_port, in_mlx_ranks
 
 from abreast.convert import convert
 from abreast.demo import model_folder
 from abreast.model import load
 from abreast.plan import Plan
 
-ROOT = Path(__file__).resolve().parents[2]
-BIN = ROOT / ".venv-mlx" / "bin"
 # every wiring, groups of two and of three
 PLAN = "1+2 3|4 5|6:1 7~8 9+10+11 12|13|14:1"
 TINY = {"num_layers": 17, "tokenizer": True}
@@ -47,52 +45,14 @@ PROMPTS = [
 ]
 
 
-def in_ranks(command: list[Any], folder: Path, ranks: int, **environment: str) -> list[Any]:
-    """Run a command of mlx's environment on so many ranks; (status, output) of each."""
-    hosts = folder / f"hosts-{time.monotonic_ns()}.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(ranks)]))
-    own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    own |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    started = [
-        subprocess.Popen(
-            list(map(str, command)),
-            cwd=folder,
-            env=own | ({"MLX_RANK": str(r), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(ranks)
-    ]
-    try:
-        return [
-            (process.returncode, out)
-            for process in started
-            for out in [process.communicate(timeout=600)[0]]
-        ]
-    finally:
-        for process in started:
-            process.kill()
+def sums_of(out: Path, ranks: int, unpaired: str, tokens: int = 64) -> dict[str, int]:
+    """Check that the ranks write what transformers does; how many exchanges they need."""
+    answers, sums = answers_of_mlx(out, PROMPTS, tokens, ranks, unpaired)
+    compare(out, [*PROMPTS, PROMPTS[0], PROMPTS[-1]], answers)
+    return sums
 
 
-def run(
-    out: Path, ranks: int = 1, unpaired: str = "shard", prompts: Any = PROMPTS, tokens: int = 64
-) -> dict[str, Any]:
-    questions, answers = out.parent / "questions.json", out.parent / "answers.json"
-    alone = [0, len(prompts) - 1]
-    questions.write_text(json.dumps({"prompts": prompts, "tokens": tokens, "alone": alone}))
-    script = Path(__file__).with_name("mlx_ranks.py")
-    command = [BIN / "python", script, out, questions, answers]
-    for status, output in in_ranks(command, out.parent, ranks, ABREAST_UNPAIRED=unpaired):
-        assert status == 0, output
-    return json.loads(answers.read_text())
-
-
-def agree(out: Path, made: dict[str, Any], prompts: list[list[int]] = PROMPTS) -> None:
-    compare(out, [*prompts, prompts[0], prompts[-1]], made["answers"])
-
-
-def exchanges(plan: Plan, unpaired: str, ranks: int) -> int:
+def exchanges(plan: Plan, unpaired: str) -> int:
     """How many a decoded token takes."""
     count = 0
     for stage in plan.stages:
@@ -112,21 +72,17 @@ def test_same_tokens_and_logprobs(tiny_checkpoint, tmp_path, family):
     source, out = tiny_checkpoint(family, **TINY, **FAMILIES[family]), tmp_path / "out"
     convert(source, PLAN, out, form="mlx")
     for ranks, unpaired in ((1, "shard"), (2, "shard"), (2, "replicate")):
-        made = run(out, ranks, unpaired)
-        agree(out, made)
-        expected = exchanges(Plan.parse(PLAN, 17), unpaired, ranks) if ranks > 1 else 0
-        assert made["sums"]["token"] == expected
+        expected = exchanges(Plan.parse(PLAN, 17), unpaired) if ranks > 1 else 0
+        assert sums_of(out, ranks, unpaired)["token"] == expected
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_the_bundled_model(tmp_path, ranks):
     plan, out = "2+3 4|5 6~7 9|10|11|12:3" if ranks < 3 else "2+3+4+5 6|7|8|9:2", tmp_path / "out"
     convert(model_folder(), plan, out, form="mlx", dtype="float32")
-    made = run(out, ranks, "replicate")
-    agree(out, made)
-    if ranks > 1:
-        assert made["sums"]["token"] == 3
-        assert made["sums"]["caches"] < 16
+    sums = sums_of(out, ranks, "replicate")
+    assert sums["token"] == (3 if ranks > 1 else 0)
+    assert (sums["caches"] < 16) == (ranks > 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -134,9 +90,7 @@ def test_prompts_in_the_original_order(tiny_checkpoint, tmp_path, family):
     source, out = tiny_checkpoint(family, **TINY, **FAMILIES[family]), tmp_path / "out"
     convert(source, PLAN, out, form="mlx", prefill="sequential")
     for ranks, unpaired in ((1, "shard"), (2, "shard"), (2, "replicate")):
-        made = run(out, ranks, unpaired, tokens=16)
-        agree(out, made)
-        sums = made["sums"]
+        sums = sums_of(out, ranks, unpaired, tokens=16)
         assert sums["prompt"] == sums["its end"]
         assert ranks == 1 or sums["prompt"] > sums["token"]
 
@@ -145,13 +99,13 @@ def test_what_ranks_refuse(tiny_checkpoint, tmp_path):
     source, out = tiny_checkpoint(num_key_value_heads=1, tokenizer=True), tmp_path / "out"
     convert(source, "1+2", out, form="mlx")
     script = Path(__file__).with_name("mlx_ranks.py")
-    command = [BIN / "python", script, out, "none", "none"]
+    command = [MLX / "python", script, out, "none", "none"]
     for unpaired, ranks, reason in (
         ("shard", 2, "2 ranks cannot share 1 KV heads evenly; use ABREAST_UNPAIRED=replicate"),
         ("replicate", 3, "layers 1 to 2 are a group of 2, too few for 3 ranks"),
         ("halve", 2, "ABREAST_UNPAIRED is 'halve', not one of shard, replicate"),
     ):
-        said = in_ranks(command, tmp_path, ranks, ABREAST_UNPAIRED=unpaired)
+        said = in_mlx_ranks(command, tmp_path, ranks, ABREAST_UNPAIRED=unpaired)
         assert [status for status, _ in said] == [2] * ranks
         assert said[0][1].splitlines()[-1].startswith(f"error: {reason}")
 
@@ -160,9 +114,9 @@ def test_four_bits(tmp_path):
     """Quantised by mlx-lm: nearly the same, and on two ranks the same as on one."""
     out, small = tmp_path / "out", tmp_path / "small"
     convert(model_folder(), "2+3 4|5:1 6~7", out, form="mlx")
-    command = [BIN / "mlx_lm.convert", "--hf-path", out, "--mlx-path", small, "-q", "--q-bits", "4"]
+    command = [MLX / "mlx_lm.convert", "--hf-path", out, "--mlx-path", small, "-q", "--q-bits", "4"]
     command += ["--q-group-size", "32", "--trust-remote-code"]
-    ((status, output),) = in_ranks(command, tmp_path, 1)
+    ((status, output),) = in_mlx_ranks(command, tmp_path, 1)
     assert status == 0, output
     weights = {
         name: sum(f.stat().st_size for f in name.glob("*.safetensors")) for name in (out, small)
@@ -170,7 +124,7 @@ def test_four_bits(tmp_path):
     assert weights[small] < 0.35 * weights[out]
     prompts = [[3, 4, 5, 6, 7, 8], [*range(100, 60, -1)]]
     alone, *others = (
-        run(small, ranks, unpaired, prompts, 8)["answers"]
+        answers_of_mlx(small, prompts, 8, ranks, unpaired)[0]
         for ranks, unpaired in ((1, "shard"), (2, "replicate"))
     )
     for answers in others:
@@ -182,8 +136,8 @@ def test_server(tmp_path, ranks):
     """As docs/serving.md starts it: an OpenAI-compatible server, whose text is that of generate."""
     out, port = tmp_path / "MLX-4BIT", free_port()
     convert(model_folder(), "2+3 4|5:1 6~7", out, form="mlx", dtype="float32")
-    serve = [str(BIN / "mlx_lm.server"), "--model", str(out), "--trust-remote-code"]
-    launch = [str(BIN / "mlx.launch"), "-n", "2", "--starting-port", str(free_port())]
+    serve = [str(MLX / "mlx_lm.server"), "--model", str(out), "--trust-remote-code"]
+    launch = [str(MLX / "mlx.launch"), "-n", "2", "--starting-port", str(free_port())]
     launch += ["--env", "ABREAST_UNPAIRED=replicate", "--"]
     command = [*(launch if ranks > 1 else []), *serve, "--port", str(port)]
     own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

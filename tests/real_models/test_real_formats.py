@@ -11,7 +11,7 @@ from abreast.convert import convert
 from abreast.model import load_tokenizer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "real_engines"))
-from agreement import answers_of_stock, compare
+from agreement import answers_of_mlx, answers_of_stock, compare
 
 LP, FF = "14+15 20+21+22", "14~15 20~21~22"
 CASES = [("vllm", "deci", LP), ("mlx", "deci-ff", FF), ("mlx", "openelm", LP)]
@@ -24,3 +24,16 @@ def test_stock_engines_write_the_same(smollm2, tmp_path, engine, form, plan):
     prompts = load_tokenizer(smollm2)(TEXTS)["input_ids"]
     answers = answers_of_stock(engine, tmp_path / "out", prompts, tokens=16)
     compare(smollm2, prompts, answers, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan"), [("smollm2", "14+15 20|21|22:1 24~25"), ("gemma3", "6|7:1 10+11 13~14")]
+)
+def test_mlx_on_two_ranks(real_models, tmp_path, model, plan):
+    """Neither has heads that two ranks could share."""
+    source, out = real_models / model, tmp_path / "out"
+    convert(source, plan, out, form="mlx", dtype="float32")
+    prompts = load_tokenizer(source)(TEXTS)["input_ids"]
+    answers, sums = answers_of_mlx(out, prompts, 16, 2, "replicate")
+    compare(out, [*prompts, prompts[0], prompts[-1]], answers)
+    assert sums["token"] == 2 + 1 + 1
