@@ -126,6 +126,17 @@ def test_a_card_of_somebody_else_is_kept(out):
     assert write_card(read_conversion(out)) is not None
 
 
+def test_a_format_is_loaded_by_its_engine(out):
+    config = json.loads((out / "config.json").read_text())
+    config["abreast"]["format"] = "mlx"
+    (out / "config.json").write_text(json.dumps(config))
+    conversion = read_conversion(out)
+    assert [engine for engine, _ in serving("OUT", conversion)[0]] == ["mlx-lm"]
+    text = card(conversion)
+    assert "mlx_lm.server --model OUT --trust-remote-code" in text
+    assert "```python\nimport abreast\n" in text and "AutoModelForCausalLM" not in text
+
+
 def test_llama_cpp_is_named_for_lp_plans_only(made, tmp_path):
     found = read_run(made).last
     commands, (note,) = serving("OUT", found)

@@ -302,8 +302,8 @@ class Model(nn.Module):
         return head(x)
 
     def _is_prompt(self, length: int, cache: list | None) -> bool:
-        """Whether to run in the original's order: mlx-lm runs all but the last token of a prompt,
-        and then that one. The cache remembers which of the two comes next."""
+        """Whether to run in the original's order. mlx-lm runs all but the last token of a prompt,
+        then that one, which the cache remembers; a draft's tokens look like a prompt."""
         if self.args.abreast_prefill != "sequential":
             return False
         if not cache:
