@@ -85,6 +85,13 @@ def test_the_bundled_model(tmp_path, ranks):
     assert (sums["caches"] < 16) == (ranks > 1)
 
 
+def test_more_ranks_than_members(tiny_checkpoint, tmp_path):
+    """Every rank has some heads of every member: cqil then needs a second exchange."""
+    source = tiny_checkpoint(num_key_value_heads=4, tokenizer=True)
+    convert(source, "1+2 3|4:1", tmp_path / "out", form="mlx")
+    assert sums_of(tmp_path / "out", 4, "shard", tokens=16)["token"] == 2 * 2 + 2 + 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_prompts_in_the_original_order(tiny_checkpoint, tmp_path, family):
     source, out = tiny_checkpoint(family, **TINY, **FAMILIES[family]), tmp_path / "out"

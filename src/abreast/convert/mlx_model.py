@@ -211,9 +211,11 @@ class Stage:
         out = {m: self.layers[m].run(branch, x, masks, caches) for m, x in here.items()}
         if self.spread[branch] == "heads":
             parts = list(out.values())
+            if self.bypass is None and not self.layers[0].sandwiched:
+                parts = [reduce(add, parts)]  # nobody reads them one by one
             parts = mx.stack(parts) if len(parts) > 1 else parts[0][None]
             whole = mx.distributed.all_sum(parts, group=self.group)
-            out = dict(zip(out, whole, strict=True))
+            out = dict(zip(out, whole, strict=False))
         return {m: self.layers[m].after(branch, x) for m, x in out.items()}
 
     def total(self, branch: str, outputs: dict, x: mx.array) -> mx.array:
