@@ -80,7 +80,7 @@ def test_same_tokens_and_logprobs(tiny_checkpoint, tmp_path, family):
 def test_the_bundled_model(tmp_path, ranks):
     plan, out = "2+3 4|5 6~7 9|10|11|12:3" if ranks < 3 else "2+3+4+5 6|7|8|9:2", tmp_path / "out"
     convert(model_folder(), plan, out, form="mlx", dtype="float32")
-    sums = sums_of(out, ranks, "replicate")
+    sums = sums_of(out, ranks, "replicate", tokens=64 if ranks == 1 else 16)
     assert sums["token"] == (3 if ranks > 1 else 0)
     assert (sums["caches"] < 16) == (ranks > 1)
 
