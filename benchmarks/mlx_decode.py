@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS, HIDDEN, CONTEXT, TOKENS = 32, 512, 64, 16
+LAYERS, HIDDEN, CONTEXT, TOKENS = 16, 512, 32, 8
 PLANS = {"lp": "+", "cqil": "|", "ff": "~"}
 
 
-def main(rounds: str = "20") -> None:
+def main(rounds: str = "10") -> None:
     import torch
     import transformers
 
@@ -43,7 +43,7 @@ def main(rounds: str = "20") -> None:
         )
         transformers.LlamaForCausalLM(config).save_pretrained(folder / "original")
         for wiring, sign in PLANS.items():
-            plan = " ".join(f"{layer}{sign}{layer + 1}" for layer in range(10, 24, 2))
+            plan = " ".join(f"{layer}{sign}{layer + 1}" for layer in range(4, 12, 2))
             convert(folder / "original", plan, folder / wiring, form="mlx")
         python = ROOT / ".venv-mlx" / "bin" / "python"
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
