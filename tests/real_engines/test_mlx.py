@@ -47,8 +47,9 @@ PROMPTS = [
 
 def sums_of(out: Path, ranks: int, unpaired: str, tokens: int = 64) -> dict[str, int]:
     """Check that the ranks write what transformers does; how many exchanges they need."""
-    answers, sums = answers_of_mlx(out, PROMPTS, tokens, ranks, unpaired)
-    compare(out, [*PROMPTS, PROMPTS[0], PROMPTS[-1]], answers)
+    prompts = PROMPTS if ranks < 3 else PROMPTS[4:6]  # each waits for the others, on two cores
+    answers, sums = answers_of_mlx(out, prompts, tokens, ranks, unpaired)
+    compare(out, [*prompts, prompts[0], prompts[-1]], answers)
     return sums
 
 
@@ -80,7 +81,7 @@ def test_same_tokens_and_logprobs(tiny_checkpoint, tmp_path, family):
 def test_the_bundled_model(tmp_path, ranks):
     plan, out = "2+3 4|5 6~7 9|10|11|12:3" if ranks < 3 else "2+3+4+5 6|7|8|9:2", tmp_path / "out"
     convert(model_folder(), plan, out, form="mlx", dtype="float32")
-    sums = sums_of(out, ranks, "replicate", tokens=64 if ranks == 1 else 16)
+    sums = sums_of(out, ranks, "replicate", tokens=64 if ranks == 1 else 8)
     assert sums["token"] == (3 if ranks > 1 else 0)
     assert (sums["caches"] < 16) == (ranks > 1)
 
@@ -89,7 +90,7 @@ def test_more_ranks_than_members(tiny_checkpoint, tmp_path):
     """Every rank has some heads of every member: cqil then needs a second exchange."""
     source = tiny_checkpoint(num_key_value_heads=4, tokenizer=True)
     convert(source, "1+2 3|4:1", tmp_path / "out", form="mlx")
-    assert sums_of(tmp_path / "out", 4, "shard", tokens=16)["token"] == 2 * 2 + 2 + 2
+    assert sums_of(tmp_path / "out", 4, "shard", tokens=8)["token"] == 2 * 2 + 2 + 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
