@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz kill dist bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz kill lock dist bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ fuzz: $(VENV)/.dev ## hand damaged files to the command for MINUTES (10)
 N ?= 200
 kill: $(VENV)/.dev ## kill and starve the verbs N (200) times, and run them again
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py -n $(N) --record
+
+lock: ## write locks/ anew, after a change of constraints.txt or pyproject.toml
+	scripts/lock.sh
 
 dist: $(VENV)/.dev ## build sdist and wheel into dist/, twice, and compare
 	$(BIN)/python $(INSTALL) hatchling -c constraints.txt

@@ -217,3 +217,24 @@ def test_tests_look_for_the_same_browsers() -> None:
         ", ".join(f'"{name}"' for name in names.split())
         in (ROOT / "tests" / "conftest.py").read_text()
     )
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    """Package -> its versions, of a file with a pin per line."""
+    found: dict[str, set[str]] = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if "==" in line.split("#")[0].split(";")[0]:
+            package, version = line.split(";")[0].split()[0].split("==")
+            found.setdefault(package, set()).add(version)
+    return found
+
+
+@pytest.mark.parametrize("name", ["locks/core.txt", "locks/dev.txt"])
+def test_locks_have_the_versions_of_constraints_and_a_hash_on_every_line(name):
+    lines = [n for n in (ROOT / name).read_text().splitlines() if not n.startswith("#")]
+    assert lines and all("==" in line and "--hash=sha256:" in line for line in lines)
+    pinned, locked = pins("constraints.txt"), pins(name)
+    assert "torch" not in locked
+    assert {p: v for p, v in locked.items() if p in pinned and v != pinned[p]} == {}
+    dev = pins("locks/dev.txt")
+    assert all(versions == dev[package] for package, versions in locked.items())

@@ -25,6 +25,7 @@ from abreast.convert.rewrite import convert
 from abreast.convert.rules import FoldError
 from abreast.errors import AbreastError
 from abreast.families.table import CONVERTIBLE as FAMILY_ROWS
+from abreast.heal.student import set_checkpointing
 from abreast.model.grouping import decoder_layers, grouped, load
 
 PLANS = ("1+2", "1+2 3+4", "1+2+3", "1+2+3+4")
@@ -480,7 +481,7 @@ def test_gradient_checkpointing_changes_no_gradient(converted, family):
         return {name: p.grad.clone() for name, p in model.named_parameters()}, calls
 
     plain, once = gradients()
-    model.gradient_checkpointing_enable()
+    set_checkpointing(model, True)
     again, twice = gradients()
     assert once == [1] * len(attentions) and twice == [2] * len(attentions)
     assert all(plain[name].abs().max() > 0 for name in plain)

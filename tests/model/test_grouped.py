@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abreast.errors import AbreastError
 from abreast.families.table import FAMILIES
+from abreast.heal.student import set_checkpointing
 from abreast.model.grouping import (
     GroupingError,
     apply,
@@ -486,7 +487,6 @@ def gradients(model: PreTrainedModel, *batches: torch.Tensor) -> dict[str, torch
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("case", ["llama", "gemma2", "gpt_neox"])
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(case):
     model = copy.deepcopy(tiny(case)).train()
@@ -507,7 +507,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(case):
     with grouped(model, "1+2 3|4"):
         plain = gradients(model, *batches)
         assert calls == [len(batches)] * LAYERS
-        model.gradient_checkpointing_enable()
+        set_checkpointing(model, True)
         again = gradients(model, *batches)
     assert calls == [3 * len(batches)] * LAYERS  # as often again, and recomputed
     assert plain.keys() == again.keys()
