@@ -356,6 +356,8 @@ def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_
     (tmp_path / "profile.json").write_text(json.dumps(record))
     assert read_run(tmp_path).profile is None
     assert profile_here(found, {"lp 2"}, tmp_path).groups == {"lp 2": 1.2}
+    profile_here(found, {"lp 2"}, tmp_path, rounds=8)  # what was timed in more rounds will do
+    assert len(made) == 2
 
 
 @pytest.mark.slow

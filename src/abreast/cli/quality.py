@@ -425,9 +425,18 @@ def heal(
     if dry_run:
         from abreast.cli.forecast import healing
 
-        loading = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-        options = {"method": method, "window": window, "revision": revision, "force": force}
-        rows = healing(model, plan, recipe.suited(), **options, **loading)
+        rows = healing(
+            model,
+            plan,
+            recipe.suited(),
+            method=method,
+            window=window,
+            revision=revision,
+            force=force,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
         return console.print_json(rows) if as_json else console.print_table(rows)
     with console.progress_bar("heal", as_json) as progress:
         healed = run(

@@ -332,13 +332,18 @@ def saved_profile(
 ) -> Profile:
     """The profile in out/profile.json, measured now (see `measured_profile`) where it has none.
 
-    One with more kinds of stage than are needed will do.
+    One of more rounds and with more kinds of stage than are needed will do.
     """
     path = out / "profile.json"
     kinds = {kind_of(group) for group in groups}
     record = read_json(path) if path.is_file() else {}
     about = record.get("rests_on", {})
-    if kinds <= {*about.get("kinds", ())} and about == {**about, **asdict(timing)}:
+    rounds = max(timing.rounds, about.get("rounds", 0))
+    if kinds <= {*about.get("kinds", ())} and about == {
+        **about,
+        **asdict(timing),
+        "rounds": rounds,
+    }:
         saved = Profile(**record["profile"])
         if saved.impossible() is None:
             return saved
