@@ -27,6 +27,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3Attention
 from .modeling_members import (
     SCORES,
     Apart,
+    InOrder,
     MemberExperts,
     MemberNorm,
     MemberRouter,
@@ -34,7 +35,6 @@ from .modeling_members import (
     forward_of,
     mix,
     narrowed,
-    run_narrow,
     through_views,
 )
 
@@ -48,8 +48,14 @@ FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe"}
-MODEL_TYPES = {f"abreast_{name}": family for family, name in FAMILIES.items() if family != "Gemma3"}
-MODEL_TYPES["abreast_gemma3_text"] = "Gemma3"
+FAMILIES |= {"Qwen2_5_VLText": "qwen2_5_vl", "Qwen3VLText": "qwen3_vl"}
+TEXT_TYPES = {"Gemma3": "gemma3_text", "Qwen3VLText": "qwen3_vl_text"}
+TEXT_TYPES["Qwen2_5_VLText"] = "qwen2_5_vl_text"
+MODEL_TYPES = {f"abreast_{TEXT_TYPES.get(one, name)}": one for one, name in FAMILIES.items()}
+# Models that hold one of these decoders beside a vision encoder: likewise.
+WRAPPERS = {"Gemma3": "gemma3", "Mistral3": "mistral3", "Qwen3VL": "qwen3_vl"}
+WRAPPERS |= {"Qwen2_5_VL": "qwen2_5_vl", "InternVL": "internvl", "Llava": "llava"}
+WRAPPER_TYPES = {f"abreast_{name}": kind for kind, name in WRAPPERS.items()}
 # Attentions that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
@@ -157,48 +163,6 @@ class Passes:
         if cache is None and given.get("use_cache") is False:
             last.past_key_values = None
         return last
-
-
-class InOrder:
-    """Mixed into the layer of a group: can run its members in their original order."""
-
-    def forward(self, x: Tensor, *args: Any, in_order: bool = False, **kwargs: Any) -> Tensor:
-        if not in_order:
-            return super().forward(x, *args, **kwargs)
-        cache, index, added = kwargs.pop("past_key_values", None), self.self_attn.layer_idx, []
-        for member, narrow in enumerate(self.narrow):
-            narrow.train(self.training)
-            config, used = narrow.self_attn.config, self.self_attn.config
-            config._attn_implementation_internal = used._attn_implementation_internal
-            own = MemberCache(cache, index, member, config.num_key_value_heads)
-            x = run_narrow(narrow, x, *args, **kwargs, past_key_values=own)
-            added.append(own.added)
-        if cache is not None:
-            cache.update(*(torch.cat(parts, 1) for parts in zip(*added, strict=True)), index)
-        return x
-
-
-class MemberCache:
-    """Replaces the KV cache while one member runs: its heads of the layer's cache, as a copy."""
-
-    def __init__(self, cache: Any, index: int, member: int, heads: int) -> None:
-        entry = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-        self.entry = None
-        if not (entry and (entry.is_initialized or entry.is_compileable)):
-            return  # what is empty and can grow returns what it is given
-        if hasattr(entry, "_quantized_keys"):
-            raise ValueError("sequential prefill cannot continue from a quantized cache")
-        self.entry = copy.copy(entry)
-        for name, value in vars(entry).items():
-            if isinstance(value, Tensor):
-                if name in ("keys", "values"):
-                    value = value[:, member * heads : (member + 1) * heads]
-                setattr(self.entry, name, value.clone())
-        self.entry.prefetch()
-
-    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
-        self.added = key, value
-        return (key, value) if self.entry is None else self.entry.update(key, value)
 
 
 class NoExperts(nn.Threshold):
@@ -376,8 +340,65 @@ class LayersOfOwnWidth(PreTrainedModel):
                 module.config._attn_implementation_internal = used
 
 
+class OwnHeadSize:
+    """Mixed in before a layer whose attention divides hidden_size by its heads: heeds head_dim."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        plain, wide = copy.copy(config), copy.copy(config)
+        plain.num_attention_heads = config.hidden_size // config.head_dim
+        wide.hidden_size = config.num_attention_heads * config.head_dim
+        super().__init__(plain, index)
+        self.self_attn = type(self.self_attn)(wide, index)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            stock = getattr(self.self_attn, name)
+            sides = [config.hidden_size, stock.out_features]
+            sides = [wide.hidden_size, config.hidden_size] if name == "o_proj" else sides
+            setattr(self.self_attn, name, nn.Linear(*sides, bias=stock.bias is not None))
+
+
+class HoldsDecoder:
+    """Mixed into a wrapper's configuration: the one of its decoder is one of ours."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        text = self.text_config
+        if isinstance(text, dict):
+            self.text_config = _class(f"Abreast{MODEL_TYPES[text['model_type']]}Config")(**text)
+        super().__post_init__(**kwargs)
+
+
+class AroundDecoder(PreTrainedModel):
+    """Mixed in before a stock wrapper: builds it around a decoder without layers, then gives it
+    one of ours."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        bare, text = copy.copy(config), config.text_config
+        bare.text_config = _without_layers(text)
+        bare.text_config.__class__ = type(text).__bases__[0]
+        super().__init__(bare, *args, **kwargs)
+        for own, used in ((config, bare), (text, bare.text_config)):
+            own._attn_implementation_internal = used._attn_implementation_internal
+            own._experts_implementation_internal = used._experts_implementation_internal
+        decoder = _class(type(text).__name__.removesuffix("Config") + "Model")
+        self.base_model.language_model = decoder(text)
+        self.config = self.base_model.config = config
+        self.post_init()
+
+
+def _make_wrapper(kind: str) -> None:
+    """Make the two classes of a wrapper."""
+    name = WRAPPERS[kind]
+    stock = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    own: dict[str, Any] = {"__module__": __name__, "model_type": f"abreast_{name}"}
+    bases = HoldsDecoder, getattr(transformers, f"{kind}Config")
+    config: Any = strict(type(f"Abreast{kind}WrapperConfig", bases, own))
+    head = f"{kind}ForConditionalGeneration"
+    own = {"__module__": __name__, "config_class": config, "__annotations__": {"config": config}}
+    whole: Any = type(f"Abreast{head}", (AroundDecoder, getattr(stock, head)), own)
+    _publish({"AutoConfig": config, "AutoModelForImageTextToText": whole}, config)
+
+
 def _make(family: str) -> None:
-    """Make the three classes of one family."""
+    """Make the three classes of one family, or two of one that exists in wrappers only."""
     name = FAMILIES[family]
     stock = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     inner = "Gemma3Text" if family == "Gemma3" else family
@@ -390,13 +411,25 @@ def _make(family: str) -> None:
         "validate_rope": lambda self: stock_config.validate_rope(_without_layers(self)),
     }
     config: Any = strict(type(f"Abreast{family}Config", (stock_config,), own))
-    own = {"layer_class": getattr(stock, f"{family}DecoderLayer"), "config_class": config}
+    if family == "Qwen2_5_VLText":
+        layer: Any = type("OwnHeadSizeLayer", (OwnHeadSize, stock.Qwen2_5_VLDecoderLayer), {})
+    else:
+        layer = getattr(stock, f"{family}DecoderLayer")
+    own = {"layer_class": layer, "config_class": config}
     own |= {"__module__": __name__, "__annotations__": {"config": config}}
-    body, head = (getattr(stock, name) for name in (f"{inner}Model", f"{family}ForCausalLM"))
+    body = getattr(stock, f"{inner}Model")
     passing = own | {"forward": forward_of(Passes, body)}
     model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, Passes, body), passing)
-    causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
-    kinds = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal}
+    kinds = {"AutoConfig": config, "AutoModel": model}
+    if not family.endswith("Text"):
+        head = getattr(stock, f"{family}ForCausalLM")
+        causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
+        kinds["AutoModelForCausalLM"] = causal
+    _publish(kinds, config)
+
+
+def _publish(kinds: dict[str, Any], config: Any) -> None:
+    """Make classes known by their names, and to transformers' own of these kinds."""
     for auto, made in kinds.items():
         made.register_for_auto_class(auto)  # save_pretrained copies this file and writes auto_map
         globals()[made.__name__] = made
@@ -406,20 +439,29 @@ def _make(family: str) -> None:
             getattr(transformers, auto).register(key, made)
 
 
-def _provide(family: str) -> None:
-    """Make a family's classes. Raises ValueError where this transformers lacks what they need."""
+def _provide(name: str, make: Any = _make) -> None:
+    """Make classes. Raises ValueError where this transformers lacks what they need."""
     try:
-        _make(family)
+        make(name)
     except (AttributeError, ImportError) as error:
         version = transformers.__version__
-        raise ValueError(f"transformers {version} has not all of {family}: {error}") from None
+        raise ValueError(f"transformers {version} has not all of {name}: {error}") from None
+
+
+def _class(name: str) -> Any:
+    return globals()[name] if name in globals() else __getattr__(name)
 
 
 def __getattr__(name: str) -> Any:
-    for family in FAMILIES:
-        if name in (f"Abreast{family}{end}" for end in ("Config", "Model", "ForCausalLM")):
-            _provide(family)
-            return globals()[name]
+    for makes, kinds, ends in (
+        (_make, FAMILIES, ("Config", "Model", "ForCausalLM")),
+        (_make_wrapper, WRAPPERS, ("WrapperConfig", "ForConditionalGeneration")),
+    ):
+        for kind in kinds:
+            if name in (f"Abreast{kind}{end}" for end in ends):
+                _provide(kind, makes)
+                if name in globals():
+                    return globals()[name]
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 
@@ -427,10 +469,13 @@ class OnDemand(dict[str, Any]):
     """transformers' configs from elsewhere; ours are made, and registered, when looked up."""
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in MODEL_TYPES
+        return super().__contains__(key) or key in MODEL_TYPES or key in WRAPPER_TYPES
 
     def __missing__(self, key: str) -> Any:
-        _provide(MODEL_TYPES[key])
+        if key in WRAPPER_TYPES:
+            _provide(WRAPPER_TYPES[key], _make_wrapper)
+        else:
+            _provide(MODEL_TYPES[key])
         return self[key]
 
 

@@ -260,3 +260,45 @@ def forward_of(mixin: Any, kind: Any) -> Any:
 
 def _empty(*parts: Any) -> Any:
     return (kind := functools.reduce(_mixed, parts)).__new__(kind)
+
+
+class InOrder:
+    """Mixed into the layer of a group: can run its members in their original order."""
+
+    def forward(self, x: Tensor, *args: Any, in_order: bool = False, **kwargs: Any) -> Tensor:
+        if not in_order:
+            return super().forward(x, *args, **kwargs)
+        cache, index, added = kwargs.pop("past_key_values", None), self.self_attn.layer_idx, []
+        for member, narrow in enumerate(self.narrow):
+            narrow.train(self.training)
+            config, used = narrow.self_attn.config, self.self_attn.config
+            config._attn_implementation_internal = used._attn_implementation_internal
+            own = MemberCache(cache, index, member, config.num_key_value_heads)
+            x = run_narrow(narrow, x, *args, **kwargs, past_key_values=own)
+            added.append(own.added)
+        if cache is not None:
+            cache.update(*(torch.cat(parts, 1) for parts in zip(*added, strict=True)), index)
+        return x
+
+
+class MemberCache:
+    """Replaces the KV cache while one member runs: its heads of the layer's cache, as a copy."""
+
+    def __init__(self, cache: Any, index: int, member: int, heads: int) -> None:
+        entry = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        self.entry = None
+        if not (entry and (entry.is_initialized or entry.is_compileable)):
+            return  # what is empty and can grow returns what it is given
+        if hasattr(entry, "_quantized_keys"):
+            raise ValueError("sequential prefill cannot continue from a quantized cache")
+        self.entry = copy.copy(entry)
+        for name, value in vars(entry).items():
+            if isinstance(value, Tensor):
+                if name in ("keys", "values"):
+                    value = value[:, member * heads : (member + 1) * heads]
+                setattr(self.entry, name, value.clone())
+        self.entry.prefetch()
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+        self.added = key, value
+        return (key, value) if self.entry is None else self.entry.update(key, value)

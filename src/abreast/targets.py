@@ -185,8 +185,13 @@ def refusals(
     form = format_of(config)
     if form not in target.formats:
         yield f"it loads no {form}; convert again with --format {' or '.join(target.formats)}"
-    else:
-        yield from target.refuse(Model(config, family, plan), degree)
+        return
+    if "within" in config and target is not TRANSFORMERS:
+        yield (
+            f"{target.name} does not load a converted decoder within a {config['within']}; serve "
+            "the checkpoint with transformers"
+        )
+    yield from target.refuse(Model(config, family, plan), degree)
 
 
 def refused_by(config: Mapping[str, Any], family: FamilyFacts | None) -> dict[str, str]:

@@ -28,6 +28,7 @@ from abreast.families.row import (
     sizes,
 )
 from abreast.families.table import CONVERTIBLE, FAMILIES, complete, family_of
+from abreast.families.wrappers import WRAPPERS
 
 CONFIG = {
     "model_type": "llama",
@@ -76,7 +77,16 @@ def test_modeling_lists_the_same_families() -> None:
     """modeling.py travels alone, so it has a list of its own."""
     from abreast import modeling
 
-    assert set(modeling.FAMILIES) == {row.class_name for row in CONVERTIBLE.values()}
+    rows = [row for row in FAMILIES.values() if row.matrices]
+    assert set(modeling.FAMILIES) == {row.class_name for row in rows}
+    assert {row.class_name: name for name, row in WRAPPERS.items()} == modeling.WRAPPERS
+    for name in modeling.WRAPPERS.values():
+        config = AutoConfig.for_model(f"abreast_{name}")
+        assert type(config).__name__ == f"Abreast{WRAPPERS[name].class_name}WrapperConfig"
+        theirs = AutoConfig.for_model(name)
+        assert bool(theirs.tie_word_embeddings) == WRAPPERS[name].tied
+        if name != "llava":  # may hold any
+            assert theirs.text_config.model_type == WRAPPERS[name].decoder
     for family in CONVERTIBLE.values():
         model = getattr(modeling, family.converted)
         assert model.config_class.model_type == family.converted_type

@@ -41,7 +41,8 @@ MIXED = {"layer_types": [FULL, SLIDING, FULL, SLIDING, SLIDING], "sliding_window
 
 # case -> (model_type, config keys that differ from SIZES)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in FAMILIES},
+    **{name: (name, {}) for name, row in FAMILIES.items() if row.alone},
+    "gemma3": ("gemma3", {}),
     **{name: (name, {**EXPERTS, **own}) for name, own in ROUTED.items()},
     "mistral": ("mistral", {"sliding_window": 5}),
     "ministral": ("ministral", {"sliding_window": 5}),

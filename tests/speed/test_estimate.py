@@ -146,7 +146,23 @@ def test_devices_that_no_engine_splits_a_plan_over_are_named():
 
 @pytest.mark.parametrize(("layers", "stages"), [(4, 3), (16, 13), (30, 25), (80, 67)])
 def test_a_typical_plan_leaves_five_sixths(layers, stages):
-    assert typical_plan(layers).depth == stages
+    assert typical_plan({**CONFIG, "num_hidden_layers": layers}).depth == stages
+
+
+@pytest.mark.parametrize(
+    ("change", "plan"),
+    [
+        ({"num_hidden_layers": 2}, "0+1"),
+        ({"num_hidden_layers": 16}, "5+6 7+8 9+10"),
+        ({"model_type": "gemma3_text", "num_hidden_layers": 12}, "3+4 6+7"),
+        ({"model_type": "gemma2", "num_hidden_layers": 12}, "4~5 6~7"),
+        ({"model_type": "gemma2", "num_hidden_layers": 1}, ""),
+    ],
+    ids=str,
+)
+def test_a_typical_plan_can_be_converted(change, plan):
+    """Windows lie as they do: a pair never mixes kinds, but for ff where all neighbours do."""
+    assert typical_plan({**CONFIG, **change}).shorthand == plan
 
 
 def test_without_a_plan_many_machines_are_shown(tmp_path, run):

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
         INDEX,
         MANIFEST,
         Manifest,
+        cannot_unpack,
         companions,
         copy_companions,
         damaged,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         unrecorded,
         write_manifest,
     )
+    from abreast.checkpoint.loaded import as_loaded
     from abreast.checkpoint.publish import (
         LEAVING,
         check_free,
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
         Checkpoint,
         NewTensor,
         TensorInfo,
-        as_loaded,
         lay_out,
         open_checkpoint,
         plan_for,

@@ -219,6 +219,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def cannot_unpack(settings: Any) -> str | None:
+    """Why weights that are quantised so (quantization_config) cannot be read, None if they can."""
+    known = isinstance(settings, dict)
+    method, block = (
+        settings.get(k) if known else None for k in ("quant_method", "weight_block_size")
+    )
+    defaults = {"fmt": "e4m3", "scale_fmt": "float", "expert_dtype": "fp8"}
+    if method == "mxfp4":
+        return None
+    if method == "fp8" and isinstance(block, list) and len(block) == 2:
+        plain = all(isinstance(size, int) and size > 0 for size in block)
+        if plain and all(settings.get(key, value) == value for key, value in defaults.items()):
+            return None
+    return (
+        f"is quantised ({method}), its weights cannot be folded (mxfp4, and fp8 with a "
+        "weight_block_size, can); convert the unquantised original and quantise the result"
+    )
+
+
 def finite(value: Any) -> Any:
     """JSON-ready values with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):

@@ -13,12 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,13 +35,18 @@ from abreast.checkpoint.files import (
     weight_files,
 )
 from abreast.errors import CheckpointError, first_line
-from abreast.families import Family, all_tensors, is_tied, num_layers_of
+from abreast.families import (
+    decoder_name,
+    decoder_of,
+    num_layers_of,
+    wrapped_name,
+    wrapper_of,
+)
 from abreast.plan import Plan
 
 ADAPTER = "adapter_config.json"
-_MERGE = "merge it into its base model first (merge_and_unload and save_pretrained of peft)"
+MERGE = "merge it into its base model first (merge_and_unload and save_pretrained of peft)"
 MAX_SHARD_BYTES = 5_000_000_000
-COMPARE_BYTES = 2 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -57,6 +61,8 @@ class TensorInfo:
     """Where one tensor lies. offset and nbytes are bytes in `file`; dtype is safetensors' name.
 
     parts: equal tensors whose rows it has. [experts, rows, columns] has experts * rows of them.
+    block: where there is one, the parts are numbers of few bits and their scales, of which each
+    belongs to so many rows and columns, see `read_rows`; offset and nbytes are those it would have.
     """
 
     name: str
@@ -66,6 +72,7 @@ class TensorInfo:
     offset: int
     nbytes: int
     parts: tuple[TensorInfo, ...] = ()
+    block: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -80,7 +87,9 @@ class TensorInfo:
 class Checkpoint:
     """An opened checkpoint: headers and config are read, weights are not.
 
-    tensors: name -> TensorInfo, in the order of the shards. shards: file names. source and
+    tensors: name -> TensorInfo, in the order of the shards. wrapper: config.json of the model that
+    holds the decoder which config and tensors describe, with the others' tensors beside it, by
+    transformers' names; None for a decoder by itself. shards: file names. source and
     revision: as the caller named them, for the record. absent: names that the index lists and no
     shard has. dropped: tensors that `as_loaded` left out. warnings: what it found, one sentence
     each.
@@ -95,10 +104,12 @@ class Checkpoint:
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    wrapper: dict[str, Any] | None = None
+    others: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(t.nbytes for each in (self.tensors, self.others) for t in each.values())
 
     @cached_property
     def sha256(self) -> str:
@@ -112,7 +123,7 @@ def plan_for(checkpoint: Checkpoint, plan: Plan | str) -> Plan:
 
     Raises PlanError for a plan of another number of layers, or one made for another model.
     """
-    num_layers = num_layers_of(checkpoint.config.get("text_config", checkpoint.config))
+    num_layers = num_layers_of(checkpoint.config)
     plan = Plan.read(plan, num_layers) if isinstance(plan, str) else plan
     plan.check_layers(num_layers)
     if plan.sha256 is not None:
@@ -133,7 +144,7 @@ def open_checkpoint(
     """
     folder, resolved, far = locate(model, revision=revision, weights=weights)
     if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
-        raise CheckpointError(f"'{model}' is an adapter without its model; {_MERGE}")
+        raise CheckpointError(f"'{model}' is an adapter without its model; {MERGE}")
     config = read_json(folder / "config.json")
     shards, index = weight_files(folder, {*far})
     tensors: dict[str, TensorInfo] = {}
@@ -151,7 +162,31 @@ def open_checkpoint(
                 )
             tensors[tensor.name] = tensor
     absent = tuple(name for name in index or () if name not in tensors)
-    return Checkpoint(folder, config, tensors, shards, str(model), resolved or revision, absent)
+    opened = Checkpoint(folder, config, tensors, shards, str(model), resolved or revision, absent)
+    return opened if wrapper_of(config) is None else _unwrapped(opened)
+
+
+def _unwrapped(checkpoint: Checkpoint) -> Checkpoint:
+    """The decoder within a wrapper as a checkpoint of its own, and the rest beside it."""
+    inside: dict[str, TensorInfo] = {}
+    others: dict[str, TensorInfo] = {}
+    for stored, tensor in checkpoint.tensors.items():
+        name = decoder_name(stored)
+        part, name = (others, wrapped_name(stored)) if name is None else (inside, name)
+        if name in part:
+            raise CheckpointError(
+                f"'{checkpoint.source}' holds tensor '{stored}' twice, also as "
+                f"'{part[name].name}'; nobody can tell which is meant"
+            )
+        part[name] = tensor
+    return replace(
+        checkpoint,
+        config=decoder_of(checkpoint.config),
+        tensors=inside,
+        absent=tuple(decoder_name(name) or name for name in checkpoint.absent),
+        wrapper=checkpoint.config,
+        others=others,
+    )
 
 
 def read_header(path: Path) -> list[TensorInfo]:
@@ -197,153 +232,26 @@ def _header_on_hub(name: str, folder: Path, shard: str) -> list[TensorInfo]:
     return sorted(tensors, key=lambda tensor: tensor.offset)
 
 
-def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
-    """The checkpoint as transformers loads it: config complete, tensors by the model's own names.
-
-    Names may lack the prefix of the base model, or have it twice. Where config.json ties the head
-    to the embedding, a head of the same values is dropped, one of others unties them, and one
-    without an embedding is both (`tie_weights` in transformers/modeling_utils.py). Whatever else
-    config.json does not describe, or the shards lack, raises CheckpointError with its name, and so
-    does an adapter, which transformers would add to the weights.
-    """
-    source, tensors = checkpoint.source, dict[str, TensorInfo]()
-    if (checkpoint.folder / ADAPTER).is_file():
-        raise CheckpointError(
-            f"'{source}' holds an adapter beside its weights ({ADAPTER}), which transformers adds "
-            f"to them; {_MERGE}, or move it away"
-        )
-    config = {**dict(family.defaults), **checkpoint.config}
-    if num_layers_of(config) > len(checkpoint.tensors):  # also spares us a list of absurd length
-        raise CheckpointError(
-            f"config.json says {num_layers_of(config)} layers, '{source}' holds only "
-            f"{len(checkpoint.tensors)} tensors; weights and config do not belong together"
-        )
-    for name in checkpoint.absent:  # old versions of transformers list the heads of tied models
-        if not ((is_tied(config) and name == family.head) or name.endswith(family.ignore)):
-            raise CheckpointError(
-                f"tensor '{name}' is in {INDEX} but in no shard of '{source}'; download it again"
-            )
-    known = all_tensors(family, {**config, "tie_word_embeddings": False})
-    prefix = family.layer_prefix.split(".")[0] + "."
-    for stored, tensor in checkpoint.tensors.items():
-        name = stored
-        for pattern, own in family.renames:
-            name = re.sub(pattern, own, name)
-        short = name.removeprefix(prefix)
-        full = short if short in known else prefix + name if prefix + name in known else name
-        if re.search(r"\.experts\.\d+\.", name):  # of one expert, see `_packed`
-            full = prefix + short.removeprefix(prefix)
-        if full in tensors:
-            raise CheckpointError(
-                f"'{source}' holds tensor '{full}' twice, also as '{tensors[full].name}'; "
-                "nobody can tell which is meant"
-            )
-        tensors[full] = tensor
-    dropped = {name for name in tensors if name.endswith(family.ignore)}
-    tensors = _packed(source, tensors, known)
-    warnings = []
-    if is_tied(config) and (head := tensors.get(family.head)) is not None:
-        if family.embedding not in tensors:
-            tensors[family.embedding] = tensors.pop(family.head)
-        elif not all(tensors[n].file.is_file() for n in (family.head, family.embedding)):
-            warnings.append(
-                f"config.json ties '{head.name}' to the embedding; whether it holds other values "
-                "is seen only when it is downloaded"
-            )
-            dropped.add(family.head)
-        elif _same_values(head, tensors[family.embedding]):
-            dropped.add(family.head)
-        else:
-            config["tie_word_embeddings"] = False
-            warnings.append(
-                f"config.json ties '{head.name}' to the embedding, but it holds other values: it "
-                "stays a head of its own, as in transformers"
-            )
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
-    described = f"{family.model_type} of {num_layers_of(config)} layers"
-    _check_tensors(source, tensors, all_tensors(family, config), described)
-    return replace(
-        checkpoint,
-        config=config,
-        tensors=tensors,
-        dropped=tuple(sorted(dropped)),
-        warnings=tuple(warnings),
-    )
-
-
-def _packed(
-    source: str, tensors: Mapping[str, TensorInfo], known: Mapping[str, tuple[int, ...]]
-) -> dict[str, TensorInfo]:
-    """Tensors of one expert joined to those of all: gate and up of one, then of the next."""
-    left = dict(tensors)
-    for name, shape in known.items():
-        above, _, last = name.rpartition(".")
-        names = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
-        if names is None or f"{above}.0.{names[0]}.weight" not in left:
-            continue
-        experts = range(min(shape[0], len(tensors)))  # config.json may say any number
-        parts = []
-        for part in (f"{above}.{e}.{n}.weight" for e in experts for n in names):
-            _check_tensor(source, left.get(part), part, (shape[1] // len(names), shape[2]))
-            parts.append(left.pop(part))
-            if parts[-1].dtype != parts[0].dtype:
-                raise CheckpointError(
-                    f"tensor '{parts[-1].name}' has dtype {parts[-1].dtype}, other experts "
-                    f"{parts[0].dtype}; give a checkpoint whose experts are all alike"
-                )
-        size = sum(part.nbytes for part in parts)
-        left[name] = TensorInfo(name, parts[0].file, parts[0].dtype, shape, -1, size, tuple(parts))
-    return left
-
-
-def _check_tensors(
-    source: str,
-    tensors: Mapping[str, TensorInfo],
-    expected: Mapping[str, tuple[int, ...]],
-    described: str,
-) -> None:
-    for name, shape in expected.items():
-        _check_tensor(source, tensors.get(name), name, shape)
-    unknown = [tensor.name for name, tensor in tensors.items() if name not in expected]
-    if unknown:
-        raise CheckpointError(
-            f"tensor '{unknown[0]}' ({len(unknown)} in all) does not belong to a {described}; "
-            "weights and config do not belong together"
-        )
-
-
-def _check_tensor(
-    source: str, tensor: TensorInfo | None, name: str, shape: tuple[int, ...]
-) -> None:
-    if tensor is None:
-        raise CheckpointError(
-            f"tensor '{name}' is missing from '{source}': config.json describes it, no shard "
-            "has it; download the checkpoint again, or correct config.json"
-        )
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"tensor '{tensor.name}' has shape {list(tensor.shape)}, config.json says "
-            f"{list(shape)}; weights and config do not belong together"
-        )
-    if tensor.dtype not in DTYPES:
-        raise CheckpointError(
-            f"tensor '{tensor.name}' has dtype {tensor.dtype}, which cannot be converted; "
-            "give the checkpoint in float32, bfloat16 or float16"
-        )
-
-
-def _same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors hold equal numbers; those of unlike shape or dtype never do."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype) or one.dtype not in DTYPES:
-        return False
-    step = max(1, COMPARE_BYTES // max(1, one.row_bytes))
-    spans = ((start, min(one.rows, start + step)) for start in range(0, one.rows, step))
-    return all(read_rows(one, *span).equal(read_rows(other, *span)) for span in spans)
-
-
 def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Rows start..stop (exclusive) of a tensor as a fresh CPU tensor, [rows, columns] or [rows]."""
+    """Rows start..stop (exclusive) of a tensor as a fresh CPU tensor, [rows, columns] or [rows].
+
+    Quantised ones come back in bfloat16, for every number times its scale.
+    fp8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): float8_e4m3fn, a float scale for every block.
+    mxfp4 (OCP Microscaling Formats 1.0, section 5.3.3), as gpt-oss has its experts: see `_expert`.
+    """
     stop = tensor.rows if stop is None else stop
+    if tensor.block and tensor.parts[0].dtype == "U8":
+        return torch.cat([_expert(tensor, e)[rows] for e, rows in _within(tensor, start, stop)])
+    if tensor.block:
+        numbers, scales = tensor.parts
+        rows, columns = tensor.block
+        first = start // rows
+        factors = read_rows(scales, first, -(-stop // rows)).float()
+        factors = factors.repeat_interleave(rows, 0)[start - first * rows :][: stop - start]
+        values = _read_bytes(numbers, start, stop).view(torch.float8_e4m3fn)
+        values = values.view(stop - start, -1).float()
+        factors = factors.repeat_interleave(columns, 1)[:, : values.shape[1]]
+        return (values * factors).to(torch.bfloat16)
     if tensor.parts:
         size = tensor.parts[0].rows
         spans = [
@@ -352,6 +260,37 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
             if index * size < stop and start < (index + 1) * size
         ]
         return torch.cat([read_rows(*span) for span in spans])
+    values = _read_bytes(tensor, start, stop).view(DTYPES[tensor.dtype])
+    return values.view(stop - start, *tensor.shape[1:][-1:])
+
+
+def _within(tensor: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, slice]]:
+    """The experts that rows start..stop of [experts, rows, columns] are of, and which of each."""
+    size = tensor.shape[1]
+    for expert in range(start // size, -(-stop // size)):
+        yield expert, slice(max(start - expert * size, 0), min(stop - expert * size, size))
+
+
+@lru_cache(maxsize=1)  # its rows are the file's columns, and a caller reads some after others
+def _expert(tensor: TensorInfo, expert: int) -> torch.Tensor:
+    """An expert's matrix of an mxfp4 tensor, [columns, rows] of what is stored.
+
+    Numbers [experts, rows, groups, 16]: 2 of 4 bits a byte, the low half first, of sign, exponent
+    and mantissa (E2M1). Scales [experts, rows, groups]: exponents of 2, plus 127.
+    """
+    numbers, scales = tensor.parts
+    _, rows, groups, _ = numbers.shape
+    count = rows * groups
+    pairs = _read_bytes(numbers, expert * count, (expert + 1) * count).view(count, 16).int()
+    size = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    values = size[torch.stack((pairs & 15, pairs >> 4), -1)].view(count, 32)
+    start, stop = expert * rows, (expert + 1) * rows
+    exponents = _read_bytes(scales, start, stop).view(count, 1).int() - 127
+    return torch.ldexp(values, exponents).to(torch.bfloat16).view(rows, -1).T.contiguous()
+
+
+def _read_bytes(tensor: TensorInfo, start: int, stop: int) -> torch.Tensor:
+    """The bytes of rows start..stop of a tensor that lies in one file, whatever they stand for."""
     buffer = torch.empty((stop - start) * tensor.row_bytes, dtype=torch.uint8)
     try:
         with tensor.file.open("rb") as file:
@@ -361,7 +300,7 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
         raise CheckpointError(f"'{tensor.file}' cannot be read: {error.strerror}") from None
     if count < len(buffer):
         raise CheckpointError(f"'{tensor.file}' ended while it was read; download it again")
-    return buffer.view(DTYPES[tensor.dtype]).view(stop - start, *tensor.shape[1:][-1:])
+    return buffer
 
 
 @dataclass(frozen=True)

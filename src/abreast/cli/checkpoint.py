@@ -20,14 +20,19 @@ shard_option = click.option(
 
 
 @console.verb()
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--known", is_flag=True, help="Judge 40 well-known checkpoints instead.")
 @console.revision_option
 @console.json_option
-def inspect(model: str, revision: str | None, as_json: bool) -> None:
+def inspect(model: str | None, known: bool, revision: str | None, as_json: bool) -> None:
     """Show a model's family, its shape, and which groups of layers are legal."""
     from abreast.convert import inspect_model
     from abreast.plan import Plan
 
+    if known == (model is not None):
+        raise AbreastError("inspect reads one MODEL, or --known")
+    if model is None:
+        return _print_known(as_json)
     facts = inspect_model(model, revision=revision)
     for warning in facts.warnings:
         console.say(f"warning: {warning}")
@@ -59,6 +64,41 @@ def inspect(model: str, revision: str | None, as_json: bool) -> None:
             rows[f"refused {first}+{second}"] = reason
     rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()}
     console.print_table(rows)
+
+
+def _print_known(as_json: bool) -> None:
+    """Which well-known checkpoints can be converted, and what a typical plan would bring."""
+    from abreast.convert import known_models
+    from abreast.speed import Setting, estimate, hardware_of, typical_plan
+
+    records: list[dict[str, Any]] = []
+    rows: list[tuple[str, ...]] = []
+    for model in known_models():
+        record: dict[str, Any] = {"name": model.name, "hub": model.hub, "source": model.source}
+        record |= {"model_type": model.config["model_type"], "reason": model.reason}
+        if model.reason is None:
+            plan = typical_plan(model.decoder)
+            on = {name: Setting(hardware_of(name)) for name in ("H100", "8xH100")}
+            brings = {name: estimate(model.decoder, plan, setting) for name, setting in on.items()}
+            record["plan"] = plan.shorthand
+            record["estimates"] = {name: entry.to_dict() for name, entry in brings.items()}
+            pairs = f"{len(plan.groups)} {plan.groups[0].wiring} pairs"
+            rows.append((model.name, pairs, *(entry.gain for entry in brings.values())))
+        else:
+            rows.append((model.name, "no", "", ""))
+        records.append(record)
+    if as_json:
+        return console.print_json(records)
+    reasons = {r["name"]: r["reason"] for r in records if r["reason"]}
+    console.print_columns(
+        ("checkpoint", "convertible", "H100", "8xH100"),
+        rows,
+        left={"checkpoint", "convertible"},
+        title=f"{len(records) - len(reasons)} of {len(records)} can be converted; decoding at "
+        "batch 1 under a typical plan, computed",
+        borders=False,
+        notes=[f"{name}: {reason}" for name, reason in reasons.items()],
+    )
 
 
 @console.verb(name="import")

@@ -260,10 +260,10 @@ def _print_estimates(plan: Plan, estimates: list[Estimate]) -> None:
 
 def _print_overview(config: Mapping[str, Any], context: int, as_json: bool) -> None:
     """What a typical plan would bring, machine by machine, and what to try first."""
-    from abreast.speed import Setting, hardware_of, shape_of, typical_plan
+    from abreast.speed import Setting, hardware_of, typical_plan
     from abreast.speed import estimate as compute
 
-    plan = typical_plan(shape_of(config).num_layers)
+    plan = typical_plan(config)
     cases: dict[str, dict[str, Any]] = {
         "eager": {"runtime": "eager"},
         "decode": {},
@@ -282,11 +282,6 @@ def _print_overview(config: Mapping[str, Any], context: int, as_json: bool) -> N
         estimates = [entry.to_dict() for row in rows.values() for entry in row.values()]
         return console.print_json({"plan": plan.shorthand, "estimates": estimates})
 
-    def cell(entry: Estimate) -> str:
-        if entry.refused is not None:
-            return "refused"
-        return f"{entry.speedup:.2f}x" if entry.fits else "too large"
-
     refused = [row["decode"].refused for row in rows.values() if row["decode"].refused]
     gain = rows["H100"]["decode"].original / rows["H100"]["int4"].original
     notes = [
@@ -300,7 +295,7 @@ def _print_overview(config: Mapping[str, Any], context: int, as_json: bool) -> N
     )
     console.print_columns(
         ("machine", *cases),
-        [(machine, *map(cell, row.values())) for machine, row in rows.items()],
+        [(machine, *(entry.gain for entry in row.values())) for machine, row in rows.items()],
         left={"machine"},
         title=f"{plan.num_layers} -> {plan.depth} stages against the original, computed",
         borders=False,

@@ -105,6 +105,11 @@ def convert_adapter(
         check_free(target)
     settings, parts = _settings(folder), _read(folder)
     made = open_checkpoint(converted)
+    if made.wrapper is not None:
+        raise CheckpointError(
+            f"'{converted}' is a decoder within a {made.config['within']}, whose adapters are not "
+            "converted; merge the adapter into the original and convert that"
+        )
     manifest = read_manifest(made.folder)
     job = _job(made, manifest, _original(manifest, base, revision))
     low = {

@@ -28,7 +28,8 @@ def converted_config(
     result is a stock model and needs none. `abreast` records the plan for tools that want it.
     """
     new = copy.deepcopy(dict(config))
-    new.pop("torch_dtype", None)
+    for key in ("torch_dtype", "auto_map", "deepstack_layers"):
+        new.pop(key, None)
     base = {key: config.get(key) or config["num_attention_heads"] for key in family.wide}
     new.update(
         num_hidden_layers=len(plan.blocks),

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from abreast.checkpoint import MANIFEST, as_loaded, open_checkpoint, read_manifest
-from abreast.convert.rules import attention_kinds, obstacle
+import yaml
+
+from abreast.checkpoint import MANIFEST, as_loaded, cannot_unpack, open_checkpoint, read_manifest
+from abreast.convert.rules import attention_kinds, obstacle, unreadable
 from abreast.families import (
-    CONVERTIBLE,
     FAMILIES,
+    FamilyError,
     as_ours,
+    decoder_of,
     family_of,
     head_dim_of,
     is_tied,
     num_layers_of,
     positive,
+    sizes,
 )
 from abreast.targets import refused_by
 
@@ -62,6 +68,43 @@ class Inspection:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Known:
+    """A well-known checkpoint. hub: its name there. source: where config, the keys of its
+    config.json that matter, was read. reason: why it cannot be converted, None if it can.
+    """
+
+    name: str
+    hub: str
+    source: str
+    config: dict[str, Any]
+    reason: str | None
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        return decoder_of(self.config)
+
+
+def known_models() -> tuple[Known, ...]:
+    """The checkpoints of known.yaml, judged as `convert` judges their configs."""
+    rows = yaml.safe_load(files("abreast.convert").joinpath("known.yaml").read_text("utf-8"))
+    return tuple(Known(**row, reason=why_not(row["config"])) for row in rows)
+
+
+def why_not(config: Mapping[str, Any]) -> str | None:
+    """Why no two layers of a model with this config.json can be joined, None if some can."""
+    try:
+        config = decoder_of(config)
+        family_of(config)
+        sizes(config)
+        starts = range(num_layers_of(config) - 1)
+        pairs = [(start, start + 1) for start in starts]
+        reasons = [obstacle(config, pair, in_order=ff) for ff in (True, False) for pair in pairs]
+    except FamilyError as error:
+        return str(error)
+    return unreadable(config) or (None if None in reasons else reasons[-1])
+
+
 def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspection:
     """Read a checkpoint's config and headers. Raises AbreastError for one that is broken."""
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
@@ -71,8 +114,10 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     plan = read_manifest(checkpoint.folder).plan if converted else None
     if plan is None and model_type not in FAMILIES:
         family_of(config)
-    family = CONVERTIBLE.get(model_type.removeprefix("abreast_"))
-    if plan is None and family and not config.get("quantization_config"):
+    row = FAMILIES.get(model_type.removeprefix("abreast_"))
+    family = row if row and row.matrices else None
+    settings = config.get("quantization_config")
+    if plan is None and family and not (settings and cannot_unpack(settings)):
         checkpoint = as_loaded(checkpoint, family)
         config = checkpoint.config
     count = num_layers_of(config)
@@ -86,9 +131,10 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
                 refused.append((*pair, reason + only))
     names = checkpoint.config.get("architectures")
     heads = positive(config, "num_attention_heads")
+    tensors = (*checkpoint.tensors.values(), *checkpoint.others.values())
     return Inspection(
         source=str(model),
-        model_type=str(checkpoint.config.get("model_type")),
+        model_type=str((checkpoint.wrapper or checkpoint.config).get("model_type")),
         architecture=str(names[0]) if isinstance(names, list) and names else "unknown",
         num_layers=count,
         hidden_size=positive(config, "hidden_size"),
@@ -98,11 +144,11 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         intermediate_size=positive(config, "intermediate_size"),
         vocab_size=positive(config, "vocab_size"),
         tied=is_tied(config),
-        dtypes=tuple(sorted({tensor.dtype for tensor in checkpoint.tensors.values()})),
-        parameters=sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+        dtypes=tuple(sorted({tensor.dtype for tensor in tensors})),
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors),
         nbytes=checkpoint.nbytes,
         shards=checkpoint.shards,
-        fusable=plan is None and model_type in CONVERTIBLE,
+        fusable=plan is None and family is not None,
         runs_grouped=plan is None and model_type in FAMILIES,
         stretches=_stretches(attention_kinds(config)) if plan is None else (),
         refused=tuple(refused),

@@ -21,10 +21,12 @@ from abreast.families import (
     Family,
     Stack,
     as_ours,
+    decoder_name,
     head_dim_of,
     layer_configs,
     name_in,
     sizes,
+    wrapped_name,
 )
 from abreast.plan import Block, Plan
 from abreast.targets import format_of
@@ -117,6 +119,7 @@ class Refold:
             for name, _ in self._folds()
         }
         dtypes = {name: dtype for name, dtype in made.items() if not name.startswith(prefix)}
+        at = wrapped_name if self.source.wrapper else str
         for name in made.keys() - dtypes.keys():
             number, _, short = name.removeprefix(prefix).partition(".")
             if number.isdecimal() and int(number) < len(blocks):
@@ -128,8 +131,9 @@ class Refold:
                 name = f"{prefix}{layer}.{stack.name}"
                 if stack.gain is None or len(block.ffns) < 2 or name not in dtypes:
                     continue
-                tensor = model.get_parameter(name)
-                before = model.get_submodule(f"{prefix}{layer}.{family.branches.before_mlp[0]}")
+                tensor = model.get_parameter(at(name))
+                norm = family.branches.before_mlp[0]
+                before = model.get_submodule(at(f"{prefix}{layer}.{norm}"))
                 _round_stack(tensor, before, family, stack.gain, dtypes[name])
                 folded |= {id(tensor), *map(id, before.parameters())}
             for matrix in family.matrices + family.dense:
@@ -137,7 +141,7 @@ class Refold:
                 written = self.made.tensors.keys() & {f"{prefix}{index}.{matrix.name}.weight"}
                 if len(layers) < 2 or (family.routes and not written):
                     continue
-                members = [model.get_submodule(f"{prefix}{layer}") for layer in layers]
+                members = [model.get_submodule(at(f"{prefix}{layer}")) for layer in layers]
                 name = f"{prefix}{layers[0]}.{matrix.name}"
                 dtype, norm = dtypes.get(f"{name}.weight", stored), family.norm_of(matrix)
                 maps = [member.get_submodule(matrix.name) for member in members]
@@ -155,7 +159,8 @@ class Refold:
                         maps[0].bias.copy_(total.to(dtype))
         for name, parameter in model.named_parameters():
             if id(parameter) not in folded:
-                parameter.copy_(parameter.to(dtypes.get(name, stored)))
+                own = decoder_name(name) if self.source.wrapper else None
+                parameter.copy_(parameter.to(dtypes.get(own or name, stored)))
 
     def _written(self) -> Iterator[tuple[str, Fold]]:
         """The folds by the names, and in the shapes, that the conversion's format gives them."""

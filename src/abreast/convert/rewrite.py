@@ -8,6 +8,7 @@ tensor. The result is an ordinary Hugging Face checkpoint whose layers differ in
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 import threading
@@ -55,20 +56,22 @@ from abreast.convert.fold import (
     sum_biases,
     tensor_rules,
 )
-from abreast.convert.rules import attention_kinds, check_format, check_plan
+from abreast.convert.rules import attention_kinds, check_format, check_plan, unreadable
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import (
     DECI_CODE,
     FORMATS,
     MLX_CODE,
     Family,
-    all_tensors,
+    decoder_config,
     family_of,
     format_config,
     mlx_config,
     name_in,
     num_layers_of,
     padding_in,
+    wrapped_config,
+    wrapped_name,
 )
 from abreast.plan import Plan
 from abreast.targets import refused_by
@@ -164,7 +167,7 @@ def preview(
         shards=tuple(job.shards),
         peak_memory=_peak_memory(job),
         warnings=(*job.warnings, *_left_behind(job.checkpoint)),
-        refused_by=refused_by(job.config, job.family),
+        refused_by=refused_by(decoder_config(job.config), job.family),
     )
 
 
@@ -271,33 +274,39 @@ def prepare(
     plan.check_layers(num_layers)
     checkpoint = read_original(checkpoint, family)
     config = checkpoint.config
-    check_format(form, config, family, plan)
+    check_format(form, config, family, plan, wrapped=checkpoint.wrapper is not None)
+    if checkpoint.wrapper and prefill != "grouped":
+        raise AbreastError(f"--prefill {prefill} is for text alone, not for a decoder of images")
     joins = form == "auto" or FORMATS[form].joins
-    warnings = [*checkpoint.warnings]
-    warnings += check_plan(config, plan, force=force, prefill=prefill, joins=joins)
+    planned = check_plan(config, plan, force=force, prefill=prefill, joins=joins)
+    warnings = [*checkpoint.warnings, *planned]
     if prefill != "grouped" and form != "auto" and joins:
         raise AbreastError(f"--prefill {prefill} needs --format auto or mlx")
     cast = _cast_name(dtype)
     rules = tensor_rules(family, config, plan if joins else plan.ungrouped)
-    tensors = _new_tensors(rules, checkpoint, family, cast)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    main = str(DTYPES[next(iter(tensors.values())).dtype]).removeprefix("torch.")
-    folded = sum(tensor.nbytes for tensor in tensors.values())
+    if checkpoint.wrapper:
+        rules = [replace(rule, name=wrapped_name(rule.name)) for rule in rules]
+        rules += [TensorRule(name, "copy", (name,)) for name in checkpoint.others]
+        whole = {**checkpoint.tensors, **checkpoint.others}
+        checkpoint = replace(checkpoint, tensors=whole, others={})
+    new = _new_tensors(rules, checkpoint, cast)
+    dtypes = {tensor.dtype for tensor in new.values()}
+    main = str(DTYPES[next(iter(new.values())).dtype]).removeprefix("torch.")
+    folded = sum(tensor.nbytes for tensor in new.values())
     if joins:
         new_config = converted_config(config, family, plan, dtype=main, prefill=prefill)
     else:
         new_config = mlx_config(config, family, plan, attention_kinds(config), main)
         new_config |= {"abreast_prefill": prefill} if prefill == "sequential" else {}
+    if checkpoint.wrapper is not None:
+        new_config = wrapped_config(checkpoint.wrapper, new_config)
     if form != "auto" and joins:
+        paddings = [padding_in(form, new_config, rule.name) for rule in rules]
         rules = [
-            replace(
-                rule,
-                name=name_in(form, rule.name),
-                padding=padding_in(form, new_config, rule.name),
-            )
-            for rule in rules
+            replace(rule, name=name_in(form, rule.name), padding=padding)
+            for rule, padding in zip(rules, paddings, strict=True)
         ]
-        tensors = _new_tensors(rules, checkpoint, family, cast)
+        new = _new_tensors(rules, checkpoint, cast)
         new_config = format_config(form, new_config)
     if len(dtypes) > 1:
         warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
@@ -307,9 +316,9 @@ def prepare(
         plan=plan,
         config=new_config,
         rules=tuple(rules),
-        tensors=tensors,
-        format_bytes=sum(tensor.nbytes for tensor in tensors.values()) - folded,
-        shards=lay_out(tensors.values(), max_shard_bytes),
+        tensors=new,
+        format_bytes=sum(tensor.nbytes for tensor in new.values()) - folded,
+        shards=lay_out(new.values(), max_shard_bytes),
         warnings=tuple(warnings),
     )
 
@@ -332,34 +341,24 @@ def _left_behind(checkpoint: Checkpoint) -> Iterator[str]:
 
 def read_original(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint as transformers loads it. Raises CheckpointError for what cannot be folded."""
-    config, source = checkpoint.config, f"'{checkpoint.source}'"
-    own = config.get("per_layer_config")
-    index, changed = next(iter(own.items())) if isinstance(own, dict) and own else ("", ())
-    keys = ", ".join(changed) if isinstance(changed, dict) else "damaged"
-    reasons = {
-        "quantization_config": "is quantised, its weights cannot be folded; "
-        "convert the unquantised original and quantise the result",
-        "abreast": "is converted already; give the original that it was made from",
-        "per_layer_config": "has layers of different shape already (per_layer_config of layer "
-        f"{index}: {keys}), which cannot be joined; give a model whose layers are all alike",
-        "auto_map": "brings its own code (auto_map in config.json), which is not "
-        "run here; only stock architectures can be converted",
-    }
-    for key, reason in reasons.items():
-        if config.get(key):
-            raise CheckpointError(f"{source} {reason}")
-    return as_loaded(checkpoint, family)
+    if reason := unreadable(checkpoint.config):
+        raise CheckpointError(f"'{checkpoint.source}' {reason}")
+    checkpoint = as_loaded(checkpoint, family)
+    if not checkpoint.config.pop("auto_map", None):
+        return checkpoint
+    note = f"its own code (auto_map) stays behind: transformers has its {family.stock} by now"
+    return replace(checkpoint, warnings=(*checkpoint.warnings, note))
 
 
 def _new_tensors(
-    rules: Iterable[TensorRule], checkpoint: Checkpoint, family: Family, cast: str | None
+    rules: Iterable[TensorRule], checkpoint: Checkpoint, cast: str | None
 ) -> dict[str, NewTensor]:
     """What the rules make, by name: those of one name follow each other, row after row."""
-    expected, made = all_tensors(family, checkpoint.config), dict[str, NewTensor]()
+    made: dict[str, NewTensor] = {}
     for rule in rules:
         sources = rule.members or (rule.like,)
         dtypes = [DTYPES[checkpoint.tensors[name].dtype] for name in sources]
-        rows, *columns = rule.shape(expected[sources[0]])
+        rows, *columns = rule.shape(checkpoint.tensors[sources[0]].shape)
         if (above := made.get(rule.name)) is not None:
             dtypes.append(DTYPES[above.dtype])
             rows += above.shape[0]
@@ -475,7 +474,7 @@ def _write_companions(job: Job, staging: Path) -> None:
     copy_companions(job.checkpoint.folder, staging)
     text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
-    model_type = job.config["model_type"]
+    model_type = decoder_config(job.config)["model_type"]
     if model_type == job.family.model_type:
         return
     if model_type == job.family.converted_type:
@@ -494,4 +493,7 @@ def _peak_memory(job: Job) -> int:
         (t.row_bytes for t in job.checkpoint.tensors.values() if len(t.shape) > 1), default=0
     )
     chunk = max(CHUNK_BYTES, max(map(len, job.plan.stages)) * widest)
-    return 12 * chunk + (64 << 20)  # the rest: buffers of the interpreter, threads, libraries
+    packed = [t.shape for t in job.checkpoint.tensors.values() if t.block and len(t.shape) == 3]
+    expert = max((12 * math.prod(shape[1:]) for shape in packed), default=0)  # is unpacked whole
+    rest = 64 << 20  # buffers of the interpreter, threads, libraries
+    return 12 * chunk + expert + rest

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from abreast.checkpoint import cannot_unpack
 from abreast.errors import AbreastError
 from abreast.families import (
     CHOSEN_COUNTS,
@@ -32,6 +33,41 @@ from abreast.targets import NOT_IN_ORDER, band_of
 
 class FoldError(AbreastError):
     """Layers that cannot become one stock layer, or tensors that do not add up."""
+
+
+def unreadable(config: Mapping[str, Any]) -> str | None:
+    """Why the weights of a checkpoint with this config.json cannot be folded, None if they can."""
+    own = config.get("per_layer_config")
+    index, changed = next(iter(own.items())) if isinstance(own, dict) and own else ("", ())
+    keys = ", ".join(changed) if isinstance(changed, dict) else "damaged"
+    reasons = {
+        "abreast": "is converted already; give the original that it was made from",
+        "per_layer_config": "has layers of different shape already (per_layer_config of layer "
+        f"{index}: {keys}), which cannot be joined; give a model whose layers are all alike",
+    }
+    settings = config.get("quantization_config")
+    if settings and (reason := cannot_unpack(settings)):
+        return reason
+    if not has_stock_code(config):
+        reasons["auto_map"] = (
+            "brings its own code (auto_map in config.json), which is not run here; only stock "
+            "architectures can be converted"
+        )
+    return next((reason for key, reason in reasons.items() if config.get(key)), None)
+
+
+def has_stock_code(config: Mapping[str, Any]) -> bool:
+    """Whether what auto_map names is what transformers has under the same names by now."""
+    family, names = FAMILIES.get(str(config.get("model_type"))), config.get("auto_map")
+    if family is None or not isinstance(names, dict):
+        return not names
+    end = f"_{family.model_type}.{family.class_name}"
+    stock = {"AutoConfig": f"configuration{end}Config", "AutoTokenizer": None}
+    stock |= {
+        "AutoModel": f"modeling{end}Model",
+        "AutoModelForCausalLM": f"modeling{end}ForCausalLM",
+    }
+    return all(key in stock and stock[key] in (name, None) for key, name in names.items())
 
 
 def attention_kinds(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -103,6 +139,8 @@ def obstacle(
     mixed = {kinds[layer] for layer in layers}
     if len(mixed) > 1 and not in_order:
         return f"they mix {' and '.join(sorted(mixed))}"
+    if layers[0] < (config.get("deepstack_layers") or 0):
+        return f"features of images are added after layer {layers[0]} (deepstack_visual_indexes)"
     if config.get("qk_layernorm"):
         return "their q and k are normed with biases of their own (qk_layernorm)"
     family = FAMILIES.get(str(config.get("model_type")))
@@ -183,12 +221,16 @@ def check_plan(
     return warnings
 
 
-def check_format(form: str, config: Mapping[str, Any], family: Family, plan: Plan) -> None:
+def check_format(
+    form: str, config: Mapping[str, Any], family: Family, plan: Plan, *, wrapped: bool = False
+) -> None:
     """Raise FoldError for what a format cannot express: a family's layers, or a group."""
     if form == "auto":
         return
     if form not in FORMATS:
         raise FoldError(f"format '{form}' is not one of auto, {', '.join(FORMATS)}")
+    if wrapped:
+        raise FoldError(f"a model with a vision encoder has no place in {form}; use --format auto")
     wirings = FORMATS[form].wirings
     for group in plan.groups:
         if group.wiring not in wirings:

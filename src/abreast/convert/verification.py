@@ -122,7 +122,10 @@ def verify(
     family = family_of(source.config)
     source = as_loaded(source, family)
     plan.check_layers(num_layers_of(source.config))
-    refold = Refold(open_checkpoint(folder), source, family, plan)
+    made, source = (
+        replace(c, tensors={**c.tensors, **c.others}) for c in (open_checkpoint(folder), source)
+    )
+    refold = Refold(made, source, family, plan)
     if not healed:
         if faults := list(refold.misfits()):
             return replace(result, faults=tuple(faults))
@@ -130,6 +133,9 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     shape = (1, num_tokens)
     ids = torch.randint(0, sizes(source.config)["V"], shape, generator=generator)
+    for key, place in (source.wrapper or {}).items():  # these stand for what is no text
+        if key.endswith(("_token_id", "_token_index")) and isinstance(place, int):
+            ids = ids.where(ids != place, int(place == 0))
     return _compare_models(refold, ids, device, new_tokens, result)
 
 

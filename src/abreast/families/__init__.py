@@ -38,6 +38,13 @@ if TYPE_CHECKING:
         positive,
         sizes,
     )
-    from abreast.families.table import CONVERTIBLE, FAMILIES, complete, family_of
+    from abreast.families.table import CONVERTIBLE, FAMILIES, complete, decoder_of, family_of
+    from abreast.families.wrappers import (
+        decoder_config,
+        decoder_name,
+        wrapped_config,
+        wrapped_name,
+        wrapper_of,
+    )
 
 attach(__name__)

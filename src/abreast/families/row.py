@@ -120,6 +120,8 @@ class Family:
     k, unless no_rope_layers says otherwise. slides: all layers slide as soon as config has a
     sliding_window.
 
+    alone: there are checkpoints of it by itself, not only within a wrapper.
+
     vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
     deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
     """
@@ -146,6 +148,7 @@ class Family:
     window_period: int | None = None
     rope_period: int | None = None
     slides: bool = False
+    alone: bool = True
     vllm_layers: bool = False
     deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
     layer_prefix: str = "model.layers."

@@ -17,6 +17,7 @@ from abreast.families.row import (
     Matrix,
     Stack,
 )
+from abreast.families.wrappers import OTHERS, decoder_config
 
 
 def _attention(bias: str = "", output_bias: str = "") -> tuple[Matrix, ...]:
@@ -67,6 +68,11 @@ _PACKED_FFN = (
 )
 _QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
 _TIED = ("tie_word_embeddings", True)
+# What config.json of the larger models leaves out.
+_GEMMA3_DEFAULTS = (
+    *(_TIED, ("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_heads", 4)),
+    ("vocab_size", 262_208),
+)
 _GLM_DEFAULTS = (("attention_bias", True), ("head_dim", 128))
 
 _SANDWICHED = Branches(
@@ -202,7 +208,7 @@ _ROWS = (
         _SANDWICHED,
         gain_offset=1.0,
         head_norms=_QK_HEADS,
-        defaults=(_TIED, ("head_dim", 256)),
+        defaults=_GEMMA3_DEFAULTS,
         window_period=6,
         deci_lacks=_NORM_AFTER,
     ),
@@ -432,10 +438,22 @@ _ROWS = (
         "StableLm",
         branches=Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
     ),
-    Family("gemma3", "Gemma3", branches=_SANDWICHED),
+    # Decoders that exist within a wrapper only.
+    Family("qwen2_5_vl_text", "Qwen2_5_VLText", _attention("always") + _gated_ffn(), alone=False),
+    Family(
+        "qwen3_vl_text",
+        "Qwen3VLText",
+        _BIASED + _gated_ffn(),
+        head_norms=_QK_HEADS,
+        defaults=(("head_dim", 128),),
+        deci_lacks=_QK_BY_HEAD,
+        alone=False,
+    ),
 )
 FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
-CONVERTIBLE: dict[str, Family] = {name: row for name, row in FAMILIES.items() if row.matrices}
+CONVERTIBLE: dict[str, Family] = {
+    name: row for name, row in FAMILIES.items() if row.matrices and row.alone
+}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:
@@ -447,8 +465,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; give a Hugging Face checkpoint")
-    if model_type in CONVERTIBLE:
-        return CONVERTIBLE[model_type]
+    if (row := FAMILIES.get(model_type)) is not None and row.matrices:
+        return row
     if model_type.startswith("abreast_"):
         raise FamilyError(
             "this checkpoint is converted already; give the original that it was made from"
@@ -458,6 +476,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"a {model_type} cannot be written as wide layers, only run grouped in memory "
             "(abreast.grouped, or eval with --plan)"
         )
+    if model_type in OTHERS:
+        raise FamilyError(f"a {model_type} cannot be converted: {OTHERS[model_type]}")
     raise FamilyError(
         f"model_type '{model_type}' is not supported; supported are {', '.join(CONVERTIBLE)}"
     )
@@ -466,3 +486,10 @@ def family_of(config: Mapping[str, Any]) -> Family:
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json with the family's defaults for keys that it leaves out."""
     return {**dict(family_of(config).defaults), **config}
+
+
+def decoder_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`decoder_config` with the family's defaults, where it is of a known one."""
+    decoder = decoder_config(config)
+    row = FAMILIES.get(str(decoder.get("model_type")))
+    return {**dict(row.defaults if row else ()), **decoder}

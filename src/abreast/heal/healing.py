@@ -189,6 +189,11 @@ def heal(
         raise AbreastError(
             f"a {family.model_type} has experts, which cannot be healed; convert it without healing"
         )
+    if source.wrapper is not None:
+        raise AbreastError(
+            f"'{model}' is a decoder within a {source.config['within']}, which cannot be healed; "
+            "convert it without healing"
+        )
     source = as_loaded(source, family)
     if method != "refit":
         recipe.check_targets({matrix.name.rpartition(".")[2] for matrix in family.matrices})

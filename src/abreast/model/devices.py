@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from abreast.checkpoint import DTYPES, Checkpoint
+from abreast.checkpoint import DTYPES, Checkpoint, cannot_unpack
 from abreast.errors import CheckpointError
 
 # What a CPU calls its arithmetic in such a dtype; the last of each is ARM's.
@@ -49,6 +49,17 @@ def loaded_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
     if isinstance(named, str) and named != "auto":  # which a config may say, too
         return named_dtype(named)
     return max((DTYPES[t.dtype] for t in checkpoint.tensors.values()), key=lambda d: d.itemsize)
+
+
+def dequantised(settings: Any) -> Any:
+    """What makes transformers load weights that are quantised so as plain numbers, None where
+    they are not, or cannot be read by `convert` either."""
+    if not settings or cannot_unpack(settings) is not None:
+        return None
+    import transformers
+
+    kinds = {"mxfp4": transformers.Mxfp4Config, "fp8": transformers.FineGrainedFP8Config}
+    return kinds[settings["quant_method"]](dequantize=True)
 
 
 def fitting_dtype(

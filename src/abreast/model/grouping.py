@@ -26,7 +26,7 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
-from abreast.model.devices import check_device, named_dtype
+from abreast.model.devices import check_device, dequantised, named_dtype
 from abreast.plan import Group, Norms, Plan
 from abreast.targets import format_of
 
@@ -80,13 +80,14 @@ def load(
         dtype = named_dtype(dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     options |= {"device_map": device} if spread else {}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
+    options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     config, names = as_ours(checkpoint.config)
     joined = format_of(checkpoint.config) != "mlx"  # whose layers are the original's
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    if not trust_remote_code and _KERNEL.search(json.dumps(config)):
+    if numbers := dtype != "auto" and dequantised(checkpoint.config.get("quantization_config")):
+        options["quantization_config"] = numbers
+    if not trust_remote_code and _KERNEL.search(json.dumps(checkpoint.wrapper or config)):
         raise CheckpointError(
             f"config.json of '{model}' asks for code from the Hub (an attn_implementation with a "
             "/ in it); take that key out, or allow it with --trust-remote-code"
@@ -95,7 +96,9 @@ def load(
         if config["model_type"] != checkpoint.config["model_type"]:  # written for other engines
             own = transformers.AutoConfig.for_model(**config)
             options |= {"config": own, "key_mapping": names}
-        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+        kind = "ImageTextToText" if checkpoint.wrapper else "CausalLM"
+        loader = getattr(transformers, f"AutoModelFor{kind}").from_pretrained
+        loaded, report = loader(folder, **options)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # every architecture raises kinds of its own
@@ -106,6 +109,7 @@ def load(
             )
         raise CheckpointError(f"'{model}' cannot be loaded: {reason}") from error
     _check_loaded(folder, report)
+    loaded = loaded.to(dtype) if numbers else loaded  # which stay in bfloat16 by themselves
     loaded = loaded.eval() if spread else loaded.to(device).eval()
     if not joined and plan is None:
         written = str(checkpoint.config["abreast"].get("plan"))

@@ -23,8 +23,9 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from abreast.convert import obstacle
 from abreast.errors import AbreastError, first_line
-from abreast.families import family_of, head_dim_of, num_layers_of
+from abreast.families import decoder_of, family_of, head_dim_of, num_layers_of
 from abreast.plan import Group, Plan
 from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, refusals
@@ -239,12 +240,20 @@ class Estimate:
     fits: bool
     refused: str | None
 
+    @property
+    def gain(self) -> str:
+        """What the plan brings, in a word."""
+        if self.refused is not None:
+            return "refused"
+        return f"{self.speedup:.2f}x" if self.fits else "too large"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a folder or of a Hugging Face id (only that file is fetched), or the file.
+    """The config.json of a folder or of a Hugging Face id (only that file is fetched), or the file;
+    that of its decoder where it holds one beside others.
 
     Raises AbreastError where there is none.
     """
@@ -252,7 +261,7 @@ def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, 
 
     path = Path(model).expanduser()
     if path.is_dir() or path.suffix == ".json":
-        return read_json(path / "config.json" if path.is_dir() else path)
+        return decoder_of(read_json(path / "config.json" if path.is_dir() else path))
     if str(model).count("/") != 1 or not all(str(model).split("/")):
         raise AbreastError(f"no model at '{model}'; give a folder, its config.json or ORG/NAME")
     from huggingface_hub import hf_hub_download
@@ -262,7 +271,7 @@ def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, 
     except Exception as error:  # of many kinds; all mean that the file is out of reach
         reason = first_line(error)
         raise AbreastError(f"no config.json of '{model}' here or on the Hub ({reason})") from None
-    return read_json(Path(file))
+    return decoder_of(read_json(Path(file)))
 
 
 def forward_cost(config: Mapping[str, Any], plan: Plan | None, setting: Setting) -> Cost:
@@ -348,13 +357,27 @@ def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimat
     )
 
 
-def typical_plan(num_layers: int) -> Plan:
-    """Pairs in the middle, so many that five sixths of the layers are left as stages."""
-    pairs = max(1, round(num_layers / 6))
-    first = (num_layers - 2 * pairs) // 2
-    starts = range(first, first + 2 * pairs, 2)
-    groups = tuple(Group(layers=(start, start + 1)) for start in starts)
-    return Plan(num_layers=num_layers, groups=groups)
+def typical_plan(config: Mapping[str, Any]) -> Plan:
+    """Pairs next to the middle, so many that five sixths of the layers are left as stages.
+
+    lp pairs; where no two neighbours can be joined so, pairs with their attentions in order (ff).
+    The first and the last layer stay alone, in models of 4 layers and more.
+    """
+    count = num_layers_of(config)
+    pairs = max(1, round(count / 6))
+    first = (count - 2 * pairs) // 2
+    ends = (max(1, first % 2), count - 1) if count > 3 else (0, count)
+    for wiring in ("lp", "ff"):
+        starts, start = [], ends[0] + (first - ends[0]) % 2
+        while start + 1 < ends[1]:
+            legal = obstacle(config, (start, start + 1), in_order=wiring == "ff") is None
+            starts += [start] * legal
+            start += 1 + legal
+        if starts:
+            break
+    starts = sorted(sorted(starts, key=lambda start: abs(start + 1 - first - pairs))[:pairs])
+    groups = tuple(Group.wired((start, start + 1), wiring) for start in starts)
+    return Plan(num_layers=count, groups=groups)
 
 
 def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:

@@ -302,7 +302,7 @@ def _scored(scores: np.ndarray) -> dict[str, Any]:
 def _headers(model: str | Path, settings: StudySettings) -> tuple[dict[str, Any], int]:
     """config.json and the number of layers."""
     config = open_checkpoint(model, revision=settings.revision, weights=False).config
-    return config, num_layers_of(config.get("text_config", config))
+    return config, num_layers_of(config)
 
 
 def _predicted(config: dict[str, Any], hardware: str) -> Seconds:

@@ -1,0 +1,149 @@
+"""Write docs/models.md: what the table of families and the list of known checkpoints say.
+
+python scripts/models_page.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from abreast.convert import known_models
+from abreast.convert.rules import check_format, check_plan
+from abreast.errors import AbreastError
+from abreast.families import FAMILIES, FORMATS, Family, complete
+from abreast.families.wrappers import OTHERS, WRAPPERS
+from abreast.plan import Plan
+from abreast.speed import Setting, estimate, hardware_of, typical_plan
+from abreast.targets import VLLM, members_of, refusals
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+SIZES = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 12, "vocab_size": 128},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+}
+EXPERTS = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    **{"first_k_dense_replace": 0, "moe_layer_start_index": 0},
+}
+WIRINGS = {"lp": "+", "cqil": "|", "ff": "~"}
+HEAD = """# Models
+
+Made by `python scripts/models_page.py` from the table of families and the list of checkpoints,
+which the tests hold to what they say: every family is converted and compared in
+`tests/convert/test_parity.py`, decoders within models that read images in
+`tests/convert/test_wrappers.py`, and every checkpoint below in `tests/convert/test_known.py`, as a
+tiny random one with the same keys in its config.json.
+
+## Families
+
+*stock*: a group is one stock layer of another width. *members*: it keeps something apart for each
+member and needs the classes that travel in the checkpoint. *exact prefill*: prompts may run in the
+original order (`--prefill sequential`). vLLM: in native layers or in its transformers backend, for
+lp groups.
+
+| model type | well-known checkpoints | lp | cqil | ff | exact prefill | vLLM | GGUF | formats |
+|---|---|---|---|---|---|---|---|---|
+"""
+KNOWN_HEAD = """
+## Known checkpoints
+
+What `abreast inspect --known` prints: whether layers of it can be joined, and what a typical plan
+(five sixths of the layers left as stages) would bring when decoding at batch 1 in bfloat16, as
+computed by `abreast estimate`. *refused*: no engine splits the plan over so many devices. *too
+large*: the weights do not fit. The configs are in `src/abreast/convert/known.yaml`.
+
+| checkpoint | model type | plan | 1 H100 | 8 H100 | source of its config |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The text of docs/models.md."""
+    lines = [HEAD, *(f"| {' | '.join(cells)} |\n" for cells in families())]
+    in_memory = sorted(name for name, row in FAMILIES.items() if not row.matrices)
+    lines.append(
+        f"\nOnly grouped in memory, not converted: {', '.join(in_memory)}. Decoders within models "
+        f"that read images, converted where they are while all else is copied: "
+        f"{', '.join(WRAPPERS)}.\n\nRefused, and why:\n\n"
+    )
+    lines += [f"- {name}: {reason}.\n" for name, reason in OTHERS.items()]
+    lines += [KNOWN_HEAD, *(f"| {' | '.join(cells)} |\n" for cells in checkpoints())]
+    return "".join(lines)
+
+
+def families() -> Iterator[tuple[str, ...]]:
+    """A row for every family that can be converted."""
+    decoders: dict[str, list[str]] = {}
+    for model in known_models():
+        decoders.setdefault(model.decoder["model_type"], []).append(model.name)
+    for name, row in FAMILIES.items():
+        if row.matrices:
+            config = complete({"model_type": name, **SIZES, **(EXPERTS if row.routes else {})})
+            config |= {"layer_types": None, "sliding_window": None}
+            yield (
+                f"`{name}`",
+                ", ".join(decoders.get(name, [])),
+                *(_group(row, config, _plan(config, wiring)) for wiring in WIRINGS),
+                _yes(_exact(row, config)),
+                _vllm(row, config),
+                _yes(row.alone and row.deci_lacks is None),
+                ", ".join(f for f in FORMATS if row.alone and _written(f, config, row)),
+            )
+
+
+def checkpoints() -> Iterator[tuple[str, ...]]:
+    """A row for every known checkpoint."""
+    for model in known_models():
+        cells = [f"no: {model.reason}", "", ""]
+        if model.reason is None:
+            plan = typical_plan(model.decoder)
+            on = (Setting(hardware_of(name)) for name in ("H100", "8xH100"))
+            pairs = f"{len(plan.groups)} {plan.groups[0].wiring} pairs"
+            cells = [pairs, *(estimate(model.decoder, plan, setting).gain for setting in on)]
+        yield (model.name, f"`{model.config['model_type']}`", *cells, model.source)
+
+
+def _plan(config: dict[str, Any], wiring: str) -> Plan:
+    """Two neighbours that the typical plan would join, joined so."""
+    first, second = typical_plan(config).groups[0].layers
+    return Plan.parse(f"{first}{WIRINGS[wiring]}{second}", SIZES["num_hidden_layers"])
+
+
+def _group(row: Family, config: dict[str, Any], plan: Plan) -> str:
+    if not _allows(check_plan, config, plan):
+        return "-"
+    return "members" if any(members_of(row, block) > 1 for block in plan.blocks) else "stock"
+
+
+def _exact(row: Family, config: dict[str, Any]) -> bool:
+    plans = (_plan(config, wiring) for wiring in WIRINGS)
+    return row.alone and any(_allows(check_plan, config, p, prefill="sequential") for p in plans)
+
+
+def _vllm(row: Family, config: dict[str, Any]) -> str:
+    if not row.alone or any(refusals(VLLM, config, row, _plan(config, "lp"))):
+        return "-"
+    return "native" if row.vllm_layers else "backend"
+
+
+def _written(form: str, config: dict[str, Any], row: Family) -> bool:
+    wiring = "ff" if FORMATS[form].wirings == ("ff",) else "lp"
+    return _allows(check_format, form, config, row, _plan(config, wiring))
+
+
+def _allows(check: Any, *arguments: Any, **options: Any) -> bool:
+    try:
+        check(*arguments, **options)
+    except AbreastError:
+        return False
+    return True
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "-"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
