@@ -60,6 +60,8 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small["rope_scaling"] = config["rope_scaling"] | {"mrope_section": [2, 3, 3]}
     if config["model_type"] == "qwen3_vl_text":  # whose default is for larger heads
         small["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    if config["model_type"] == "phi3":  # whose default lies beyond the small vocabulary
+        small["pad_token_id"] = None
     return small
 
 
@@ -71,7 +73,9 @@ def made(folder: Path, config: dict[str, Any]) -> None:
     auto = transformers.AutoModelForCausalLM
     if "vision_config" in config:
         auto = transformers.AutoModelForImageTextToText
-    made_of = transformers.AutoConfig.for_model(**bare, pad_token_id=None, eos_token_id=None)
+    made_of = transformers.AutoConfig.for_model(
+        **bare | {"pad_token_id": None, "eos_token_id": None}
+    )
     auto.from_config(made_of).save_pretrained(folder)
     if "quantization_config" in config:
         packed, _ = quantised(folder, "mxfp4", folder / "copies")

@@ -24,7 +24,8 @@ from abreast.model import load
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt_oss": ("mxfp4", {"layer_types": ["full_attention"] * 6}, "1+2 3~4"),
     "qwen3": ("fp8", {}, "1+2 3|4"),
-    "qwen3_moe": ("fp8", {}, "1+2 3|4"),
+    # transformers takes the last, partial block of a matrix for as large as the others
+    "qwen3_moe": ("fp8", {"moe_intermediate_size": 32}, "1+2 3|4"),
 }
 Made = Callable[[str], tuple[Path, Path]]
 

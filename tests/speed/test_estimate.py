@@ -154,7 +154,7 @@ def test_a_typical_plan_leaves_five_sixths(layers, stages):
     [
         ({"num_hidden_layers": 2}, "0+1"),
         ({"num_hidden_layers": 16}, "5+6 7+8 9+10"),
-        ({"model_type": "gemma3_text", "num_hidden_layers": 12}, "3+4 6+7"),
+        ({"model_type": "gemma3_text", "num_hidden_layers": 12}, "2+3 6+7"),
         ({"model_type": "gemma2", "num_hidden_layers": 12}, "4~5 6~7"),
         ({"model_type": "gemma2", "num_hidden_layers": 1}, ""),
     ],

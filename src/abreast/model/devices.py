@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from abreast.checkpoint import DTYPES, Checkpoint, cannot_unpack
+from abreast.checkpoint import DTYPES, Checkpoint, as_loaded, cannot_unpack
 from abreast.errors import CheckpointError
+from abreast.families import FAMILIES
 
 # What a CPU calls its arithmetic in such a dtype; the last of each is ARM's.
 _FEATURES = {
@@ -60,6 +61,16 @@ def dequantised(settings: Any) -> Any:
 
     kinds = {"mxfp4": transformers.Mxfp4Config, "fp8": transformers.FineGrainedFP8Config}
     return kinds[settings["quant_method"]](dequantize=True)
+
+
+def as_converted(model: Any, checkpoint: Checkpoint) -> Any:
+    """The model with those weights that were quantised rounded to bfloat16, as `convert` reads."""
+    tensors = as_loaded(checkpoint, FAMILIES[checkpoint.config["model_type"]]).tensors
+    for name, parameter in model.named_parameters():
+        tensor = tensors.get(name)
+        if tensor and any(part.block for part in (tensor, *tensor.parts)):
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 def fitting_dtype(

@@ -26,7 +26,7 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
-from abreast.model.devices import check_device, dequantised, named_dtype
+from abreast.model.devices import as_converted, check_device, dequantised, named_dtype
 from abreast.plan import Group, Norms, Plan
 from abreast.targets import format_of
 
@@ -109,7 +109,7 @@ def load(
             )
         raise CheckpointError(f"'{model}' cannot be loaded: {reason}") from error
     _check_loaded(folder, report)
-    loaded = loaded.to(dtype) if numbers else loaded  # which stay in bfloat16 by themselves
+    loaded = as_converted(loaded, checkpoint).to(dtype) if numbers else loaded
     loaded = loaded.eval() if spread else loaded.to(device).eval()
     if not joined and plan is None:
         written = str(checkpoint.config["abreast"].get("plan"))
