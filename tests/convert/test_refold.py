@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from abreast.checkpoint.tensors import TensorInfo, as_loaded, open_checkpoint, read_rows
+from abreast.checkpoint.loaded import as_loaded
+from abreast.checkpoint.tensors import TensorInfo, open_checkpoint, read_rows
 from abreast.convert.refold import Refold
 from abreast.convert.rewrite import convert
 from abreast.families.table import CONVERTIBLE, family_of
