@@ -6,12 +6,14 @@ and start no process; what it tries is recorded.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
 import pkgutil
 import resource
 import select
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,9 +68,21 @@ def warm_up() -> None:
     import abreast
 
     for module in pkgutil.walk_packages(abreast.__path__, "abreast."):
-        if not module.name.startswith(("abreast.engines.vllm.", "abreast.__main__")):
+        if module.name.startswith(("abreast.engines.vllm.", "abreast.__main__")):
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as lacking:  # what runs in an engine that is not installed
+            if (lacking.name or "").startswith("abreast"):
+                raise
     torch.set_num_threads(1)
+    # A collection in a fork would copy all that this process holds.
+    gc.collect()
+    gc.freeze()
+    memory_disk = Path("/dev/shm")
+    usable = os.access(memory_disk, os.R_OK | os.W_OK | os.X_OK)
+    if usable and shutil.disk_usage(memory_disk).free > 1 << 30:
+        tempfile.tempdir = str(memory_disk)
 
 
 def run(
@@ -162,13 +176,15 @@ def _child(
 
 def _watch(folder: Path, log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    inside = str(folder)
+    inside = os.path.realpath(folder)
 
     def outside(path: Any) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
             return False
         full = os.path.realpath(os.fsdecode(path))
-        return not full.startswith((inside, "/dev/", "/proc/"))
+        if full == inside or full.startswith((inside + os.sep, "/proc/")):
+            return False
+        return full.startswith("/dev/shm/") or not full.startswith("/dev/")
 
     def hook(event: str, values: tuple[Any, ...]) -> None:
         tried = ""
