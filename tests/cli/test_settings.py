@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from abreast.cli import console
+from abreast.cli.main import cli
 from abreast.errors import AbreastError
 
 
@@ -53,6 +54,14 @@ def test_help_shows_texts_choices_and_defaults():
     for part in ("[required]", "[a|b]", "[default: a]", "[default: x]", "[default: 1GB]", "Loud."):
         assert part in text
     assert "--hidden" not in text and text.count("default") == 6
+
+
+def test_the_list_of_commands_says_each_whole():
+    lines = CliRunner().invoke(cli, ["--help"], terminal_width=80).stdout.splitlines()
+    listed = lines[lines.index("Commands:") + 1 :]
+    assert len(listed) == len(cli.commands)
+    assert [line for line in listed if not line.endswith((".", "?", ")"))] == []
+    assert [line for line in listed if line.endswith("...")] == []
 
 
 @pytest.mark.parametrize("arguments", [(), ("--where", "w", "--kind", "c"), ("--hidden", "1")])

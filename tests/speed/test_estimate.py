@@ -171,6 +171,23 @@ def test_without_a_plan_many_machines_are_shown(tmp_path, run):
     assert status == 0 and "32 -> 27 stages" in out and "8xH100" in out and "Try first" in out
     status, out, _ = run("estimate", tmp_path, "--json")
     assert status == 0 and len(json.loads(out)["estimates"]) == 50
+    status, out, _ = run("estimate", tmp_path, "--hardware", "2xA100-NVLink")
+    assert status == 0 and "32 -> 27 stages on 2xA100-NVLink" in out and "Try first" not in out
+    status, out, _ = run("estimate", tmp_path, "--dtype", "int4")
+    assert status == 0 and "32 -> 27 stages on H100, int4" in out
+
+
+def test_every_number_of_devices_is_refused_by_name(tmp_path, run):
+    uneven = {**CONFIG, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 128}
+    uneven["intermediate_size"] = 9 * 1024
+    (tmp_path / "config.json").write_text(json.dumps(uneven))
+    _, out, _ = run("estimate", tmp_path)
+    text = " ".join(out.split())
+    for degree in (8, 2):
+        assert f"refused: tensor parallel size {degree} does not fit this model" in text
+    assert "possible: 1, 3" in text and "--hardware 3xH100-NVLink" in text
+    status, out, _ = run("estimate", tmp_path, "--hardware", "3xH100-NVLink")
+    assert status == 0 and "no engine splits" not in out
 
 
 @pytest.mark.parametrize(

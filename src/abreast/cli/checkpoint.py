@@ -25,7 +25,7 @@ shard_option = click.option(
 @console.revision_option
 @console.json_option
 def inspect(model: str | None, known: bool, revision: str | None, as_json: bool) -> None:
-    """Show a model's family, its shape, and which groups of layers are legal."""
+    """Show a model's shape, and which layers can be grouped."""
     from abreast.convert import inspect_model
     from abreast.plan import Plan
 
@@ -121,7 +121,7 @@ def import_gguf(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Make a checkpoint of a GGUF file, for those who have no other.
+    """Make a checkpoint of a GGUF file.
 
     MODEL.gguf is a file, or ORG/NAME:FILE.gguf on the Hugging Face Hub.
     """
@@ -176,7 +176,7 @@ def convert(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Rewrite MODEL so that the layers of each group run side by side."""
+    """Rewrite MODEL: each group's layers run side by side."""
     from abreast.checkpoint import check_free
     from abreast.convert import convert as run
     from abreast.convert import preview
@@ -242,7 +242,7 @@ def convert_adapter(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Fold ADAPTER, a LoRA adapter of the original, into the shapes of CONVERTED."""
+    """Fold ADAPTER, the original's LoRA, for CONVERTED."""
     from abreast.convert import convert_adapter as run
 
     record = run(adapter, converted, out, base=base, revision=revision, dry_run=dry_run)
@@ -276,7 +276,7 @@ def verify(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Check that OUT computes the same as the original run under the same plan.
+    """Check that OUT computes what the original does, grouped.
 
     Without --against: that OUT's files are those that abreast.json records, and no others are read.
     Exit status 0 if so, 1 if not.
@@ -343,7 +343,7 @@ def export(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Export the checkpoint OUT, converted or not, for another engine."""
+    """Export OUT, converted or not, to a GGUF file."""
     from abreast.engines.llamacpp import export as run
     from abreast.targets import LLAMACPP
 
@@ -375,7 +375,7 @@ def export(
 )
 @console.json_option
 def push(out: str, repo: str, public: bool, dry_run: bool, as_json: bool) -> None:
-    """Upload OUT, a converted checkpoint, to the Hugging Face Hub as REPO (ORG/NAME).
+    """Upload OUT, a conversion, to the Hub as REPO (ORG/NAME).
 
     Uploads the model card and the files whose hashes are recorded in OUT, nothing else.
     """

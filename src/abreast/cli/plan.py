@@ -92,9 +92,10 @@ class Search:
 def measure(
     model: str, dry_run: bool, out: str, calibration: CalibrationSettings, as_json: bool
 ) -> None:
-    """Measure the cost of each group of MODEL's layers alone, and how the layers depend.
+    """Measure what each group of layers costs alone.
 
-    Writes OUT/calibration/stats.safetensors. An interrupted run resumes.
+    Also how the layers depend on each other. Writes OUT/calibration/stats.safetensors. An
+    interrupted run resumes.
     """
     from abreast.planner import calibrate, expect
     from abreast.planner import measure as run
@@ -150,7 +151,7 @@ def plan(
     calibration: CalibrationSettings,
     as_json: bool,
 ) -> None:
-    """Find the best plan for MODEL within a budget of depth, quality or speed.
+    """Find the best plan of a depth, or for a quality or speed.
 
     Writes OUT/plan.yaml, OUT/why.md and OUT/front.json. Reuses earlier measurements in OUT.
     """
@@ -225,11 +226,11 @@ def optimize(
     calibration: CalibrationSettings,
     as_json: bool,
 ) -> None:
-    """Do it all: measure, plan, heal if told to, convert, verify, evaluate, time and report.
+    """Do it all: plan, heal, convert, verify, evaluate, time.
 
-    Needs no options: without a budget it makes the deepest cut that costs no more than quantising
-    an 8B model to 3 bits does. Every step leaves a file in OUT and is not repeated; another budget
-    adds only what is new.
+    Heals only if told to, and reports at the end. Needs no options: without a budget it makes the
+    deepest cut that costs no more than quantising an 8B model to 3 bits does. Every step leaves a
+    file in OUT and is not repeated; another budget adds only what is new.
     """
     from abreast.cli.forecast import forecast, resumed
     from abreast.evaluate import find_tasks

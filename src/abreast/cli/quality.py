@@ -87,7 +87,7 @@ def evaluate(
     as_json: bool,
     **task_options: Any,
 ) -> None:
-    """Evaluate MODEL: perplexity on text, or accuracy on --tasks.
+    """Measure perplexity on text, or accuracy on --tasks.
 
     With --against, also how far it is from that model: KL divergence and loss increase with
     standard errors and intervals, or the share of accuracy kept and a test on the same items.
@@ -409,7 +409,7 @@ def heal(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert MODEL, an original, under a plan and recover the quality that this costs."""
+    """Convert MODEL and win back the quality that this costs."""
     from abreast.heal import RECIPES
     from abreast.heal import heal as run
     from abreast.report import check_drawing, draw_healing

@@ -42,7 +42,7 @@ def demo(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Convert, verify, evaluate and time a small model, and print quality and speed."""
+    """Convert, verify, evaluate and time a small model."""
     from abreast.demo import model_folder, run_demo
 
     if path:
@@ -104,9 +104,10 @@ def print_demo(result: Demo, model: str) -> None:
 @click.option("-o", "--out", help="Folder for the report. Default: RUN/report.")
 @console.json_option
 def report(run: str, out: str | None, as_json: bool) -> None:
-    """Write an HTML page about RUN, a folder that optimize made, with charts and numbers.
+    """Write an HTML page about RUN, with charts and numbers.
 
-    Writes OUT/report.html, OUT/results.json and PNGs, and a model card in the converted folder.
+    RUN is a folder that plan or optimize made. Writes OUT/report.html, OUT/results.json and PNGs,
+    and a model card in the converted folder.
     """
     from abreast.report import numbers, read_run, write_card, write_report
 
@@ -142,9 +143,10 @@ def play(
     device: str,
     trust_remote_code: bool,
 ) -> None:
-    """Prompt the original and its conversions side by side, on a local web page.
+    """Prompt original and conversions side by side.
 
-    RUN is a folder made by `abreast plan` or `abreast optimize`, or a converted checkpoint.
+    On a local web page. RUN is a folder made by `abreast plan` or `abreast optimize`, or a
+    converted checkpoint.
     """
     import threading
     import webbrowser

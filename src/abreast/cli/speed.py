@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from abreast.cli import console
 from abreast.errors import AbreastError
@@ -63,7 +64,7 @@ def bench(
     out: str | None,
     as_json: bool,
 ) -> None:
-    """Time ORIGINAL and CONVERTED models in turn, and report whether the conversion pays off."""
+    """Time models in turn: does CONVERTED pay off?"""
     from abreast.report import check_drawing, draw_bench
     from abreast.speed import ORIGINAL, Case, Contender, device_or_cpu, run
 
@@ -106,7 +107,7 @@ def bench(
 
 @console.verb()
 @click.argument("model")
-@click.option("--plan", help=f"{console.PLAN_HELP} Default: a typical plan, on many machines.")
+@click.option("--plan", help=f"{console.PLAN_HELP} Default: a typical one.")
 @batch_option
 @click.option("--context", default="1024", help="Context lengths, comma-separated.")
 @console.settings("setting", "abreast.speed", "Setting")
@@ -116,16 +117,20 @@ def estimate(
 ) -> None:
     """Estimate the speed of a plan on other hardware. MODEL: folder, config.json or ORG/NAME.
 
-    Needs no weights. The numbers come from a model of the hardware, not from the hardware.
+    Without options: a table of many machines. Needs no weights. The numbers come from a model of
+    the hardware, not from the hardware.
     """
     from abreast.plan import Plan
+    from abreast.speed import Setting, read_config, shape_of, typical_plan
     from abreast.speed import estimate as compute
-    from abreast.speed import read_config, shape_of
 
     config = read_config(model)
-    if plan is None:
+    named = click.get_current_context().get_parameter_source("hardware")
+    changed = batch != "1" or setting != Setting(setting.hardware)
+    if plan is None and named is ParameterSource.DEFAULT and not changed:
         return _print_overview(config, _numbers(context, "--context")[0], as_json)
-    parsed = Plan.read(plan, shape_of(config).num_layers)
+    num_layers = shape_of(config).num_layers
+    parsed = Plan.read(plan, num_layers) if plan is not None else typical_plan(num_layers)
     estimates = [
         compute(
             config,
@@ -285,7 +290,8 @@ def _print_overview(config: Mapping[str, Any], context: int, as_json: bool) -> N
     refused = [row["decode"].refused for row in rows.values() if row["decode"].refused]
     gain = rows["H100"]["decode"].original / rows["H100"]["int4"].original
     notes = [
-        *(f"refused: {reason}" for reason in refused[:1]),
+        *(f"refused: {reason}" for reason in dict.fromkeys(refused)),
+        *(["for another number of devices: --hardware 3xH100-NVLink, say"] if refused else []),
         f"Try first: 4-bit weights alone decode {gain:.1f}x as fast on an H100 at batch 1, and "
         "speculative decoding changes no answer. Layers abreast come on top of both.",
     ]

@@ -58,7 +58,9 @@ def study(
     as_json: bool,
     **task_options: Any,
 ) -> None:
-    """Measure what MODEL loses when its layers are shuffled, pruned, merged or parallelised.
+    """Measure what changes of MODEL's layers cost.
+
+    The layers are shuffled, pruned, merged or parallelised.
 
     With --sweep, what it loses, and how fast it is, under every plan of groups of one size and
     wiring, one after another from a first layer on.
