@@ -242,7 +242,7 @@ def convert_adapter(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Fold ADAPTER, the original's LoRA, for CONVERTED."""
+    """Fold a LoRA adapter of the original for CONVERTED."""
     from abreast.convert import convert_adapter as run
 
     record = run(adapter, converted, out, base=base, revision=revision, dry_run=dry_run)

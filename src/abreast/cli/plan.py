@@ -151,7 +151,7 @@ def plan(
     calibration: CalibrationSettings,
     as_json: bool,
 ) -> None:
-    """Find the best plan of a depth, or for a quality or speed.
+    """Find the best plan for MODEL within a budget.
 
     Writes OUT/plan.yaml, OUT/why.md and OUT/front.json. Reuses earlier measurements in OUT.
     """

@@ -145,7 +145,7 @@ def play(
 ) -> None:
     """Prompt original and conversions side by side.
 
-    On a local web page. RUN is a folder made by `abreast plan` or `abreast optimize`, or a
+    Opens a local web page. RUN is a folder made by `abreast plan` or `abreast optimize`, or a
     converted checkpoint.
     """
     import threading
