@@ -130,7 +130,7 @@ def estimate(
     if plan is None and named is ParameterSource.DEFAULT and not changed:
         return _print_overview(config, _numbers(context, "--context")[0], as_json)
     num_layers = shape_of(config).num_layers
-    parsed = Plan.read(plan, num_layers) if plan is not None else typical_plan(num_layers)
+    parsed = Plan.read(plan, num_layers) if plan is not None else typical_plan(config)
     estimates = [
         compute(
             config,
