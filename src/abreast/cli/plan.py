@@ -32,8 +32,8 @@ out_option = click.option(
 calibration_options = console.settings("calibration", "abreast.planner", "CalibrationSettings")
 budget_options = console.settings("budget", "abreast.planner", "Budget")
 search_options = console.settings("search", __name__, "Search")
-# Defaults of other options. The names say what they are meant for, a 135M model on two cores; the
-# time of a whole run has not been measured.
+# Defaults of other options. The names say what they are meant for, a 135M model on two cores:
+# benchmarks/RESULTS.md, "Real models".
 EFFORTS: dict[str, dict[str, Any]] = {
     "minutes": {"num_windows": 16, "per_group": 2, "max_tokens": 16_384, "rounds": 8},
     "hour": {},
