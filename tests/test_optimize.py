@@ -154,6 +154,7 @@ def test_accuracy_decides_the_depth_on_the_command_line(run, tmp_path):
 
     tasks = ("--score-tasks", "python_entry,python_attribute", "--questions", 24)
     command = ("plan", model_folder(), "-o", tmp_path / "run", *SMALL, *tasks, "--no-plots")
+    command += ("--window", 256)
     status, text, err = run(*command, "--keep-quality", 0.5, "--per-group", 0, "--json")
     assert status == 0, err
     found = json.loads(text)

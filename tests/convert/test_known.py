@@ -60,7 +60,7 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small["rope_scaling"] = config["rope_scaling"] | {"mrope_section": [2, 3, 3]}
     if config["model_type"] == "qwen3_vl_text":  # whose default is for larger heads
         small["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
-    if config["model_type"] == "phi3":  # whose default lies beyond the small vocabulary
+    if config["model_type"] in ("phi3", "glm4", "smollm3"):  # defaults beyond the small vocabulary
         small["pad_token_id"] = None
     return small
 
@@ -78,7 +78,7 @@ def made(folder: Path, config: dict[str, Any]) -> None:
     )
     auto.from_config(made_of).save_pretrained(folder)
     if "quantization_config" in config:
-        packed, _ = quantised(folder, "mxfp4", folder / "copies")
+        packed, _ = quantised(folder, "mxfp4", folder.with_name("copies"))
         shutil.copyfile(packed / "model.safetensors", folder / "model.safetensors")
     if layers := config.get("num_nextn_predict_layers"):  # no class of transformers' has these
         assert layers == 1
