@@ -148,21 +148,6 @@ def test_the_deepest_cut_that_keeps_enough_accuracy(monkeypatch):
         choose(0.9)
 
 
-@pytest.mark.slow
-def test_accuracy_decides_the_depth_on_the_command_line(run, tmp_path):
-    from abreast.demo import model_folder
-
-    tasks = ("--score-tasks", "python_entry,python_attribute", "--questions", 24)
-    command = ("plan", model_folder(), "-o", tmp_path / "run", *SMALL, *tasks, "--no-plots")
-    command += ("--window", 256)
-    status, text, err = run(*command, "--keep-quality", 0.5, "--per-group", 0, "--json")
-    assert status == 0, err
-    found = json.loads(text)
-    assert found["on_tasks"]["accuracy_kept"] >= 0.5 and found["on_tasks"]["tokens"] > 24
-    assert "budget: the deepest cut that keeps 50.0% of the accuracy above chance" in err
-    assert "15 stages keep" in err
-
-
 def test_a_forecast_adds_up_and_a_later_call_says_what_is_there(tiny_checkpoint, tmp_path, run):
     model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
     settings = CalibrationSettings("stdlib", num_windows=8, window=32, wirings=("lp",))

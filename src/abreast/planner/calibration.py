@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 
 KIND = "measure"
 PLAN_SCREEN = 0.25  # share of the calibration text that every plan is measured on
+QUESTION_TOKENS = 256  # that a question may have, however short the windows of text
 DEPENDENCY_SHARE = 8  # the dependency matrix is taken on one window in so many
 
 
@@ -326,7 +327,8 @@ def task_questions(
     out: the run folder. author: gives the loaded model.
     """
     scoring = replace(settings.scoring, score="tasks", texts="mean")
-    settings = replace(settings, data=AUTO, scoring=scoring, num_windows=count)
+    size = max(settings.window, QUESTION_TOKENS)
+    settings = replace(settings, data=AUTO, scoring=scoring, num_windows=count, window=size)
     return calibrate(model, Path(out) / "questions", settings, role="judge", author=author)
 
 
