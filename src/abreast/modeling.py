@@ -347,8 +347,8 @@ class OwnHeadSize:
         plain, wide = copy.copy(config), copy.copy(config)
         plain.num_attention_heads = config.hidden_size // config.head_dim
         wide.hidden_size = config.num_attention_heads * config.head_dim
-        super().__init__(plain, index)
-        self.self_attn = type(self.self_attn)(wide, index)
+        super().__init__(plain, index)  # type: ignore[call-arg]
+        self.self_attn = type(self.self_attn)(wide, index)  # type: ignore[has-type]
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             stock = getattr(self.self_attn, name)
             sides = [config.hidden_size, stock.out_features]
@@ -360,7 +360,7 @@ class HoldsDecoder:
     """Mixed into a wrapper's configuration: the one of its decoder is one of ours."""
 
     def __post_init__(self, **kwargs: Any) -> None:
-        text = self.text_config
+        text = self.text_config  # type: ignore[has-type]
         if isinstance(text, dict):
             self.text_config = _class(f"Abreast{MODEL_TYPES[text['model_type']]}Config")(**text)
         super().__post_init__(**kwargs)

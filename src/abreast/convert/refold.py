@@ -132,8 +132,7 @@ class Refold:
                 if stack.gain is None or len(block.ffns) < 2 or name not in dtypes:
                     continue
                 tensor = model.get_parameter(at(name))
-                norm = family.branches.before_mlp[0]
-                before = model.get_submodule(at(f"{prefix}{layer}.{norm}"))
+                before = model.get_submodule(at(f"{prefix}{layer}.{family.branches.before_mlp[0]}"))
                 _round_stack(tensor, before, family, stack.gain, dtypes[name])
                 folded |= {id(tensor), *map(id, before.parameters())}
             for matrix in family.matrices + family.dense:
