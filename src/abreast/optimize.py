@@ -36,11 +36,7 @@ from abreast.model import fitting_dtype, load, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner import Planned, explain
 from abreast.report import check_extra, read_run, write_card, write_report
-from abreast.runs import (
-    Author,
-    record_environment,
-    token_stream,
-)
+from abreast.runs import Author, record_environment, token_stream
 from abreast.speed import bench, verdict
 
 if TYPE_CHECKING:

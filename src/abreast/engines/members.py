@@ -5,7 +5,7 @@ Shapes: N tokens, D hidden, P members here, X for whatever a matrix is wide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -66,6 +66,26 @@ class MemberLinear(nn.Module):
     def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
         out_PNX = torch.bmm(x_PNX, self.weight.transpose(1, 2))
         return (out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)), None
+
+
+def output_loader(
+    first: int, here: int, hidden: int, columns: int, share: int
+) -> Callable[[nn.Parameter, torch.Tensor], None]:
+    """Loads members first..first + here of output matrices stored one below the other.
+
+    Of each [hidden, X] a rank keeps so many columns, by its number among the ranks that share a
+    member; one of these adds the bias.
+    """
+
+    def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
+        own = loaded.narrow(0, first * hidden, here * hidden)
+        if loaded.dim() > 1:
+            own = own.narrow(1, share * columns, columns)
+        elif share:
+            own = torch.zeros_like(own)
+        parameter.data.copy_(own.reshape(parameter.shape))
+
+    return load
 
 
 def visible(all_PND: torch.Tensor, bypass: int, members: Iterable[int]) -> torch.Tensor:

@@ -37,7 +37,7 @@ from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from torch import nn
 
-from abreast.engines.members import HeadNorm, MemberLinear, biases, visible
+from abreast.engines.members import HeadNorm, MemberLinear, biases, output_loader, visible
 from abreast.engines.sglang.plugin import plan_of
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, Family
@@ -201,14 +201,7 @@ class CqilLayer(Layer):
         self.mlp.gate_up_proj = MemberLinear(self.here, 2 * half, hidden, bias)
         self.mlp.down_proj.reduce_results = False
         self.mlp.down_proj.skip_bias_add = True
-
-        def load_outputs(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-            own = loaded.narrow(0, self.first * hidden, self.here * hidden)
-            if loaded.dim() > 1:
-                own = own.narrow(1, share * columns, columns)
-            elif share:
-                own = torch.zeros_like(own)  # of the ranks that share a member, one adds its bias
-            parameter.data.copy_(own.reshape(parameter.shape))
+        load_outputs = output_loader(self.first, self.here, hidden, columns, share)
 
         def load_gate_up(parameter: nn.Parameter, loaded: torch.Tensor, place: int) -> None:
             own = loaded.narrow(0, rank * self.here * half, self.here * half)

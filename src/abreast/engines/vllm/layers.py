@@ -41,7 +41,7 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from abreast.engines.members import HeadNorm, MemberLinear, biases, visible
+from abreast.engines.members import HeadNorm, MemberLinear, biases, output_loader, visible
 from abreast.engines.vllm.experts import Experts, has_experts
 
 
@@ -249,14 +249,7 @@ def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix:
         linear = ReplicatedLinear(columns, hidden, bias=bias, prefix=f"{prefix}.o_proj")
     share = get_tensor_model_parallel_rank() % group.sharing
 
-    def load(parameter: nn.Parameter, loaded: torch.Tensor) -> None:
-        own = loaded.narrow(0, group.first * hidden, group.here * hidden)
-        if loaded.dim() > 1:
-            own = own.narrow(1, share * columns, columns)
-        elif share:
-            own = torch.zeros_like(own)  # of the ranks that share a member, one adds its bias
-        parameter.data.copy_(own.reshape(parameter.shape))
-
+    load = output_loader(group.first, group.here, hidden, columns, share)
     for parameter in linear.parameters():
         parameter.weight_loader = load
     return linear
