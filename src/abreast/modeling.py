@@ -56,6 +56,9 @@ MODEL_TYPES = {f"abreast_{TEXT_TYPES.get(one, name)}": one for one, name in FAMI
 WRAPPERS = {"Gemma3": "gemma3", "Mistral3": "mistral3", "Qwen3VL": "qwen3_vl"}
 WRAPPERS |= {"Qwen2_5_VL": "qwen2_5_vl", "InternVL": "internvl", "Llava": "llava"}
 WRAPPER_TYPES = {f"abreast_{name}": kind for kind, name in WRAPPERS.items()}
+# What a config.json names; families called Text exist in wrappers only.
+ARCHITECTURES = [f"Abreast{family}ForCausalLM" for family in FAMILIES if family[-4:] != "Text"]
+ARCHITECTURES += [f"Abreast{kind}ForConditionalGeneration" for kind in WRAPPERS]
 # Attentions that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
@@ -421,7 +424,7 @@ def _make(family: str) -> None:
     passing = own | {"forward": forward_of(Passes, body)}
     model: Any = type(f"Abreast{family}Model", (LayersOfOwnWidth, Passes, body), passing)
     kinds = {"AutoConfig": config, "AutoModel": model}
-    if not family.endswith("Text"):
+    if f"Abreast{family}ForCausalLM" in ARCHITECTURES:
         head = getattr(stock, f"{family}ForCausalLM")
         causal: Any = type(f"Abreast{family}ForCausalLM", (LayersOfOwnWidth, head), own)
         kinds["AutoModelForCausalLM"] = causal

@@ -7,17 +7,25 @@ in a checkpoint; here they are put where it looks.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 
 def main() -> None:
-    import transformers
     from transformers.cli.transformers import main as command_line
+
+    publish_classes()
+    command_line()
+
+
+def publish_classes() -> None:
+    """Put the classes of all architectures that this transformers has into its package."""
+    import transformers
 
     from abreast import modeling
 
-    for family in modeling.FAMILIES:
-        name = f"Abreast{family}ForCausalLM"
-        setattr(transformers, name, getattr(modeling, name))
-    command_line()
+    for name in modeling.ARCHITECTURES:
+        with suppress(ValueError):  # what this version lacks; others can be served
+            setattr(transformers, name, getattr(modeling, name))
 
 
 if __name__ == "__main__":
