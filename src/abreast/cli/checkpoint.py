@@ -56,8 +56,10 @@ def inspect(model: str | None, known: bool, revision: str | None, as_json: bool)
         rows["converted"] = f"from {plan.num_layers} layers under plan {plan.label}"
     else:
         stretches = ", ".join(f"{first}..{last}" for first, last in facts.stretches)
-        rows["legal groups"] = f"any consecutive layers within {stretches or 'no stretch'}"
-        rows["with --force"] = " and ".join(f"groups with layer {edge}" for edge in facts.edges)
+        within = f"consecutive layers within {stretches}"
+        rows["can be grouped"] = within if stretches else "no two layers"
+        edges = " or ".join(map(str, facts.edges))
+        rows["only with --force"] = f"groups that hold layer {edges}"
         if not facts.fusable:
             rows["fusion"] = "not for this family yet: its groups can only run grouped in memory"
         for first, second, reason in facts.refused[:8]:
