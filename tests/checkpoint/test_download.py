@@ -16,9 +16,9 @@ import huggingface_hub
 import pytest
 from click.testing import CliRunner
 
-from abreast.checkpoint import open_checkpoint, resolve
+from abreast.checkpoint import hash_entry, open_checkpoint, resolve, sha256_of
 from abreast.cli.main import cli
-from abreast.convert import convert, inspect_model, preview
+from abreast.convert import convert, inspect_model, preview, verify
 from abreast.errors import CheckpointError
 from abreast.planner import CalibrationSettings
 from abreast.planner.calibration import expect
@@ -179,6 +179,31 @@ def test_a_conversion_has_the_commit_on_record(hub, tmp_path):
     manifest = convert(NAME, "1+2", tmp_path / "out")
     assert manifest["source"]["revision"] == manifest["plan"]["revision"] == COMMIT
     assert manifest["plan"]["source"] == NAME
+
+
+def test_weights_in_the_cache_have_their_hash_for_a_name(tiny_checkpoint, tmp_path, monkeypatch):
+    """They are not read for it; where the name lies, `verify` says so, for it reads every byte."""
+    model = tmp_path / "hub" / "models--org--name"
+    cached, blobs = model / "snapshots" / COMMIT, model / "blobs"
+    for folder in (cached, blobs):
+        folder.mkdir(parents=True)
+    source = tiny_checkpoint()
+    shutil.copy(source / "config.json", cached)
+    right, wrong = sha256_of(source / "model.safetensors"), "0" * 64
+    recorded = {}
+    for out, name, cache in (("a", right, "hub"), ("b", wrong, "hub"), ("c", wrong, "elsewhere")):
+        shutil.copy(source / "model.safetensors", blobs / name)
+        (cached / "model.safetensors").unlink(missing_ok=True)
+        (cached / "model.safetensors").symlink_to(blobs / name)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / cache))
+        files = convert(cached, "1+2", tmp_path / out)["source"]["files"]
+        recorded[out] = files["model.safetensors"]["sha256"]
+        assert files["config.json"] == hash_entry(source / "config.json")
+        assert files["model.safetensors"]["bytes"] == (blobs / name).stat().st_size
+    assert recorded == {"a": right, "b": wrong, "c": right}
+    assert verify(tmp_path / "a", cached, new_tokens=2).ok
+    with pytest.raises(CheckpointError, match="was not made from"):
+        verify(tmp_path / "b", cached)
 
 
 def test_without_the_hub_the_cache_will_do(hub, monkeypatch):
