@@ -13,7 +13,7 @@ from abreast.convert import known_models
 from abreast.convert.rules import check_format, check_plan
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, FORMATS, Family, complete
-from abreast.families.wrappers import OTHERS, WRAPPERS
+from abreast.families.wrappers import HOLDERS, OTHERS, WRAPPERS
 from abreast.plan import Plan
 from abreast.speed import Setting, estimate, hardware_of, typical_plan
 from abreast.targets import VLLM, members_of, refusals
@@ -62,12 +62,17 @@ large*: the weights do not fit. The configs are in `src/abreast/convert/known.ya
 def page() -> str:
     """The text of docs/models.md."""
     lines = [HEAD, *(f"| {' | '.join(cells)} |\n" for cells in families())]
-    in_memory = sorted(name for name, row in FAMILIES.items() if not row.matrices)
     lines.append(
-        f"\nOnly grouped in memory, not converted: {', '.join(in_memory)}. Decoders within models "
-        f"that read images, converted where they are while all else is copied: "
-        f"{', '.join(WRAPPERS)}.\n\nRefused, and why:\n\n"
+        "\nDecoders within models that read images, converted where they are while all else is "
+        f"copied: {', '.join(WRAPPERS)}.\n\nOnly grouped in memory (`abreast.grouped`, `plan`, "
+        "`eval --plan`), and why they are not converted:\n\n"
     )
+    reasons: dict[str, list[str]] = {}
+    for name, row in FAMILIES.items():
+        reasons.setdefault(row.unfoldable, []).append(name)
+    lines += [f"- {', '.join(names)}: {why}.\n" for why, names in reasons.items() if why]
+    lines.append(f"\nLikewise the decoders within {', '.join(HOLDERS)}.\n")
+    lines.append("\nRefused, and why:\n\n")
     lines += [f"- {name}: {reason}.\n" for name, reason in OTHERS.items()]
     lines += [KNOWN_HEAD, *(f"| {' | '.join(cells)} |\n" for cells in checkpoints())]
     return "".join(lines)

@@ -17,4 +17,10 @@ ROUTED: dict[str, dict[str, Any]] = {  # families with experts: what each needs 
     },
     "glm4_moe": {"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 0},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_layer_start_index": 0},
+    "deepseek_v3": {
+        **{"n_routed_experts": 4, "n_shared_experts": 2, "first_k_dense_replace": 0},
+        **{"n_group": 1, "topk_group": 1, "num_key_value_heads": 4},
+        **{"q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "v_head_dim": 16},
+        "qk_rope_head_dim": 8,
+    },
 }

@@ -47,7 +47,7 @@ SAME = (
 FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
-FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe"}
+FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe", "DeepseekV3": "deepseek_v3"}
 FAMILIES |= {"Qwen2_5_VLText": "qwen2_5_vl", "Qwen3VLText": "qwen3_vl"}
 TEXT_TYPES = {"Gemma3": "gemma3_text", "Qwen3VLText": "qwen3_vl_text"}
 TEXT_TYPES["Qwen2_5_VLText"] = "qwen2_5_vl_text"
@@ -251,7 +251,8 @@ def _keep_order(members: list[Any], fed: Any, norms: Any, stock: Any, bare: Any)
     """Let layers run their group's members one by one, see InOrder. members: which layer has their
     attention, at which place, of how many; fed: which has their FFNs."""
     heads = bare.num_attention_heads, bare.num_key_value_heads, bare.num_key_value_heads
-    packed = {"qkv_proj": [fed.self_attn.head_dim * count for count in heads]}
+    size = getattr(fed.self_attn, "head_dim", 0)  # MLA's heads are never joined
+    packed = {"qkv_proj": [size * count for count in heads]}
     if not isinstance(fed, CqilForward):
         packed["gate_up_proj"] = [bare.intermediate_size] * 2
     for index, (layer, place, places) in enumerate(members):

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 SOFTMAX = "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Ernie4_5_Moe"
 SCORES = dict.fromkeys([f"{name}TopKRouter" for name in SOFTMAX], "softmax")
 SCORES |= dict.fromkeys(["GraniteMoeTopKRouter", "GptOssTopKRouter"], "chosen")
-SCORES |= {"Glm4MoeTopkRouter": "sigmoid"}
-FLOAT32 = {"MixtralTopKRouter", "Glm4MoeTopkRouter"}  # routers whose weights stay so
+SCORES |= {"Glm4MoeTopkRouter": "sigmoid", "DeepseekV3TopkRouter": "sigmoid"}
+FLOAT32 = {
+    "MixtralTopKRouter",
+    "Glm4MoeTopkRouter",
+    "DeepseekV3TopkRouter",
+}  # routers whose weights stay so
 
 
 class View(nn.Module):

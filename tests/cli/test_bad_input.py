@@ -93,7 +93,7 @@ def craft(folder: Path, header: Any, data: bytes, length: int | None = None) -> 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "gptj"}, "model_type 'gptj' is not supported"),
         ({"model_type": "gpt_neox"}, "cannot be written as wide layers"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": "abreast_llama"}, "converted already"),

@@ -28,6 +28,11 @@ SMALL = {
     **{"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
     **{"max_position_embeddings": 512, "head_dim": 16},
 }
+LATENT = {  # all of whole blocks of fp8, as transformers wants them
+    **{"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8},
+    **{"v_head_dim": 16, "moe_intermediate_size": 32},
+    "n_routed_experts": 16,  # of which n_group wants two for each
+}
 GEMMA3 = dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"), 8)
 FACTORS = {"long_factor": [1.5] * 8, "short_factor": [1.0] * 8}
 
@@ -60,6 +65,8 @@ def shrunk(config: dict[str, Any]) -> dict[str, Any]:
         small["rope_scaling"] = config["rope_scaling"] | {"mrope_section": [2, 3, 3]}
     if config["model_type"] == "qwen3_vl_text":  # whose default is for larger heads
         small["rope_scaling"] = {"rope_type": "default", "mrope_section": [2, 3, 3]}
+    if "kv_lora_rank" in config:
+        small |= LATENT
     if config["model_type"] in ("phi3", "glm4", "smollm3"):  # defaults beyond the small vocabulary
         small["pad_token_id"] = None
     return small
@@ -78,8 +85,11 @@ def made(folder: Path, config: dict[str, Any]) -> None:
     )
     auto.from_config(made_of).save_pretrained(folder)
     if "quantization_config" in config:
-        packed, _ = quantised(folder, "mxfp4", folder.with_name("copies"))
+        method = config["quantization_config"]["quant_method"]
+        packed, _ = quantised(folder, method, folder.with_name("copies"))
         shutil.copyfile(packed / "model.safetensors", folder / "model.safetensors")
+        settings = json.loads((packed / "config.json").read_text())["quantization_config"]
+        config = config | {"quantization_config": config["quantization_config"] | settings}
     if layers := config.get("num_nextn_predict_layers"):  # no class of transformers' has these
         assert layers == 1
         weights = load_file(folder / "model.safetensors")
@@ -91,7 +101,7 @@ def made(folder: Path, config: dict[str, Any]) -> None:
 
 def test_at_least_so_many_can_be_converted() -> None:
     assert len(KNOWN) == 40
-    assert sum(model.reason is None for model in KNOWN.values()) == 36
+    assert sum(model.reason is None for model in KNOWN.values()) == 37
     for model in KNOWN.values():
         assert model.source and (model.reason is None or "\n" not in model.reason)
 

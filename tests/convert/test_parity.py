@@ -261,12 +261,17 @@ EVERY: dict[str, dict[str, Any]] = {
         **{"first_k_dense_replace": 1, "routed_scaling_factor": 1.5},
     },
     "ernie4_5_moe": {"moe_layer_start_index": 1},
+    "deepseek_v3": {
+        **{"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+        **{"first_k_dense_replace": 1, "attention_bias": True},
+    },
 }
 # These have output biases, of which a group keeps only the sum.
 SUMMED_BIAS = {name for name, row in FAMILY_ROWS.items() if row.norm_bias}
 
 
 PARALLEL = {name for name, row in FAMILY_ROWS.items() if row.parallel}  # have no ff
+APART = {name for name, row in FAMILY_ROWS.items() if row.apart}  # and these nothing else
 
 
 def test_no_family_is_forgotten():
@@ -293,8 +298,12 @@ def matrix(plans: list[str], families: list[str]) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    matrix([MIXED, "1+2+3", "1+2 3+4", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"], list(EVERY))
-    + matrix([IN_ORDER, "1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL]),
+    matrix(
+        [MIXED, "1+2+3", "1+2 3+4", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"],
+        [name for name in EVERY if name not in APART],
+    )
+    + matrix(["1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL | APART])
+    + matrix([IN_ORDER], [name for name in EVERY if name not in PARALLEL]),
 )
 def test_every_family_under_every_wiring(converted, family, plan):
     agree(*pair(converted(family, plan, **EVERY[family]), plan))
@@ -302,7 +311,7 @@ def test_every_family_under_every_wiring(converted, family, plan):
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS])
+    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS | APART])
     + matrix([IN_ORDER], [name for name in EVERY if name not in SUMMED_BIAS | PARALLEL]),
 )
 def test_sequential_prefill(tiny_checkpoint, tmp_path, family, plan):

@@ -41,7 +41,7 @@ MIXED = {"layer_types": [FULL, SLIDING, FULL, SLIDING, SLIDING], "sliding_window
 
 # case -> (model_type, config keys that differ from SIZES)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name, row in FAMILIES.items() if row.alone},
+    **{name: (name, {}) for name, row in FAMILIES.items() if row.alone and row.matrices},
     "gemma3": ("gemma3", {}),
     **{name: (name, {**EXPERTS, **own}) for name, own in ROUTED.items()},
     "mistral": ("mistral", {"sliding_window": 5}),

@@ -31,7 +31,7 @@ from abreast.checkpoint.files import (
     locate,
     model_hash,
     read_json,
-    sha256_of,
+    source_sha256,
     weight_files,
 )
 from abreast.errors import CheckpointError, first_line
@@ -39,6 +39,7 @@ from abreast.families import (
     decoder_name,
     decoder_of,
     num_layers_of,
+    with_usual_names,
     wrapped_name,
     wrapper_of,
 )
@@ -115,7 +116,7 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of the whole content of the config and every shard, see `model_hash`."""
         names = ("config.json", *self.shards)
-        return model_hash({name: sha256_of(self.folder / name) for name in names})
+        return model_hash({name: source_sha256(self.folder / name) for name in names})
 
 
 def plan_for(checkpoint: Checkpoint, plan: Plan | str) -> Plan:
@@ -145,7 +146,7 @@ def open_checkpoint(
     folder, resolved, far = locate(model, revision=revision, weights=weights)
     if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"'{model}' is an adapter without its model; {MERGE}")
-    config = read_json(folder / "config.json")
+    config = with_usual_names(read_json(folder / "config.json"))
     shards, index = weight_files(folder, {*far})
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
@@ -254,12 +255,11 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
         return (values * factors).to(torch.bfloat16)
     if tensor.parts:
         size = tensor.parts[0].rows
-        spans = [
-            (part, max(start - index * size, 0), min(stop - index * size, size))
-            for index, part in enumerate(tensor.parts)
-            if index * size < stop and start < (index + 1) * size
+        pieces = [
+            read_rows(tensor.parts[i], max(start - i * size, 0), min(stop - i * size, size))
+            for i in range(start // size, -(-stop // size))
         ]
-        return torch.cat([read_rows(*span) for span in spans])
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     values = _read_bytes(tensor, start, stop).view(DTYPES[tensor.dtype])
     return values.view(stop - start, *tensor.shape[1:][-1:])
 

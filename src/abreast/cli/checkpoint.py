@@ -61,7 +61,9 @@ def inspect(model: str | None, known: bool, revision: str | None, as_json: bool)
         edges = " or ".join(map(str, facts.edges))
         rows["only with --force"] = f"groups that hold layer {edges}"
         if not facts.fusable:
-            rows["fusion"] = "not for this family yet: its groups can only run grouped in memory"
+            rows["conversion"] = f"none: {facts.unfoldable}"
+        if facts.apart:
+            rows["only in order"] = f"such as 5~6, not 5+6: {facts.apart}"
         for first, second, reason in facts.refused[:8]:
             rows[f"refused {first}+{second}"] = reason
     rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()}

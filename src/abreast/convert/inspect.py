@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from abreast.checkpoint import MANIFEST, as_loaded, cannot_unpack, open_checkpoint, read_manifest
-from abreast.convert.rules import attention_kinds, obstacle, unreadable
+from abreast.convert.rules import obstacle, unreadable
 from abreast.families import (
     FAMILIES,
     FamilyError,
@@ -32,8 +33,9 @@ from abreast.targets import refused_by
 class Inspection:
     """One checkpoint, as transformers loads it. parameters and nbytes count stored weights.
 
-    fusable: model_type has a row of its own, so groups can be written to a checkpoint. stretches:
-    maximal runs of layers, first to last, within which every consecutive group can be fused.
+    fusable: groups can be written to a checkpoint. unfoldable: why not, where they can only run
+    grouped in memory. apart: why they can with their attentions in order (ff) only. stretches:
+    maximal runs of like layers, first to last, within which every consecutive group can be formed.
     refused: adjacent pairs that cannot, with the reason. edges: layers that need --force.
     plan: that of a converted checkpoint, else None. refused_by: engines that will not load it, or
     conversions of it, and why. warnings: where config.json and tensors differ.
@@ -56,6 +58,8 @@ class Inspection:
     shards: tuple[str, ...]
     fusable: bool
     runs_grouped: bool
+    unfoldable: str
+    apart: str
     stretches: tuple[tuple[int, int], ...]
     refused: tuple[tuple[int, int, str], ...]
     edges: tuple[int, ...]
@@ -112,10 +116,16 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     model_type = str(config.get("model_type"))
     converted = (checkpoint.folder / MANIFEST).is_file()
     plan = read_manifest(checkpoint.folder).plan if converted else None
-    if plan is None and model_type not in FAMILIES:
-        family_of(config)
     row = FAMILIES.get(model_type.removeprefix("abreast_"))
-    family = row if row and row.matrices else None
+    family, unfoldable = row if row and row.matrices else None, ""
+    if plan is None:
+        try:
+            family = family_of(config)
+        except FamilyError as error:
+            if model_type not in FAMILIES:
+                raise
+            family, unfoldable = None, str(error)
+    apart = family.apart if family else ""
     settings = config.get("quantization_config")
     if plan is None and family and not (settings and cannot_unpack(settings)):
         checkpoint = as_loaded(checkpoint, family)
@@ -128,7 +138,8 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
             if (reason := obstacle(config, pair)) is not None:
                 in_order = obstacle(config, pair, in_order=True) is None
                 only = f"; only {first}~{first + 1} joins them" if in_order else ""
-                refused.append((*pair, reason + only))
+                if not (apart and in_order):
+                    refused.append((*pair, reason + only))
     names = checkpoint.config.get("architectures")
     heads = positive(config, "num_attention_heads")
     tensors = (*checkpoint.tensors.values(), *checkpoint.others.values())
@@ -140,7 +151,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         hidden_size=positive(config, "hidden_size"),
         num_attention_heads=heads,
         num_key_value_heads=positive(config, "num_key_value_heads", heads),
-        head_dim=head_dim_of(config),
+        head_dim=positive(config, "v_head_dim", head_dim_of(config)),
         intermediate_size=positive(config, "intermediate_size"),
         vocab_size=positive(config, "vocab_size"),
         tied=is_tied(config),
@@ -150,7 +161,9 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         shards=checkpoint.shards,
         fusable=plan is None and family is not None,
         runs_grouped=plan is None and model_type in FAMILIES,
-        stretches=_stretches(attention_kinds(config)) if plan is None else (),
+        unfoldable=unfoldable,
+        apart=apart,
+        stretches=_stretches(count, {first for first, *_ in refused}) if plan is None else (),
         refused=tuple(refused),
         edges=(0, count - 1),
         plan=plan.shorthand if plan else None,
@@ -160,11 +173,8 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
     )
 
 
-def _stretches(kinds: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    stretches, start = [], 0
-    for layer in range(1, len(kinds) + 1):
-        if layer == len(kinds) or kinds[layer] != kinds[start]:
-            if layer - start >= 2:
-                stretches.append((start, layer - 1))
-            start = layer
-    return tuple(stretches)
+def _stretches(count: int, ends: Set[int]) -> tuple[tuple[int, int], ...]:
+    """The runs of at least two layers between layers that do not go with the next one."""
+    bounds = [-1, *sorted(ends), count - 1]
+    runs = ((before + 1, end) for before, end in pairwise(bounds))
+    return tuple((first, last) for first, last in runs if first < last)

@@ -61,7 +61,7 @@ def has_stock_code(config: Mapping[str, Any]) -> bool:
     family, names = FAMILIES.get(str(config.get("model_type"))), config.get("auto_map")
     if family is None or not isinstance(names, dict):
         return not names
-    end = f"_{family.model_type}.{family.class_name}"
+    end = f"_{family.code or family.model_type}.{family.class_name}"
     stock = {"AutoConfig": f"configuration{end}Config", "AutoTokenizer": None}
     stock |= {
         "AutoModel": f"modeling{end}Model",
@@ -146,10 +146,15 @@ def obstacle(
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         return None
+    for key, value in family.only:
+        if config.get(key, value) != value:
+            return f"they norm what they add to ({key} {config[key]})"
     if in_order and family.parallel:
         return NOT_IN_ORDER
     if family.routes and (reason := _unlike_experts(family, config, layers)):
         return reason
+    if family.apart and not in_order:
+        return family.apart
     for matrix in family.matrices if family.norm_bias and not family.grown_biases else ():
         joined = family.norm_of(matrix) and (family.is_ffn(matrix.name) or not in_order)
         if joined and not has_bias(matrix, config):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         padding_in,
         rope_of,
     )
+    from abreast.families.in_memory import with_usual_names
     from abreast.families.row import (
         CHOSEN_COUNTS,
         EXPERT_COUNTS,

@@ -8,7 +8,9 @@ run it. Rows without matrices run grouped in memory only; a model_type without a
 Sizes are written in the symbols of the config: D hidden_size, H num_attention_heads, Q
 H * head_dim, K num_key_value_heads * head_dim, F intermediate_size, V vocab_size; with experts, E
 how many there are, C how many of them a token chooses, X the width of one, S that of those which
-every token uses.
+every token uses. Attention through latent vectors (MLA, arXiv 2405.04434, section 2.1): A and L are
+the lengths of those of queries and of keys and values, R that of L with a rotated key, B and M the
+heads' together made from A and from L, O what they give; N is B where there is no A.
 """
 
 from __future__ import annotations
@@ -76,8 +78,12 @@ class Branches:
     The attention branch is after_attention(attention(before_attention(x))), the FFN branch
     after_mlp(mlp(before_mlp(y))); each `before` and `after` is a chain of submodules, maybe empty.
     parallel: the FFN reads the layer's input instead of the attention's result: True, False, or
-    the attribute of the layer that says which. scale: attribute of the layer, and key of the
-    config, that multiplies both branches.
+    the attribute of the layer that says which, dots allowed. scale: attribute of the layer, and key
+    of the config, that multiplies both branches.
+
+    mixers, ffns: where these are given instead, the submodules that mix tokens and those of the
+    FFN, of which a layer has some. A branch is then what the layer adds to its input while the
+    submodules of the other give zeros. tuples: the layer returns a tuple.
     """
 
     attention: str = "self_attn"
@@ -88,6 +94,9 @@ class Branches:
     after_mlp: tuple[str, ...] = ()
     parallel: bool | str = False
     scale: str | None = None
+    mixers: tuple[str, ...] = ()
+    ffns: tuple[str, ...] = ()
+    tuples: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,11 @@ class Family:
     alone: bool = True
     vllm_layers: bool = False
     deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
+    unfoldable: str = ""
+    apart: str = ""
+    code: str = ""
+    names: tuple[tuple[str, str], ...] = ()
+    only: tuple[tuple[str, Any], ...] = ()
     layer_prefix: str = "model.layers."
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
@@ -184,7 +198,7 @@ class Family:
     @property
     def norms(self) -> tuple[str, ...]:
         """Norms whose gain folds into the matrices that read them."""
-        if not self.norm_gains:
+        if not self.norm_gains or self.branches.mixers:
             return ()
         return tuple(dict.fromkeys(self.branches.before_attention + self.branches.before_mlp))
 
@@ -221,7 +235,8 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         raise FamilyError(
             f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads"
         )
-    if config.get("head_dim") is None and hidden % heads:
+    latent = config.get("kv_lora_rank") is not None
+    if config.get("head_dim") is None and hidden % heads and not latent:
         raise FamilyError(f"config.json: {heads} heads do not divide hidden_size {hidden}")
     head_dim = head_dim_of(config)
     size = {
@@ -231,6 +246,15 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         "F": positive(config, "intermediate_size"),
         "V": positive(config, "vocab_size"),
     }
+    if latent:
+        length, value = positive(config, "kv_lora_rank"), positive(config, "v_head_dim")
+        plain, rotated = positive(config, "qk_nope_head_dim"), positive(config, "qk_rope_head_dim")
+        queries = positive(config, "q_lora_rank") if config.get("q_lora_rank") else 0
+        made = heads * (plain + rotated)
+        size |= {"A": queries, "B": made if queries else 0, "N": 0 if queries else made}
+        size |= {"L": length, "R": length + rotated, "M": heads * (plain + value)}
+        # Of keys and values the latent ones are cached, half of which count as keys.
+        size |= {"O": heads * value, "Q": made, "K": (length + rotated) // 2}
     count = next((key for key in EXPERT_COUNTS if config.get(key)), None)
     if count is None:
         return size
@@ -269,7 +293,10 @@ def expert_layers(family: Family, config: Mapping[str, Any]) -> tuple[bool, ...]
 
 
 def head_dim_of(config: Mapping[str, Any]) -> int:
-    """Size of one attention head: explicit, or hidden_size over the number of heads."""
+    """Size of one attention head: explicit, or hidden_size over the number of heads; of MLA's what
+    is rotated of it, which is what their config classes call so."""
+    if config.get("kv_lora_rank") is not None:
+        return positive(config, "qk_rope_head_dim")
     derived = positive(config, "hidden_size") // positive(config, "num_attention_heads")
     return positive(config, "head_dim", derived)
 
@@ -296,6 +323,8 @@ def layer_tensors(
     """
     experts = family.routes if experts is None else experts
     size = sizes(config)
+    if family.apart and "L" not in size:
+        raise FamilyError("config.json has no kv_lora_rank; the checkpoint is incomplete")
     shapes: dict[str, tuple[int, ...]] = {}
     for norm in family.norms:
         for kind in ("weight", "bias") if family.norm_bias else ("weight",):
@@ -304,8 +333,9 @@ def layer_tensors(
         shapes[f"{norm}.weight"] = (head_dim_of(config),)
     for norm in family.member_norms:
         shapes[f"{norm}.weight"] = (size["D"],)
-    for norm, heads in family.flat_norms:
-        shapes[f"{norm}.weight"] = (size[heads],)
+    for norm, length in family.flat_norms:
+        if size[length]:
+            shapes[f"{norm}.weight"] = (size[length],)
     for norm, heads in family.wide_norms if config.get("use_qk_norm") else ():
         head_dim = head_dim_of(config)
         shapes[f"{norm}.weight"] = (size[heads] // head_dim, head_dim)

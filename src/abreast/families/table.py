@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from abreast.families.in_memory import IN_MEMORY, MLA, with_usual_names
 from abreast.families.row import (
     EXPERT_COUNTS,
     SHARED_COUNTS,
@@ -17,7 +18,7 @@ from abreast.families.row import (
     Matrix,
     Stack,
 )
-from abreast.families.wrappers import OTHERS, decoder_config
+from abreast.families.wrappers import HOLDERS, OTHERS, decoder_config
 
 
 def _attention(bias: str = "", output_bias: str = "") -> tuple[Matrix, ...]:
@@ -69,10 +70,8 @@ _PACKED_FFN = (
 _QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
 _TIED = ("tie_word_embeddings", True)
 # What config.json of the larger models leaves out.
-_GEMMA3_DEFAULTS = (
-    *(_TIED, ("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_heads", 4)),
-    ("vocab_size", 262_208),
-)
+_GEMMA3_HEADS = (("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_heads", 4))
+_GEMMA3_DEFAULTS = (_TIED, *_GEMMA3_HEADS, ("vocab_size", 262_208))
 _GLM_DEFAULTS = (("attention_bias", True), ("head_dim", 128))
 
 _SANDWICHED = Branches(
@@ -95,6 +94,7 @@ _NORM_AFTER = "it norms the output of its attention and FFN"
 _QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
 _ROTATION = "it rotates q and k in another order"
 _EXPERTS = "it has experts, which every member of a group would choose by itself"
+_OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
 
 _ROWS = (
     Family("llama", "Llama", _BIASED + _gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
@@ -212,23 +212,8 @@ _ROWS = (
         window_period=6,
         deci_lacks=_NORM_AFTER,
     ),
-    Family(
-        "olmo2",
-        "Olmo2",
-        _BIASED + _gated_ffn(),
-        _NORMED_AFTER,
-        flat_norms=_QK_HEADS,
-        deci_lacks=_NORM_AFTER,
-    ),
-    Family(
-        "olmo3",
-        "Olmo3",
-        _BIASED + _gated_ffn(),
-        _NORMED_AFTER,
-        flat_norms=_QK_HEADS,
-        window_period=4,
-        deci_lacks=_NORM_AFTER,
-    ),
+    Family("olmo2", "Olmo2", _BIASED + _gated_ffn(), _NORMED_AFTER, **_OLMO),
+    Family("olmo3", "Olmo3", _BIASED + _gated_ffn(), _NORMED_AFTER, window_period=4, **_OLMO),
     Family(
         "cohere2",
         "Cohere2",
@@ -421,22 +406,30 @@ _ROWS = (
         defaults=(_TIED, ("moe_layer_start_index", 1), ("moe_num_shared_experts", 2)),
         deci_lacks=_EXPERTS,
     ),
-    # Partly rotated heads or branches with learned parts that are no matrices: these run grouped,
-    # but a group is not one layer.
     Family(
-        "gpt_neox",
-        "GPTNeoX",
-        branches=Branches(
-            attention="attention",
-            after_attention=("post_attention_dropout",),
-            after_mlp=("post_mlp_dropout",),
-            parallel="use_parallel_residual",
+        "deepseek_v3",
+        "DeepseekV3",
+        (
+            Matrix("self_attn.q_proj", "N", "D", "rows"),
+            Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
+            Matrix("self_attn.q_b_proj", "B", "A", "rows"),
+            Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
+            Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
+            Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
+            *_shared_experts("mlp.shared_experts"),
         ),
-    ),
-    Family(
-        "stablelm",
-        "StableLm",
-        branches=Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
+        stacks=(*_experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
+        dense=_gated_ffn(),
+        expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
+        flat_norms=(("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
+        defaults=(
+            *(("first_k_dense_replace", 3), ("n_shared_experts", 1), ("q_lora_rank", 1536)),
+            *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
+            ("v_head_dim", 128),
+        ),
+        apart=MLA,
+        code="deepseek",
+        deci_lacks=_EXPERTS,
     ),
     # Decoders that exist within a wrapper only.
     Family("qwen2_5_vl_text", "Qwen2_5_VLText", _attention("always") + _gated_ffn(), alone=False),
@@ -450,7 +443,7 @@ _ROWS = (
         alone=False,
     ),
 )
-FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *IN_MEMORY)}
 CONVERTIBLE: dict[str, Family] = {
     name: row for name, row in FAMILIES.items() if row.matrices and row.alone
 }
@@ -465,16 +458,18 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; give a Hugging Face checkpoint")
+    if (holder := config.get("within")) in HOLDERS:
+        raise FamilyError(f"a decoder within a {holder} cannot be converted, only run grouped")
     if (row := FAMILIES.get(model_type)) is not None and row.matrices:
         return row
     if model_type.startswith("abreast_"):
         raise FamilyError(
             "this checkpoint is converted already; give the original that it was made from"
         )
-    if model_type in FAMILIES:
+    if row is not None:
         raise FamilyError(
             f"a {model_type} cannot be written as wide layers, only run grouped in memory "
-            "(abreast.grouped, or eval with --plan)"
+            f"(abreast.grouped, or eval with --plan): {row.unfoldable}"
         )
     if model_type in OTHERS:
         raise FamilyError(f"a {model_type} cannot be converted: {OTHERS[model_type]}")
@@ -490,6 +485,6 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def decoder_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """`decoder_config` with the family's defaults, where it is of a known one."""
-    decoder = decoder_config(config)
+    decoder = with_usual_names(decoder_config(config))
     row = FAMILIES.get(str(decoder.get("model_type")))
     return {**dict(row.defaults if row else ()), **decoder}

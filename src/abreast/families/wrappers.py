@@ -25,14 +25,15 @@ _OF_THE_WHOLE = ("architectures", "auto_map", "dtype", "torch_dtype", "quantizat
 @dataclass(frozen=True)
 class Wrapper:
     """class_name: what the names of its classes in transformers begin with. decoder: model_type of
-    the decoder where config.json names none. tied: whether its head is its embedding where
-    config.json does not say.
+    the decoder where config.json names none, or calls it `once`. tied: whether its head is its
+    embedding where config.json does not say.
     """
 
     model_type: str
     class_name: str
     decoder: str
     tied: bool = False
+    once: str = ""
 
 
 WRAPPERS = {
@@ -48,22 +49,15 @@ WRAPPERS = {
 }
 
 
+# Those whose decoder runs abreast in memory only.
+HOLDERS = {
+    "kimi_k25": Wrapper("kimi_k25", "Kimi_K25", "deepseek_v3", once="kimi_k2"),
+    "qwen3_5": Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text"),
+}
 # Why the layers of other well-known types cannot become one, nor run side by side as they are.
-_MLA = "its attention goes through latent vectors (MLA) that every layer norms by itself"
-_MAMBA = "its Mamba mixers carry a state of their own, which no wider layer holds"
 OTHERS = {
-    "deepseek_v2": _MLA,
-    "deepseek_v3": _MLA,
-    "kimi_k2": _MLA,
-    "kimi_k25": _MLA,
-    "glm4_moe_lite": _MLA,
-    "falcon_h1": _MAMBA,
-    "granitemoehybrid": _MAMBA,
-    "nemotron_h": _MAMBA,
-    "qwen3_next": "three of four layers are gated delta nets, which carry a state of their own",
-    "qwen3_5_text": "three of four layers are gated delta nets, which carry a state of their own",
-    "olmo_hybrid": "its linear attention carries a state of its own",
-    "lfm2": "its short convolutions carry a state of their own",
+    "kimi_k2": "its layers are DeepSeek V3's, under a name that transformers does not know; say "
+    "deepseek_v3 in a copy of its config.json",
     "llama4_text": "its router scales what experts read, and it norms q and k after the rotation",
 }
 OTHERS["llama4"] = OTHERS["llama4_text"]
@@ -71,7 +65,8 @@ OTHERS["llama4"] = OTHERS["llama4_text"]
 
 def wrapper_of(config: Mapping[str, Any]) -> Wrapper | None:
     """The row of a config.json, of an original or a conversion; None for a decoder by itself."""
-    return WRAPPERS.get(str(config.get("model_type")).removeprefix("abreast_"))
+    model_type = str(config.get("model_type"))
+    return WRAPPERS.get(model_type.removeprefix("abreast_")) or HOLDERS.get(model_type)
 
 
 def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +88,7 @@ def decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     own = inner.get("model_type") or row.decoder
     decoder = {key: config[key] for key in _OF_THE_WHOLE if key in config} | inner
     decoder |= {key: config[key] for key in ("architectures",) if key in config}
-    decoder["model_type"] = row.decoder if own == row.model_type else own
+    decoder["model_type"] = row.decoder if own in (row.model_type, row.once) else own
     tied = inner.get("tie_word_embeddings", row.tied) if row.model_type == "llava" else row.tied
     decoder["tie_word_embeddings"] = config.get("tie_word_embeddings", tied)
     decoder["within"] = row.model_type

@@ -65,7 +65,8 @@ def dequantised(settings: Any) -> Any:
 
 def as_converted(model: Any, checkpoint: Checkpoint) -> Any:
     """The model with those weights that were quantised rounded to bfloat16, as `convert` reads."""
-    tensors = as_loaded(checkpoint, FAMILIES[checkpoint.config["model_type"]]).tensors
+    family = FAMILIES[checkpoint.config["model_type"]]
+    tensors = as_loaded(checkpoint, family).tensors if family.matrices else {}
     for name, parameter in model.named_parameters():
         tensor = tensors.get(name)
         if tensor and any(part.block for part in (tensor, *tensor.parts)):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -26,6 +27,7 @@ from torch import nn
 from abreast.checkpoint import open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
+from abreast.model.branches import Member, by_name, is_parallel, lacks
 from abreast.model.devices import as_converted, check_device, dequantised, named_dtype
 from abreast.plan import Group, Norms, Plan
 from abreast.targets import format_of
@@ -219,22 +221,27 @@ def apply(
     unloaded = (module for module in model.modules() if not hasattr(module, "_hf_hook"))
     if any(tensor.is_meta for module in unloaded for tensor in module.parameters(recurse=False)):
         raise GroupingError("the model is on the meta device and has no weights; load it first")
-    branches, last_matrix = branches_of(model), check_norms(model, norms)
+    branches = branches_of(model, by_parts=prefill == "sequential")
+    last_matrix = check_norms(model, norms)
     for group in plan.groups:
         for layer in group.layers:
-            _check_submodules(layers[layer], layer, branches)
+            if name := lacks(layers[layer], branches):
+                raise GroupingError(
+                    f"layer {layer} ({type(layers[layer]).__name__}) has no submodule '{name}'; "
+                    "this version of the architecture cannot run grouped"
+                )
     for group in plan.groups:
         members = [layers[layer] for layer in group.layers]
-        together = _Forwards(members, group, branches, norms, last_matrix)
+        # What stands on the instance, such as accelerate's dispatch, comes back later.
+        before = [vars(member).get("forward") for member in members]
+        together = _Forwards(members, before, group, branches, norms, last_matrix)
         for index, member in enumerate(members):
-            # What stands on the instance, such as accelerate's dispatch, comes back later.
-            forward = _Forward(together, index, member.__dict__.get("forward"))
-            member.forward = forward  # type: ignore[assignment,unused-ignore]
+            member.forward = _Forward(together, index)  # type: ignore[assignment,unused-ignore]
     classes: list[tuple[nn.Module, type]] = []
     if prefill == "sequential":
         from abreast import modeling
 
-        decoder = _decoder(model)
+        decoder, _ = _decoder(model)
         classes = [(decoder, type(decoder)), (model, type(model))]
         modeling.mix(decoder, modeling.Passes, prompts_in_order=True, cache_heads=())
         modeling.mix(model, modeling.CountPrompt)
@@ -250,8 +257,8 @@ def remove(model: nn.Module) -> None:
         replaced = layer.__dict__.get("forward")
         if isinstance(replaced, _Forward):
             del layer.forward
-            if replaced.before is not None:
-                layer.forward = replaced.before
+            if (before := replaced.together.before[replaced.index]) is not None:
+                layer.forward = before
     for module, kind in classes:
         module.__class__ = kind
         for name in {"prompts_in_order", "cache_heads"} & vars(module).keys():
@@ -261,25 +268,44 @@ def remove(model: nn.Module) -> None:
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of a transformers causal language model. Raises GroupingError."""
-    layers: nn.ModuleList = _decoder(model).layers
-    return layers
+    return _decoder(model)[1]
 
 
-def _decoder(model: nn.Module) -> Any:
+def _decoder(model: nn.Module) -> tuple[Any, nn.ModuleList]:
+    """The submodule that holds the decoder layers, and these."""
     base = getattr(model, "base_model", model)
-    for holder in (base, getattr(base, "language_model", None)):
-        layers = getattr(holder, "layers", None)
+    holders = (base, *(getattr(base, name, None) for name in ("language_model", "decoder")))
+    for holder, name in product(holders, ("layers", "h", "blocks")):
+        layers = getattr(holder, name, None)
         if isinstance(layers, nn.ModuleList) and len(layers):
-            return holder
+            return holder, layers
     raise GroupingError(
         f"{type(model).__name__} has no list of decoder layers 'layers' in its base model; "
         "give a decoder language model"
     )
 
 
-def branches_of(model: nn.Module) -> Branches:
-    """The names of a decoder layer's submodules. Raises GroupingError for an unknown family."""
-    return _family_of(model).branches
+def branches_of(model: nn.Module, *, by_parts: bool = False) -> Branches:
+    """The names of a decoder layer's submodules.
+
+    by_parts: the attention and the FFN are needed as modules of their own. Raises GroupingError
+    where they are none, and for an unknown family.
+    """
+    family = _family_of(model)
+    if by_parts and family.branches.mixers:
+        raise GroupingError(
+            f"the attention and FFN of a {family.model_type} are no modules of their own, which "
+            "this needs (sequential prefill, repairs)"
+        )
+    return family.branches
+
+
+def returned(model: nn.Module, hidden_states: torch.Tensor) -> Any:
+    """What a decoder layer of this model returns, if these are its output."""
+    try:
+        return (hidden_states, None) if branches_of(model).tuples else hidden_states
+    except GroupingError:  # of a family that is not known, whose layers run one by one
+        return hidden_states
 
 
 def _family_of(model: nn.Module) -> Family:
@@ -290,7 +316,14 @@ def _family_of(model: nn.Module) -> Family:
         raise GroupingError(
             f"model_type '{model_type}' cannot run grouped; known are {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    for key, value in family.only:
+        if getattr(text, key, value) != value:
+            raise GroupingError(
+                f"layers of a {model_type} with {key} {getattr(text, key)} norm what they add to, "
+                "and cannot run grouped"
+            )
+    return family
 
 
 def check_norms(model: nn.Module, norms: str) -> str:
@@ -301,6 +334,10 @@ def check_norms(model: nn.Module, norms: str) -> str:
     family = _family_of(model)
     if norms not in get_args(Norms):
         raise GroupingError(f"norms '{norms}' are not one of {', '.join(get_args(Norms))}")
+    if norms != "own" and family.branches.mixers:
+        raise GroupingError(
+            f"the norms of a {family.model_type} are not told from its branches; use norms own"
+        )
     if norms != "own" and not family.norms:
         raise GroupingError(
             f"a {family.model_type} has no gains in norms before its branches, so norms '{norms}' "
@@ -316,30 +353,12 @@ def check_norms(model: nn.Module, norms: str) -> str:
     return last[0].removeprefix("mlp.") if norms == "split" else ""
 
 
-def _check_submodules(layer: nn.Module, index: int, branches: Branches) -> None:
-    names = [branches.attention, branches.mlp]
-    names += branches.before_attention + branches.after_attention + branches.after_mlp
-    if not _is_parallel(layer, branches):
-        names += branches.before_mlp
-    for name in names:
-        if not isinstance(getattr(layer, name, None), nn.Module):
-            raise GroupingError(
-                f"layer {index} ({type(layer).__name__}) has no submodule '{name}'; "
-                "this version of the architecture cannot run grouped"
-            )
-
-
-def _is_parallel(layer: nn.Module, branches: Branches) -> bool:
-    if isinstance(branches.parallel, str):
-        return bool(getattr(layer, branches.parallel))
-    return branches.parallel
-
-
 @dataclass(eq=False)
 class _Forwards:
     """A group in a model: its members, and what the model handed each of them in this pass."""
 
     members: list[nn.Module]
+    before: list[Callable[..., Any] | None]  # what stood on the instances
     group: Group
     branches: Branches
     norms: Norms
@@ -348,39 +367,35 @@ class _Forwards:
 
     def run(self, arguments: Sequence[dict[str, Any]], x: torch.Tensor) -> torch.Tensor:
         """The group's output from its input, both [batch, length, hidden]."""
-        members, group, branches = self.members, self.group, self.branches
+        group, branches = self.group, self.branches
+        members = [
+            Member(layer, self.members, branches, own, received, self.norms, self.last_matrix)
+            for layer, own, received in zip(self.members, self.forwards, arguments, strict=True)
+        ]
         read: list[torch.Tensor] = []
         attended: list[torch.Tensor] = []
-        for index, (member, sees) in enumerate(zip(members, group.attention_sees, strict=True)):
+        for member, sees in zip(members, group.attention_sees, strict=True):
             read.append(_plus(x, attended, sees))
-            normed = members[0] if self.norms == "shared" else member
-            out = _attend(member, branches, read[-1], arguments[index], normed)
             # Members may compute on different devices; each one's submodules fetch their inputs.
-            attended.append(out.to(x.device))
+            attended.append(member.attend(read[-1]).to(x.device))
         everything = (True,) * len(members)
         sums = {everything: _plus(x, attended, everything)}
         out = sums[everything]
         for index, (member, sees) in enumerate(zip(members, group.ffn_sees, strict=True)):
-            if _is_parallel(member, branches):
+            if branches.mixers and not branches.ffns:
+                break
+            if is_parallel(member.layer, branches):
                 y = read[index]
             else:
                 y = sums[sees] if sees in sums else sums.setdefault(sees, _plus(x, attended, sees))
-            out = out + self._feed(member, y).to(x.device)
+            out = out + member.feed(y).to(x.device)
         return out
 
-    def _feed(self, member: nn.Module, y: torch.Tensor) -> torch.Tensor:
-        """The FFN branch of a member."""
-        mlp, names = getattr(member, self.branches.mlp), self.branches
-        if self.norms == "split":
-            inputs = [_before_mlp(layer, names, y) for layer in self.members]
-            out = _by_parts(mlp, getattr(mlp, self.last_matrix), inputs)
-        else:
-            normed = self.members[0] if self.norms == "shared" else member
-            out = mlp(_before_mlp(normed, names, y))
-            out = out[0] if isinstance(out, tuple) else out  # GPT-OSS adds its router's scores
-        for name in names.after_mlp:
-            out = getattr(member, name)(out)
-        return out * getattr(member, names.scale) if names.scale else out
+    @property
+    def forwards(self) -> list[Callable[..., Any]]:
+        """What ran each member by itself, before it was grouped."""
+        pairs = zip(self.members, self.before, strict=True)
+        return [before or partial(type(member).forward, member) for member, before in pairs]
 
 
 @dataclass(eq=False)
@@ -392,16 +407,20 @@ class _Forward:
 
     together: _Forwards
     index: int
-    before: Callable[..., torch.Tensor] | None  # what stood on the instance
 
     def __call__(
         self, hidden_states: torch.Tensor, *args: Any, in_order: bool = False, **kwargs: Any
+    ) -> Any:
+        if in_order:
+            return self.together.forwards[self.index](hidden_states, *args, **kwargs)
+        out = self._run(hidden_states, args, kwargs)
+        return (out, None) if self.together.branches.tuples else out
+
+    def _run(
+        self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         members = self.together.members
         member, last = members[self.index], members[-1]
-        if in_order:
-            before = self.before or partial(type(member).forward, member)
-            return before(hidden_states, *args, **kwargs)
         left_behind = self.together.arguments[: self.index]
         self.together.arguments = [*left_behind, by_name(member, args, kwargs)]
         if member is not last:
@@ -417,12 +436,6 @@ class _Forward:
         return self.together.run(arguments, hidden_states)
 
 
-def by_name(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a layer's forward after the hidden states, all by name."""
-    names = list(inspect.signature(type(layer).forward).parameters)[2:]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Recomputing a layer would write to the cache twice; stock layers leave it out as well."""
     cache = {"past_key_values": None, "layer_past": None, "use_cache": False}
@@ -433,48 +446,6 @@ def _plus(x: torch.Tensor, outputs: Sequence[torch.Tensor], sees: Sequence[bool]
     """x and the sum of the outputs that are seen."""
     seen = [output for output, shown in zip(outputs, sees, strict=False) if shown]
     return x + sum(seen[1:], seen[0]) if seen else x
-
-
-def _attend(
-    layer: nn.Module,
-    branches: Branches,
-    x: torch.Tensor,
-    kwargs: dict[str, Any],
-    normed: nn.Module,
-) -> torch.Tensor:
-    """The attention branch of a layer, after the norm of the layer `normed`."""
-    for name in branches.before_attention:
-        x = getattr(normed, name)(x)
-    # By position, because families disagree on the name.
-    out = getattr(layer, branches.attention)(x, **kwargs)[0]
-    for name in branches.after_attention:
-        out = getattr(layer, name)(out)
-    return out * getattr(layer, branches.scale) if branches.scale else out
-
-
-def _before_mlp(layer: nn.Module, branches: Branches, y: torch.Tensor) -> torch.Tensor:
-    for name in branches.before_mlp:
-        norm = getattr(layer, name)
-        # A parallel StableLM layer has no second norm: its FFN reads the attention's.
-        y = norm(y) if norm is not None else getattr(layer, branches.before_attention[0])(y)
-    return y
-
-
-def _by_parts(mlp: nn.Module, last: nn.Module, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The FFN whose intermediate values are cut into parts, the r-th computed from inputs[r].
-
-    last: its last matrix, which reads the intermediate values; those before it are independent of
-    each other.
-    """
-    computed: list[torch.Tensor] = []
-
-    def put_together(_: nn.Module, entering: tuple[torch.Tensor, ...]) -> Any:
-        parts = entering[0].tensor_split(len(inputs), dim=-1)
-        computed.append(parts[len(computed)])
-        return (torch.cat(computed, dim=-1),) if len(computed) == len(inputs) else None
-
-    with last.register_forward_pre_hook(put_together):
-        return [mlp(entering) for entering in inputs][-1]
 
 
 @contextmanager

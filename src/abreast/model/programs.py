@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
-from abreast.model.grouping import branches_of, by_name, decoder_layers, device_of, grouped
+from abreast.model.branches import by_name, tensor_of
+from abreast.model.grouping import branches_of, decoder_layers, device_of, grouped, returned
 from abreast.model.scores import token_scores
 from abreast.plan import WIRING_NAMES, Group, Norms, Plan
 
@@ -203,7 +204,7 @@ def _prompts_held(
 
     with ExitStack() as hooks:
         if prompts is not None:
-            attention = branches_of(model).attention
+            attention = branches_of(model, by_parts=True).attention
             for layer in layers:
                 module = getattr(layer, attention)
                 hooks.enter_context(module.register_forward_pre_hook(hold, with_kwargs=True))
@@ -270,11 +271,11 @@ def capture(
     arguments: list[dict[str, Any]] = [{} for _ in layers]
     entering: list[torch.Tensor] = []
 
-    def forward_of(index: int) -> Callable[..., torch.Tensor]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward_of(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             arguments[index] = by_name(layers[index], args, kwargs)
             entering.append(hidden_states)
-            return hidden_states
+            return returned(model, hidden_states)
 
         return forward
 
@@ -285,7 +286,7 @@ def capture(
 
 @contextmanager
 def replaced(
-    layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., torch.Tensor]]
+    layers: nn.ModuleList, forward_of: Callable[[int], Callable[..., Any]]
 ) -> Iterator[None]:
     """Inside, every layer has the `forward` of its index."""
     before = [vars(layer).get("forward") for layer in layers]  # accelerate's, where it spread them
@@ -322,23 +323,19 @@ def advance(
             return advance(model, layers, arguments, step.step, x)
     if isinstance(step, Merged):
         merged = _mean_layer(layers, step.layers)
-        return _result(merged(x, **arguments[step.layers[0]])).to(device)
+        return tensor_of(merged(x, **arguments[step.layers[0]])).to(device)
     if isinstance(step, Group):
         with grouped(model, Plan(num_layers=len(layers), groups=(step,)), norms=norms):
             for layer in step.layers:  # all but the last pass x through
-                x = layers[layer](x, **arguments[layer])
+                x = tensor_of(layers[layer](x, **arguments[layer]))
             return x.to(device)
-    return _result(layers[step](x, **arguments[step])).to(device)
+    return tensor_of(layers[step](x, **arguments[step])).to(device)
 
 
 def _map_output(weight: torch.Tensor, module: nn.Module, args: Any, output: Any) -> Any:
-    first = _result(output)
+    first = tensor_of(output)
     mapped = nn.functional.linear(first.float(), weight.to(first.device)).to(first.dtype)
     return (mapped, *output[1:]) if isinstance(output, tuple) else mapped
-
-
-def _result(returned: Any) -> torch.Tensor:
-    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def _mean_layer(layers: nn.ModuleList, members: tuple[int, ...]) -> nn.Module:
@@ -385,7 +382,8 @@ def _logits(
     """
     rows = _rows(model, ids)
     for part, part_ids in zip(state.split(rows), ids.split(rows), strict=True):
-        with replaced(layers, lambda _, part=part: lambda *_args, **_kwargs: part):  # type: ignore[misc]
+        out = returned(model, part)
+        with replaced(layers, lambda _, out=out: lambda *_args, **_kwargs: out):  # type: ignore[misc]
             yield model(input_ids=part_ids, use_cache=False).logits[:, max(prefix, 1) - 1 : -1]
 
 

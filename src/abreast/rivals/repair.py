@@ -111,7 +111,7 @@ class Streams:
     ) -> tuple[Mapped, list[torch.Tensor]]:
         """One step's maps, and the stream after it."""
         layers = _layers(step.step)
-        branches, device = branches_of(self.model), device_of(self.model)
+        branches, device = branches_of(self.model, by_parts=True), device_of(self.model)
         scale = float(getattr(self.layers[layers[0]], branches.scale)) if branches.scale else 1.0
         ends_of = (
             [branches.attention, *branches.after_attention][-1],

@@ -25,7 +25,7 @@ import yaml
 
 from abreast.convert import obstacle
 from abreast.errors import AbreastError, first_line
-from abreast.families import decoder_of, family_of, head_dim_of, num_layers_of
+from abreast.families import decoder_of, family_of, num_layers_of
 from abreast.plan import Group, Plan
 from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, refusals
@@ -391,8 +391,7 @@ def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | N
 
 def _context_bytes(config: Mapping[str, Any], setting: Setting) -> int:
     """Bytes of keys and values of all layers; grouping does not change them."""
-    kv_heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
-    per_token = 2 * kv_heads * head_dim_of(config) * num_layers_of(config)
+    per_token = 2 * shape_of(config).keys * num_layers_of(config)
     return int(per_token * setting.batch * setting.context * setting.cache_bytes)
 
 
