@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz kill lock dist bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz kill versions lock dist bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,17 @@ N ?= 200
 kill: $(VENV)/.dev ## kill and starve the verbs N (200) times, and run them again
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py -n $(N) --record
 
+# The tests that touch most of torch and transformers: every family converted, run and healed.
+CORE_TESTS := tests/convert/test_parity.py tests/model/test_grouped.py tests/heal tests/engines/test_torch_tp.py
+versions: ## run the core of the tests with the oldest and the newest torch and transformers (10 GB of disk)
+	@scripts/need.sh python
+	@set -e; for versions in "torch==2.11.* transformers==5.17.*" "torch transformers"; do \
+	  rm -rf .venv-versions; "$(PYTHON)" -m venv .venv-versions; \
+	  .venv-versions/bin/python $(INSTALL) -e . $$versions accelerate peft pytest hypothesis; \
+	  echo "== $$versions"; \
+	  OMP_NUM_THREADS=1 .venv-versions/bin/python -m pytest -m "not slow" $(CORE_TESTS); \
+	done; rm -rf .venv-versions
+
 lock: ## write locks/ anew, after a change of constraints.txt or pyproject.toml
 	scripts/lock.sh
 
@@ -82,7 +93,7 @@ docs: $(VENV)/.dev ## build the site into site/; read it at site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the virtual environments, build outputs and caches
-	rm -rf $(VENV) .venv-gguf .venv-vllm .venv-mlx .venv-sglang build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-gguf .venv-vllm .venv-mlx .venv-versions .venv-sglang build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks scripts examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # .core and .dev are stamps: the environment is brought up to date when what it should hold changes.
