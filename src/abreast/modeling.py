@@ -22,7 +22,6 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.models.phi3.modeling_phi3 import Phi3Attention
 
 from .modeling_members import (
     SCORES,
@@ -61,6 +60,8 @@ ARCHITECTURES = [f"Abreast{family}ForCausalLM" for family in FAMILIES if family[
 ARCHITECTURES += [f"Abreast{kind}ForConditionalGeneration" for kind in WRAPPERS]
 # Attentions that norm q and k after they were transposed to [B, heads, L, X].
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
+# Those that read the number of heads while they run, so that they keep their layer's own config.
+READ_HEADS = {"Phi3Attention"}
 # Norms after attention, before and after the FFN, in the three orders there are.
 ORDERS: tuple[tuple[Any, Any, Any], ...] = (
     ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
@@ -304,8 +305,7 @@ class LayersOfOwnWidth(PreTrainedModel):
         layers = nn.ModuleList(self.layer_class(own, index) for index, own in enumerate(entries))
         self.base_model.layers = layers
         for module in (self, self.base_model, *layers.modules()):
-            # Phi 3 reads the number of heads while it runs, so it has to keep its layer's copy.
-            if hasattr(module, "config") and not isinstance(module, Phi3Attention):
+            if hasattr(module, "config") and type(module).__name__ not in READ_HEADS:
                 module.config = config
         sequential = getattr(config, "abreast_prefill", None) == "sequential"
         norms = next(names for names in ORDERS if names[2] is None or hasattr(layers[0], names[2]))
@@ -340,7 +340,7 @@ class LayersOfOwnWidth(PreTrainedModel):
         super().set_attn_implementation(*args, **kwargs)
         used = self.config._attn_implementation_internal
         for module in self.modules():
-            if isinstance(module, Phi3Attention):
+            if type(module).__name__ in READ_HEADS:
                 module.config._attn_implementation_internal = used
 
 

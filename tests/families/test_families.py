@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -250,22 +251,34 @@ def test_classes_are_found_by_model_type(family):
     assert type(AutoConfig.for_model(made.model_type)) is made
 
 
-def test_a_class_that_transformers_renamed_breaks_its_own_family_only(monkeypatch):
-    from transformers.models.olmo2 import modeling_olmo2
-
-    monkeypatch.delattr(modeling_olmo2, "Olmo2DecoderLayer")
-    for name in [name for name in vars(modeling) if name.startswith("AbreastOlmo2")]:
+@pytest.mark.parametrize(
+    ("module", "renamed", "family", "end"),
+    [
+        ("olmo2", "Olmo2DecoderLayer", "Olmo2", "Config"),
+        ("mixtral", "MixtralModel", "Mixtral", "ForCausalLM"),
+        ("qwen2_5_vl", "Qwen2_5_VLDecoderLayer", "Qwen2_5_VLText", "Model"),
+        ("llava", "LlavaForConditionalGeneration", "Llava", "WrapperConfig"),
+    ],
+)
+def test_a_class_that_transformers_renamed_breaks_its_own_family_only(
+    monkeypatch, module, renamed, family, end
+):
+    monkeypatch.delattr(import_module(f"transformers.models.{module}.modeling_{module}"), renamed)
+    for name in [name for name in vars(modeling) if name.startswith(f"Abreast{family}")]:
         monkeypatch.delitem(vars(modeling), name)
-    with pytest.raises(ValueError, match=r"has not all of Olmo2: .*Olmo2DecoderLayer"):
-        modeling.AbreastOlmo2Config  # noqa: B018
+    with pytest.raises(ValueError, match=f"has not all of {family}: .*{renamed}"):
+        getattr(modeling, f"Abreast{family}{end}")
     assert modeling.AbreastLlamaConfig.model_type == "abreast_llama"
+    assert modeling.AbreastGemma3ForConditionalGeneration.config_class is not None
 
 
 @pytest.mark.slow
 def test_importing_makes_no_family():
+    """So that none of them can break the import for the others, and it is quick."""
     code = (
         "import sys, abreast.modeling, transformers\n"
-        "made = [n for n in sys.modules if n.endswith(('modeling_llama', 'modeling_gemma'))]\n"
+        "parts = [n.split('.') for n in sys.modules if n.startswith('transformers.models.')]\n"
+        "made = [p for p in parts if p[2] != 'auto' and p[-1].startswith('modeling_')]\n"
         "assert not made, made\n"
         "config = transformers.AutoConfig.for_model('abreast_llama')\n"
         "assert type(config).__name__ == 'AbreastLlamaConfig'\n"

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.linear import ReplicatedLinear
 
 
@@ -28,6 +27,9 @@ class Experts(nn.Module):
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
+        # Here, so that where vLLM renames it models without experts are served.
+        from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
         hidden, members = config.hidden_size, getattr(config, "abreast_members", None) or 1
         mixtral = config.model_type == "abreast_mixtral"
         self.gate = ReplicatedLinear(
