@@ -20,6 +20,7 @@ from abreast.cli.main import main
 from abreast.data import TokenStream
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
+from abreast.evaluate import statistics
 from abreast.evaluate.statistics import bootstrap, mcnemar, ratio_of_means, sign_flips
 from abreast.evaluate.text import compare, perplexity, sliding_windows
 from abreast.model import scores as scoring
@@ -354,6 +355,35 @@ def test_bootstrap_is_paired_seeded_and_covers() -> None:
     assert 180 <= hits <= 198
     again = [bootstrap(sums, statistic, seed=seed) for seed in (3, 3, 4)]
     assert again[0] == again[1] != again[2]
+
+
+def test_statistics_of_one_and_two_clusters_by_hand() -> None:
+    sums, counts = np.array([1.0, 3.0]), np.ones(2)
+    assert ratio_of_means(sums, counts) == (2, 1)
+    mean, error = ratio_of_means(sums[1:], 2 * counts[1:])
+    assert mean == 1.5 and math.isnan(error)
+    # Of two clusters the resampled totals are 2, 4 and 6, a quarter of them each end.
+    statistic = {"total": lambda drawn: drawn["sum"], "count": lambda drawn: drawn["sum"] / 0}
+    found = bootstrap({"sum": sums}, statistic)
+    assert found["total"] == (2, 6) and np.isnan(found["count"]).all()
+    assert np.isnan(bootstrap({"sum": sums[1:]}, statistic)["total"]).all()
+
+
+def test_intervals_leave_out_what_is_not_finite() -> None:
+    values = np.arange(1001.0)
+    assert statistics.interval(values) == (25, 975)
+    assert statistics.interval(np.append(values, [math.inf, math.nan])) == (25, 975)
+
+
+def test_draws_are_the_same_in_number_however_few_are_held_at_once(monkeypatch) -> None:
+    monkeypatch.setattr(statistics, "_MAX_DRAWS", 20)  # two at a time of five rows and two columns
+    columns = np.stack([np.ones(5), np.arange(5)], 1)
+    totals = statistics.resampled(columns, np.random.default_rng(0), 7)
+    assert totals.shape == (7, 2) and (totals[:, 0] == 5).all()
+    assert len(set(totals[:, 1])) > 2 and totals[:, 1].max() <= 20
+    values = np.array([0.5, -0.2, 0.9, 0.4])  # of 16 signs, 4 reach as far
+    assert sign_flips(values, resamples=2001) == pytest.approx(4 / 16, abs=0.03)
+    assert sign_flips(np.ones(40), resamples=99) == 1 / 100
 
 
 def test_exact_mcnemar_by_hand() -> None:

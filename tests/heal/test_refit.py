@@ -1,6 +1,7 @@
 """Refitting in closed form: the regression itself, whole models, and what it must leave alone."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from abreast.evaluate.text import compare
 from abreast.heal.least_squares import (
     RIDGES,
     Moments,
+    _check_memory,
     _ridge,
     memory_needed,
     moments_pair,
@@ -93,6 +95,33 @@ def test_solve_finds_what_is_there():
     assert ridge == min(RIDGES)
     assert torch.allclose(found.float(), true, atol=1e-3)
     assert before == pytest.approx(1) and after < 1e-6
+
+
+@pytest.mark.parametrize("noise", [0.1, 1.0, 3.0])
+def test_the_ridge_is_that_with_the_least_error_on_the_batches_left_out(noise):
+    generator = torch.Generator().manual_seed(1)
+    u = 3 * torch.randn(90, 20, generator=generator)
+    t = u @ torch.randn(20, 4, generator=generator)
+    t += 3 * noise * torch.randn(90, 4, generator=generator)
+    start = torch.randn(4, 20, generator=generator).double()
+    inputs, targets, checked = u.double(), t.double(), slice(0, 30)  # of which `moments` checks
+
+    def fitted(rows, candidate):
+        gram = inputs[rows].T @ inputs[rows]
+        ridge = candidate * gram.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+        right = inputs[rows].T @ targets[rows] + ridge @ start.T
+        return torch.linalg.solve(gram + ridge, right).T
+
+    def error(weight):
+        wrong = targets[checked] - inputs[checked] @ weight.T
+        return float(wrong.square().sum() / targets[checked].square().sum())
+
+    errors = [error(fitted(slice(30, 90), candidate)) for candidate in RIDGES]
+    best = next((i for i, e in enumerate(errors[:-1]) if errors[i + 1] >= e), len(errors) - 1)
+    found, ridge, before, after = solve(*moments(u, t), start)
+    assert ridge == RIDGES[best] and before == pytest.approx(error(start), rel=1e-5)
+    assert after == pytest.approx(errors[best], rel=1e-5)
+    assert torch.allclose(found, fitted(slice(0, 90), ridge), rtol=1e-4, atol=1e-5)
 
 
 def test_solve_keeps_weights_where_nothing_can_be_learnt():
@@ -250,6 +279,34 @@ def test_a_7b_model_fits_one_80_gb_device():
     assert needs["total"] < 80e9
     # Without the widest regression there is hardly anything beside the weights.
     assert memory_needed(LLAMA_2_7B, largest_group=3)["moments"] > needs["moments"]
+
+
+def test_memory_by_hand():
+    """Of 4 layers of hidden size 8, FFN of 16, and 2 heads of 4 that share one of keys and values:
+    8 x 8 for q and o, 4 x 8 for k and v, 16 x 8 for gate, up and down."""
+    config = {**LLAMA_2_7B, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+    config |= {"num_key_value_heads": 1, "num_hidden_layers": 4, "vocab_size": 10}
+    weights = 4 * (2 * 64 + 2 * 32 + 3 * 128) + 2 * 10 * 8
+    assert memory_needed(config, bytes_per_weight=4, batch_tokens=100, largest_group=3) == {
+        "weights": 4 * weights,
+        "moments": 2 * 8 * (72 * 72 + 72 * 8),  # 72: three members' heads and neurons
+        "solve": 8 * (2 * 72 * 72 + 3 * 72 * 8),
+        "activations": 4 * 100 * (2 * 72 + 8 * 8),
+        "total": 4 * weights + 8 * (4 * 72 * 72 + 5 * 72 * 8) + 400 * 208,
+    }
+    usual = memory_needed(config, bytes_per_weight=2, batch_tokens=16_384, largest_group=2)
+    assert memory_needed(config) == usual
+
+
+def test_too_little_memory_on_a_device_is_said_before_anything_is_computed(monkeypatch):
+    plan, device = Plan.parse("1+2 3+4+5", 32), SimpleNamespace(device="cuda:1")
+    needs = memory_needed(LLAMA_2_7B, largest_group=3)
+    room = needs["total"] - needs["weights"]
+    free = iter([room, room - 1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 10**12))
+    _check_memory(device, LLAMA_2_7B, plan)
+    with pytest.raises(AbreastError, match=f"needs {room / 1e9:.0f} GB beside .* on cuda:1; use"):
+        _check_memory(device, LLAMA_2_7B, plan)
 
 
 def test_memory_is_what_is_really_allocated():

@@ -17,6 +17,7 @@ from abreast.planner.search import (
     additive,
     changes,
     contiguous,
+    learn,
     predicted,
     refine,
     total,
@@ -133,6 +134,34 @@ def test_the_best_plan_with_one_group_replaced_is_among_the_changes(given_costs,
     expected = [candidates.cost(tuple(map(candidates.groups.index, p.groups))) for p in near]
     if expected:
         assert min(changes(candidates, places).values()) <= min(expected) + 1e-9
+
+
+def test_couplings_are_learnt_by_the_number_of_layers_between_two_groups():
+    """Against the regression written out, pair by pair."""
+    candidates = Candidates.of(20, pairs(20, lambda first: first / 4))
+    rng = np.random.default_rng(0)
+    choices = [(0,), (3, 5), (0, 3, 9), (1, 4, 8), (2, 6, 14), (0, 2, 4), (7, 16), (5, 8, 10, 12)]
+    measured = {choice: candidates.cost(choice) * rng.uniform(0.7, 1.6) for choice in choices}
+
+    def kind(a: int, b: int) -> int:  # pairs that begin n layers apart have n - 2 between them
+        between = abs(a - b) - 2
+        return next((k for k, least in ((3, 4), (2, 2), (1, 1), (0, 0)) if between >= least), -1)
+
+    cost = {place: (place + 1) / 4 for place in range(len(candidates.groups))}
+    rows, excess = [], []
+    for choice in choices[1:]:
+        row, alone = [0.0] * 4, sum(cost[place] for place in choice)
+        for a, b in itertools.combinations(choice, 2):
+            row[kind(a, b)] += math.sqrt(cost[a] * cost[b]) / alone
+        rows.append(row)
+        excess.append(measured[choice] / alone - 1)
+    x, y = np.array(rows), np.array(excess)
+    rho = np.linalg.solve(x.T @ x + 0.1 * np.eye(4), x.T @ y)
+    learned = learn(candidates, measured)
+    for a, b in itertools.product(cost, cost):
+        expected = rho[kind(a, b)] * math.sqrt(cost[a] * cost[b]) if kind(a, b) >= 0 else 0.0
+        assert learned.coupling[a, b] == pytest.approx(expected, abs=1e-12)
+    assert learn(candidates, {(0,): 1.0}) is candidates  # of one group nothing can be learnt
 
 
 def test_changes_of_a_full_stretch_shift_it():
