@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz kill versions lock dist bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz load kill versions lock dist bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ lint: $(VENV)/.dev ## check style, formatting and types
 MINUTES ?= 10
 fuzz: $(VENV)/.dev ## hand damaged files to the command for MINUTES (10)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES) --record
+
+load: .venv-vllm/.ready ## send mixed traffic to vLLM's server for MINUTES (10)
+	$(IN_VLLM) tests/real_engines/load.py --minutes $(MINUTES) --record
 
 N ?= 200
 kill: $(VENV)/.dev ## kill and starve the verbs N (200) times, and run them again

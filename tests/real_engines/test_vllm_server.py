@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,63 +9,33 @@ from typing import Any
 import openai
 import pytest
 import torch
-from agreement import DOCS, command_in_docs, free_port
+from agreement import DOCS
+from load import KINDS, PLAN, judge, serve, traffic
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
 from abreast.model.grouping import load
 
 PROMPT = "import os\nimport sys\n\ndef main("
-SECONDS = 300
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("converted") / "OUT"
-    convert(model_folder(), "2+3 8|9 10|11:1", out, dtype="float32")
+    convert(model_folder(), PLAN, out, dtype="float32")
     return out
 
 
 @pytest.fixture(scope="module")
-def client(folder, tmp_path_factory) -> Any:
+def server(folder) -> Any:
     """Two ranks, each a process of its own, as a user would run it."""
-    command = command_in_docs("python -m vllm.entrypoints.openai.api_server")
-    assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
-    assert "OUT" in command
-    port = free_port()
-    template = tmp_path_factory.mktemp("chat") / "chat.jinja"
-    template.write_text("{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}# ")
-    here = ["--port", str(port), "--dtype", "float32", "--chat-template", str(template)]
-    small = ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--max-num-seqs", "8"]
-    log = template.with_name("log")
-    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if os.cpu_count() != 1 else "0|0"}
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [sys.executable, *command[1:], *here, *small],
-            cwd=folder.parent,
-            env=env,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    asked = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60)
-    try:
-        start = time.monotonic()
-        while True:
-            assert server.poll() is None, log.read_text()[-5000:]
-            assert time.monotonic() - start < SECONDS, log.read_text()[-5000:]
-            try:
-                asked.models.list()
-                break
-            except openai.APIConnectionError:
-                time.sleep(1)
-        yield asked
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
+    with serve(folder, ranks=2) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Any:
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +108,15 @@ def test_prompt_that_is_too_long(client, greedy):
     with pytest.raises(openai.BadRequestError, match="256"):
         ask(client, prompt="x = 1\n" * 300)
     assert ask(client, max_tokens=4).choices[0].text == greedy(PROMPT, 4)[0]
+
+
+def test_mixed_traffic(server, folder):
+    """Some seconds of what `make load` does for minutes, too short to judge the memory by."""
+    seen = traffic(server, seconds=20, seed=1)
+    seen.memory = [1.0] * 8
+    judge(seen, folder)
+    assert not seen.faults
+    assert {*KINDS, "cancelled"} <= set(seen.events)
 
 
 def test_python_of_the_docs(folder, run_apart):
