@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,17 @@ def warm_up() -> None:
             if (lacking.name or "").startswith("abreast"):
                 raise
     torch.set_num_threads(1)
-    # A collection in a fork would copy all that this process holds.
-    gc.collect()
-    gc.freeze()
+    keep()
     memory_disk = Path("/dev/shm")
     usable = os.access(memory_disk, os.R_OK | os.W_OK | os.X_OK)
     if usable and shutil.disk_usage(memory_disk).free > 1 << 30:
         tempfile.tempdir = str(memory_disk)
+
+
+def keep() -> None:
+    """Let collections in forks pass over, and so not copy, what this process holds."""
+    gc.collect()
+    gc.freeze()
 
 
 def run(
@@ -93,19 +98,21 @@ def run(
     limited: bool = True,
     memory_limit: bool = True,
     before: Callable[[], None] = lambda: None,
+    learn: bool = False,
 ) -> Ended:
     """Run `abreast ARGUMENTS` in `folder`.
 
-    stop: a signal, and after how many seconds it comes. before: called in the fork.
+    stop: a signal, and after how many seconds it comes. before: called in the fork. learn: import
+    here what the run imports, so that later ones need not.
     """
     with tempfile.TemporaryDirectory() as place:
-        logs = [Path(place, name) for name in ("out", "err", "tried")]
+        logs = [Path(place, name) for name in ("out", "err", "tried", "imported")]
         began = time.monotonic()
         child = os.fork()
         if child == 0:
             if limited and memory_limit:
                 memory(MEMORY)
-            _child([str(word) for word in arguments], folder, logs, limited, before)
+            _child([str(word) for word in arguments], folder, logs, limited, before, learn)
         watch = os.pidfd_open(child)
         deadline = began + WALL_SECONDS
         try:
@@ -118,8 +125,15 @@ def run(
         finally:
             os.close(watch)
         _, status = os.waitpid(child, 0)
-        out, err, tried = (log.read_text(errors="replace") if log.exists() else "" for log in logs)
         seconds = time.monotonic() - began
+        out, err, tried, imported = (
+            log.read_text(errors="replace") if log.exists() else "" for log in logs
+        )
+        if learn:
+            for name in imported.split():
+                with suppress(Exception):  # what a run makes itself
+                    importlib.import_module(name)
+            keep()
         return Ended(
             os.waitstatus_to_exitcode(status), out, err, seconds, tuple(tried.splitlines())
         )
@@ -138,6 +152,7 @@ def _child(
     logs: list[Path],
     limited: bool,
     before: Callable[[], None],
+    learn: bool,
 ) -> None:
     status = 70
     try:
@@ -171,6 +186,8 @@ def _child(
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if learn:
+            logs[3].write_text("\n".join(sys.modules))
         os._exit(status)
 
 

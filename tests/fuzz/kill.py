@@ -1,8 +1,8 @@
 """Kill the verbs, starve them, and run them again; `make N=200 kill`.
 
-Every verb runs twice undisturbed, then in N runs, three times in four, a signal comes after a
-random part of that time; else the disk is full, memory short, the folder read-only, or two run at
-once.
+Every verb runs twice undisturbed, then in N runs, which give each verb as much time, three times
+in four, a signal comes after a random part of that time; else the disk is full, memory short, the
+folder read-only, or two run at once.
 After SIGINT, SIGTERM and SIGHUP nothing that a run stages may be left; after any signal the same
 command must succeed, with the files of an undisturbed run, and leave nothing. Left out of the
 comparison are times, counts of the work done, the order of journals, files that two undisturbed
@@ -184,7 +184,7 @@ def main() -> int:
             trees = []
             for turn in range(2):
                 folder = prepare(origin, Path(place, f"{verb}-{turn}"))
-                ended = run(command(verb), folder, limited=False)
+                ended = run(command(verb), folder, limited=False, learn=turn == 0)
                 if ended.status:
                     print(f"{verb} fails undisturbed: {ended.err.strip()[-500:]}", file=sys.stderr)
                     return 1
@@ -202,11 +202,11 @@ def main() -> int:
         for turn in range(options.n):
             if time.monotonic() > end:
                 break
-            verb = verbs[turn % len(verbs)]
+            (verb,) = chance.choices(verbs, [1 / lasting[verb] for verb in verbs])
             folder = prepare(origin, Path(place, f"case-{turn}"))
             kind = chance.choices([*TROUBLES, "signal"], (1, 1, 1, 1, 12))[0]
             if kind == "signal":
-                number = chance.choices(_SIGNALS, (5, 1, 1, 1))[0]
+                number = chance.choices(_SIGNALS, (15, 1, 1, 1))[0]
                 after = chance.uniform(0, lasting[verb])
                 stopped = run(command(verb), folder, stop=(number, after), limited=False)
                 kind = f"{signal.Signals(number).name} after {after:.2f} s"
@@ -214,6 +214,8 @@ def main() -> int:
             else:
                 stopped, fault = TROUBLES[kind](verb, folder, chance)
                 fault = fault or fault_of(stopped, False, folder)
+            if stopped.status == 0:
+                lasting[verb] = min(lasting[verb], stopped.seconds)
             counts["ended well" if stopped.status == 0 else kind.split(" after")[0]] += 1
             done = verb not in RESUMED and (folder / "out").exists()
             if stopped.status and not done:
