@@ -82,9 +82,8 @@ def predicted() -> list[dict[str, Any]]:
     for name, model, plan, hardware, figure, replicated, given in CASES:
         config = MODELS[model]
         parsed = Plan.parse(plan, config["num_hidden_layers"])
-        setting = Setting(
-            hardware_of(hardware), context=CONTEXT, runtime="eager", replicated=replicated
-        )
+        how = "replicate" if replicated else "shard"
+        setting = Setting(hardware_of(hardware), context=CONTEXT, runtime="eager", unpaired=how)
         found = speedup(config, parsed, setting)
         published = 1 / (1 - figure) if figure < 1 else figure
         rows.append(_row(name, model, f"depth {parsed.depth}", published, found, given))

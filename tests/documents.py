@@ -64,6 +64,7 @@ VLLM = "tests/real_engines/test_vllm_server.py"
 FEATURES = "tests/real_engines/test_vllm_features.py"
 LLAMACPP = "tests/real_engines/test_llamacpp.py::test_the_page_about_llama_cpp"
 SERVED = "the test machine has no GPU; the same server, started as a module, is run by "
+BETWEEN = "tests/engines/test_torch_tp.py::test_two_machines_give_the_logits_of_one"
 ENVIRONMENT = "makes the environment that the tests run in"
 TARGET = "a target of the Makefile: `make -n` runs here"
 SERVES = "serves until it is stopped: tests/report/test_play_browser.py::"
@@ -114,8 +115,11 @@ ELSEWHERE = {
     ),
     "ray start --head --port 6379": "several machines",
     "ray start --address FIRST_MACHINE:6379": "several machines",
-    "vllm serve OUT --distributed-executor-backend ray --tensor-parallel-size 8 "
-    "--pipeline-parallel-size 2": "several machines",
+    "vllm serve OUT --distributed-executor-backend ray --tensor-parallel-size 2 --hf-overrides "
+    '{"abreast_unpaired": "replicate"}': (
+        "several machines; on two ranks of one: "
+        "tests/real_engines/test_vllm_parity.py::test_single_layers_whole_on_every_rank"
+    ),
     "export SGLANG_EXTERNAL_MODEL_PACKAGE=abreast.engines.sglang": "needs a GPU",
     "python -m sglang.launch_server --model-path OUT --tp-size 2": (
         "needs a GPU: tests/engines/test_sglang.py runs the models on a stand-in"
@@ -130,12 +134,26 @@ ELSEWHERE = {
     "torchrun --nproc-per-node 2 your_script.py": (
         "tests/engines/test_tensor_parallel.py::test_two_ranks_give_the_logits_of_one"
     ),
-    "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --rdzv-backend c10d "
-    "--rdzv-endpoint HOST:29500 -m abreast bench ORIGINAL CONVERTED --backend tp --device cuda": (
-        "several machines with GPUs"
+    "torchrun --nnodes 2 --node-rank 0 --nproc-per-node 4 --master-addr FIRST_MACHINE "
+    "--master-port 29500 -m abreast bench MODEL CONVERTED --backend tp --device cuda": (
+        f"needs GPUs; on CPUs by {BETWEEN}"
+    ),
+    "export GLOO_SOCKET_IFNAME=eth0": f"set by {BETWEEN}",
+    "export MASTER_ADDR=FIRST_MACHINE MASTER_PORT=29500 WORLD_SIZE=2": f"set by {BETWEEN}",
+    "RANK=0 abreast bench MODEL CONVERTED --backend tp --unpaired shard,replicate": (
+        f"several machines; what it loads: {BETWEEN}"
+    ),
+    "RANK=1 abreast bench MODEL CONVERTED --backend tp --unpaired shard,replicate": (
+        f"several machines; what it loads: {BETWEEN}"
+    ),
+    "abreast bench MODEL CONVERTED --backend tp --unpaired shard,replicate --link-delay 300": (
+        "tests/speed/test_backends.py::test_slower_links_are_simulated_and_labelled"
     ),
     "abreast bench ORIGINAL CONVERTED --backend tp --ranks 2": (
         "tests/speed/test_backends.py::test_tensor_parallel_job_comes_back_from_torchrun"
+    ),
+    "abreast bench ORIGINAL CONVERTED --backend tp --unpaired shard,replicate --link-delay 300": (
+        "tests/speed/test_backends.py::test_slower_links_are_simulated_and_labelled"
     ),
     "abreast convert-adapter ADAPTER OUT -o OUT-ADAPTER": (
         "needs an adapter: tests/convert/test_adapter.py::test_command"

@@ -11,10 +11,12 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from abreast.errors import AbreastError
-from abreast.plan import Block, Plan
+from abreast.plan import Block, Group, Plan
+
+Unpaired = Literal["shard", "replicate"]  # how several processes hold layers that are in no group
 
 SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": null}'"
 EXPERT_WIDTH = "moe_intermediate_size"
@@ -60,11 +62,13 @@ class Model:
     """A checkpoint as engines see it: its config.json, and its family's row, None if it has none.
 
     plan: config is an original's, and the question is about its conversion under this plan.
+    unpaired: how torch_tp shall hold single layers, see there.
     """
 
     config: Mapping[str, Any]
     family: FamilyFacts | None
     plan: Plan | None = None
+    unpaired: Unpaired = "shard"
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -173,6 +177,7 @@ def refusals(
     family: FamilyFacts | None,
     plan: Plan | None = None,
     degree: int = 1,
+    unpaired: Unpaired = "shard",
 ) -> Iterator[str]:
     """Why an engine will not load a checkpoint at a tensor parallel degree; nothing if it will.
 
@@ -191,7 +196,7 @@ def refusals(
             f"{target.name} does not load a converted decoder within a {config['within']}; serve "
             "the checkpoint with transformers"
         )
-    yield from target.refuse(Model(config, family, plan), degree)
+    yield from target.refuse(Model(config, family, plan, unpaired), degree)
 
 
 def refused_by(config: Mapping[str, Any], family: FamilyFacts | None) -> dict[str, str]:
@@ -347,29 +352,61 @@ def undivided(model: Model, degree: int) -> str | None:
     return None
 
 
+def recorded_plan(config: Mapping[str, Any]) -> Plan | None:
+    """The plan under which a config.json says it was converted, None for an original."""
+    record = config.get("abreast")
+    if record is None:
+        return None
+    try:
+        return Plan.parse(record["plan"], record["num_layers"])
+    except (AttributeError, KeyError, TypeError):
+        raise AbreastError(
+            "config.json does not say under which plan it was converted; convert the original again"
+        ) from None
+
+
+def is_dealt(
+    family: FamilyFacts, group: Group, degree: int, unpaired: Unpaired, sequential: bool
+) -> bool:
+    """Whether torch_tp gives a rank whole members of a group, or parts of one, not a part of all.
+
+    sequential: prompts run in the original order, where all ranks should have a part of all.
+    """
+    if unpaired == "replicate":
+        return True
+    members = len(group.layers)
+    fits = members % degree == 0 or (degree % members == 0 and not family.member_norms)
+    banded = group.ffn_band is not None and not family.parallel
+    return banded and fits and not sequential
+
+
 def _torch_tp(model: Model, degree: int) -> Iterator[str]:
     if degree == 1:
         return
-    if _is_sequential(model):
-        yield "sequential prefill runs on 1 process only; unset it to use several"
     yield from _experts(model, "torch_tp")
-    apart = any(layer.members > 1 for layer in model.layers)
-    if apart and (model.family is None or model.family.member_norms or model.family.flat_norms):
-        yield "groups with norms after a branch cannot be spread over processes; use 1 process"
-    for members in sorted({layer.members for layer in model.layers if layer.band is not None}):
-        if degree % members:
+    plan = model.plan or recorded_plan(model.config)
+    if model.unpaired == "replicate":
+        for members in sorted({len(group.layers) for group in plan.groups} if plan else ()):
+            if members < degree:
+                yield (
+                    f"{degree} processes are more than the {members} members of a group, of which "
+                    f"each needs one under --unpaired replicate; use at most {members}, or shard"
+                )
+        return
+    single, parts = _layer(model.config), degree
+    if plan is not None and model.plan is None and not model.config.get("per_layer_config"):
+        parts *= len(plan.blocks[0].ffns)  # all layers are so many members
+    flat = model.family is not None and bool(model.family.flat_norms)
+    for key, size in (
+        ("num_key_value_heads", 0 if flat else single.kv_heads),
+        ("num_attention_heads", 0 if flat else single.heads),
+        ("intermediate_size", single.intermediate),
+    ):
+        if size % parts:
             yield (
-                f"a cqil group of {members} layers runs on {members} processes or a multiple of "
-                f"that, not on {degree}"
+                f"{degree} processes cannot share {size} ({key}) evenly; use a divisor of it, or "
+                "--unpaired replicate"
             )
-    for layer in (_layer(model.config), *model.layers):
-        for key, size in (
-            ("num_key_value_heads", layer.kv_heads),
-            ("num_attention_heads", layer.heads),
-            ("intermediate_size", layer.intermediate),
-        ):
-            if size % degree:
-                yield f"{degree} processes cannot share {size} ({key}) evenly; use a divisor of it"
 
 
 def _llamacpp(model: Model, degree: int) -> Iterator[str]:

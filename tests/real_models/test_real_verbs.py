@@ -67,7 +67,7 @@ def model(request: pytest.FixtureRequest) -> Model:
     if request.param == "smollm2":
         undivided = "2 processes cannot share 3 (num_key_value_heads) evenly"
         return Model("smollm2", folder, "llama", 30, "17+18 20+21", True, undivided)
-    undivided = "groups with norms after a branch cannot be spread over processes"
+    undivided = "2 processes cannot share 1 (num_key_value_heads) evenly"
     return Model("gemma3", folder, "gemma3_text", 18, "7+8 13|14:1", False, undivided)
 
 

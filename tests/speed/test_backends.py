@@ -137,10 +137,33 @@ def test_tensor_parallel_job_comes_back_from_torchrun(converted):
     assert found.results[0].memory["m1"].kv_cache == 6 * 2 * 1 * 16 * 2 * 9 * 4
 
 
+@pytest.mark.slow
+def test_slower_links_are_simulated_and_labelled(converted):
+    job = job_of(*converted, backend="tp", dtype="float32", unpaired=("replicate", "shard"))
+    found = run(replace(job, link_delay=500)).results[0]
+    assert list(found.timings) == ["original", "on one device", "m1", "m1, replicate"]
+    assert "simulated link" in found.name
+    assert found.backend == "tp, simulated link of 500 us"
+    # 3 tokens: the logits' exchange; 6 layers of 2; 2 layers of 2 and 2 + 1; the groups' 2 + 1
+    exchanges = [found.memory[name].exchanges for name in found.timings]
+    assert exchanges == [3 * 13, 0, 3 * 8, 3 * 3]
+    for name, count in zip(found.timings, exchanges, strict=True):
+        assert found.timings[name].min > count * 500e-6
+
+
 def test_tensor_parallel_refusal_is_one_line(tiny_checkpoint, tmp_path):
-    convert(tiny_checkpoint(), "1|2|3", tmp_path / "out")
-    with pytest.raises(AbreastError, match=r"runs on 3 processes or a multiple of that, not on 2$"):
-        run(job_of(tmp_path / "out", backend="tp"))
+    convert(tiny_checkpoint(), "1|2", tmp_path / "out")
+    job = job_of(tiny_checkpoint(), tmp_path / "out", backend="tp", ranks=4)
+    with pytest.raises(AbreastError, match=r"4 processes cannot share 2 .* --unpaired replicate$"):
+        run(job)
+    with pytest.raises(AbreastError, match="more than the 2 members of a group"):
+        run(replace(job, unpaired=("replicate",)))
+    with pytest.raises(AbreastError, match="--unpaired 'both' is not one of shard, replicate"):
+        run(replace(job, unpaired=("both",)))
+    with pytest.raises(AbreastError, match="--link-delay -1 makes no sense"):
+        run(replace(job, link_delay=-1))
+    with pytest.raises(AbreastError, match="belong to --backend tp"):
+        run(replace(job, backend="eager", link_delay=300))
 
 
 def test_out_of_memory_keeps_what_is_there_and_names_the_knob(tiny_checkpoint, monkeypatch):

@@ -25,14 +25,13 @@ from abreast.speed.prediction import (
     estimate,
     forward_cost,
     hardware_of,
-    read_config,
     speedup,
     stage_cost,
     stage_seconds,
     table,
-    typical_plan,
+    ways,
 )
-from abreast.speed.shape import shape_of
+from abreast.speed.shape import read_config, shape_of, typical_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -125,10 +124,69 @@ def test_collectives_are_counted_as_the_theory_says():
     assert estimate(CONFIG, in_order, on(two)).all_reduces == (66, 27 * 2 + 4 + 3 + 2)
     # Four devices for two members: those that share one add its attention up among themselves.
     assert estimate(CONFIG, MEMBERS, on("4xA100-NVLink")).all_reduces[1] == 24 * 2 + 4 * 2 + 2
-    one = estimate(CONFIG, MEMBERS, on(two, replicated=True))
+    mixed = Plan.parse("14~15~16 18|19|20", 32)  # attentions of ff and single layers are whole
+    whole = estimate(CONFIG, mixed, on(two, unpaired="replicate"))
+    assert whole.all_reduces == (0, 2)
+    shape, cache = shape_of(CONFIG), 2 * 1024 * 1024 * 2
+    assert whole.kv_cache == pytest.approx(cache * (26 + 3 + 2))
+    layers = shape.attention * (26 + 3 + 2) + shape.ffn * (26 + 2 + 2)
+    assert whole.weights == pytest.approx(2 * (layers + shape.head + shape.embedding))
+    one = estimate(CONFIG, MEMBERS, on(two, unpaired="replicate"))
     assert one.all_reduces == (0, 4)
     assert (one.ranks, one.baseline_ranks) == (2, 1)
     assert estimate(CONFIG, PAIRS, on("A100")).all_reduces == (0, 0)
+
+
+def test_members_that_devices_do_not_share_evenly():
+    """As `torch_tp` holds them: split as all layers are, or dealt out, with one more for some."""
+    three = Plan.parse("18|19|20", 32)
+    split = estimate(CONFIG, three, on("2xA100-NVLink"))
+    assert split.all_reduces[1] == 29 * 2 + 2 + 2 and split.refused is None
+    group = three.groups[0]
+    dealt = on("2xA100-NVLink", unpaired="replicate")
+    assert dealt.held(group) == (2, 2) and on("3xA100-NVLink").held(group) == (1, 1)
+    assert estimate(CONFIG, three, dealt).all_reduces[1] == 1
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_a_bypass_is_repeated_where_exchanging_takes_longer(devices):
+    """A layer's attention on A100s: 42 MB at 1.7 TB/s, 24 us, half of it on each of two devices."""
+    plain, bypass = (Group(layers=(1, 2), wiring="cqil", bypass=b) for b in (0, 1))
+
+    def more(link: float) -> float:
+        setting = Setting(hardware_of("A100").joined(devices, link))
+        return stage_cost(CONFIG, bypass, setting) - stage_cost(CONFIG, plain, setting)
+
+    attention = 2 * shape_of(CONFIG).attention / (2.039e12 * table()["fractions"]["bandwidth"])
+    repeated = more(1000.0)
+    assert repeated == pytest.approx(attention / (devices // 2), rel=0.2)
+    assert repeated == pytest.approx(more(300.0)) and more(5.0) < repeated / 1.5
+
+
+def test_hardware_joined_by_another_link():
+    four = hardware_of("2xA100-NVLink").joined(4, 300.0)
+    assert (four.name, four.count) == ("4xA100-NVLink, link of 300 us", 4)
+    volume = 2 * 3 / 4 * 8192 / 3e11
+    assert four.all_reduce(8192, 4) == pytest.approx(300e-6 + volume)
+    assert hardware_of("2xA100-NVLink").joined().all_reduce(1, 2) > 0
+    for ranks, link in ((None, 300.0), (0, None), (2, -1.0), (2, float("nan"))):
+        with pytest.raises(HardwareError, match="makes no sense; give 2 devices or more"):
+            hardware_of("A100").joined(ranks, link)
+
+
+def test_the_ways_to_hold_a_conversion_are_compared(tmp_path, run):
+    found = ways(CONFIG, MEMBERS, on("2xM3Ultra-Thunderbolt"))
+    assert list(found) == ["shard", "replicate", "on one device"]
+    seconds = {way: entry.converted for way, entry in found.items()}
+    assert seconds["replicate"] < seconds["on one device"] < seconds["shard"]
+    weights = [entry.weights for entry in found.values()]
+    assert weights[0] < weights[1] < weights[2]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    options = ("--plan", MEMBERS.shorthand, "--hardware", "2xM3Ultra-Thunderbolt")
+    status, out, _ = run("estimate", tmp_path, *options)
+    assert status == 0 and "fastest: replicate" in out
+    status, out, _ = run("estimate", tmp_path, "--hardware", "M3Ultra")
+    assert status == 0 and "fastest" not in out
 
 
 def test_devices_that_no_engine_splits_a_plan_over_are_named():
@@ -137,7 +195,7 @@ def test_devices_that_no_engine_splits_a_plan_over_are_named():
     assert "layer 0 has 9 attention heads" in estimate(uneven, PAIRS, on("2xH100")).refused
     for config, setting in (
         (CONFIG, on("2xH100")),
-        (uneven, on("2xH100", replicated=True)),
+        (uneven, on("2xH100", unpaired="replicate")),
         (uneven, on("3xH100")),
         (uneven, on("H100")),
     ):
@@ -305,7 +363,6 @@ def test_hardware_is_read_generously():
         ({"phase": "train"}, "'train' is not one of prefill, decode"),
         ({"ranks": 3}, "is 2 devices; 3 cannot share"),
         ({"plan": Plan.parse("1+2", 16)}, "the plan is for 16 layers, the model has 32"),
-        ({"plan": Plan.parse("1|2|3", 32)}, "runs on 3 devices or a multiple of that, not on 2"),
     ],
 )
 def test_senseless_requests_are_refused(options, message):

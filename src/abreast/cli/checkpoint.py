@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from abreast.cli import console
+from abreast.cli import console, tables
 from abreast.errors import AbreastError
 
 dry_run_option = click.option(
@@ -22,9 +22,12 @@ shard_option = click.option(
 @console.verb()
 @click.argument("model", required=False)
 @click.option("--known", is_flag=True, help="Judge 40 well-known checkpoints instead.")
+@click.option("--hardware", help="Say how to hold it on these devices, as in estimate.")
 @console.revision_option
 @console.json_option
-def inspect(model: str | None, known: bool, revision: str | None, as_json: bool) -> None:
+def inspect(
+    model: str | None, known: bool, hardware: str | None, revision: str | None, as_json: bool
+) -> None:
     """Show a model's shape, and which layers can be grouped."""
     from abreast.convert import inspect_model
     from abreast.plan import Plan
@@ -33,11 +36,12 @@ def inspect(model: str | None, known: bool, revision: str | None, as_json: bool)
         raise AbreastError("inspect reads one MODEL, or --known")
     if model is None:
         return _print_known(as_json)
+    on = _on_hardware(model, hardware, revision) if hardware is not None else {}
     facts = inspect_model(model, revision=revision)
     for warning in facts.warnings:
         console.say(f"warning: {warning}")
     if as_json:
-        return console.print_json(facts.to_dict())
+        return console.print_json({**facts.to_dict(), **({"hardware": on} if on else {})})
     files = len(facts.shards)
     rows = {
         "model": facts.source,
@@ -66,8 +70,18 @@ def inspect(model: str | None, known: bool, revision: str | None, as_json: bool)
             rows["only in order"] = f"such as 5~6, not 5+6: {facts.apart}"
         for first, second, reason in facts.refused[:8]:
             rows[f"refused {first}+{second}"] = reason
-    rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()}
+    rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()} | on
     console.print_table(rows)
+
+
+def _on_hardware(model: str, hardware: str, revision: str | None) -> dict[str, str]:
+    """How long a token would take there under a typical plan, and what memory."""
+    from abreast.speed import Setting, hardware_of, read_config, typical_plan
+
+    setting, config = Setting(hardware_of(hardware)), read_config(model, revision=revision)
+    plan = typical_plan(config)
+    words = tables.compared(config, plan, setting) or "one device: see estimate"
+    return {f"on {hardware}": f"{plan.depth} stages, {words}"}
 
 
 def _print_known(as_json: bool) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from abreast.cli import console
+from abreast.cli import console, tables
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def estimate(
     if as_json:
         rows = [entry.to_dict() for entry in estimates]
         return console.print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
-    _print_estimates(parsed, estimates)
+    _print_estimates(parsed, estimates, tables.compared(config, parsed, setting))
 
 
 def _ranks(backend: str, ranks: int | None) -> int:
@@ -190,7 +190,7 @@ def _print_bench(report: Report) -> None:
     console.print_columns(
         (
             *("task", "batch", "context", "model", "ms", "", "tokens/s", "against original"),
-            *("KV cache", "peak memory"),
+            *("KV cache", "peak memory", "exchanges"),
         ),
         _bench_rows(report),
         left={"task", "model", ""},
@@ -218,11 +218,12 @@ def _bench_rows(report: Report) -> Iterator[Sequence[str]]:
                 "" if name == result.original else ratio,
                 console.bytes_text(memory.kv_cache) if memory else "",
                 console.bytes_text(peak) if peak else "",
+                f"{memory.exchanges / per_run:g}" if memory and memory.exchanges else "",
             )
         yield ()
 
 
-def _print_estimates(plan: Plan, estimates: list[Estimate]) -> None:
+def _print_estimates(plan: Plan, estimates: list[Estimate], compared: str) -> None:
     first = estimates[0]
     rows = [
         (
@@ -245,6 +246,7 @@ def _print_estimates(plan: Plan, estimates: list[Estimate]) -> None:
             f"{before} -> {after} collectives per forward pass"
         )
     largest = max(estimates, key=lambda entry: entry.weights + entry.kv_cache)
+    notes += [compared] * bool(compared)
     if first.refused is not None:
         notes.append(f"no engine splits this plan over {first.ranks} devices: {first.refused}")
     notes += [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from abreast.cli import console
 
 if TYPE_CHECKING:
+    from abreast.plan import Plan
     from abreast.planner import Expected, Objective, Planned
     from abreast.rivals import Measured
+    from abreast.speed import Hardware, Setting
 
 ELSEWHERE = "L40S"  # what plans are predicted for beside this machine
 
@@ -74,15 +76,16 @@ def print_searches(searches: Sequence[Planned]) -> None:
     console.print_table(rows)
 
 
-def print_front(model: str, planned: Planned, hardware: str | None) -> None:
-    """The best plan of every depth, what it costs and brings, here and elsewhere."""
+def print_front(model: str, planned: Planned, machine: Hardware | None) -> None:
+    """The best plan of every depth or time, what it costs and brings, here and elsewhere."""
     from abreast.planner import estimated_profile
 
     front, objective = planned.front, planned.front.objective
-    best = front.best() | {planned.plan.depth: planned.plan}
-    groups = [group for plan in best.values() for group in plan.groups]
-    profiles = {"here" if hardware is None else hardware: planned.profile}
-    if hardware is None:
+    plans = front.efficient()
+    plans += [planned.plan] * (planned.plan not in plans)
+    groups = [group for plan in plans for group in plan.groups]
+    profiles = {"here" if machine is None else machine.name: planned.profile}
+    if machine is None:
         revision = front.stats.revision
         profiles[ELSEWHERE] = estimated_profile(model, groups, ELSEWHERE, revision=revision)
     console.print_columns(
@@ -90,24 +93,27 @@ def print_front(model: str, planned: Planned, hardware: str | None) -> None:
         [
             (
                 "->" if plan == planned.plan else "",
-                str(depth),
+                str(plan.depth),
                 plan.label,
                 f"{objective.value(cost):.4f} ± {objective.stderr(cost):.4f}",
                 f"{cost.loss_increase:+.4f}",
                 *("" if p is None else f"{p.speedup(plan):.2f}x" for p in profiles.values()),
             )
-            for depth, plan in best.items()
+            for plan in plans
             for cost in [front.judged(plan)]
         ],
         left=("plan",),
-        title="the best plan of each depth, on held-out text; decode as predicted",
+        title=f"the best plan of each {'time' if front.profile else 'depth'}, on held-out text; "
+        "decode as predicted",
         borders=False,
     )
 
 
-def print_plan(model: str, planned: Planned, hardware: str | None) -> None:
+def print_plan(model: str, planned: Planned, machine: Hardware | None) -> None:
+    from abreast.speed import Setting, read_config
+
     cost, objective = planned.expected, planned.front.objective
-    print_front(model, planned, hardware)
+    print_front(model, planned, machine)
     name, value, searched = objective.name, objective.value(cost), objective.value(planned.searched)
     rows = {
         "plan": planned.plan.label,
@@ -125,6 +131,25 @@ def print_plan(model: str, planned: Planned, hardware: str | None) -> None:
         plan = "none of this depth" if best is None else best[0].label
         costs = "" if best is None else f": {objective.name} {objective.value(best[1]):.5f}"
         rows[f"best for {engine}"] = f"{plan}{costs}"
+    if machine is not None and machine.count > 1:
+        config = read_config(model, revision=planned.front.stats.revision)
+        rows |= {f"on {machine.name}": compared(config, planned.plan, Setting(machine))}
     if planned.profile is not None:
         rows["predicted decode"] = f"{planned.profile.speedup(planned.plan):.2f}x"
     console.print_table(rows)
+
+
+def compared(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str:
+    """How long a pass takes and what memory, sharded, replicated and on one device, and which of
+    those that fit wins; empty for one device."""
+    from abreast.speed import ways
+
+    each = ways(config, plan, setting) if setting.devices > 1 else {}
+    words = [
+        f"{way} {1e3 * entry.converted:.2f} ms and {console.bytes_text(entry.weights)} per device"
+        for way, entry in each.items()
+    ]
+    fitting = {way: entry.converted for way, entry in each.items() if entry.fits}
+    if not fitting:
+        return ""
+    return f"{setting.phase}: {', '.join(words)}; fastest: {min(fitting, key=fitting.__getitem__)}"

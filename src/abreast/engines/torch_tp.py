@@ -1,41 +1,60 @@
-"""Converted checkpoints in the processes of torchrun, each holding a part of every layer.
+"""Original and converted checkpoints in the processes of torchrun, each holding a part.
 
-Single layers and groups that are one wide layer (lp) are stock layers: transformers' own tensor
-parallel plan splits them, two all-reduces each. Rank r of p then holds exactly member r of a group
-of p.
+A rank reads its own part of every tensor and builds the family's layers at that width; where ranks
+hold parts of one sum they add it up by a plain all-reduce. `unpaired` says how layers that are in
+no group are held:
 
-Groups whose FFNs see a band of attentions (cqil) need one all-reduce (arXiv 2404.06709, section
-3.1). Every rank runs one whole member: with as many ranks as members, rank r takes member r; with m
-times as many, m neighbouring ranks share a member and sum its attention among themselves. One
-all-reduce at the end of the group adds the members' attention and FFN outputs. With bypass distance
-d > 0 a rank first sends its attention output to the next d members.
+- shard: every layer and every lp and ff group is split over all ranks, heads and intermediate
+  values of every member alike: one all-reduce after the attentions, one after the FFNs. The members
+  of a cqil group are dealt to the ranks if one number divides the other.
+- replicate: single layers are whole on every rank and exchange nothing; the members of every group
+  are dealt to the ranks. What runs in order (the attentions of ff) every rank computes.
+
+Members that are dealt run as layers of their own. Their outputs take one all-reduce where FFNs see
+their own attention (cqil, arXiv 2404.06709, section 3.1) or none, two where they see a sum over
+members. With bypass d > 0 a rank either computes the d attentions before its own as well, or adds
+an exchange of all attentions.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
-import warnings
-from collections.abc import Mapping
-from importlib.util import find_spec
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from abreast.checkpoint import Checkpoint, open_checkpoint
-from abreast.errors import AbreastError
-from abreast.families import CONVERTIBLE
-from abreast.model import load, named_dtype
-from abreast.modeling import CqilForward
-from abreast.targets import TORCH_TP, layers_of, refusals
+from abreast.checkpoint import Checkpoint, TensorInfo, as_loaded, open_checkpoint, read_rows
+from abreast.convert import stays_apart
+from abreast.engines.ranks import (
+    Dealt,
+    InTurn,
+    Link,
+    Local,
+    ParallelError,
+    SplitHead,
+    Summed,
+    meet,
+    place,
+    together,
+)
+from abreast.families import CONVERTIBLE, Family, head_dim_of, layer_tensors, sizes
+from abreast.model import check_device, load, loaded_dtype, named_dtype
+from abreast.modeling import CountPrompt, Passes, mix
+from abreast.plan import Block, Group, Plan
+from abreast.targets import TORCH_TP, Unpaired, is_dealt, recorded_plan, refusals
 
-WIDE_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
-
-
-class ParallelError(AbreastError):
-    """A model that cannot be split over this many processes."""
+Spans = list[tuple[int, int]]
+Neighbours = Literal["auto", "repeat", "exchange"]
+CHUNK = 32 << 20  # bytes of a tensor that are read at once
 
 
 def launched() -> bool:
@@ -43,242 +62,429 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a rank holds a checkpoint. dealt: by the number of its first local layer, every group
+    whose members are dealt, with the ranks that have each member's FFN. repeat: whether they have
+    the attentions that it reads as well."""
+
+    layers: tuple[Local, ...]
+    dealt: Mapping[int, tuple[Group, tuple[tuple[int, ...], ...]]]
+    repeat: bool
+
+
 def load_parallel(
-    model: str | Path, *, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    unpaired: Unpaired = "shard",
+    neighbours: Neighbours = "auto",
+    link_delay: float = 0.0,
 ) -> Any:
-    """Load an original or converted checkpoint split over all processes; returns this one's part.
+    """Load an original or converted checkpoint over all processes; returns this one's part.
 
     Call it in every process that torchrun started. Logits, caches and generation are those of the
     whole model, the same in every process. device: cpu (gloo) or cuda (NCCL, one GPU per process).
-    A single process loads the whole model. Code inside checkpoints never runs. Raises ParallelError
-    for a number of processes that the layers cannot be divided by, AbreastError as `load`.
+    unpaired: how layers in no group are held, see above. neighbours: whether a rank computes the
+    attentions of other members that its FFNs read, or receives them; "auto" times both. link_delay:
+    seconds that every exchange waits in addition. A single process loads the whole model. Code
+    inside checkpoints never runs. Raises ParallelError for a number of processes that cannot share
+    the layers and for ranks with different checkpoints, AbreastError as `load`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    checkpoint = open_for(model, world)
+    rank, world = place()
+    checkpoint = open_for(model, world, unpaired)
     if world == 1:
         return load(model, dtype=dtype, device=device)[0]
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = named_dtype(dtype)
-    config = AutoConfig.from_pretrained(checkpoint.folder)
-    if find_spec("accelerate") is None:
-        raise ParallelError("transformers splits models with accelerate; pip install accelerate")
-    on_gpu = device.startswith("cuda")
-    if torch.cuda.is_available() != on_gpu:
-        # transformers takes the accelerator wherever it sees one.
-        raise ParallelError(
-            "no CUDA device here; use --device cpu"
-            if on_gpu
-            else "to use the CPU beside a GPU, hide the GPU: CUDA_VISIBLE_DEVICES=''"
-        )
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=dtype, **_parallel_arguments(_tensor_parallel_plan(config), world)
-    ).eval()
-    sharers = _process_groups(checkpoint.config, world)
-    for layer in loaded.base_model.layers:
-        if isinstance(layer, CqilForward):
-            keep_own_member(layer, sharers)
-        else:
-            _keep_own_gains(layer, world)
-    return loaded
+    family = family_in(checkpoint.config)
+    if checkpoint.config["model_type"] == family.model_type and "abreast" not in checkpoint.config:
+        checkpoint = as_loaded(checkpoint, family)
+    kind = named_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    kind = loaded_dtype(checkpoint, "auto") if isinstance(kind, str) else kind
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+        check_device(device)
+        torch.cuda.set_device(torch.device(device))
+    meet("nccl" if device.startswith("cuda") else "gloo")
+    link = Link(link_delay)
+    _check_same(checkpoint, device)
+    blocks = blocks_of(checkpoint.config)
+    repeat = neighbours == "repeat"
+    if neighbours == "auto" and any(b.group and b.group.ffn_band for b in blocks):
+        repeat = _repeating_pays(family, checkpoint.config, blocks, link, kind, device)
+    layout = lay_out(family, checkpoint.config, rank, world, unpaired, repeat)
+    built = _build(checkpoint, family, layout, unpaired, kind, link)
+    _fill(built, checkpoint, family, blocks, layout)
+    built = built.to(device).eval()
+    _connect(built, checkpoint.config, family, layout, link)
+    built.link = link
+    return built
 
 
-def open_for(model: str | Path, world: int) -> Checkpoint:
+def family_in(config: Mapping[str, Any]) -> Family:
+    """The family of an original's or a conversion's config.json. Raises ParallelError."""
+    name = str(config.get("model_type")).removeprefix("abreast_")
+    if name not in CONVERTIBLE:
+        raise ParallelError(f"a {name} runs on 1 process only: torch_tp does not know its layers")
+    return CONVERTIBLE[name]
+
+
+def open_for(model: str | Path, world: int, unpaired: Unpaired = "shard") -> Checkpoint:
     """The checkpoint, if `world` processes can share its layers. Raises AbreastError."""
     checkpoint = open_checkpoint(model)
-    check_degree(checkpoint.config, world)
+    check_degree(checkpoint.config, world, unpaired)
     return checkpoint
 
 
-def check_degree(config: Mapping[str, Any], world: int) -> None:
+def check_degree(config: Mapping[str, Any], world: int, unpaired: Unpaired = "shard") -> None:
     """Raise ParallelError where `world` processes cannot share the layers of a config.json."""
-    family = CONVERTIBLE.get(str(config.get("model_type")).removeprefix("abreast_"))
-    for reason in refusals(TORCH_TP, config, family, degree=world):
-        raise ParallelError(reason)
+    if world > 1:
+        family = family_in(config)
+        for reason in refusals(TORCH_TP, config, family, None, world, unpaired):
+            raise ParallelError(reason)
 
 
-def _parallel_arguments(plan: Any, world: int) -> dict[str, Any]:
-    """Arguments of from_pretrained for a plan, as the installed transformers names them."""
-    try:
-        from transformers.distributed import DistributedConfig
-
-        return {"distributed_config": DistributedConfig(tp_size=world, tp_plan=plan)}
-    except (ImportError, TypeError):
-        warnings.filterwarnings("ignore", message=".*tp_plan.*", category=FutureWarning)
-        return {"tp_plan": plan}
+def blocks_of(config: Mapping[str, Any]) -> tuple[Block, ...]:
+    """What the layers of a checkpoint hold; an original's all stand alone. Raises AbreastError."""
+    plan, count = recorded_plan(config), config["num_hidden_layers"]
+    blocks = (plan or Plan(num_layers=count)).blocks
+    if len(blocks) != count:
+        raise ParallelError("config.json does not record its plan; convert the original again")
+    return blocks
 
 
-def _tensor_parallel_plan(config: Any) -> dict[str, str]:
-    """The family's own plan, and the embedding split by vocabulary.
+def lay_out(
+    family: Family,
+    config: Mapping[str, Any],
+    rank: int,
+    world: int,
+    unpaired: Unpaired,
+    repeat: bool,
+) -> Layout:
+    """What `rank` of `world` holds; members go where least of all groups before lies."""
+    blocks = blocks_of(config)
+    fed = {layer: index for index, block in enumerate(blocks) for layer in block.ffns}
+    loads = [0] * world
+    layers: list[Local] = []
+    dealt: dict[int, tuple[Group, tuple[tuple[int, ...], ...]]] = {}
+    for index, block in enumerate(blocks):
+        group = block.group
+        sequential = config.get("abreast_prefill") == "sequential"
+        if group is None or not is_dealt(family, group, world, unpaired, sequential):
+            parts = (world, rank) if unpaired == "shard" else (1, 0)
+            layers.append(Local(index, index, None, True, True, *parts))
+            continue
+        first = group.layers[0]
+        if first in block.attentions:
+            owners = _deal(len(group.layers), world, loads)
+            dealt[len(layers)] = group, owners
+        share = len(owners[0]) if world > len(group.layers) else 1
+        own = [member for member, ranks in enumerate(owners) if rank in ranks]
+        band = 0 if family.parallel or group.shares_ffn_input else group.ffn_band or 0
+        lowest = max(0, own[0] - (band if repeat else 0))
+        for layer in block.attentions:
+            member = layer - first
+            attends = group.is_in_order or lowest <= member <= own[-1]
+            part = owners[own[0]].index(rank)
+            layers.append(Local(index, fed[layer], layer, attends, member in own, share, part))
+    return Layout(tuple(layers), dealt, repeat)
 
-    Models that keep members apart have no plan of their own, and not every version of transformers
-    splits the embedding; spelled out here, all models are split in the same way.
-    """
-    from transformers import AutoModelForCausalLM
 
-    stock = AutoModelForCausalLM._model_mapping[type(config)]
-    inner = getattr(config, "base_model_tp_plan", None)
-    if not inner:
+def _deal(members: int, world: int, loads: list[int]) -> tuple[tuple[int, ...], ...]:
+    """The ranks of every member, neighbours together; more go to ranks with the least load."""
+    if world > members:
+        share = world // members
+        return tuple(tuple(range(m * share, (m + 1) * share)) for m in range(members))
+    most = sorted(range(world), key=lambda rank: (loads[rank], rank))[: members % world]
+    counts = [members // world + (rank in most) for rank in range(world)]
+    for rank, count in enumerate(counts):
+        loads[rank] += count
+    return tuple((rank,) for rank, count in enumerate(counts) for _ in range(count))
+
+
+def _repeating_pays(
+    family: Family,
+    config: Mapping[str, Any],
+    blocks: Sequence[Block],
+    link: Link,
+    dtype: torch.dtype,
+    device: str,
+) -> bool:
+    """Whether the attentions of the neighbours, of which the products with matrices are timed,
+    take less time than exchanging all attentions; every rank gets the same answer."""
+    furthest = max(block.group.ffn_band or 0 for block in blocks if block.group)
+    own = layer_tensors(family, config)
+    shapes = [own[f"{m.name}.weight"] for m in family.matrices if not family.is_ffn(m.name)]
+    matrices = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    inputs = [torch.zeros(1, shape[1], dtype=dtype, device=device) for shape in shapes]
+
+    def attention() -> None:
+        for x, matrix in zip(inputs, matrices, strict=True):
+            nn.functional.linear(x, matrix)
+
+    exchanged = torch.zeros(1, config["hidden_size"], dtype=dtype, device=device)
+    takes = [_seconds(attention, device) * furthest, _seconds(lambda: link.sum(exchanged), device)]
+    slowest = torch.tensor(takes, device=device, dtype=torch.float32)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return bool(slowest[0] < slowest[1])
+
+
+def _seconds(run: Callable[[], Any], device: str) -> float:
+    times = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times[2:])
+
+
+def _check_same(checkpoint: Checkpoint, device: str) -> None:
+    """Raise ParallelError unless all ranks hold the same config, tensors and, as far as a sample of
+    every tensor shows, values."""
+    digest = hashlib.sha256(repr(sorted(checkpoint.config.items())).encode())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        for start in {0, tensor.rows // 2, max(0, tensor.rows - 1)} if tensor.rows else ():
+            row = read_rows(tensor, start, start + 1)
+            digest.update(row.flatten()[:512].view(torch.uint8).numpy().tobytes())
+    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).to(device)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    with together():
+        dist.all_gather(every, own)
+    hashes = [bytes(one.cpu().tolist()).hex()[:8] for one in every]
+    other = next((rank for rank, one in enumerate(hashes) if one != hashes[0]), None)
+    if other is not None:
         raise ParallelError(
-            f"transformers has no tensor parallel plan for {config.model_type}; use 1 process"
+            f"rank {other} has another checkpoint as '{checkpoint.source}' than rank 0 (hashes "
+            f"{hashes[other]} and {hashes[0]}); copy the same one to every machine"
         )
-    prefix = stock.base_model_prefix
-    return {
-        f"{prefix}.embed_tokens": "embedding_rowwise",
-        **{f"{prefix}.{name}": style for name, style in inner.items()},
-        **(getattr(stock, "_tp_plan", None) or {}),
-    }
 
 
-def _process_groups(config: Mapping[str, Any], world: int) -> dict[int, Any]:
-    """By number of ranks that share a member: the process group of this rank's member."""
-    groups: dict[int, Any] = {}
-    shares = {world // layer.members for layer in layers_of(config) if layer.band is not None}
-    for share in sorted(shares - {1}, reverse=True):
-        for first in range(0, world, share):
-            # Every process has to take part in making every group.
+def _build(
+    checkpoint: Checkpoint,
+    family: Family,
+    layout: Layout,
+    unpaired: Unpaired,
+    dtype: torch.dtype,
+    link: Link,
+) -> Any:
+    """The rank's model, of the right size, with arbitrary weights."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers.initialization import no_init_weights
+
+    import abreast.modeling  # noqa: F401  registers the converted architectures
+
+    config = _local_config(checkpoint.config, family, layout, unpaired)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    for local, layer in zip(layout.layers, model.base_model.layers, strict=True):
+        for name, _ in list(layer.named_children()):
+            ffn = name == family.branches.mlp or family.is_ffn(name)
+            if not (local.feeds if ffn else local.attends):
+                setattr(layer, name, nn.Identity())
+    if unpaired == "shard":
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        tied = embedding if head.weight is embedding.weight else None
+        model.set_output_embeddings(SplitHead(head, link, tied))
+    return model
+
+
+def _is_stock(config: Mapping[str, Any]) -> bool:
+    """Whether all layers of a conversion are equally wide, so that it is a stock model."""
+    return bool(config.get("abreast")) and not config.get("per_layer_config")
+
+
+def _local_config(
+    config: Mapping[str, Any], family: Family, layout: Layout, unpaired: Unpaired
+) -> Any:
+    """The config of a model with the local layers, each of its own width."""
+    from transformers import AutoConfig
+
+    blocks, stored = blocks_of(config), {**dict(family.defaults), **config}
+    own = {int(key): entry for key, entry in (stored.pop("per_layer_config", None) or {}).items()}
+    whole = {key: stored.get(key) or stored["num_attention_heads"] for key in family.wide}
+    base, stored["head_dim"] = whole, head_dim_of(stored)
+    if _is_stock(config):
+        base = {key: value // len(blocks[0].ffns) for key, value in base.items()}
+    share = dist.get_world_size() if unpaired == "shard" else 1
+    split = _divided(family, base, share)
+    entries: dict[int, dict[str, Any]] = {}
+    for index, local in enumerate(layout.layers):
+        entry = dict(own.get(local.attention, {}))
+        if local.layer is None:
+            widths = _divided(family, {k: entry.get(k, whole[k]) for k in base}, local.share)
+        else:
+            entry |= own.get(local.ffn, {})
+            entry = {key: value for key, value in entry.items() if not key.startswith("abreast_")}
+            widths = _divided(family, base, local.share)
+        widths = {key: width for key, width in widths.items() if width != split[key]}
+        entry = {key: value for key, value in entry.items() if key not in base} | widths
+        if entry:
+            entries[index] = entry
+    for key in ("layer_types", "no_rope_layers"):
+        if isinstance(stored.get(key), list):
+            stored[key] = [stored[key][local.attention] for local in layout.layers]
+    stored |= split | {"num_hidden_layers": len(layout.layers)}
+    for key in ("model_type", "auto_map", "architectures", "abreast"):
+        stored.pop(key, None)
+    if unpaired == "replicate":
+        stored.pop("abreast_prefill", None)
+    if not entries and "abreast_prefill" not in stored:
+        stored = {key: value for key, value in stored.items() if not key.startswith("abreast_")}
+        return AutoConfig.for_model(family.model_type, **stored)
+    digits = len(str(len(layout.layers) - 1))
+    stored["per_layer_config"] = {str(i).zfill(digits): entry for i, entry in entries.items()}
+    return AutoConfig.for_model(family.converted_type, **stored)
+
+
+def _divided(family: Family, widths: Mapping[str, int], share: int) -> dict[str, int]:
+    """Widths of a part; heads stay whole where a norm needs all of them in one place."""
+    whole = ("num_attention_heads", "num_key_value_heads") if family.flat_norms else ()
+    return {key: width if key in whole else width // share for key, width in widths.items()}
+
+
+def _fill(
+    model: Any, checkpoint: Checkpoint, family: Family, blocks: Sequence[Block], layout: Layout
+) -> None:
+    """Read the rank's part of every parameter. Raises ParallelError for tensors that do not fit."""
+    prefix, size = family.layer_prefix, sizes({**dict(family.defaults), **checkpoint.config})
+    if _is_stock(checkpoint.config):
+        size = size | {symbol: size[symbol] // len(blocks[0].ffns) for symbol in "QKF"}
+    head = family.head.removesuffix("weight")
+    for name, parameter in model.named_parameters():
+        local, rest, stored = None, name, name
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            local = layout.layers[int(number)]
+            ffn = family.is_ffn(rest.rpartition(".")[0])
+            stored = f"{prefix}{local.ffn if ffn else local.attention}.{rest}"
+        tensor = checkpoint.tensors.get(stored)
+        if tensor is None:
+            raise ParallelError(f"'{checkpoint.source}' has no tensor '{stored}'; convert it again")
+        spans: Spans = [(0, tensor.rows)]
+        columns: Spans | None = None
+        if local is not None:
+            spans, columns = _part_of(tensor, rest, family, blocks, local, size, parameter.dim())
+        elif name.startswith(head) and isinstance(model.get_output_embeddings(), SplitHead):
+            spans = [model.get_output_embeddings().span]
+        ends = [start + count for start, count in spans]
+        count = sum(count for _, count in spans) or parameter.shape[0]
+        shape = [count, sum(n for _, n in columns)] if columns else [count, *tensor.shape[1:]]
+        if max(ends, default=0) > tensor.rows or math.prod(shape) != parameter.numel():
+            raise ParallelError(
+                f"tensor '{stored}' has shape {list(tensor.shape)}, which config.json does not "
+                "describe; convert the original again"
+            )
+        value = _read(tensor, spans, columns) if spans else torch.zeros(count)
+        parameter.data = value.to(parameter.dtype).view(parameter.shape)
+        parameter.requires_grad_(False)
+
+
+def _part_of(
+    tensor: TensorInfo,
+    name: str,
+    family: Family,
+    blocks: Sequence[Block],
+    local: Local,
+    size: Mapping[str, int],
+    dimensions: int,
+) -> tuple[Spans, Spans | None]:
+    """(first, count) of the rows, and of the columns if not all, of a layer's tensor that a rank
+    holds: of its member or of all, and there its share. No rows: all are zero."""
+    module, _, kind = name.rpartition(".")
+    ffn = family.is_ffn(module)
+    block = blocks[local.ffn if ffn else local.attention]
+    joined = block.ffns if ffn else block.attentions
+    members = range(len(joined)) if local.layer is None else [joined.index(local.layer)]
+    share, part = (1, 0) if family.flat_norms and not ffn else (local.share, local.part)
+    matrix = next((m for m in family.matrices if m.name == module), None)
+    if matrix is None:
+        if len(tensor.shape) == 1:
+            return [(0, tensor.rows)], None
+        rows = tensor.shape[0] // len(joined)  # gains of a member, or of each of its heads
+        if dimensions == 1:
+            return [(members[0] * rows, 1)], None
+        own = max(1, rows // share)
+        return [(m * rows + part * own * (rows > 1), own) for m in members], None
+    apart = stays_apart(family, matrix, block) and len(joined) > 1
+
+    def cut(start: int, count: int) -> tuple[int, int]:
+        return start + part * (count // share), count // share
+
+    if matrix.join == "columns":
+        hidden, width = size["D"], size[matrix.columns]
+        every = [(m * hidden, hidden) for m in members] if apart else [(0, hidden)]
+        if kind == "bias":  # of a sum, so that one part of one member adds it
+            return every if part == 0 and (apart or members[0] == 0) else [], None
+        return every, [cut(m * width, width) for m in ([0] if apart else members)]
+    parts = [size[symbol] for symbol in matrix.rows]
+    starts = [sum(parts[:place]) for place in range(len(parts))]
+    placed, wide = list(zip(starts, parts, strict=True)), len(joined)
+    if apart:
+        return [cut(m * sum(parts) + s, n) for m in members for s, n in placed], None
+    return [cut(wide * s + m * n, n) for s, n in placed for m in members], None
+
+
+def _read(tensor: TensorInfo, spans: Spans, columns: Spans | None) -> Tensor:
+    """These rows and columns of a tensor, of which no more than CHUNK bytes are read at once."""
+    step = max(1, CHUNK // max(1, tensor.row_bytes))
+    pieces = []
+    for start, count in spans:
+        for first in range(start, start + count, step):
+            rows = read_rows(tensor, first, min(first + step, start + count))
+            if columns is not None:
+                rows = torch.cat([rows[:, at : at + n] for at, n in columns], 1)
+            pieces.append(rows)
+    return torch.cat(pieces)
+
+
+def _connect(
+    model: Any,
+    config: Mapping[str, Any],
+    family: Family,
+    layout: Layout,
+    link: Link,
+) -> None:
+    """Let the parts of the layers add up over the ranks."""
+    layers = model.base_model.layers
+    names = family.branches
+    sharers: dict[int, Link] = {}
+    for share in sorted({local.share for local in layout.layers if local.layer is not None} - {1}):
+        for first in range(0, dist.get_world_size(), share):
             ranks = list(range(first, first + share))
-            group = dist.new_group(ranks)
+            group = dist.new_group(ranks)  # every process takes part in making every group
             if dist.get_rank() in ranks:
-                groups[share] = group
-    return groups
-
-
-class OneMember:
-    """Mixed into a family's decoder layer that holds one member of a cqil group, or a part of it.
-
-    One all-reduce at the end adds the members' attention and FFN outputs over the ranks.
-    """
-
-    self_attn: Any
-    mlp: Any
-    input_layernorm: Any
-    before: Any  # the norm before the FFN
-    scale: float
-    bypass: int
-    member: int  # this rank's, of `members`; `share` ranks have the same one
-    members: int
-    share: int
-    first: bool  # of those that share the member: its attention counts once
-    sharers: Any  # their process group
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x_BLD = hidden_states
-        a_BLD = self.self_attn(self.input_layernorm(x_BLD), *args, **kwargs)[0]
-        if self.scale != 1.0:
-            a_BLD = a_BLD * self.scale
-        if self.share > 1:
-            dist.all_reduce(a_BLD, group=self.sharers)
-        y_BLD = x_BLD + a_BLD
-        if self.bypass:
-            for seen_BLD in self.exchange(a_BLD):
-                y_BLD = y_BLD + seen_BLD
-        out_BLD = self.mlp(self.before(y_BLD))
-        if self.scale != 1.0:
-            out_BLD = out_BLD * self.scale
-        if self.first:
-            out_BLD = out_BLD + a_BLD
-        dist.all_reduce(out_BLD)
-        return x_BLD + out_BLD
-
-    def exchange(self, a_BLD: torch.Tensor) -> list[torch.Tensor]:
-        """Send this member's attention output to the next members; return the previous ones'."""
-        rank, member, share = dist.get_rank(), self.member, self.share
-        a_BLD = a_BLD.contiguous()
-        operations, received = [], []
-        for distance in range(1, self.bypass + 1):
-            if member + distance < self.members:
-                operations.append(dist.P2POp(dist.isend, a_BLD, rank + distance * share))
-            if member >= distance:
-                received.append(torch.empty_like(a_BLD))
-                operations.append(dist.P2POp(dist.irecv, received[-1], rank - distance * share))
-        for work in dist.batch_isend_irecv(operations) if operations else ():
-            work.wait()
-        return received
-
-
-def keep_own_member(layer: Any, sharers: Mapping[int, Any]) -> None:
-    """Reduce a cqil group that was loaded under the family's plan to this rank's member.
-
-    Rows of q, k, v, gate and up and columns of down lie member by member, so the rank already holds
-    its own. The members' output projections lie one below the other but were split along their
-    inputs: they are gathered and split again. Afterwards all matrices are plain local ones.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    output = layer.self_attn.o_proj
-    whole = _whole(output.weight)
-    members = whole.shape[0] // layer.self_attn.config.hidden_size
-    share = world // members
-    member, part = divmod(rank, share)
-    for module in layer.modules():
-        _unhook(module)
-    own = whole.view(members, -1, whole.shape[1])[member]
-    bias = None
-    if output.bias is not None and part == 0:
-        bias = _whole(output.bias).view(members, -1)[member]
-    layer.self_attn.o_proj = _linear(own.chunk(share, dim=1)[part], bias)
-    out = "c_proj" if hasattr(layer.mlp, "c_proj") else "down_proj"
-    for holder in (layer.self_attn, layer.mlp):
-        holder.__class__ = type(holder).mixed_of[0]  # runs its own modules again
-        for name, module in list(holder.named_children()):
-            if not isinstance(module, nn.Linear) or name == "o_proj":
-                continue
-            rows_bias: torch.Tensor | None = None
-            if module.bias is not None:
-                rows_bias = _rows(module.bias, rank, world)
-            if name == out and rank > 0:
-                rows_bias = None  # a sum over all members, to be added once
-            elif name == out and module.bias is not None:
-                rows_bias = _whole(module.bias)
-            setattr(holder, name, _linear(_local(module.weight), rows_bias))
-    _keep_own_gains(layer, world)
-    layer.before = getattr(layer, layer.norms[1])
-    layer.scale = getattr(layer, "residual_multiplier", 1.0)
-    layer.member, layer.members, layer.share, layer.first = member, members, share, part == 0
-    layer.sharers = sharers.get(share)
-    layer.__class__ = type(type(layer).__name__, (OneMember, type(layer)), {})
-
-
-def _keep_own_gains(layer: Any, world: int) -> None:
-    """Keep this rank's heads in norms that have a gain for every head of a group."""
-    for name in WIDE_NORMS:
-        norm = getattr(layer.self_attn, name, None)
-        if norm is not None and norm.weight.dim() > 1:
-            weight = _rows(norm.weight, dist.get_rank(), world)
-            norm.weight = nn.Parameter(weight.clone(), requires_grad=False)
-
-
-def _unhook(module: nn.Module) -> None:
-    """Remove what transformers installed to communicate around a module."""
-    module.__dict__.pop("forward", None)
-    module._forward_pre_hooks.clear()
-    module._forward_hooks.clear()
-
-
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    rows, columns = weight.shape
-    linear = nn.Linear(columns, rows, bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.contiguous().clone(), requires_grad=False)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.clone(), requires_grad=False)
-    return linear
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-
-
-def _whole(tensor: Any) -> torch.Tensor:
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
-
-
-def _rows(tensor: Any, rank: int, world: int) -> torch.Tensor:
-    """This rank's rows of a tensor that is whole, or already this rank's part."""
-    if hasattr(tensor, "to_local") and tensor.to_local().shape != tensor.shape:
-        return _local(tensor)
-    return _whole(tensor).chunk(world)[rank]
+                sharers[share] = link.among(group)
+    for local, layer in zip(layout.layers, layers, strict=True):
+        if local.share == 1:
+            continue
+        among = link if local.layer is None else sharers[local.share]
+        for part in (layer, *getattr(layer, "narrow", ())):
+            if local.attends and not family.flat_norms:
+                mix(getattr(part, names.attention), Summed, link=among)
+            if local.layer is None and any(True for _ in part.get_submodule(names.mlp).children()):
+                mix(getattr(part, names.mlp), Summed, link=among)
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(layers)
+    for first, (group, owners) in layout.dealt.items():
+        places = range(first, first + len(group.layers))
+        runner = Dealt(
+            [layers[i] for i in places],
+            [layout.layers[i] for i in places],
+            group,
+            [ranks[0] for ranks in owners],
+            family,
+            link,
+            layout.repeat,
+            [kinds.index(kinds[i]) == i for i in places],
+            first,
+        )
+        for member, i in enumerate(places):
+            layers[i].forward = InTurn(runner, member)
+    if config.get("abreast_prefill") == "sequential" and layout.dealt:
+        mix(model.base_model, Passes, prompts_in_order=True, cache_heads=())
+        mix(model, CountPrompt)

@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from abreast.speed.benchmark import bench
     from abreast.speed.prediction import (
         Estimate,
+        Hardware,
         HardwareError,
         Setting,
         estimate,
         forward_cost,
         hardware_of,
-        read_config,
         stage_cost,
         stage_seconds,
-        typical_plan,
+        ways,
     )
-    from abreast.speed.shape import shape_of
+    from abreast.speed.shape import read_config, shape_of, typical_plan
     from abreast.speed.timing import (
         ORIGINAL,
         BenchResult,

@@ -16,14 +16,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from abreast.checkpoint import open_checkpoint, plan_for, scratch
-from abreast.engines.torch_tp import launched, load_parallel, open_for
+from abreast.engines.torch_tp import ParallelError, launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
 from abreast.model import apply, fitting_dtype, load
@@ -39,6 +39,7 @@ from abreast.speed.timing import (
     Report,
     timings,
 )
+from abreast.targets import Unpaired, recorded_plan
 
 Step = Callable[[str], None]
 
@@ -55,6 +56,10 @@ def run(job: Job, *, step: Step = lambda message: None) -> Report:
         raise AbreastError("there is nothing to time; name a model and a task")
     if any(contender.plan for contender in job.contenders) and job.backend != "eager":
         raise AbreastError("only the eager back end runs a model grouped; leave --plan out")
+    if job.backend == "tp":
+        job = replace(job, contenders=tuple(_held(job)))
+    elif job.link_delay or job.unpaired != ("shard",):
+        raise AbreastError("--link-delay and --unpaired belong to --backend tp; leave them out")
     if job.backend != "vllm":
         original = open_checkpoint(job.contenders[0].model)
         job = replace(job, dtype=fitting_dtype(original, job.dtype, job.device, step=step))
@@ -87,8 +92,6 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
     if launched():
         yield from _as_rank(job)
         return
-    for contender in job.contenders:
-        open_for(contender.model, job.ranks)  # refuses before torchrun starts
     with scratch("abreast-bench-") as folder:
         job_file, results = folder / "job.json", folder / "results"
         job_file.write_text(json.dumps(asdict(job)))
@@ -119,6 +122,36 @@ def tensor_parallel(job: Job) -> Iterator[BenchResult | Failure]:
     # Linux kills the greediest process when the host's memory is full.
     full = _is_out_of_memory(done.stderr) or "SIGKILL" in done.stderr
     yield Failure(case.name, _use_less(case) if full else _reason(done.stderr))
+
+
+def _held(job: Job) -> Iterator[Contender]:
+    """The contenders of tp, each as it is held. Raises AbreastError where processes cannot hold it.
+
+    The original is sharded, or whole on one device where its heads do not divide; that is also
+    timed where conversions are to be replicated.
+    """
+    for way in job.unpaired:
+        if way not in get_args(Unpaired):
+            raise AbreastError(f"--unpaired '{way}' is not one of {', '.join(get_args(Unpaired))}")
+    if job.link_delay < 0:
+        raise AbreastError(f"--link-delay {job.link_delay} makes no sense; give microseconds")
+    original, *others = job.contenders
+    ways: tuple[Unpaired, ...] = tuple(way for way in get_args(Unpaired) if way in job.unpaired)
+    try:
+        open_for(original.model, job.ranks)
+        yield original
+        if "replicate" in ways and recorded_plan(open_checkpoint(original.model).config) is None:
+            yield replace(original, name="on one device", unpaired="replicate")
+    except ParallelError:
+        if "replicate" not in ways:
+            raise
+        open_for(original.model, job.ranks, "replicate")
+        yield replace(original, unpaired="replicate")
+    for contender in others:
+        for way in ways:
+            open_for(contender.model, job.ranks, way)  # refuses before torchrun starts
+            name = contender.name if way == "shard" else f"{contender.name}, replicate"
+            yield replace(contender, name=name, unpaired=way)
 
 
 def vllm(job: Job) -> Iterator[BenchResult | Failure]:
@@ -249,7 +282,7 @@ def _time_cases(
                 warmup=job.warmup,
                 seed=job.seed,
                 execution="compile" if job.backend == "compile" else "eager",
-                backend=job.backend,
+                backend=_label(job),
                 ranks=job.ranks if job.backend == "tp" else 1,
                 barrier=barrier,
             )
@@ -266,6 +299,11 @@ def _time_cases(
         torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _label(job: Job) -> str:
+    delay = f", simulated link of {job.link_delay} us" if job.link_delay else ""
+    return f"{job.backend}{delay}"
 
 
 def _is_larger(case: Case, other: Case) -> bool:
@@ -300,7 +338,13 @@ def _outcome(row: dict[str, Any]) -> BenchResult | Failure:
 
 def _as_rank(job: Job) -> Iterator[BenchResult | Failure]:
     models = {
-        contender.name: load_parallel(contender.model, dtype=job.dtype, device=job.device)
+        contender.name: load_parallel(
+            contender.model,
+            dtype=job.dtype,
+            device=job.device,
+            unpaired=contender.unpaired,
+            link_delay=job.link_delay * 1e-6,
+        )
         for contender in job.contenders
     }
     yield from _time_cases(job, models, dist.barrier if dist.is_initialized() else lambda: None)

@@ -270,10 +270,12 @@ def _footprint(
     """Memory that one more, untimed run takes."""
     held.clear()
     weights = sum(_nbytes(parameter) for parameter in model.parameters())
+    link = getattr(model, "link", None)
     place = device_of(model)
     on_cpu = place.type == "cpu"
     with _peaks(place) as peaks:
         start()
+        before = link.exchanges if link else 0
         run()
     device, host = peaks
     cache = sum(
@@ -288,6 +290,7 @@ def _footprint(
         kv_cache=cache,
         device_peak=None if device is None else weights + device,
         host_peak=None if host is None else host + (weights if on_cpu else 0),
+        exchanges=link.exchanges - before if link else None,
     )
 
 

@@ -23,12 +23,11 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from abreast.convert import obstacle
-from abreast.errors import AbreastError, first_line
-from abreast.families import decoder_of, family_of, num_layers_of
+from abreast.errors import AbreastError
+from abreast.families import family_of, num_layers_of
 from abreast.plan import Group, Plan
 from abreast.speed.shape import Shape, shape_of
-from abreast.targets import TORCH_TP, VLLM, refusals
+from abreast.targets import TORCH_TP, VLLM, Unpaired, refusals
 
 Phase = Literal["prefill", "decode"]
 Runtime = Literal["graphs", "eager"]
@@ -66,6 +65,21 @@ class Hardware:
             return 0.0
         volume = 2 * (ranks - 1) / ranks * nbytes / self.link_bandwidth
         return self.latency + self.latency_per_doubling * math.log2(ranks) + volume
+
+    def joined(self, ranks: int | None = None, link: float | None = None) -> Hardware:
+        """So many of it, with so many microseconds of an all-reduce. Raises HardwareError."""
+        count = self.count if ranks is None else ranks
+        if count < 1 or (link is not None and (count < 2 or not 0 <= link < math.inf)):
+            raise HardwareError(
+                f"--ranks {count} with --link {link} makes no sense; give 2 devices or more, and "
+                "the microseconds of an all-reduce between them"
+            )
+        name = f"{count}x" * (count > 1) + self.name.removeprefix(f"{self.count}x")
+        several = replace(self, name=name, count=count)
+        if link is None:
+            return several
+        name += f", link of {link:g} us"
+        return replace(several, name=name, latency=link * 1e-6, latency_per_doubling=0.0)
 
 
 @functools.cache
@@ -132,11 +146,11 @@ class Setting:
     baseline_ranks: int | None = field(
         default=None, metadata={"help": "Devices for the original. Default: as many."}
     )
-    replicated: bool = field(
-        default=False,
+    unpaired: Unpaired = field(
+        default="shard",
         metadata={
-            "help": "As in CQIL's measurements: the original on one device, single layers "
-            "replicated on every device."
+            "help": "replicate: single layers are whole on every device, as in CQIL's "
+            "measurements, and the original runs on one."
         },
     )
     fused: bool = field(
@@ -157,6 +171,7 @@ class Setting:
             (self.dtype, tuple(BYTES)),
             (self.phase, get_args(Phase)),
             (self.runtime, get_args(Runtime)),
+            (self.unpaired, get_args(Unpaired)),
         ):
             if value not in known:
                 raise AbreastError(f"'{value}' is not one of {', '.join(known)}")
@@ -184,12 +199,33 @@ class Setting:
     @property
     def baseline(self) -> Setting:
         """The setting of the original that a plan is compared with."""
-        ranks = 1 if self.replicated else self.baseline_ranks or self.ranks
-        return replace(self, ranks=ranks, baseline_ranks=None, fused=True, replicated=False)
+        ranks = 1 if self.unpaired == "replicate" else self.baseline_ranks or self.ranks
+        return replace(self, ranks=ranks, baseline_ranks=None, fused=True, unpaired="shard")
 
-    def split(self, group: Group | None) -> int:
-        """Devices over which the weights of a group, or of a single layer, are split."""
-        return 1 if self.replicated and group is None else self.devices
+    def held(self, group: Group | None) -> tuple[float, float]:
+        """How many layers' attentions and FFNs of a stage the fullest device has."""
+        if group is None:
+            part = 1.0 if self.unpaired == "replicate" else 1 / self.devices
+            return part, part
+        width = len(group.layers)
+        if self.unpaired == "shard" or self.devices > width:
+            return width / self.devices, width / self.devices
+        members = math.ceil(width / self.devices)
+        return width if group.is_in_order else members, members
+
+    def deals(self, group: Group) -> bool:
+        """Whether devices get whole members of a group that FFNs exchange nothing within."""
+        width, devices = len(group.layers), self.devices
+        whole = self.unpaired == "replicate" or not (width % devices and devices % width)
+        return whole and not group.shares_ffn_input
+
+    def repeated(self, group: Group | None) -> float:
+        """How many layers' attentions the fullest device would repeat instead of exchanging."""
+        if group is None or self.devices == 1 or not (group.ffn_band and self.deals(group)):
+            return 0.0
+        width = len(group.layers)
+        share = max(1, self.devices // width)
+        return min(group.ffn_band, width - math.ceil(width / self.devices)) / share
 
 
 @dataclass(frozen=True)
@@ -251,33 +287,10 @@ class Estimate:
         return asdict(self)
 
 
-def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a folder or of a Hugging Face id (only that file is fetched), or the file;
-    that of its decoder where it holds one beside others.
-
-    Raises AbreastError where there is none.
-    """
-    from abreast.checkpoint import read_json
-
-    path = Path(model).expanduser()
-    if path.is_dir() or path.suffix == ".json":
-        return decoder_of(read_json(path / "config.json" if path.is_dir() else path))
-    if str(model).count("/") != 1 or not all(str(model).split("/")):
-        raise AbreastError(f"no model at '{model}'; give a folder, its config.json or ORG/NAME")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = hf_hub_download(str(model), "config.json", revision=revision)
-    except Exception as error:  # of many kinds; all mean that the file is out of reach
-        reason = first_line(error)
-        raise AbreastError(f"no config.json of '{model}' here or on the Hub ({reason})") from None
-    return decoder_of(read_json(Path(file)))
-
-
 def forward_cost(config: Mapping[str, Any], plan: Plan | None, setting: Setting) -> Cost:
     """Cost of a whole forward pass, of the original where plan is None.
 
-    Raises AbreastError for a plan of another model, HardwareError and FamilyError.
+    Raises AbreastError for a plan of another model, FamilyError for an unknown one.
     """
     shape = shape_of(config)
     if plan is not None:
@@ -296,7 +309,7 @@ def stage_cost(
     """Seconds of one stage: a group, or a single layer where group is None.
 
     Stages add up to a forward pass (plus what lies outside the layers) where program or device is
-    the slower one throughout. Raises HardwareError and FamilyError.
+    the slower one throughout. Raises FamilyError for an unknown model.
     """
     return _stage(shape_of(config), group, setting, part).seconds
 
@@ -326,13 +339,13 @@ def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimat
     shape, baseline = shape_of(config), setting.baseline
     original = forward_cost(config, None, baseline)
     under = forward_cost(config, plan, setting)
-    singles = sum(len(stage) == 1 for stage in plan.stages)
-    parts = (shape.num_layers - singles) / setting.devices + singles / setting.split(None)
-    per_element = BYTES[setting.dtype]
-    layers = (shape.attention + shape.ffn + shape.experts) * per_element
-    outside = (shape.head + shape.embedding) * per_element / setting.split(None)
-    weights = layers * parts + outside
-    kv_cache = _context_bytes(config, setting) * parts / shape.num_layers
+    attentions, ffns = map(
+        sum, zip(*(setting.held(plan.group_of(stage)) for stage in plan.stages), strict=True)
+    )
+    layers = shape.attention * attentions + (shape.ffn + shape.experts) * ffns
+    outside = (shape.head + shape.embedding) * setting.held(None)[0]
+    weights = (layers + outside) * BYTES[setting.dtype]
+    kv_cache = _context_bytes(config, setting) * attentions / shape.num_layers
     return Estimate(
         hardware=setting.hardware.name,
         phase=setting.phase,
@@ -357,35 +370,21 @@ def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimat
     )
 
 
-def typical_plan(config: Mapping[str, Any]) -> Plan:
-    """Pairs next to the middle, so many that five sixths of the layers are left as stages.
-
-    lp pairs; where no two neighbours can be joined so, pairs with their attentions in order (ff).
-    The first and the last layer stay alone, in models of 4 layers and more.
-    """
-    count = num_layers_of(config)
-    pairs = max(1, round(count / 6))
-    first = (count - 2 * pairs) // 2
-    ends = (max(1, first % 2), count - 1) if count > 3 else (0, count)
-    for wiring in ("lp", "ff"):
-        starts, start = [], ends[0] + (first - ends[0]) % 2
-        while start + 1 < ends[1]:
-            legal = obstacle(config, (start, start + 1), in_order=wiring == "ff") is None
-            starts += [start] * legal
-            start += 1 + legal
-        if starts:
-            break
-    starts = sorted(sorted(starts, key=lambda start: abs(start + 1 - first - pairs))[:pairs])
-    groups = tuple(Group.wired((start, start + 1), wiring) for start in starts)
-    return Plan(num_layers=count, groups=groups)
+def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, Estimate]:
+    """The plan sharded, replicated and on one device, where each can be. Raises as `estimate`."""
+    settings = {way: replace(setting, unpaired=way) for way in get_args(Unpaired)}
+    settings["on one device"] = replace(setting, ranks=1, baseline_ranks=None, unpaired="shard")
+    each = {way: estimate(config, plan, own) for way, own in settings.items()}
+    return {way: entry for way, entry in each.items() if entry.refused is None}
 
 
 def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:
     """Why no engine splits a plan over the devices, None where one does."""
-    if setting.devices == 1 or setting.replicated:
+    if setting.devices == 1:
         return None
-    family, engines = family_of(config), (VLLM, TORCH_TP)
-    reasons = [next(refusals(e, config, family, plan, setting.devices), None) for e in engines]
+    family, how = family_of(config), setting.unpaired
+    engines = (TORCH_TP,) if how == "replicate" else (VLLM, TORCH_TP)
+    reasons = [next(refusals(e, config, family, plan, setting.devices, how), None) for e in engines]
     return reasons[0] if all(reasons) else None
 
 
@@ -396,21 +395,31 @@ def _context_bytes(config: Mapping[str, Any], setting: Setting) -> int:
 
 
 def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "both") -> Cost:
+    """With a bypass, whichever is faster: exchanging attentions or repeating the neighbours'."""
+    ways = (False, True) if part == "both" and setting.repeated(group) else (False,)
+    costs = [_stage_way(shape, group, setting, part, repeats) for repeats in ways]
+    return min(costs, key=lambda cost: cost.seconds)
+
+
+def _stage_way(
+    shape: Shape, group: Group | None, setting: Setting, part: Part, repeats: bool
+) -> Cost:
     kernels_of = table()["runtimes"][setting.runtime]["kernels"]
     width = len(group.layers) if group is not None else 1
-    split = setting.split(group)
+    attentions, ffns = setting.held(group)
+    attentions += setting.repeated(group) * repeats
     device, kernels = 0.0, 0
     steps = {"attention": _attentions(group), "ffn": 1}
-    for half, elements in (("attention", shape.attention), ("ffn", shape.ffn)):
+    for half, elements in (("attention", shape.attention * attentions), ("ffn", shape.ffn * ffns)):
         if part in ("both", half):
-            device += _matrix_seconds(elements * width / split, setting.tokens, setting)
+            device += _matrix_seconds(elements, setting.tokens, setting)
             kernels += kernels_of[half] * (steps[half] if setting.fused else width)
     if shape.experts and part != "attention":
-        device += _expert_seconds(shape, width / split, setting)
+        device += _expert_seconds(shape, ffns, setting)
         kernels += table()["expert_kernels"] * (1 if setting.fused else width)
     if part != "ffn":
-        device += _attention_seconds(shape, width / split, setting)
-    all_reduces = _all_reduces(shape, group, setting, part)
+        device += _attention_seconds(shape, attentions, setting)
+    all_reduces = _all_reduces(shape, group, setting, part, repeats)
     for nbytes, ranks in all_reduces:
         device += setting.hardware.all_reduce(nbytes, ranks)
     return _launched(kernels, len(all_reduces), device, setting)
@@ -418,7 +427,7 @@ def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "bo
 
 def _outside(shape: Shape, setting: Setting) -> Cost:
     """Embedding, last norm, output head (of one position per row), choice of the token."""
-    ranks = setting.split(None)
+    ranks = 1 if setting.unpaired == "replicate" else setting.devices
     device = _matrix_seconds(shape.head / ranks, setting.batch, setting)
     device += 2 * setting.hardware.all_reduce(setting.batch * shape.hidden * 2.0, ranks)
     kernels = table()["runtimes"][setting.runtime]["kernels"]["outside"]
@@ -466,28 +475,25 @@ def _launched(kernels: int, all_reduces: int, device: float, setting: Setting) -
 
 
 def _all_reduces(
-    shape: Shape, group: Group | None, setting: Setting, part: Part = "both"
+    shape: Shape, group: Group | None, setting: Setting, part: Part = "both", repeats: bool = False
 ) -> list[tuple[float, int]]:
     """(bytes, ranks) of every all-reduce of a stage; an exchange with neighbours counts as one."""
     ranks = setting.devices
     nbytes = setting.tokens * shape.hidden * 2.0
-    if ranks == 1 or (group is None and setting.replicated):
+    if ranks == 1 or (group is None and setting.unpaired == "replicate"):
         return []
+    whole = group is not None and group.is_in_order and setting.unpaired == "replicate"
+    if whole:  # every device computes all attentions
+        return [(nbytes, ranks)] * (part != "attention")
     if part != "both":
         return [(nbytes, ranks)] * (_attentions(group) if part == "attention" else 1)
-    if group is None or group.shares_ffn_input:
+    if group is None or not setting.deals(group):
         return [(nbytes, ranks)] * (_attentions(group) + 1)
-    width = len(group.layers)
-    if ranks % width:
-        raise HardwareError(
-            f"a {group.wiring} group of {width} layers runs on {width} devices or a multiple of "
-            f"that, not on {ranks}"
-        )
-    within_member = [(nbytes, ranks // width)] if ranks > width else []
-    neighbours = [(nbytes, 2)] if group.ffn_band else []
+    within_member = [(nbytes, ranks // len(group.layers))] if ranks > len(group.layers) else []
+    neighbours = [(nbytes, 2)] if group.ffn_band and not repeats else []
     return [(nbytes, ranks), *within_member, *neighbours]
 
 
 def _count_all_reduces(shape: Shape, plan: Plan, setting: Setting) -> int:
     stages = sum(len(_all_reduces(shape, plan.group_of(stage), setting)) for stage in plan.stages)
-    return stages + (2 if setting.split(None) > 1 else 0)
+    return stages + (2 if setting.devices > 1 and setting.unpaired == "shard" else 0)

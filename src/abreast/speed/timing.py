@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from abreast.errors import AbreastError
+from abreast.targets import Unpaired
 
 # With n rounds the smallest and largest ratio miss the true median 2 * 0.5**n of the time: with
 # fewer than 6 rounds more often than the 5 % that a 95 % interval allows.
@@ -28,11 +29,13 @@ BackendName = Literal["eager", "compile", "tp", "vllm"]
 
 @dataclass(frozen=True)
 class Contender:
-    """One model to time. plan: run it grouped in memory under this plan, shorthand or file."""
+    """One model to time. plan: run it grouped in memory under this plan, shorthand or file.
+    unpaired: how the processes of tp hold it, see `engines.torch_tp`."""
 
     name: str
     model: str
     plan: str | None = None
+    unpaired: Unpaired = "shard"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,18 @@ class Job:
     device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
     ranks: int = 2
+    unpaired: tuple[str, ...] = field(
+        default=("shard",),
+        metadata={
+            "help": "How the processes of tp hold layers in no group: shard or replicate, or both."
+        },
+    )
+    link_delay: int = field(
+        default=0,
+        metadata={
+            "help": "Microseconds that every exchange of tp waits in addition: a simulated link."
+        },
+    )
     vllm: tuple[str, ...] = ("vllm",)
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Allow code inside the checkpoints to run."}
@@ -84,7 +99,8 @@ class Job:
         """The job of which `row` is `asdict`, after a round trip through JSON."""
         contenders = tuple(Contender(**contender) for contender in row["contenders"])
         cases = tuple(Case(**case) for case in row["cases"])
-        return cls(**{**row, "contenders": contenders, "cases": cases, "vllm": tuple(row["vllm"])})
+        lists = {key: tuple(row[key]) for key in ("vllm", "unpaired")}
+        return cls(**{**row, **lists, "contenders": contenders, "cases": cases})
 
 
 @dataclass(frozen=True)
@@ -126,13 +142,14 @@ class Footprint:
     weights: its parameters. kv_cache: keys and values after the task. device_peak: weights plus the
     most that a run added on the accelerator, None on a CPU. host_peak: the same for the host's
     memory, None where the system does not say; without memory that the warm process held already
-    from earlier runs.
+    from earlier runs. exchanges: with other processes in one run, None where there are none.
     """
 
     weights: int
     kv_cache: int
     device_peak: int | None
     host_peak: int | None
+    exchanges: int | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ class BenchResult:
 
     timings: per candidate, the original first. new_tokens is 0 for prefill. threads: CPU threads
     of torch. seconds: the raw times, arrays of shape [rounds]. ranks: processes that share the
-    work.
+    work. backend also says what was simulated.
     """
 
     task: str
@@ -163,7 +180,8 @@ class BenchResult:
 
     @property
     def name(self) -> str:
-        return f"{self.task}, batch {self.batch_size}, context {self.context}"
+        simulated = "".join(self.backend.partition(", simulated link")[1:])
+        return f"{self.task}, batch {self.batch_size}, context {self.context}{simulated}"
 
     def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
         """The result as JSON-ready values; `seconds` adds the raw times.

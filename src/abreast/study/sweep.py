@@ -24,7 +24,7 @@ from abreast.families import num_layers_of
 from abreast.model import planned, program_of
 from abreast.plan import WIRING_NAMES, Group, Plan
 from abreast.runs import check_least, to_csv
-from abreast.speed import HardwareError, Setting, forward_cost, hardware_of
+from abreast.speed import Setting, forward_cost, hardware_of
 from abreast.study.interventions import (
     changed_models,
     check_changes,
@@ -306,14 +306,11 @@ def _headers(model: str | Path, settings: StudySettings) -> tuple[dict[str, Any]
 
 
 def _predicted(config: dict[str, Any], hardware: str) -> Seconds:
-    """Seconds of decoding a token; NaN for a plan that the devices cannot divide among them."""
+    """Seconds of decoding a token."""
     setting = Setting(hardware_of(hardware))
 
     def seconds(plan: Plan) -> float:
-        try:
-            return forward_cost(config, plan, setting).seconds
-        except HardwareError:
-            return float("nan")
+        return forward_cost(config, plan, setting).seconds
 
     seconds(Plan(num_layers=num_layers_of(config)))  # refuses a family that it cannot predict
     return seconds
