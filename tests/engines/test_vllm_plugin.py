@@ -41,6 +41,9 @@ def test_sequential_prefill(tiny_checkpoint, tmp_path):
     check(config, 2)
     with pytest.raises(ServingError, match=r"size 8 .* layer 0 has 4 .* possible: 1, 2, 4$"):
         check(config, 8)
+    config.abreast_unpaired = "whole"
+    with pytest.raises(ServingError, match=r"is 'whole', not one of shard, replicate$"):
+        check(config, 2)
     convert(tiny_checkpoint("granite"), "1+2", tmp_path / "other", prefill="sequential")
     config = AutoConfig.from_pretrained(tmp_path / "other")
     with pytest.raises(ServingError, match=r"llama, mistral, qwen2 and qwen3 only; .*hf-overrides"):

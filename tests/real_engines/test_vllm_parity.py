@@ -106,6 +106,17 @@ def test_bundled_model_is_the_one_of_transformers(in_engine, converted, plan, te
     assert done["per_token"] == (expected(16, PLANS[plan]) if tensor_parallel > 1 else {})
 
 
+def test_single_layers_whole_on_every_rank(in_engine, converted, tiny_checkpoint):
+    """lp takes two exchanges, cqil one, with a bypass two, ff one; all else none."""
+    source = tiny_checkpoint("qwen3", head_dim=HEAD_DIM, num_layers=10, biases=True)
+    folder = converted(source, MIXED)
+    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    options = {"hf_overrides": {"abreast_unpaired": "replicate"}, "skip_tokenizer_init": True}
+    done = in_engine(folder, complete, 2, given, **options)
+    compare(folder, PROMPTS, done["answers"])
+    assert done["per_token"] == {"all_reduce": 1 + 2 + 1 + 1 + 1, "all_gather": 1 + 1}
+
+
 def test_two_layers_in_a_row_need_four_exchanges(in_engine):
     """The count above, on the original in vLLM's own Llama: 16 layers, 2 each."""
     done = in_engine(model_folder(), complete, 2, {"prompts": PROMPTS, "new_tokens": 4})

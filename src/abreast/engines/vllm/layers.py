@@ -10,13 +10,17 @@ the members held by one rank, and S the ranks that share one member: P = p / deg
 P = 1 and S = degree / p. There is a second exchange only where a member is shared (S > 1) or sees
 others' attention (bypass > 0).
 
+With `abreast_unpaired: replicate` in the config whatever holds one layer only, attention or FFN, is
+whole on every rank and exchanges nothing.
+
 Shapes: N tokens, D hidden, P members here, X for whatever a matrix is wide.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +30,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     get_tp_group,
+    parallel_state,
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
@@ -94,7 +99,10 @@ class Layer(nn.Module):
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
+        base: Any = vllm_config.model_config.hf_config
+        replicate, single = replicates(base), base.to_dict()
+        with whole(replicate and config.num_attention_heads == single["num_attention_heads"]):
+            self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: Any = None
         if config.intermediate_size == 0:
@@ -109,6 +117,7 @@ class Layer(nn.Module):
                 quant_config=vllm_config.quant_config,
                 bias=biases(config)[2],
                 prefix=f"{prefix}.mlp",
+                disable_tp=replicate and config.intermediate_size == single["intermediate_size"],
             )
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -121,6 +130,32 @@ class Layer(nn.Module):
             return attended, residual
         normed, residual = self.post_attention_layernorm(attended, residual)
         return self.mlp(normed), residual
+
+
+def replicates(config: Any) -> bool:
+    """Whether single layers are whole on every rank."""
+    return getattr(config, "abreast_unpaired", "shard") == "replicate"
+
+
+@contextmanager
+def whole(alone: bool) -> Iterator[None]:
+    """Lets layers that are built meanwhile take this rank for the only one."""
+    group = parallel_state._TP
+    if alone:
+        parallel_state._TP = every_rank_alone()
+    try:
+        yield
+    finally:
+        parallel_state._TP = group
+
+
+@functools.cache
+def every_rank_alone() -> Any:
+    """The communicator of this rank alone. All ranks must call it together."""
+    world, own = get_world_group(), get_tp_group()
+    backend = torch.distributed.get_backend(own.device_group)
+    ranks = [[rank] for rank in range(world.world_size)]
+    return init_model_parallel_group(ranks, world.local_rank, backend, group_name="alone")
 
 
 def add_and_norm(

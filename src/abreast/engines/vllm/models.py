@@ -16,7 +16,13 @@ from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
 from abreast.engines.vllm.exact import ExactGroup, mark_prompts
-from abreast.engines.vllm.layers import CqilLayer, Layer, member_group
+from abreast.engines.vllm.layers import (
+    CqilLayer,
+    Layer,
+    every_rank_alone,
+    member_group,
+    replicates,
+)
 from abreast.engines.vllm.plugin import StreamsOfOriginal, is_sequential
 
 
@@ -46,6 +52,8 @@ class _ForCausalLM(StreamsOfOriginal, LlamaForCausalLM):
         for members in sorted({layer.abreast_members for layer in layers if _has_band(layer)}):
             if size > members:
                 member_group(members)
+        if size > 1 and replicates(config):
+            every_rank_alone()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_layer)
         self.apart = {
             f"model.layers.{index}.{name}"

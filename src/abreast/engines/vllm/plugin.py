@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE
 from abreast.plan import Plan
-from abreast.targets import SERVE_GROUPED, VLLM, refusals
+from abreast.targets import SERVE_GROUPED, VLLM, Unpaired, refusals
 
 OLDEST = (0, 32)  # the first to size its KV cache layer by layer, and the one that is tested
 _CLASSES = "abreast.engines.vllm.models"
@@ -73,6 +73,11 @@ def check(config: Any, tensor_parallel: int) -> None:
     family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
     for reason in refusals(VLLM, config.to_dict(), family, degree=tensor_parallel):
         raise ServingError(reason)
+    how = getattr(config, "abreast_unpaired", "shard")
+    if how not in get_args(Unpaired):
+        raise ServingError(
+            f"abreast_unpaired is {how!r}, not one of {', '.join(get_args(Unpaired))}"
+        )
 
 
 def is_sequential(vllm_config: Any) -> bool:
