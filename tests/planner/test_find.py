@@ -12,6 +12,7 @@ from abreast.errors import AbreastError
 from abreast.planner import (
     Budget,
     CalibrationSettings,
+    Profile,
     calibrate,
     find_plan,
     score,
@@ -76,6 +77,61 @@ def test_a_limit_on_quality_has_to_hold_on_held_out_text(texts, tmp_path):
     assert limited.expected.kl == min(limits)
     with pytest.raises(AbreastError, match="no plan has a KL of at most"):
         find_plan(calibration, tmp_path, Budget(max_kl=min(limits) / 2), held_out=held_out)
+
+
+def test_a_limit_on_quality_makes_predicted_time_short(texts, tmp_path):
+    """Of times made up here, ff saves a tenth of what lp does: what costs less is no better."""
+    calibration, held_out = texts
+    profile = Profile("made up", 1.0, {"lp 2": 1.0, "ff 2": 1.9}, 0.5)
+    deep = find_plan(calibration, tmp_path, Budget(depth=6))
+    limit = 1.01 * max(cost.kl for cost in deep.front.plans.values())
+    planned = find_plan(
+        calibration, tmp_path, Budget(max_kl=limit), held_out=held_out, profile=profile
+    )
+    front = planned.front.efficient()
+    times = [profile.latency(plan) for plan in front]
+    losses = [planned.front.plans[plan].kl for plan in front]
+    assert times == sorted(times, reverse=True) and losses == sorted(losses)
+    assert [*planned.front.held_out] == front
+    rows = planned.to_dict()["front"]
+    assert [row["predicted_seconds"] for row in rows] == times
+    assert "plans for its time (made up)" in explain(planned.plan, planned.front)
+    meeting = [p for p, cost in planned.front.held_out.items() if cost.kl <= limit]
+    assert profile.latency(planned.plan) == min(map(profile.latency, meeting))
+    assert all(
+        any(profile.latency(p) <= profile.latency(q) and c.kl <= d.kl for p, c in pairs(planned))
+        for q, d in pairs(planned)
+    )
+    slow = Profile("a slow link", 1.0, {"lp 2": 2.5, "ff 2": 2.0}, 0.5)
+    with pytest.raises(AbreastError, match=r"no group is faster .*\(a slow link\)"):
+        find_plan(calibration, tmp_path, Budget(max_kl=limit), profile=slow)
+
+
+def pairs(planned):
+    return [(plan, planned.front.plans[plan]) for plan in planned.front.plans]
+
+
+def test_plans_for_several_machines(tiny_checkpoint, tmp_path, run):
+    """8 layers make 16 exchanges and 2 around them; three cqil pairs and two layers 7 and 2."""
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
+    command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
+    command += ("--max-group", 3, "--wirings", "lp,cqil", "--max-kl", 9, "--ranks", 2)
+    status, out, err = run(*command, "--link", 1000, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["plan"] == "1|2 3|4 5|6" and 1.9 < found["predicted_speedup"] < 2
+    assert {*found["front"][0]} >= {"predicted_seconds", "depth"}
+    status, out, err = run(*command, "--link", 5, "--unpaired", "replicate")
+    assert status == 0, err
+    assert "best plan of each time" in out and "2xH100, link of 5 us" in out and "fastest: " in out
+    status, _, err = run(*command, "--link", 1000, "--unpaired", "replicate")
+    assert status == 2 and "no group is faster than its layers" in err
+    status, out, _ = run("inspect", model, "--hardware", "2xM3Ultra-Thunderbolt")
+    assert status == 0 and "7 stages, decode: shard" in out and "fastest: on one device" in out
+    status, _, err = run(*command, "--ranks", 1, "--link", 5)
+    assert status == 2 and "--ranks 1 with --link 5.0 makes no sense" in err
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_plans_are_screened_on_a_part_of_the_text(texts, tmp_path):

@@ -243,3 +243,28 @@ def test_search_is_deterministic_and_breaks_ties_by_name():
 
     assert list(run()) == list(run())
     assert additive(14, pairs(14))[13][0].shorthand == "1+2"
+
+
+def test_a_search_by_time_finds_the_fastest_plan_within_a_loss():
+    """In exchanges, two for a layer: lp saves 2 of 4, cqil 3 and ff 1; loss in the same order."""
+    seconds, costs = dict[Group, float](), dict[Group, float]()
+    for wiring, saved, loss in (("lp", 2.0, 2.0), ("cqil", 3.0, 3.5), ("ff", 1.0, 0.6)):
+        for group in (Group(layers=(first, first + 1), wiring=wiring) for first in range(1, 5)):
+            seconds[group], costs[group] = saved, loss + group.layers[0] / 100
+    triple, slow = Group(layers=(2, 3, 4)), Group(layers=(3, 4, 5), wiring="ff")
+    seconds |= {triple: 4.0, slow: -0.5}  # the latter takes longer than its layers
+    costs |= {triple: 5.0, slow: 0.1}
+    candidates = Candidates.of(7, costs, seconds)
+    assert {*costs} - {*candidates.groups} == {slow}
+    assert candidates.saved.tolist() == [seconds[group] for group in candidates.groups]
+    found, levels = dict[Plan, float](), list[tuple[int, float]]()
+    for depth, plans in refine(candidates, lambda plans: [total(p, costs) for p in plans]):
+        levels.append((depth, min(plans.values())))
+        assert all(7 - total(plan, seconds) == depth for plan in plans)
+        found |= plans
+    assert len(levels) > 3 and levels == sorted(levels, reverse=True)
+    assert [cost for _, cost in levels] == sorted(cost for _, cost in levels)
+    every = [plan for plan in every_plan(7, costs) if slow not in plan.groups]
+    for limit in (0.7, 2.5, 4.0, 5.0, 8.0):
+        fastest = max(total(plan, seconds) for plan in every if total(plan, costs) <= limit)
+        assert fastest == max(total(plan, seconds) for plan in found if found[plan] <= limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Budget,
         CalibrationSettings,
         Planned,
+        Search,
     )
     from abreast.rivals import Measured
 
@@ -31,7 +32,7 @@ out_option = click.option(
 )
 calibration_options = console.settings("calibration", "abreast.planner", "CalibrationSettings")
 budget_options = console.settings("budget", "abreast.planner", "Budget")
-search_options = console.settings("search", __name__, "Search")
+search_options = console.settings("search", "abreast.planner", "Search")
 # Defaults of other options. The names say what they are meant for, a 135M model on two cores:
 # benchmarks/RESULTS.md, "Real models".
 EFFORTS: dict[str, dict[str, Any]] = {
@@ -54,32 +55,6 @@ effort_option = click.option(
     callback=_take_effort,
     help="How much text and search; options that you give yourself stand. night heals as well.",
 )
-
-
-@dataclass(frozen=True)
-class Search:
-    """How `plan` and `optimize` search within a budget."""
-
-    hardware: str | None = field(
-        default=None,
-        metadata={
-            "help": "Predict speed for this hardware, as in estimate. Default: measure it here."
-        },
-    )
-    per_group: int = field(
-        default=4, metadata={"help": "Plans to measure at each depth, per group of the plan."}
-    )
-    held_out_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text to judge plans on. Default: another part of that of --data.",
-            "option": "--held-out-data --baseline-data",
-        },
-    )
-    questions: int = field(
-        default=240, metadata={"help": "With --keep-quality: questions to judge plans on."}
-    )
-    plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
 
 
 @console.verb()
@@ -176,7 +151,7 @@ def plan(
         return console.print_json({**planned.to_dict(), **record})
     if rivals:
         tables.print_rivals(rivals, planned.front.objective)
-    tables.print_plan(model, planned, search.hardware)
+    tables.print_plan(model, planned, search.machine)
     console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
     tables.print_searches(searches)
 
@@ -320,7 +295,7 @@ def optimize(
         return console.print_json(result.to_dict())
     if rivals:
         tables.print_rivals(rivals, planned.front.objective)
-    tables.print_plan(model, planned, search.hardware)
+    tables.print_plan(model, planned, search.machine)
     rows = {
         f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
         for plan, kl in result.healed.items()
@@ -392,6 +367,7 @@ def _find(
     from abreast.rivals import compare
     from abreast.runs import record_environment
 
+    machine = search.machine
     if search.plots:
         check_drawing()
     calibration, held_out = search_texts(
@@ -407,13 +383,16 @@ def _find(
     questions = None
     if budget.keep_quality is not None:
         questions = task_questions(model, out, settings, search.questions, calibration.load)
-    console.say(f"budget: {budget.text}")
+    words = budget.text if machine is None else budget.text.replace("deepest cut", "fastest plan")
+    console.say(f"budget: {words}")
     if command is not None:
         record_environment(out, settings.device, command)
     profile = None
     groups, revision = calibration.candidates, settings.revision
-    if search.hardware is not None:
-        profile = estimated_profile(model, groups, search.hardware, revision=revision)
+    if machine is not None:
+        profile = estimated_profile(
+            model, groups, machine, unpaired=search.unpaired, revision=revision
+        )
     elif budget.speedup is not None:
         profile = profile_here(calibration, {*map(kind_of, groups)}, out, step=console.say)
     with console.progress_bar("plan", as_json) as progress:
@@ -473,7 +452,7 @@ def _repeated(
     """The first search and the others, on other texts, all judged on the same."""
     from abreast.planner import find_plan, search_texts
 
-    searches = [planned]
+    searches, timed = [planned], budget.speedup is not None
     for number in range(1, repeat):
         console.say(f"search {number + 1} of {repeat}, on another text")
         calibration, held_out = search_texts(
@@ -488,7 +467,7 @@ def _repeated(
                 calibration.folder.parent,
                 budget,
                 held_out=held_out,
-                profile=planned.profile,
+                profile=planned.profile if timed else planned.front.profile,
                 per_group=search.per_group,
                 step=console.say,
                 progress=progress,

@@ -43,6 +43,6 @@ if TYPE_CHECKING:
     from abreast.planner.objective import KL, OBJECTIVES, OF_TASKS, Cost, Objective, Scoring
     from abreast.planner.scoring import MIN_CALIBRATION_WINDOWS
     from abreast.planner.search import Costs, additive, contiguous
-    from abreast.planner.settings import CalibrationSettings
+    from abreast.planner.settings import CalibrationSettings, Search
 
 attach(__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
@@ -40,10 +41,12 @@ from abreast.planner.measuring import (
 from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
 from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
-from abreast.targets import SERVERS, Target, refusals
+from abreast.targets import SERVERS, Target, Unpaired, refusals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from abreast.speed import Hardware
 
 PROFILED_TOKENS = 16  # decoded per round of a profile
 
@@ -72,7 +75,7 @@ class Planned:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values, with the best plan of each depth."""
-        best = self.front.best()
+        front, profile, timed = self.front, self.profile, self.front.profile
         return {
             "plan": self.plan.shorthand,
             "num_layers": self.plan.num_layers,
@@ -80,16 +83,16 @@ class Planned:
             "others": [plan.shorthand for plan in self.others],
             "expected": asdict(self.expected),
             "searched": asdict(self.searched),
-            "optimism": self.front.objective.value(self.searched)
-            - self.front.objective.value(self.expected),
-            "predicted_speedup": self.profile.speedup(self.plan) if self.profile else None,
-            "full_forwards": sum(self.front.full_forwards.values()),
-            "full_forwards_by_depth": dict(self.front.full_forwards),
+            "optimism": front.objective.value(self.searched) - front.objective.value(self.expected),
+            "predicted_speedup": profile.speedup(self.plan) if profile else None,
+            "full_forwards": sum(front.full_forwards.values()),
+            "full_forwards_by_depth": dict(front.full_forwards),
             "front": [
-                {"plan": plan.shorthand, "depth": depth, **asdict(self.front.judged(plan))}
-                for depth, plan in best.items()
+                {"plan": plan.shorthand, "depth": plan.depth, **asdict(front.judged(plan))}
+                | ({"predicted_seconds": timed.latency(plan)} if timed else {})
+                for plan in front.efficient()
             ],
-            "reasons": reasons(self.plan, self.front),
+            "reasons": reasons(self.plan, front),
             "engines": {
                 name: best and {"plan": best[0].shorthand, **asdict(best[1])}
                 for name, best in self.engines.items()
@@ -129,7 +132,9 @@ def find_plan(
 
     Plans are first measured on a share of the calibration text (`PLAN_SCREEN`), and the `beam` best
     of each depth on all of it. held_out: other text, on which the best plan of each depth is then
-    measured; what a plan costs there is what it is said to cost. out: the run folder; front.json
+    measured; what a plan costs there is what it is said to cost. profile: predicts times; one of
+    other hardware, with a limit on quality, makes the search and its front go by predicted time
+    instead of by depth. out: the run folder; front.json
     there gets every plan that this and earlier calls measured, of which one is chosen that consists
     of candidates. best: how many plans to return, the best and the next ones of its depth.
     per_group: plans measured per group at each depth; 0 measures the predicted optima only.
@@ -144,27 +149,31 @@ def find_plan(
     step("measure groups alone")
     stats = measure(calibration, objective=objective, depth=budget.depth, progress=progress)
     screened = partial(_screened, calibration, objective, progress)
-
+    timed = profile if budget.depth is None and budget.speedup is None else None
+    candidates = candidate_costs(calibration, objective, timed)
+    if not candidates.groups:
+        raise AbreastError(
+            f"no group is faster than its layers ({timed and timed.about}); allow others "
+            "(--wirings, --max-group), or keep the model as it is"
+        )
+    least = -math.inf if timed else least_depth
     for depth, values in refine(
-        candidate_costs(calibration, objective),
-        screened,
-        least_depth=least_depth,
-        per_group=per_group,
-        beam=beam,
+        candidates, screened, least_depth=least, per_group=per_group, beam=beam
     ):
         best_few = sorted(values, key=lambda plan: (values[plan], plan.shorthand))[:beam]
         measured = dict(zip(best_few, score(calibration, best_few, progress=progress), strict=True))
+        reached = f"{timed.speedup(best_few[0]):.2f}x" if timed else f"depth {depth}"
         step(
-            f"depth {depth}: {objective.name} {min(map(objective.value, measured.values())):.5f}, "
+            f"{reached}: {objective.name} {min(map(objective.value, measured.values())):.5f}, "
             f"the best of {len(values)} plans"
         )
         if budget.exhausted(measured, profile):
             break
     found = Front(stats, measured_plans(calibration), full_forwards(calibration), objective)
-    front = found.among(calibration.candidates)
+    front = replace(found.among(calibration.candidates), profile=timed)
     if held_out is not None:
-        step("measure the best plan of each depth on held-out text")
-        plans = [*front.best().values()]
+        step(f"measure the best plan of each {'time' if timed else 'depth'} on held-out text")
+        plans = front.efficient()
         costs = score(held_out, plans, progress=progress)
         front = replace(front, held_out=dict(zip(plans, costs, strict=True)))
         found = replace(found, held_out=front.held_out)
@@ -190,7 +199,7 @@ def keep_accuracy(
     """
     front, chosen = planned.front, None
     step(f"judge the best plan of each depth on {calibration.sample.num_items} questions")
-    for depth, plan in front.best().items():
+    for plan in front.efficient():
         if front.judged(plan).kl > MOST_KL:
             break
         (cost,) = score(calibration, [plan], progress=progress)
@@ -200,7 +209,7 @@ def keep_accuracy(
                 "--score-tasks, or give --max-kl"
             )
         interval = f"{cost.accuracy_kept:.1%} ± {cost.kept_stderr:.1%}"
-        step(f"{depth} stages keep {interval} of the accuracy above chance")
+        step(f"{plan.depth} stages keep {interval} of the accuracy above chance")
         if cost.accuracy_kept < share:
             break
         chosen = plan, cost
@@ -357,24 +366,33 @@ def saved_profile(
 def estimated_profile(
     model: str | Path,
     groups: Sequence[Group],
-    hardware: str,
+    hardware: str | Hardware,
     *,
+    unpaired: Unpaired = "shard",
     batch: int = 1,
     context: int = 1024,
     revision: str | None = None,
 ) -> Profile:
     """Predicted seconds of decoding per kind of stage on other hardware (see `estimate`).
 
-    hardware: a name such as "2xA100-NVLink". Raises AbreastError for one that is not known.
+    hardware: or a name such as "2xA100-NVLink". unpaired: as in `torch_tp`; under replicate groups
+    with fewer members than devices take for ever. Raises AbreastError for unknown hardware.
     """
     config = read_config(model, revision=revision)
-    setting = Setting(hardware_of(hardware), batch=batch, context=context)
+    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
+    setting = Setting(hardware, batch=batch, context=context, unpaired=unpaired)
     kinds = {kind_of(group): group for group in groups}
     *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), setting)
     return Profile(
-        about=f"estimate for {hardware}, decode at batch {batch}, context {context}",
+        about=f"estimate for {hardware.name}, {unpaired}, decode at batch {batch}, "
+        f"context {context}",
         single=stage_cost(config, None, setting),
-        groups={kind: stage_cost(config, group, setting) for kind, group in kinds.items()},
+        groups={
+            kind: math.inf
+            if unpaired == "replicate" and len(group.layers) < hardware.count
+            else stage_cost(config, group, setting)
+            for kind, group in kinds.items()
+        },
         rest=rest,
     )
 

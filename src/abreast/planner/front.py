@@ -162,20 +162,16 @@ class Profile:
         stages = {"one layer": self.single, **self.groups}
         return next((kind for kind, seconds in stages.items() if not seconds > 0), None)
 
+    def saves(self, group: Group) -> float:
+        """By how many seconds forming a group makes a forward pass faster. Raises AbreastError for
+        a kind not in it."""
+        if (kind := kind_of(group)) not in self.groups:
+            raise AbreastError(f"the latency profile has no group of kind '{kind}'; profile again")
+        return len(group.layers) * self.single - self.groups[kind]
+
     def latency(self, plan: Plan) -> float:
         """Predicted seconds of one forward pass. Raises AbreastError for a kind not in it."""
-        seconds = self.rest
-        for stage in plan.stages:
-            group = plan.group_of(stage)
-            if group is None:
-                seconds += self.single
-            elif (kind := kind_of(group)) in self.groups:
-                seconds += self.groups[kind]
-            else:
-                raise AbreastError(
-                    f"the latency profile has no group of kind '{kind}'; profile again"
-                )
-        return seconds
+        return self.rest + plan.num_layers * self.single - sum(map(self.saves, plan.groups))
 
     def speedup(self, plan: Plan) -> float:
         """Predicted latency of the original over that of the plan."""
@@ -269,8 +265,9 @@ class Front:
     """Every plan that was measured as a whole, with its cost on the calibration text.
 
     full_forwards: cost of measuring each depth, in full forward passes over that text. objective:
-    what the plans are ranked by. held_out: costs of the best plan of each depth on text that the
-    search has not seen; empty where none was measured.
+    what the plans are ranked by. held_out: costs of the `efficient` plans on text that the search
+    has not seen; empty where none was measured. profile: by whose times they were searched, None
+    where by depth.
     """
 
     stats: Stats
@@ -278,6 +275,7 @@ class Front:
     full_forwards: Mapping[int, float]
     objective: Objective = KL
     held_out: Mapping[Plan, Cost] = field(default_factory=dict)
+    profile: Profile | None = None
 
     def among(self, groups: Iterable[Group]) -> Front:
         """The front with the plans that consist of these groups only."""
@@ -299,6 +297,17 @@ class Front:
         for plan in sorted(self.plans, key=self.rank):
             best.setdefault(plan.depth, plan)
         return dict(sorted(best.items(), reverse=True))
+
+    def efficient(self) -> list[Plan]:
+        """The best plan of each depth, or, searched by time, those that cost less than every faster
+        one; the slowest first."""
+        if (profile := self.profile) is None:
+            return [*self.best().values()]
+        best: list[Plan] = []
+        for plan in sorted(self.plans, key=lambda plan: (profile.latency(plan), self.rank(plan))):
+            if profile.speedup(plan) > 1 and not (best and self.rank(plan) >= self.rank(best[-1])):
+                best.append(plan)
+        return best[::-1]
 
     def choose(
         self, budget: Budget, profile: Profile | None = None, *, best: int = 1
@@ -434,6 +443,9 @@ def explain(plan: Plan, front: Front) -> str:
             f"{objective.value(cost):.5f}, {objective.value(cost) - objective.value(judged):+.5f} "
             "against held-out text. ",
         )
+    count = f"{sum(p.depth == plan.depth for p in front.plans)} plans of this depth"
+    if front.profile is not None:
+        count = f"{len(front.plans)} plans for its time ({front.profile.about})"
     lines = [
         f"# Why {plan.shorthand}",
         "",
@@ -442,8 +454,7 @@ def explain(plan: Plan, front: Front) -> str:
         f"{objective.stderr(judged):.5f} {objective.unit}, loss "
         f"{judged.loss_increase:+.5f} ± {judged.loss_stderr:.5f}, perplexity "
         f"{judged.ppl_increase:+.2%}. {searched}Its groups alone cost {total:.5f} in sum. "
-        f"It is the best of {sum(p.depth == plan.depth for p in front.plans)} plans of this depth "
-        "that were measured as a whole.",
+        f"It is the best of {count} that were measured as a whole.",
         "",
         f"| group | {name} alone | rank | inputs alike | depends | best plan without it "
         f"| {name} of that |",

@@ -18,7 +18,7 @@ from abreast.evaluate import ratio_of_means
 from abreast.model import Program, geometry, name_of, program_of, run_programs
 from abreast.plan import Group, Plan, PlanError
 from abreast.planner.calibration import DEPENDENCY_SHARE, Calibration, share_of
-from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Stats
+from abreast.planner.front import GEOMETRY_ARRAYS, STATS_FILE, Profile, Stats
 from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import Candidates, additive
 from abreast.runs import JOURNAL, Journal
@@ -230,8 +230,13 @@ def _worth_measuring(
     return some if depth is None or depth in reached else larger
 
 
-def candidate_costs(calibration: Calibration, objective: Objective | None = None) -> Candidates:
-    """The candidates that `measure` measured, with their costs on the text that all share."""
+def candidate_costs(
+    calibration: Calibration, objective: Objective | None = None, profile: Profile | None = None
+) -> Candidates:
+    """The candidates that `measure` measured, with their costs on the text that all share.
+
+    profile: by predicted time instead of by stages, see `Candidates.of`.
+    """
     objective = objective or calibration.objective
     batches = calibration.batches
     screened = batches[: share_of(batches, calibration.settings.screen)]
@@ -246,7 +251,9 @@ def candidate_costs(calibration: Calibration, objective: Objective | None = None
         )
     ]
     costs = _costs_alone(calibration, groups, screened)
-    return Candidates.of(num_layers, {g: objective.value(cost) for g, cost in costs.items()})
+    values = {group: objective.value(cost) for group, cost in costs.items()}
+    seconds = None if profile is None else {group: profile.saves(group) for group in groups}
+    return Candidates.of(num_layers, values, seconds)
 
 
 def difference(calibration: Calibration, first: Plan, second: Plan) -> Cost:

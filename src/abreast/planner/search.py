@@ -41,30 +41,45 @@ class Candidates:
     """The groups that plans of a model are made of, in order of their layers.
 
     costs: [n], of each alone. coupling: [n, n], symmetric with a diagonal of zeros: what each two
-    together cost beyond their sum.
+    together cost beyond their sum. saved: [n], whole numbers above 0: by how many stages forming
+    each makes a model shallower, or by how many equal steps of time faster. A plan's depth is the
+    number of layers less what its groups save.
     """
 
     num_layers: int
     groups: tuple[Group, ...]
     costs: np.ndarray
     coupling: np.ndarray
+    saved: np.ndarray
+    timed: bool = False
 
     @classmethod
-    def of(cls, num_layers: int, costs: Costs) -> Candidates:
-        """Candidates of these costs whose costs just add up."""
-        groups = tuple(sorted(costs, key=lambda group: (group.layers, group.shorthand)))
+    def of(
+        cls, num_layers: int, costs: Costs, seconds: Mapping[Group, float] | None = None
+    ) -> Candidates:
+        """Candidates of these costs whose costs just add up.
+
+        seconds: how much faster each makes a forward pass; those that do not are left out, and the
+        others save thirds of what the best of them saves for each stage.
+        """
+        gains = seconds or {group: float(len(group.layers) - 1) for group in costs}
+        step = max((gains[group] / (len(group.layers) - 1) for group in costs), default=1.0)
+        step = step / 3 if seconds else 1.0
+        groups = tuple(
+            sorted(
+                (group for group in costs if gains[group] > 0),
+                key=lambda group: (group.layers, group.shorthand),
+            )
+        )
         alone = np.array([costs[group] for group in groups], dtype=np.float64)
-        return cls(num_layers, groups, alone, np.zeros((len(groups), len(groups))))
+        saved = np.array([max(1, round(gains[group] / step)) for group in groups], dtype=int)
+        apart = np.zeros((len(groups), len(groups)))
+        return cls(num_layers, groups, alone, apart, saved, seconds is not None)
 
     @cached_property
     def spans(self) -> np.ndarray:
         """[n, 2]: the first layer of each group and the one after its last."""
         return np.array([(g.layers[0], g.layers[-1] + 1) for g in self.groups]).reshape(-1, 2)
-
-    @cached_property
-    def saved(self) -> np.ndarray:
-        """[n]: by how many stages forming each group makes a model shallower."""
-        return np.asarray(self.spans[:, 1] - self.spans[:, 0] - 1)
 
     @cached_property
     def _places(self) -> dict[Group, int]:
@@ -124,27 +139,27 @@ def additive(num_layers: int, costs: Costs, *, best: int = 1) -> dict[int, list[
 def predicted(candidates: Candidates, *, best: int = 1) -> dict[int, Ranked]:
     """(expected cost, choice) of the `best` plans of every depth, deepest first, cheapest first.
 
-    Dynamic programming over the layers, with the `best` cheapest ways to reach each layer in each
-    number of stages: exact where costs just add up, a beam search where they do not.
+    Dynamic programming over the layers, with the `best` cheapest ways to reach each layer at each
+    depth: exact where costs just add up, a beam search where they do not.
     """
     ending: dict[int, list[int]] = {}
     for place, (_, end) in enumerate(candidates.spans.tolist()):
         ending.setdefault(end, []).append(place)
     costs, coupling = candidates.costs.tolist(), candidates.coupling.tolist()
-    firsts = candidates.spans[:, 0].tolist()
+    firsts, saved = candidates.spans[:, 0].tolist(), candidates.saved.tolist()
     reached: list[dict[int, Ranked]] = [{0: [(0.0, ())]}]
     for layer in range(1, candidates.num_layers + 1):
         paths: dict[int, Ranked] = {}
-        for stages, shorter in reached[layer - 1].items():
-            paths.setdefault(stages + 1, []).extend(shorter)
+        for depth, shorter in reached[layer - 1].items():
+            paths.setdefault(depth + 1, []).extend(shorter)
         for place in ending.get(layer, []):
-            beside = coupling[place]
-            for stages, shorter in reached[firsts[place]].items():
-                paths.setdefault(stages + 1, []).extend(
+            beside, adds = coupling[place], layer - firsts[place] - saved[place]
+            for depth, shorter in reached[firsts[place]].items():
+                paths.setdefault(depth + adds, []).extend(
                     (cost + costs[place] + sum(beside[other] for other in path), (*path, place))
                     for cost, path in shorter
                 )
-        reached.append({stages: sorted(ranked)[:best] for stages, ranked in paths.items()})
+        reached.append({depth: sorted(ranked)[:best] for depth, ranked in paths.items()})
     return dict(sorted(reached[-1].items(), reverse=True))
 
 
@@ -152,26 +167,35 @@ def refine(
     candidates: Candidates,
     score: Score,
     *,
-    least_depth: int,
+    least_depth: float = -math.inf,
     per_group: int = PER_GROUP,
     beam: int = BEAM,
 ) -> Iterator[tuple[int, dict[Plan, float]]]:
     """Measure plans of one depth after another, down to least_depth; yield (depth, their costs).
 
     score(plans) measures the cost of each, of at most per_group plans per group at each depth, no
-    more than COUNTED groups counted.
+    more than COUNTED groups counted. Depths in steps of time where a faster plan is expected to
+    cost no more are left out.
     First come starting points: the best plans as predicted, contiguous stretches of equal groups,
     the `beam` best plans of one stage more, and as predicted of one less, with one group changed;
     then `changes` of the `beam` best. The order is by predicted cost, corrected by the measured
     cost of the plan that they come from. Deterministic: ties are broken by the layers.
     """
     optima = predicted(candidates, best=max(beam, 1))
+    following = dict(zip(optima, [*optima.values()][1:], strict=False))
+    depths = [d for d in optima if least_depth <= d < candidates.num_layers]
+    if candidates.timed:
+        cheaper: list[int] = []
+        for depth in reversed(depths):
+            if not cheaper or optima[depth][0][0] < optima[cheaper[0]][0][0]:
+                cheaper.insert(0, depth)
+        depths = cheaper
     before: dict[Choice, float] = {}
     above: dict[Choice, float] = {(): 0.0}
     learned = candidates
-    for depth in (d for d in optima if least_depth <= d < candidates.num_layers):
+    for depth in depths:
         budget = max(1, per_group * min(COUNTED, len(optima[depth][0][1])))
-        shallower = [choice for _, choice in optima.get(depth - 1, [])]
+        shallower = [choice for _, choice in following.get(depth, [])]
         starts = _starts(learned, depth, optima[depth], above, shallower)
         batch, measured = starts[: -(-budget // 2)], dict[Choice, float]()
         near: dict[Choice, dict[Choice, float]] = {}
@@ -270,11 +294,12 @@ def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
 
 def _stretches(candidates: Candidates, depth: int) -> list[Choice]:
     """The choices of `contiguous`."""
-    num_layers = candidates.num_layers
+    num_layers, saved = candidates.num_layers, candidates.saved.tolist()
     places = {(g.layers[0], len(g.layers), g.kind): i for i, g in enumerate(candidates.groups)}
+    each = {(size, kind): saved[place] for (_, size, kind), place in places.items()}
     stretches = []
-    for size, kind in sorted({(size, kind) for _, size, kind in places}):
-        count, left = divmod(num_layers - depth, size - 1)
+    for size, kind in sorted(each):
+        count, left = divmod(num_layers - depth, each[size, kind])
         if left or not count:
             continue
         for start in range(num_layers - count * size + 1):

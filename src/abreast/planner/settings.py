@@ -1,4 +1,4 @@
-"""How a search measures groups of layers."""
+"""How a search measures groups of layers, and what it looks for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from abreast.data import AUTO
 from abreast.planner.objective import Scoring
+from abreast.speed import Hardware, hardware_of
+from abreast.targets import Unpaired
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,48 @@ class CalibrationSettings:
     )
     seed: int = field(default=0, metadata={"help": "Random seed."})
     scoring: Scoring = field(default=Scoring(), metadata={"options": True})
+
+
+@dataclass(frozen=True)
+class Search:
+    """How `plan` and `optimize` search within a budget."""
+
+    hardware: str | None = field(
+        default=None,
+        metadata={
+            "help": "Predict speed for this hardware, as in estimate, and with a limit on quality "
+            "make that fastest. Default: measure it here."
+        },
+    )
+    ranks: int | None = field(
+        default=None,
+        metadata={"help": "Predict for so many of --hardware (H100 where it is not named)."},
+    )
+    link: float | None = field(
+        default=None,
+        metadata={"help": "Predict for a link on which an all-reduce takes so many microseconds."},
+    )
+    unpaired: Unpaired = field(
+        default="shard", metadata={"help": "How devices hold layers in no group, as in estimate."}
+    )
+    per_group: int = field(
+        default=4, metadata={"help": "Plans to measure at each depth, per group of the plan."}
+    )
+    held_out_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text to judge plans on. Default: another part of that of --data.",
+            "option": "--held-out-data --baseline-data",
+        },
+    )
+    questions: int = field(
+        default=240, metadata={"help": "With --keep-quality: questions to judge plans on."}
+    )
+    plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
+
+    @property
+    def machine(self) -> Hardware | None:
+        """What to predict speed for, None where it is measured here. Raises AbreastError."""
+        if self.hardware is None and self.ranks is None and self.link is None:
+            return None
+        return hardware_of(self.hardware or "H100").joined(self.ranks, self.link)

@@ -41,10 +41,10 @@ def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> N
     title = f"{planned.plan.num_layers} layers, on {text} text"
     rows = [row for row in rows if not row.refit] or [
         Measured(
-            *("planner", depth, plan.shorthand, front.judged(plan)),
+            *("planner", plan.depth, plan.shorthand, front.judged(plan)),
             speedup=profile.speedup(plan) if profile is not None else None,
         )
-        for depth, plan in front.best().items()
+        for plan in front.efficient()
     ]
     for label, file, places in (
         ("effective depth", "pareto.png", [float(row.depth) for row in rows]),
@@ -53,7 +53,7 @@ def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> N
         lines: dict[str, dict[float, Cost]] = {}
         for row, place in zip(rows, places, strict=True):
             if place is not None:
-                lines.setdefault(row.name, {})[place] = row.cost
+                lines.setdefault(row.name, {}).setdefault(place, row.cost)
         if lines:
             draw_costs(lines, front.objective, label, title, Path(out) / file)
 
