@@ -44,6 +44,7 @@ EXPERTS = {
 WAYS = ("cp", "cache", "folder")
 CHILD = """
 import json, os, sys, time
+import abreast.modeling, transformers  # what reading a tokenizer takes
 from abreast.convert import convert
 
 def peak():  # in bytes; ru_maxrss will not do, a child inherits it from its parent

@@ -140,10 +140,6 @@ def _check_loaded(folder: Path, report: dict[str, Any]) -> None:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder, or None. Raises AbreastError for one that cannot be loaded."""
-    import transformers
-
-    import abreast.modeling  # noqa: F401  or transformers warns of an unknown model_type
-
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if not any((folder / name).is_file() for name in names):
         return None
@@ -158,6 +154,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 raise CheckpointError(
                     f"the tokenizer in '{folder}' is SentencePiece's; pip install sentencepiece"
                 )
+    import transformers  # takes seconds, which a folder without a tokenizer need not wait for
+
+    import abreast.modeling  # noqa: F401  or transformers warns of an unknown model_type
+
     try:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
