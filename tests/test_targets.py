@@ -91,14 +91,15 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
         (VLLM, "llama", "1|2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
         (VLLM, "gemma2", "1+2", 2, "which this family cannot split"),
         (TORCH_TP, "llama", "1+2", 2, None),
-        (TORCH_TP, "gemma2", "1+2", 2, "norms after a branch"),
-        (TORCH_TP, "llama", "1|2|3", 2, "on 3 processes or a multiple of that, not on 2"),
+        (TORCH_TP, "gemma2", "1+2", 2, None),
+        (TORCH_TP, "llama", "1|2|3", 2, None),
+        (TORCH_TP, "llama", "1+2", 4, "cannot share 2 (num_key_value_heads) evenly"),
         (TRANSFORMERS, "gemma2", "1|2", 1, None),
         (TRANSFORMERS, "llama", "1+2", 2, "one process"),
         (TRANSFORMERS, "llama", "1~2", 1, None),
         (TRANSFORMERS, "cohere", "1+2 3~4", 1, "group 3~4 cannot be converted"),
         (TORCH_TP, "llama", "1~2 3+4", 2, None),
-        (TORCH_TP, "gemma2", "1~2", 2, "norms after a branch"),
+        (TORCH_TP, "gemma2", "1~2", 2, None),
         (VLLM, "llama", "1~2", 2, None),
         (SGLANG, "llama", "1+2 3|4:1", 2, None),
         (SGLANG, "qwen3", "1~2", 4, None),
@@ -119,6 +120,13 @@ def test_reasons(target, family, plan, degree, reason):
         refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
     )
     assert reason in found[0] if reason else not found
+
+
+def test_replicate_has_a_member_for_every_process():
+    row, plan = CONVERTIBLE["llama"], Plan.parse("1+2 3|4|5", 6)
+    (reason,) = refusals(TORCH_TP, CONFIG, row, plan, 3, "replicate")
+    assert reason.startswith("3 processes are more than the 2 members of a group")
+    assert not list(refusals(TORCH_TP, CONFIG, row, plan, 2, "replicate"))
 
 
 @pytest.mark.parametrize(

@@ -99,19 +99,20 @@ def test_ids_are_those_of_llamacpp(name, request, gguf_files):
             assert ours == ids_of(server, text, special), (text, special)
 
 
+@pytest.mark.parametrize("half", [0, 1])
 @MODELS
-def test_next_tokens_are_as_likely_as_in_llamacpp(name, request, gguf_files):
-    """llama.cpp also quantises what goes into every matrix product, hence the bounds.
+def test_next_tokens_are_as_likely_as_in_llamacpp(name, half, request, gguf_files):
+    """In each half of 2,000 tokens. llama.cpp also quantises what goes into every matrix product.
 
-    On wikitext they were 2.8e-3 and 5.5e-3, here 6.4e-3 for gemma3 on a CPU with AVX2 only; the
-    next test shows that nothing else differs.
+    Hence the bounds: on wikitext the divergences were 2.8e-3 and 5.5e-3, here 6.4e-3 for gemma3 on
+    a CPU with AVX2 only; the next test shows that nothing else differs.
     """
     model, tokenizer = load(request.getfixturevalue(name), dtype="float32")
     server, found = serve(gguf_files[name]), []
     texts = [text for _, text in documents(HELD_OUT) if len(text) > 8 * WINDOW]
-    for text in texts[:WINDOWS]:
+    for text in texts[half:WINDOWS:2]:
         found += divergences(model, server, tokenizer(text)["input_ids"][:WINDOW])
-    assert len(found) > 2000
+    assert len(found) > 1000
     assert sum(found) / len(found) <= {"smollm2": 5e-3, "gemma3": 8e-3}[name]
 
 

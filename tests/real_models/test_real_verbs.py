@@ -113,7 +113,17 @@ def searched(model: Model, work: Path) -> Path:
 @pytest.fixture(scope="module")
 def run_folder(model: Model, searched: Path) -> Path:
     """What optimize adds to a search, with the report."""
-    options = ("--depth", model.depth, "--per-group", "1", "--no-plots", "--rounds", "2")
+    options = (
+        "--depth",
+        model.depth,
+        "--per-group",
+        "1",
+        "--no-plots",
+        "--rounds",
+        "2",
+        "--new-tokens",
+        "4",
+    )
     checks = ("--eval-data", "stdlib", "--max-tokens", "1024")
     options += ("--hardware", "A100", "--for", "transformers")  # nothing more to time or measure
     run("optimize", model.folder, "-o", searched, *SEARCH, *options, *checks)

@@ -345,6 +345,11 @@ def test_unknown_hardware_lists_the_known(text):
         hardware_of(text)
 
 
+def test_part_of_a_name_of_hardware_gets_suggestions():
+    with pytest.raises(HardwareError, match=r"did you mean rtx4090-pcie-host or .*\? known are"):
+        hardware_of("2x4090")
+
+
 def test_hardware_is_read_generously():
     assert hardware_of("2xa100-nvlink").link == "NVLink"
     assert hardware_of("4xA100-PCIe").bandwidth == 1.935e12  # the PCIe card, a device of its own

@@ -260,24 +260,29 @@ def print_columns(
 ) -> None:
     """A table with the columns in `left` justified left, and notes below it.
 
-    An empty row draws a line across. Without borders, only the columns in `left` are wrapped.
+    An empty row draws a line across. With borders nothing is cut off, however narrow the terminal;
+    without, the columns in `left` are wrapped.
     """
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     look: dict[str, Any] = {} if borders else {"box": None, "padding": (0, 2, 0, 0)}
     table = Table(title=title, **look)
     for heading in headings:
         if heading in left:
-            table.add_column(heading, overflow="ellipsis" if borders else "fold")
+            table.add_column(heading, overflow="fold", no_wrap=borders)
         else:
-            table.add_column(heading, justify="right", no_wrap=not borders)
+            table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         if row:
             table.add_row(*row)
         else:
             table.add_section()
     console = Console(highlight=False)
+    if borders:
+        unlimited = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, unlimited, table).maximum)
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)

@@ -152,7 +152,8 @@ def plan(
     if rivals:
         tables.print_rivals(rivals, planned.front.objective)
     tables.print_plan(model, planned, search.machine)
-    console.print_table({"plan file": str(plan_file), "reasons": str(reasons)})
+    command = f"abreast convert {model} --plan {plan_file} -o OUT"
+    console.print_table({"plan file": str(plan_file), "reasons": str(reasons), "next": command})
     tables.print_searches(searches)
 
 
@@ -172,6 +173,7 @@ def plan(
 @click.option("--eval-data", default="auto", help="Text to evaluate on.")
 @click.option("--max-tokens", default=100_000, help="Tokens to evaluate on.")
 @click.option("--rounds", default=12, help="Interleaved timing rounds.")
+@click.option("--new-tokens", default=64, help="Tokens to generate when timing.")
 @click.option("--tasks", help="Evaluate on these tasks as well, as in eval.")
 @click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
 @click.option("--limit", type=int, help="With --tasks: items of each task.")
@@ -193,6 +195,7 @@ def optimize(
     eval_data: str,
     max_tokens: int,
     rounds: int,
+    new_tokens: int,
     tasks: str | None,
     num_fewshot: int | None,
     limit: int | None,
@@ -232,6 +235,7 @@ def optimize(
         max_tokens=max_tokens,
         window=calibration.window,
         rounds=rounds,
+        new_tokens=new_tokens,
         tasks=loaded_tasks,
         add_bos=calibration.add_bos,
         dtype=calibration.dtype,

@@ -195,7 +195,7 @@ def _print_bench(report: Report) -> None:
         _bench_rows(report),
         left={"task", "model", ""},
         title=f"{first.backend}, {first.device}, {first.dtype}, {report.job.rounds} rounds; "
-        "± is half the interquartile range",
+        "±: half the interquartile range; ratio: median of paired rounds, 95 % interval",
         notes=[*notes, conclusion(report.results)],
     )
 
@@ -260,7 +260,7 @@ def _print_estimates(plan: Plan, estimates: list[Estimate], compared: str) -> No
         rows,
         left={"runtime", "phase"},
         title=f"{plan.num_layers} -> {plan.depth} stages on {first.hardware}, {first.dtype}: "
-        "computed, not measured",
+        f"computed, not measured{'; no engine splits it so, see below' * bool(first.refused)}",
         notes=notes,
     )
 

@@ -84,7 +84,8 @@ def print_front(model: str, planned: Planned, machine: Hardware | None) -> None:
     plans = front.efficient()
     plans += [planned.plan] * (planned.plan not in plans)
     groups = [group for plan in plans for group in plan.groups]
-    profiles = {"here" if machine is None else machine.name: planned.profile}
+    here = "here" if machine is None else machine.name
+    profiles = {} if planned.profile is None else {here: planned.profile}
     if machine is None:
         revision = front.stats.revision
         profiles[ELSEWHERE] = estimated_profile(model, groups, ELSEWHERE, revision=revision)
@@ -97,7 +98,7 @@ def print_front(model: str, planned: Planned, machine: Hardware | None) -> None:
                 plan.label,
                 f"{objective.value(cost):.4f} ± {objective.stderr(cost):.4f}",
                 f"{cost.loss_increase:+.4f}",
-                *("" if p is None else f"{p.speedup(plan):.2f}x" for p in profiles.values()),
+                *(f"{profile.speedup(plan):.2f}x" for profile in profiles.values()),
             )
             for plan in plans
             for cost in [front.judged(plan)]
@@ -121,7 +122,7 @@ def print_plan(model: str, planned: Planned, machine: Hardware | None) -> None:
         name: f"{value:.5f} ± {objective.stderr(cost):.5f} nats, on held-out text",
         "loss": f"{cost.loss_increase:+.5f} ± {cost.loss_stderr:.5f} nats, on held-out text",
         f"searched {name}": f"{searched:.5f} nats, {searched - value:+.5f} against held-out text",
-        "took so far": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
+        "search took": f"{sum(planned.front.full_forwards.values()):.1f} full forward passes",
     }
     if (tasks := planned.on_tasks) is not None:
         rows["accuracy kept"] = (

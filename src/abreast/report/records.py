@@ -178,7 +178,7 @@ class Run:
             "what each group costs alone (calibration)": self.stats,
             "the plans measured as a whole (front.json)": self.plans,
             "the comparison with the published ways to choose (baselines.json)": self.baselines,
-            "a plan": last,
+            "a plan": last or (self.folder / "plan.yaml").is_file(),
             "the converted checkpoint": last and last.manifest,
             "the verification of the conversion": last and last.verify,
             "the quality on held-out text": last and last.quality,

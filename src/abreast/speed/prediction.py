@@ -86,8 +86,7 @@ class Hardware:
 def table() -> dict[str, Any]:
     """The contents of hardware.yaml."""
     text = Path(__file__).with_name("hardware.yaml").read_text(encoding="utf-8")
-    contents: dict[str, Any] = yaml.safe_load(text)
-    return contents
+    return dict(yaml.safe_load(text))
 
 
 def hardware_of(text: str) -> Hardware:
@@ -107,7 +106,9 @@ def hardware_of(text: str) -> Hardware:
     count = int(match[1] or 1) if match else 0
     if match is None or match[2].lower() not in spellings or not 1 <= count <= 1024:
         known = ", ".join(f"{name} ({', '.join(row['links'])})" for name, row in devices.items())
-        raise HardwareError(f"unknown hardware '{text}'; known are {known}; several: 2xA100-NVLink")
+        near = [one for one in spellings if match and match[2].lower() in one]
+        meant = f"did you mean {' or '.join(near)}? " * bool(near)
+        raise HardwareError(f"unknown hardware '{text}'; {meant}known are {known}")
     name, link = spellings[match[2].lower()]
     device, latency = devices[name], table()["links"][link]
     return Hardware(
