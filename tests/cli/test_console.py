@@ -1,5 +1,7 @@
 """What the verbs share: progress and notes."""
 
+from types import SimpleNamespace
+
 import click
 from click.testing import CliRunner
 
@@ -39,3 +41,9 @@ def test_quiet_leaves_the_result_only():
     loud, quiet = (CliRunner().invoke(note, options) for options in ([], ["-q"]))
     assert (loud.stdout, loud.stderr) == ("result False\n", "abreast: about to begin\n")
     assert (quiet.stdout, quiet.stderr) == ("result True\n", "")
+
+
+def test_a_number_without_an_error_is_shown_alone():
+    result = SimpleNamespace(loss=0.5, loss_stderr=0.25, kl=0.5, kl_stderr=float("nan"))
+    assert console.with_error(result, "loss", "+.2f") == "+0.50 ± 0.25"
+    assert console.with_error(result, "kl", ".1%") == "50.0%"

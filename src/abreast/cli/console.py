@@ -288,6 +288,12 @@ def print_columns(
         console.print(note, soft_wrap=True)
 
 
+def with_error(result: Any, name: str, spec: str) -> str:
+    """A number of a result and its standard error, which a single window does not have (NaN)."""
+    value, error = (format(getattr(result, part), spec) for part in (name, f"{name}_stderr"))
+    return value if "nan" in error else f"{value} ± {error.lstrip('+')}"
+
+
 def bytes_text(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:

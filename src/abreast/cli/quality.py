@@ -234,20 +234,20 @@ def _quality_rows(result: Comparison | Perplexity) -> dict[str, str]:
     scored = f"{result.num_tokens} tokens, window {result.window}, stride {result.stride}"
     if isinstance(result, Perplexity):
         return {
-            "perplexity": f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}",
-            "loss": f"{result.nll:.4f} ± {result.nll_stderr:.4f} nats per token",
+            "perplexity": console.with_error(result, "perplexity", ".3f"),
+            "loss": f"{console.with_error(result, 'nll', '.4f')} nats per token",
             "bits per byte": f"{result.bits_per_byte:.4f}",
             "scored": scored,
         }
     ours, theirs = result.model, result.reference
     return {
-        "perplexity": f"{ours.perplexity:.3f} ± {ours.perplexity_stderr:.3f}",
-        "of the original": f"{theirs.perplexity:.3f} ± {theirs.perplexity_stderr:.3f}",
-        "loss increase": f"{result.nll_difference:+.4f} ± {result.nll_difference_stderr:.4f} nats"
+        "perplexity": console.with_error(ours, "perplexity", ".3f"),
+        "of the original": console.with_error(theirs, "perplexity", ".3f"),
+        "loss increase": f"{console.with_error(result, 'nll_difference', '+.4f')} nats"
         f"{_interval(result)}, worse in {result.windows_worse:.0%} of the windows",
-        "KL divergence": f"{result.kl:.4f} ± {result.kl_stderr:.4f} nats, "
+        "KL divergence": f"{console.with_error(result, 'kl', '.4f')} nats, "
         f"95th percentile {result.kl_p95:.4f}",
-        "same top token": f"{result.top1_agreement:.1%} ± {result.top1_agreement_stderr:.1%}",
+        "same top token": console.with_error(result, "top1_agreement", ".1%"),
         "scored": scored,
     }
 
@@ -266,7 +266,7 @@ def _print_corpora(results: Mapping[str, Comparison | Perplexity]) -> None:
     for name, result in results.items():
         text = f"{Path(name).name}\n{result.num_tokens} tokens"
         if isinstance(result, Perplexity):
-            rows.append((text, f"{result.perplexity:.3f} ± {result.perplexity_stderr:.3f}"))
+            rows.append((text, console.with_error(result, "perplexity", ".3f")))
             continue
         compared = True
         rows.append(
@@ -476,10 +476,10 @@ def heal(
     for on in healed.judged:
         part = "held-out part of the healing text" if on.known else "a kind not healed on"
         rows[f"{on.text} ({part})"] = (
-            f"KL {on.kl_before:.4f} ± {on.kl_before_stderr:.4f} -> "
-            f"{on.kl_after:.4f} ± {on.kl_after_stderr:.4f}, loss "
-            f"{on.loss_before:+.4f} ± {on.loss_before_stderr:.4f} -> "
-            f"{on.loss_after:+.4f} ± {on.loss_after_stderr:.4f} nats, {on.tokens} tokens"
+            f"KL {console.with_error(on, 'kl_before', '.4f')} -> "
+            f"{console.with_error(on, 'kl_after', '.4f')}, loss "
+            f"{console.with_error(on, 'loss_before', '+.4f')} -> "
+            f"{console.with_error(on, 'loss_after', '+.4f')} nats, {on.tokens} tokens"
         )
     if healed.refit is not None:
         verdict = "won nothing, undone" if healed.refit.kept else f"{len(healed.refit.fits)} fits"
