@@ -59,12 +59,10 @@ def inspect(
         plan = Plan.parse(facts.plan, facts.original_layers)
         rows["converted"] = f"from {plan.num_layers} layers under plan {plan.label}"
     else:
-        first, last = facts.edges
-        inner = ((max(a, first + 1), min(b, last - 1)) for a, b in facts.stretches)
-        stretches = ", ".join(f"{a}..{b}" for a, b in inner if a < b)
-        within = f"consecutive layers within {stretches}"
+        stretches = ", ".join(f"{first}..{last}" for first, last in facts.stretches)
+        edges = " and ".join(map(str, facts.edges))
+        within = f"consecutive layers within {stretches}; {edges} only with --force"
         rows["can be grouped"] = within if stretches else "no two layers"
-        rows["only with --force"] = f"groups that hold layer {first} or {last}"
         rows["cheapest to group"] = f"abreast plan {facts.source} -o RUN"
         if not facts.fusable:
             rows["conversion"] = f"none: {facts.unfoldable}"
