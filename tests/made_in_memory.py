@@ -1,4 +1,4 @@
-"""Small configs of the families whose layers run abreast in memory only."""
+"""Small configs of the families whose layers run abreast in memory only, and random models."""
 
 from __future__ import annotations
 
@@ -99,3 +99,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Where the FFN reads the layer's input, or there is none.
 PARALLEL = {"falcon", "falcon-two-norms", "nemotron_h"}
+
+
+def random_model(model_type: str, settings: dict[str, Any]) -> Any:
+    """A model with norms and biases far from 1 and 0."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    return model

@@ -16,8 +16,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_experts import EXPERTS, ROUTED
+from made_in_memory import random_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from abreast.errors import AbreastError
@@ -107,17 +108,7 @@ def tiny(case: str) -> PreTrainedModel:
         if model_type == "gemma3":
             keys = {"text_config": {**keys, **MIXED}, "vision_config": VISION}
             keys |= {"mm_tokens_per_image": 4, "image_token_index": 63}
-        config = AutoConfig.for_model(model_type, **keys)
-        generator = torch.Generator().manual_seed(0)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config).eval()
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.dim() == 1:
-                    parameter.add_(0.3 * noise)
-                else:
-                    parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-        _MADE[case] = model
+        _MADE[case] = random_model(model_type, keys)
     return _MADE[case]
 
 

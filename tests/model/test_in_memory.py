@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from made_in_memory import CASES, FULL, LINEAR, MLA, PARALLEL, SIZES
+from made_in_memory import CASES, FULL, LINEAR, MLA, PARALLEL, SIZES, random_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -46,17 +46,7 @@ def tiny(case: str) -> PreTrainedModel:
     """A random model with norms and biases far from 1 and 0; shared, so leave it as it was."""
     if case not in _MADE:
         model_type, own = CASES[case]
-        config = AutoConfig.for_model(model_type, **{**SIZES, **own})
-        generator = torch.Generator().manual_seed(0)
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config).eval()
-            for parameter in model.parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if parameter.dim() == 1:
-                    parameter.add_(0.3 * noise)
-                else:
-                    parameter.copy_(noise * parameter.shape[-1] ** -0.5)
-        _MADE[case] = model
+        _MADE[case] = random_model(model_type, {**SIZES, **own})
     return _MADE[case]
 
 
