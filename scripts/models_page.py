@@ -40,10 +40,10 @@ random one with the same keys in its config.json.
 *stock*: a group is one stock layer of another width. *members*: it keeps something apart for each
 member and needs the classes that travel in the checkpoint. *exact*: prompts may run in the original
 order (`--prefill sequential`). vLLM, for lp groups: *native* layers, or its transformers *backend*.
-The last column has `convert --format`.
+Formats are those of `convert --format`, and *gguf* for `abreast export`.
 
-| model types | lp | cqil | ff | exact | vLLM | GGUF | formats |
-|---|---|---|---|---|---|---|---|
+| model types | lp | cqil | ff | exact | vLLM | formats |
+|---|---|---|---|---|---|---|
 """
 KNOWN_HEAD = """
 ## Known checkpoints
@@ -94,15 +94,15 @@ def families() -> Iterator[tuple[str, ...]]:
                 *(_group(row, config, _plan(config, wiring)) for wiring in WIRINGS),
                 _yes(_exact(row, config)),
                 _vllm(row, config),
-                _yes(row.alone and row.deci_lacks is None),
-                ", ".join(f for f in FORMATS if row.alone and _written(f, config, row)),
+                ", ".join(_formats(row, config)),
             )
             names.setdefault(cells, []).append(f"`{name}`")
     yield from ((", ".join(same), *cells) for cells, same in names.items())
 
 
 def checkpoints() -> Iterator[tuple[str, ...]]:
-    """A row for every known checkpoint."""
+    """A row for the known checkpoints that agree in everything it says."""
+    names: dict[tuple[str, ...], list[str]] = {}
     for model in known_models():
         cells = ["no", "", ""]
         if model.reason is None:
@@ -110,7 +110,8 @@ def checkpoints() -> Iterator[tuple[str, ...]]:
             on = (Setting(hardware_of(name)) for name in ("H100", "8xH100"))
             pairs = f"{len(plan.groups)} {plan.groups[0].wiring}"
             cells = [pairs, *(estimate(model.decoder, plan, setting).gain for setting in on)]
-        yield (model.name, f"`{model.config['model_type']}`", *cells)
+        names.setdefault((f"`{model.config['model_type']}`", *cells), []).append(model.name)
+    yield from ((", ".join(same), *cells) for cells, same in names.items())
 
 
 def _plan(config: dict[str, Any], wiring: str) -> Plan:
@@ -134,6 +135,13 @@ def _vllm(row: Family, config: dict[str, Any]) -> str:
     if not row.alone or any(refusals(VLLM, config, row, _plan(config, "lp"))):
         return "-"
     return "native" if row.vllm_layers else "backend"
+
+
+def _formats(row: Family, config: dict[str, Any]) -> list[str]:
+    if not row.alone:
+        return []
+    gguf = ["gguf"] if row.deci_lacks is None else []
+    return gguf + [form for form in FORMATS if _written(form, config, row)]
 
 
 def _written(form: str, config: dict[str, Any], row: Family) -> bool:
