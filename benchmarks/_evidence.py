@@ -298,8 +298,8 @@ def page(rows: dict[str, Row]) -> str:
         "(`make test-real` fetches them), at 93, 83, 73 and 67 % of their layers. The plans come "
         "with the package (`--plan smollm2-25`). ± is one standard error. Every number is in a "
         "row, a JSON file beside the script, with the hashes of model and text, and the machine. "
-        "`python benchmarks/real_models.py MODEL-DEPTH-KIND` measures a row, with `--page` it "
-        "writes this page from the rows, and without a row it lists what is missing. "
+        "`python benchmarks/real_models.py MODEL-DEPTH-KIND` measures a row, without a row it "
+        "lists what is missing, and `python benchmarks/real_models.py --page` writes this page. "
         + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
     ]
     for heading, (kinds, about, section) in SECTIONS.items():
