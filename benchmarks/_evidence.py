@@ -107,12 +107,11 @@ def quality(rows: dict[str, Row], model: str) -> str:
         row = rows.get(f"{model}-{depth}-rivals")
         if row and not lines:
             perplexity = f"{row['results']['original']['perplexity']:.2f}"
-            lines.append([str(MODELS[model][1]), "original", perplexity])
+            lines.append([f"{MODELS[model][1]} original", perplexity])
         for entry in row["results"]["methods"] if row else []:
             lines.append(
                 [
-                    str(depth),
-                    "**planner**" if entry["method"] == "planner" else short(entry["method"]),
+                    f"{depth} {short(entry['method'])}",
                     f"{entry['perplexity']:.2f}",
                     with_error(entry["loss"], sign="+"),
                     with_error(entry["kl"]),
@@ -125,8 +124,8 @@ def quality(rows: dict[str, Row], model: str) -> str:
             )
         for kind in ("refit", "distilled"):
             if healed := rows.get(f"{model}-{depth}-{kind}"):
-                lines.append([str(depth), f"*{kind}*", *_healed(healed["results"][kind])])
-    headings = ("left", "method", "perplexity", "loss", "KL", "same, %")
+                lines.append([f"{depth} planner, {kind}", *_healed(healed["results"][kind])])
+    headings = ("left, method", "perplexity", "loss", "KL", "same, %")
     refitted = ("loss, refit", "KL, refit", "same, refit")
     return table((*headings, *refitted, "choice"), lines) if lines else ""
 
@@ -220,9 +219,8 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         "was searched, chosen and refitted on. Loss and KL in nats per token over the original; "
         "*same*: per cent of tokens with the same prediction. What the "
         "[rivals](planning.md#what-people-would-do-instead) do stands there. On the right, all "
-        "with the same closed-form refit on 8,192 tokens of the first half. *refit* and "
-        "*distilled* are the planner's plan after `heal`, which has its default text, and 60 "
-        "minutes to train.",
+        "with the same closed-form refit on 8,192 tokens of the first half. *Planner, refit* and "
+        "*distilled*: after `heal` on its default text, with 60 minutes of training.",
         quality,
     ),
     "Tasks": (

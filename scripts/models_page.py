@@ -54,8 +54,8 @@ its layers cannot be joined in a checkpoint, see above. *refused*: no engine spl
 many devices. *too large*: the weights do not fit. Configs and their sources are in
 `src/abreast/convert/known.yaml`.
 
-| checkpoint | model type | pairs | 1 H100 | 8 H100 |
-|---|---|---|---|---|
+| checkpoints, model type | pairs | 1 H100 | 8 H100 |
+|---|---|---|---|
 """
 
 
@@ -102,16 +102,17 @@ def families() -> Iterator[tuple[str, ...]]:
 
 def checkpoints() -> Iterator[tuple[str, ...]]:
     """A row for the known checkpoints that agree in everything it says."""
-    names: dict[tuple[str, ...], list[str]] = {}
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for model in known_models():
-        cells = ["no", "", ""]
+        cells: tuple[str, ...] = ("no", "", "")
         if model.reason is None:
             plan = typical_plan(model.decoder)
             on = (Setting(hardware_of(name)) for name in ("H100", "8xH100"))
-            pairs = f"{len(plan.groups)} {plan.groups[0].wiring}"
-            cells = [pairs, *(estimate(model.decoder, plan, setting).gain for setting in on)]
-        names.setdefault((f"`{model.config['model_type']}`", *cells), []).append(model.name)
-    yield from ((", ".join(same), *cells) for cells, same in names.items())
+            one, eight = (estimate(model.decoder, plan, setting).gain for setting in on)
+            cells = (f"{len(plan.groups)} {plan.groups[0].wiring}", one, eight)
+        names.setdefault((model.config["model_type"], cells), []).append(model.name)
+    for (model_type, cells), same in names.items():
+        yield (f"{', '.join(same)}, `{model_type}`", *cells)
 
 
 def _plan(config: dict[str, Any], wiring: str) -> Plan:
