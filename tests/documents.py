@@ -192,7 +192,6 @@ PROGRAMS_ELSEWHERE = {
 }
 # Options in the text that are other programs'.
 FOREIGN_OPTIONS = {
-    "--chat-template",
     "--enable-lora",
     "--max-lora-rank",
     "--flash-attn",
