@@ -26,6 +26,7 @@ import yaml
 from abreast.errors import AbreastError
 from abreast.families import family_of, num_layers_of
 from abreast.plan import Group, Plan
+from abreast.runs import option
 from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, Unpaired, refusals
 
@@ -141,29 +142,17 @@ class Setting:
     context: int = 1024
     phase: Phase = "decode"
     runtime: Runtime = "graphs"
-    ranks: int | None = field(
-        default=None, metadata={"help": "Devices that share the work. Default: all of them."}
+    ranks: int | None = option(None, "Devices that share the work. Default: all of them.")
+    baseline_ranks: int | None = option(None, "Devices for the original. Default: as many.")
+    unpaired: Unpaired = option(
+        "shard",
+        "replicate: single layers are whole on every device, as in CQIL's "
+        "measurements, and the original runs on one.",
     )
-    baseline_ranks: int | None = field(
-        default=None, metadata={"help": "Devices for the original. Default: as many."}
+    fused: bool = option(
+        True, "Run a group's members one after another, as when grouped in memory.", "--unfused"
     )
-    unpaired: Unpaired = field(
-        default="shard",
-        metadata={
-            "help": "replicate: single layers are whole on every device, as in CQIL's "
-            "measurements, and the original runs on one."
-        },
-    )
-    fused: bool = field(
-        default=True,
-        metadata={
-            "help": "Run a group's members one after another, as when grouped in memory.",
-            "option": "--unfused",
-        },
-    )
-    dtype: str = field(
-        default="bfloat16", metadata={"help": "Dtype of the weights; also float8 and int4."}
-    )
+    dtype: str = option("bfloat16", "Dtype of the weights; also float8 and int4.")
 
     def __post_init__(self) -> None:
         if min(self.batch, self.context) < 1:
