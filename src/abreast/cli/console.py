@@ -268,8 +268,8 @@ def print_columns(
     from rich.measure import Measurement
     from rich.table import Table
 
-    look: dict[str, Any] = {} if borders else {"box": None, "padding": (0, 2, 0, 0)}
-    table = Table(title=title, **look)
+    style: dict[str, Any] = {} if borders else {"box": None, "padding": (0, 2, 0, 0)}
+    table = Table(title=title, **style)
     for heading in headings:
         if heading in left:
             table.add_column(heading, overflow="fold", no_wrap=borders)

@@ -145,12 +145,12 @@ def compared(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str:
     those that fit wins; empty for one device."""
     from abreast.speed import ways
 
-    each = ways(config, plan, setting) if setting.devices > 1 else {}
+    by_way = ways(config, plan, setting) if setting.devices > 1 else {}
     words = [
         f"{way} {1e3 * entry.converted:.2f} ms and {console.bytes_text(entry.weights)} per device"
-        for way, entry in each.items()
+        for way, entry in by_way.items()
     ]
-    fitting = {way: entry.converted for way, entry in each.items() if entry.fits}
+    fitting = {way: entry.converted for way, entry in by_way.items() if entry.fits}
     if not fitting:
         return ""
     return f"{setting.phase}: {', '.join(words)}; fastest: {min(fitting, key=fitting.__getitem__)}"

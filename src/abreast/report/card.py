@@ -130,8 +130,8 @@ def _task_rows(conversion: Conversion) -> list[tuple[str, ...]]:
         for model in ("original", "converted"):
             stderr = row.get(f"{model}_stderr")
             scores.append(f"{row[model]:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else ""))
-        kept = f"{row['kept']:.1%}" if row.get("kept") is not None else ""
-        rows.append((code(task), code(row.get("metric", "")), *scores, kept))
+        share = f"{row['kept']:.1%}" if row.get("kept") is not None else ""
+        rows.append((code(task), code(row.get("metric", "")), *scores, share))
     return rows
 
 

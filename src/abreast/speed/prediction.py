@@ -364,17 +364,19 @@ def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, E
     """The plan sharded, replicated and on one device, where each can be. Raises as `estimate`."""
     settings = {way: replace(setting, unpaired=way) for way in get_args(Unpaired)}
     settings["on one device"] = replace(setting, ranks=1, baseline_ranks=None, unpaired="shard")
-    each = {way: estimate(config, plan, own) for way, own in settings.items()}
-    return {way: entry for way, entry in each.items() if entry.refused is None}
+    estimates = {way: estimate(config, plan, own) for way, own in settings.items()}
+    return {way: entry for way, entry in estimates.items() if entry.refused is None}
 
 
 def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:
     """Why no engine splits a plan over the devices, None where one does."""
     if setting.devices == 1:
         return None
-    family, how = family_of(config), setting.unpaired
-    engines = (TORCH_TP,) if how == "replicate" else (VLLM, TORCH_TP)
-    reasons = [next(refusals(e, config, family, plan, setting.devices, how), None) for e in engines]
+    family, unpaired = family_of(config), setting.unpaired
+    engines = (TORCH_TP,) if unpaired == "replicate" else (VLLM, TORCH_TP)
+    reasons = [
+        next(refusals(e, config, family, plan, setting.devices, unpaired), None) for e in engines
+    ]
     return reasons[0] if all(reasons) else None
 
 
