@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abreast.cli import console
 
 if TYPE_CHECKING:
+    from abreast.optimize import Optimized
     from abreast.plan import Plan
     from abreast.planner import Expected, Objective, Planned
     from abreast.rivals import Measured
@@ -154,3 +156,28 @@ def compared(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str:
     if not fitting:
         return ""
     return f"{setting.phase}: {', '.join(words)}; fastest: {min(fitting, key=fitting.__getitem__)}"
+
+
+def print_optimized(result: Optimized, report: Path | None) -> None:
+    """What healing won, and what the conversion costs and gains."""
+    console.print_table(
+        {
+            f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
+            for plan, kl in result.healed.items()
+        }
+    )
+    quality, accuracy = result.quality, result.tasks
+    rows = {
+        "held-out loss": f"{quality['nll_difference']:+.4f} ± "
+        f"{quality['nll_difference_stderr']:.4f} nats",
+        "held-out KL": f"{quality['kl']:.4f} ± {quality['kl_stderr']:.4f} nats",
+        "same top token": f"{quality['top1_agreement']:.1%}",
+    }
+    if accuracy is not None and accuracy["kept_mean"] is not None:
+        mean = f"{accuracy['kept_mean']:.1%} ± {accuracy['kept_mean_stderr']:.1%}"
+        rows["accuracy kept"] = f"{mean}, mean over {len(accuracy['tasks'])} tasks"
+    rows |= {task: result.speed[task]["verdict"] for task in ("prefill", "decode")}
+    rows["checkpoint"] = result.converted
+    if report is not None:
+        rows["report"] = str(report)
+    console.print_table(rows)
