@@ -18,17 +18,15 @@ from abreast.cli.main import cli
 from abreast.errors import AbreastError
 from abreast.families.row import FamilyError
 from abreast.plan import Group, Plan
+from abreast.speed.hardware import HardwareError, hardware_of, table
 from abreast.speed.prediction import (
     BYTES,
-    HardwareError,
     Setting,
     estimate,
     forward_cost,
-    hardware_of,
     speedup,
     stage_cost,
     stage_seconds,
-    table,
     ways,
 )
 from abreast.speed.shape import read_config, shape_of, typical_plan
@@ -228,7 +226,7 @@ def test_without_a_plan_many_machines_are_shown(tmp_path, run):
     status, out, _ = run("estimate", tmp_path)
     assert status == 0 and "32 -> 27 stages" in out and "8xH100" in out and "Try first" in out
     status, out, _ = run("estimate", tmp_path, "--json")
-    assert status == 0 and len(json.loads(out)["estimates"]) == 50
+    assert status == 0 and len(json.loads(out)["estimates"]) == 85
     status, out, _ = run("estimate", tmp_path, "--hardware", "2xA100-NVLink")
     assert status == 0 and "32 -> 27 stages on 2xA100-NVLink" in out and "Try first" not in out
     status, out, _ = run("estimate", tmp_path, "--dtype", "int4")
@@ -341,7 +339,9 @@ def test_memory_per_device():
 
 @pytest.mark.parametrize("text", ["2xV100", "", "x", "0xA100", "A100-gloo", "2x A100 NVLink", "-"])
 def test_unknown_hardware_lists_the_known(text):
-    with pytest.raises(HardwareError, match=r"known are A100 \(NVLink, PCIe\), .*H200.*B200"):
+    with pytest.raises(
+        HardwareError, match=r"known are A100 \(NVLink, PCIe, one-shot, NCCL\), .*H200.*B200"
+    ):
         hardware_of(text)
 
 
