@@ -4,9 +4,9 @@ A roofline for every stage: matrices and the KV cache are read at a fraction of 
 bandwidth, or multiplied at a fraction of the peak, whichever takes longer; every kernel costs the
 device a gap and, unless a graph is replayed, the program a launch; every all-reduce costs latency
 and volume; between two graphs the device waits. Program and device work side by side, so the slower
-of the two decides, except on a CPU, where they are one. Constants and their sources: hardware.yaml. Two of them are calibrated to
-published numbers (the gap between kernels, and the program's time per kernel in eager PyTorch);
-docs/speed.md compares the estimates with everything that the papers measured.
+of the two decides, except on a CPU, where they are one. Constants and their sources: hardware.yaml.
+Two of them are calibrated to published numbers (the gap between kernels, and the program's time per
+kernel in eager PyTorch); docs/speed.md compares the estimates with everything that the papers measured.
 
 Everything here is pure and needs no torch.
 """
