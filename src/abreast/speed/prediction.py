@@ -6,7 +6,7 @@ device a gap and, unless a graph is replayed, the program a launch; every all-re
 and volume; between two graphs the device waits. Program and device work side by side, so the slower
 of the two decides, except on a CPU, where they are one. Constants and their sources: hardware.yaml.
 Two of them are calibrated to published numbers (the gap between kernels, and the program's time per
-kernel in eager PyTorch); docs/speed.md compares the estimates with everything that the papers measured.
+kernel in eager PyTorch); docs/speed.md compares the estimates with all that the papers measured.
 
 Everything here is pure and needs no torch.
 """
