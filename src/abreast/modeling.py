@@ -7,7 +7,8 @@ transformers and modeling_members.py beside it only. Stock classes build all dec
 
 Some groups keep something apart for each member: a norm after a branch, or FFNs that see different
 attentions. Their entry has `abreast_members` and, where FFN j sees attentions j - d .. j only, d as
-`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer.
+`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer; its
+last one has `abreast_beside`, the number of these attentions, if they all read the same input.
 Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
 
@@ -34,6 +35,7 @@ from .modeling_members import (
     forward_of,
     mix,
     narrowed,
+    side_by_side,
     through_views,
 )
 
@@ -322,6 +324,9 @@ class LayersOfOwnWidth(PreTrainedModel):
                 continue
             if getattr(own, "abreast_members", 1) > 1:
                 _keep_members(layer, own, attentions, norms, bare)
+            if (beside := getattr(own, "abreast_beside", 1)) > 1:
+                group = [layer for layer, _, _ in members[-beside:]]
+                side_by_side(group, stacked=getattr(own, "abreast_bypass", None) is not None)
             if sequential and len(members) > 1:
                 _keep_order(members, layer, norms, self.layer_class, bare)
             members = []

@@ -80,6 +80,40 @@ def through_views(module: Any, views: dict[str, nn.Module]) -> None:
     mix(module, ThroughViews, viewing=[viewing])  # in a list, so that it is no child
 
 
+class Later:
+    """Mixed into a layer whose attention runs in the last layer of its group, see Together."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+class Together(nn.Module):
+    """Stands for the attention of a group's last layer: runs that of every layer of the group on
+    one input [B, L, D], through its own norm and with its own cache. Returns the sum, or, where
+    FFNs see different ones, all of them, [B, L, P, D]."""
+
+    def __init__(self, layers: list[Any], stacked: bool) -> None:
+        super().__init__()
+        self.layers = tuple(layers)  # in a tuple, so that they are no children
+        self.stacked = stacked
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        outputs = [
+            layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)[0]
+            for layer in self.layers
+        ]
+        return (torch.stack(outputs, -2) if self.stacked else sum(outputs)), None
+
+
+def side_by_side(layers: list[Any], stacked: bool) -> None:
+    """Let the attentions of a group's layers, of which the last has all FFNs, read one input."""
+    *before, last = layers
+    for layer in before:
+        mix(layer, Later)
+    together: dict[str, nn.Module] = {"self_attn": Together(layers, stacked)}
+    through_views(last, together | {"input_layernorm": nn.Identity()})
+
+
 class MemberNorm:
     """Mixed into a stock norm with a row of gains for every member or head, which `lie` in its
     input flat, [.., P * X], as heads, [B, heads, L, X], or are added, [.., P, X] -> [.., X]."""

@@ -98,7 +98,7 @@ def test_experts_stored_together_or_one_by_one(changed, tiny_checkpoint, tmp_pat
     assert all(torch.equal(model[name], tensor) for name, tensor in own.items())
     together = changed(lambda _: own, **settings)
     for name, folder in (("one", original), ("two", together)):
-        convert(folder, "1~2 3~4" if row.apart else "1+2 3|4:1", tmp_path / name)
+        convert(folder, "1+2 3|4:1", tmp_path / name)
         assert verify(tmp_path / name, folder, num_tokens=24, new_tokens=4).ok
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()

@@ -271,7 +271,6 @@ SUMMED_BIAS = {name for name, row in FAMILY_ROWS.items() if row.norm_bias}
 
 
 PARALLEL = {name for name, row in FAMILY_ROWS.items() if row.parallel}  # have no ff
-APART = {name for name, row in FAMILY_ROWS.items() if row.apart}  # and these nothing else
 
 
 def test_no_family_is_forgotten():
@@ -300,9 +299,9 @@ def matrix(plans: list[str], families: list[str]) -> list[Any]:
     ("family", "plan"),
     matrix(
         [MIXED, "1+2+3", "1+2 3+4", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"],
-        [name for name in EVERY if name not in APART],
+        list(EVERY),
     )
-    + matrix(["1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL | APART])
+    + matrix(["1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL])
     + matrix([IN_ORDER], [name for name in EVERY if name not in PARALLEL]),
 )
 def test_every_family_under_every_wiring(converted, family, plan):
@@ -311,7 +310,7 @@ def test_every_family_under_every_wiring(converted, family, plan):
 
 @pytest.mark.parametrize(
     ("family", "plan"),
-    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS | APART])
+    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS])
     + matrix([IN_ORDER], [name for name in EVERY if name not in SUMMED_BIAS | PARALLEL]),
 )
 def test_sequential_prefill(tiny_checkpoint, tmp_path, family, plan):

@@ -128,7 +128,7 @@ def test_a_cast_conversion_is_held_to_its_own_dtype(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("family", "plan"),
     [
-        pytest.param(name, "1~2~3" if row.apart else MIXED, marks=() if name in CORE else SLOW)
+        pytest.param(name, MIXED, marks=() if name in CORE else SLOW)
         for name, row in CONVERTIBLE.items()
     ]
     + [("gemma3_text", "1~2 3|4:1"), ("nemotron", "1~2~3"), ("starcoder2", "1~2 3+4")],

@@ -67,7 +67,7 @@ def test_tensors_are_those_that_transformers_saves(
 def test_rows_are_sound(family: Any) -> None:
     for matrix in family.matrices:
         if matrix.columns in ("A", "L"):  # reads a latent vector
-            assert family.apart and matrix.join == "rows"
+            assert family.own_attentions and matrix.join == "rows"
             continue
         # what reads the residual stream may have a norm before it; what writes it has none
         reads = matrix.join == "rows"

@@ -11,8 +11,8 @@ from typing import Any
 from abreast.families.row import EXPERT_COUNTS, Branches, Family, Matrix
 
 MLA = (
-    "its attention goes through latent vectors (MLA), of which every member would need its own, "
-    "with a norm of its own, and stock layers have one"
+    "how its routers would choose among the experts of every member is not written; its attention, "
+    "through latent vectors (MLA), could stay whole as deepseek_v3's does"
 )
 _STATE = "carry a state of their own from token to token, which no wider layer holds"
 _MAMBA = f"its Mamba mixers {_STATE}"

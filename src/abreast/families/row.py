@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from abreast.errors import AbreastError
+from abreast.plan import Block, Plan
 
 Join = Literal["rows", "columns"]
 
@@ -131,6 +132,9 @@ class Family:
 
     alone: there are checkpoints of it by itself, not only within a wrapper.
 
+    own_attentions: those of a group stay whole, each in a layer of its own with its own cache, and
+    only FFNs are joined, whatever the wiring.
+
     vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
     deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
     """
@@ -161,7 +165,7 @@ class Family:
     vllm_layers: bool = False
     deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
     unfoldable: str = ""
-    apart: str = ""
+    own_attentions: bool = False
     code: str = ""
     names: tuple[tuple[str, str], ...] = ()
     only: tuple[tuple[str, Any], ...] = ()
@@ -219,6 +223,16 @@ class Family:
         """Norms after a branch, which stay with their member."""
         after = self.branches.after_attention + self.branches.after_mlp
         return tuple(name for name in after if name.endswith("norm"))
+
+    def blocks_of(self, plan: Plan) -> tuple[Block, ...]:
+        """What the layers of a conversion under a plan hold."""
+        return plan.blocks_with(own_attentions=self.own_attentions)
+
+    def beside(self, block: Block) -> int:
+        """How many layers' attentions read the same input, where `block` is the last of them and
+        has all their FFNs, else 1."""
+        in_order = block.group is None or block.group.is_in_order
+        return max(1, len(block.ffns)) if self.own_attentions and not in_order else 1
 
     @property
     def keeps_members(self) -> bool:
@@ -323,7 +337,7 @@ def layer_tensors(
     """
     experts = family.routes if experts is None else experts
     size = sizes(config)
-    if family.apart and "L" not in size:
+    if family.own_attentions and "L" not in size:
         raise FamilyError("config.json has no kv_lora_rank; the checkpoint is incomplete")
     shapes: dict[str, tuple[int, ...]] = {}
     for norm in family.norms:

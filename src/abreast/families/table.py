@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abreast.families.in_memory import IN_MEMORY, MLA, with_usual_names
+from abreast.families.in_memory import IN_MEMORY, with_usual_names
 from abreast.families.row import (
     EXPERT_COUNTS,
     SHARED_COUNTS,
@@ -427,7 +427,7 @@ _ROWS = (
             *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
             ("v_head_dim", 128),
         ),
-        apart=MLA,
+        own_attentions=True,
         code="deepseek",
         deci_lacks=_EXPERTS,
     ),
