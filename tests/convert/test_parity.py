@@ -308,6 +308,45 @@ def test_every_family_under_every_wiring(converted, family, plan):
     agree(*pair(converted(family, plan, **EVERY[family]), plan))
 
 
+# Three layers without experts before those with, so that either kind fills groups.
+LATENT = {**EVERY["deepseek_v3"], "first_k_dense_replace": 3}
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        ("1+2 3+4", {}),
+        ("1|2 3|4:1", {}),
+        ("0+1+2 3|4|5:1", {}),
+        ("0|1|2:2 3+4+5", {"attention_bias": False}),
+        ("1+2 3~4", {"q_lora_rank": None}),
+        ("1|2:1 3|4", {"q_lora_rank": None, "rope_interleave": False}),
+    ],
+    ids=str,
+)
+def test_attentions_through_latent_vectors(tiny_checkpoint, tmp_path, plan, settings):
+    original = tiny_checkpoint("deepseek_v3", **{**LATENT, **settings})
+    convert(original, plan, tmp_path / "out", force=True)
+    agree(*pair((original, tmp_path / "out"), plan))
+
+
+@pytest.mark.parametrize("plan", ["1+2 3|4:1", "1|2 3+4"])
+def test_every_latent_attention_has_a_cache_of_its_own(converted, plan):
+    """As long as the latent vectors, of which grouped execution keeps the same."""
+    model, reference = pair(converted("deepseek_v3", plan, **LATENT), plan)
+    with torch.inference_mode():
+        (got, want) = (
+            one(tokens(2, LENGTH), use_cache=True).past_key_values.layers
+            for one in (model, reference)
+        )
+        hidden = model(tokens(2, LENGTH), output_hidden_states=True).hidden_states
+    assert len(got) == len(want) == 6 == len(hidden) - 1
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.keys.shape == (2, 1, LENGTH, 20) and mine.values.shape[-1] == 8
+        assert difference(mine.keys, theirs.keys) <= FLOAT32
+        assert difference(mine.values, theirs.values) <= FLOAT32
+
+
 @pytest.mark.parametrize(
     ("family", "plan"),
     matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS])

@@ -95,6 +95,23 @@ def test_tokens_read_only_the_experts_that_they_choose():
     assert forward_cost(config, None, eager).host / 48 > dense, "experts launch more"
 
 
+def test_attentions_that_stay_whole_are_launched_one_by_one():
+    """Of DeepSeek V3 a pair saves the launches of an FFN, and still an exchange of two."""
+    config = {
+        **{"model_type": "deepseek_v3", "hidden_size": 2048, "num_hidden_layers": 32},
+        **{"num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 32000},
+        **{"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+        **{"kv_lora_rank": 512, "q_lora_rank": None, "v_head_dim": 128},
+        **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "n_shared_experts": 2},
+    }
+    kernels = table()["runtimes"]["eager"]["kernels"]
+    eager = on("A100", runtime="eager")
+    costs = [forward_cost(config, plan, eager).host for plan in (None, Plan.parse("14+15", 32))]
+    saved = kernels["ffn"] + table()["expert_kernels"]
+    assert costs[0] - costs[1] == pytest.approx(saved * table()["runtimes"]["eager"]["host_kernel"])
+    assert estimate(config, Plan.parse("14+15", 32), on("2xA100-NVLink")).all_reduces == (66, 64)
+
+
 def test_long_prompts_are_bound_by_arithmetic():
     shape = shape_of(CONFIG)
     tokens = 4 * 512

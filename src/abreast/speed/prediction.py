@@ -316,7 +316,7 @@ def _stage_way(
     attentions, ffns = setting.held(group)
     attentions += setting.repeated(group) * repeats
     device, kernels = 0.0, 0
-    steps = {"attention": _attentions(group), "ffn": 1}
+    steps = {"attention": width if shape.own_attentions else _attentions(group), "ffn": 1}
     for half, elements in (("attention", shape.attention * attentions), ("ffn", shape.ffn * ffns)):
         if part in ("both", half):
             device += _matrix_seconds(elements, setting.tokens, setting)
