@@ -139,6 +139,12 @@ def test_experts_that_do_not_add_up(changed, tmp_path, fault):
         ("glm4_moe", {"first_k_dense_replace": 2}, "first_k_dense_replace"),
         ("ernie4_5_moe", {"moe_layer_end_index": 1}, "moe_layer_end_index"),
         ("deepseek_v3", {"first_k_dense_replace": 2}, "first_k_dense_replace"),
+        ("deepseek_v2", {"first_k_dense_replace": 2}, "first_k_dense_replace"),
+        (
+            "glm4_moe_lite",
+            {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 4},
+            "mlp_layer_types",
+        ),
     ],
 )
 def test_layers_with_and_without_experts_share_no_group(tiny_checkpoint, family, settings, key):

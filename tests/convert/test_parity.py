@@ -265,6 +265,11 @@ EVERY: dict[str, dict[str, Any]] = {
         **{"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
         **{"first_k_dense_replace": 1, "attention_bias": True},
     },
+    "deepseek_v2": {
+        **{"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+        **{"first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
+    },
+    "glm4_moe_lite": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "q_lora_rank": None},
 }
 # These have output biases, of which a group keeps only the sum.
 SUMMED_BIAS = {name for name, row in FAMILY_ROWS.items() if row.norm_bias}

@@ -112,6 +112,8 @@ def _expert_places(
         return {}
     routed = expert_layers(family, config)
     kinds = [routed[block.attentions[0]] for block in blocks]
+    if config.get("mlp_layer_types"):
+        return {"mlp_layer_types": ["sparse" if experts else "dense" for experts in kinds]}
     dense = [index for index, experts in enumerate(kinds) if not experts]
     if not {"first_k_dense_replace", "moe_layer_start_index"} & config.keys():
         return {"mlp_only_layers": dense, "decoder_sparse_step": 1}

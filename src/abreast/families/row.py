@@ -31,7 +31,7 @@ SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts")
 CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
 # Those that say which layers have experts.
 EXPERT_PLACES = (
-    *("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"),
+    *("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "mlp_layer_types"),
     *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
 )
 
@@ -290,6 +290,8 @@ def expert_layers(family: Family, config: Mapping[str, Any]) -> tuple[bool, ...]
     layers = range(num_layers_of(config))
     if not family.routes or not family.dense:
         return tuple(family.routes for _ in layers)
+    if isinstance(kinds := config.get("mlp_layer_types"), list) and len(kinds) == len(layers):
+        return tuple(kind == "sparse" for kind in kinds)
     dense = config.get("mlp_only_layers") or []
     first = config.get("first_k_dense_replace", config.get("moe_layer_start_index")) or 0
     last = config.get("moe_layer_end_index")
