@@ -54,22 +54,27 @@ _QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every m
 _ROTATION = "it rotates q and k in another order"
 _EXPERTS = "it has experts, which every member of a group would choose by itself"
 _OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
-# Attention through latent vectors.
-_LATENT: dict[str, Any] = {
-    "matrices": (
-        Matrix("self_attn.q_proj", "N", "D", "rows"),
-        Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
-        Matrix("self_attn.q_b_proj", "B", "A", "rows"),
-        Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
-        Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
-        Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
-        *shared_experts("mlp.shared_experts"),
-    ),
-    "flat_norms": (("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
-    "own_attentions": True,
-    **{"dense": gated_ffn(), "expert_keys": (*EXPERT_COUNTS, *SHARED_COUNTS)},
-    "deci_lacks": _EXPERTS,
-}
+
+
+def _latent(bias: str = "") -> dict[str, Any]:
+    """Attention through latent vectors, and experts beside some that every token uses."""
+    return {
+        "matrices": (
+            Matrix("self_attn.q_proj", "N", "D", "rows"),
+            Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
+            Matrix("self_attn.q_b_proj", "B", "A", "rows"),
+            Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
+            Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
+            Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
+            *shared_experts("mlp.shared_experts", bias),
+        ),
+        "flat_norms": (("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
+        "own_attentions": True,
+        **{"dense": gated_ffn(bias), "expert_keys": (*EXPERT_COUNTS, *SHARED_COUNTS)},
+        "deci_lacks": _EXPERTS,
+    }
+
+
 _LATENT_SIZES = (
     *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
     ("v_head_dim", 128),
@@ -392,7 +397,7 @@ _ROWS = (
             *_LATENT_SIZES,
         ),
         code="deepseek",
-        **_LATENT,
+        **_latent(),
     ),
     Family(
         "deepseek_v2",
@@ -400,7 +405,7 @@ _ROWS = (
         stacks=experts(),
         defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *_LATENT_SIZES),
         code="deepseek",
-        **_LATENT,
+        **_latent("mlp_bias"),
     ),
     Family(
         "glm4_moe_lite",
@@ -411,7 +416,7 @@ _ROWS = (
             *(("kv_lora_rank", 512), ("qk_nope_head_dim", 192), ("qk_rope_head_dim", 64)),
             ("v_head_dim", 256),
         ),
-        **_LATENT,
+        **_latent(),
     ),
     # Decoders that exist within a wrapper only.
     Family("qwen2_5_vl_text", "Qwen2_5_VLText", attention("always") + gated_ffn(), alone=False),
