@@ -358,10 +358,18 @@ def test_every_latent_attention_has_a_cache_of_its_own(converted, plan):
     + matrix([IN_ORDER], [name for name in EVERY if name not in SUMMED_BIAS | PARALLEL]),
 )
 def test_sequential_prefill(tiny_checkpoint, tmp_path, family, plan):
+    read_in_order(tiny_checkpoint(family, **EVERY[family]), plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("plan", ["1+2 3|4:1", "0|1|2:1 3+4"])
+def test_sequential_prefill_of_dense_layers_with_latent_attentions(tiny_checkpoint, tmp_path, plan):
+    read_in_order(tiny_checkpoint("deepseek_v3", **LATENT), plan, tmp_path / "out")
+
+
+def read_in_order(original: Path, plan: str, out: Path) -> None:
     """Prompts as the original runs them, single tokens under the plan, whatever the cache."""
-    original = tiny_checkpoint(family, **EVERY[family])
-    convert(original, plan, tmp_path / "out", prefill="sequential")
-    model, reference = load(tmp_path / "out")[0], load(original)[0]
+    convert(original, plan, out, prefill="sequential", force=True)
+    model, reference = load(out)[0], load(original)[0]
     ids, mask, _ = left_padded()
     with torch.inference_mode():
         assert difference(uncached(model), uncached(reference)) <= FLOAT32
