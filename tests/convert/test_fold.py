@@ -197,7 +197,7 @@ def test_rules_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> None
     assert sorted(used) == sorted(all_tensors(family, config))
     assert len({rule.name for rule in made}) == len(made)
     expected = set(outer_tensors(family, config))
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(family.blocks_of(plan)):
         for ffn, members in ((False, block.attentions), (True, block.ffns)):
             grown = dict.fromkeys(family.grown_biases, True) if len(members) > 1 else {}
             expected |= {
