@@ -49,7 +49,6 @@ SMALLER = {
 }
 # What is there before a page begins: commands that are run first, and plan files.
 BEFORE = {
-    "docs/serving.md": ('abreast convert MODEL --plan "5+6 7+8" -o OUT',),
     "docs/report.md": (
         "abreast optimize MODEL -o RUN --depth 12",
         'abreast convert MODEL --plan "5+6 7+8" -o OUT',
@@ -193,7 +192,6 @@ PROGRAMS_ELSEWHERE = {
 }
 # Options in the text that are other programs'.
 FOREIGN_OPTIONS = {
-    "--chat-template",
     "--enable-lora",
     "--max-lora-rank",
     "--flash-attn",

@@ -177,7 +177,7 @@ def _names(models: tuple[str, ...]) -> list[str]:
     """The last parts of the paths, numbered where they are not distinct."""
     names = [Path(model).name or model for model in models]
     distinct = len({*names, "original"}) == len(names) + 1
-    return names if distinct else [f"{place}: {name}" for place, name in enumerate(models, 1)]
+    return names if distinct else [f"{number}: {name}" for number, name in enumerate(models, 1)]
 
 
 def _print_bench(report: Report) -> None:

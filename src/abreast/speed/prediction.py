@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 from abreast.errors import AbreastError
 from abreast.families import family_of, num_layers_of
 from abreast.plan import Group, Plan
+from abreast.runs import option
 from abreast.speed.hardware import Hardware, HardwareError, hardware_of, table
 from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, Unpaired, refusals
@@ -47,29 +48,17 @@ class Setting:
     context: int = 1024
     phase: Phase = "decode"
     runtime: Runtime = "graphs"
-    ranks: int | None = field(
-        default=None, metadata={"help": "Devices that share the work. Default: all of them."}
+    ranks: int | None = option(None, "Devices that share the work. Default: all of them.")
+    baseline_ranks: int | None = option(None, "Devices for the original. Default: as many.")
+    unpaired: Unpaired = option(
+        "shard",
+        "replicate: single layers are whole on every device, as in CQIL's "
+        "measurements, and the original runs on one.",
     )
-    baseline_ranks: int | None = field(
-        default=None, metadata={"help": "Devices for the original. Default: as many."}
+    fused: bool = option(
+        True, "Run a group's members one after another, as when grouped in memory.", "--unfused"
     )
-    unpaired: Unpaired = field(
-        default="shard",
-        metadata={
-            "help": "replicate: single layers are whole on every device, as in CQIL's "
-            "measurements, and the original runs on one."
-        },
-    )
-    fused: bool = field(
-        default=True,
-        metadata={
-            "help": "Run a group's members one after another, as when grouped in memory.",
-            "option": "--unfused",
-        },
-    )
-    dtype: str = field(
-        default="bfloat16", metadata={"help": "Dtype of the weights; also float8 and int4."}
-    )
+    dtype: str = option("bfloat16", "Dtype of the weights; also float8 and int4.")
 
     def __post_init__(self) -> None:
         if min(self.batch, self.context) < 1:
@@ -281,17 +270,19 @@ def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, E
     """The plan sharded, replicated and on one device, where each can be. Raises as `estimate`."""
     settings = {way: replace(setting, unpaired=way) for way in get_args(Unpaired)}
     settings["on one device"] = replace(setting, ranks=1, baseline_ranks=None, unpaired="shard")
-    each = {way: estimate(config, plan, own) for way, own in settings.items()}
-    return {way: entry for way, entry in each.items() if entry.refused is None}
+    estimates = {way: estimate(config, plan, own) for way, own in settings.items()}
+    return {way: entry for way, entry in estimates.items() if entry.refused is None}
 
 
 def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:
     """Why no engine splits a plan over the devices, None where one does."""
     if setting.devices == 1:
         return None
-    family, how = family_of(config), setting.unpaired
-    engines = (TORCH_TP,) if how == "replicate" else (VLLM, TORCH_TP)
-    reasons = [next(refusals(e, config, family, plan, setting.devices, how), None) for e in engines]
+    family, unpaired = family_of(config), setting.unpaired
+    engines = (TORCH_TP,) if unpaired == "replicate" else (VLLM, TORCH_TP)
+    reasons = [
+        next(refusals(e, config, family, plan, setting.devices, unpaired), None) for e in engines
+    ]
     return reasons[0] if all(reasons) else None
 
 
