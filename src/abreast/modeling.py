@@ -7,7 +7,8 @@ transformers and modeling_members.py beside it only. Stock classes build all dec
 
 Some groups keep something apart for each member: a norm after a branch, or FFNs that see different
 attentions. Their entry has `abreast_members` and, where FFN j sees attentions j - d .. j only, d as
-`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer.
+`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer; its
+last one has `abreast_beside`, the number of these attentions, if they all read the same input.
 Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
 
@@ -34,6 +35,7 @@ from .modeling_members import (
     forward_of,
     mix,
     narrowed,
+    side_by_side,
     through_views,
 )
 
@@ -47,6 +49,7 @@ FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe", "DeepseekV3": "deepseek_v3"}
+FAMILIES |= {"DeepseekV2": "deepseek_v2", "Glm4MoeLite": "glm4_moe_lite"}
 FAMILIES |= {"Qwen2_5_VLText": "qwen2_5_vl", "Qwen3VLText": "qwen3_vl"}
 TEXT_TYPES = {"Gemma3": "gemma3_text", "Qwen3VLText": "qwen3_vl_text"}
 TEXT_TYPES["Qwen2_5_VLText"] = "qwen2_5_vl_text"
@@ -324,6 +327,9 @@ class LayersOfOwnWidth(PreTrainedModel):
                 continue
             if getattr(own, "abreast_members", 1) > 1:
                 _keep_members(layer, own, attentions, norms, bare)
+            if (beside := getattr(own, "abreast_beside", 1)) > 1:
+                group = [layer for layer, _, _ in members[-beside:]]
+                side_by_side(group, stacked=getattr(own, "abreast_bypass", None) is not None)
             if sequential and len(members) > 1:
                 _keep_order(members, layer, norms, self.layer_class, bare)
             members = []

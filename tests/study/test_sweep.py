@@ -22,7 +22,8 @@ from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.model import grouped, load
 from abreast.plan import Plan
-from abreast.speed.prediction import Setting, hardware_of, speedup
+from abreast.speed.hardware import hardware_of
+from abreast.speed.prediction import Setting, speedup
 from abreast.speed.shape import read_config
 from abreast.study import Changes, Grid, StudySettings, study_cost, sweep
 

@@ -66,8 +66,6 @@ def inspect(
         rows["cheapest to group"] = f"abreast plan {facts.source} -o RUN"
         if not facts.fusable:
             rows["conversion"] = f"none: {facts.unfoldable}"
-        if facts.apart:
-            rows["only in order"] = f"such as 5~6, not 5+6: {facts.apart}"
         for first, second, reason in facts.refused[:8]:
             rows[f"refused {first}+{second}"] = reason
     rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()} | on

@@ -72,7 +72,7 @@ class Refold:
         """The layers that the conversion's tensors belong to."""
         form = format_of(self.made.config)
         joins = form not in FORMATS or FORMATS[form].joins
-        return (self.plan if joins else self.plan.ungrouped).blocks
+        return self.family.blocks_of(self.plan if joins else self.plan.ungrouped)
 
     def misfits(self) -> Iterator[str]:
         """Tensors that are missing, left over, misshapen or of another dtype."""
