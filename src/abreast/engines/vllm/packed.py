@@ -1,0 +1,70 @@
+"""Matrices of members with inputs of their own, each in the form that multiplies fastest.
+
+A GPU multiplies all members at once, whatever the layout. On a CPU torch arranges the matrices anew
+for every batched product, which for a few rows takes as long as the product itself; vLLM arranges
+those of its layers once. benchmarks/LOG.md has the times behind the choice.
+
+Shapes: N tokens, P members here, X for whatever a matrix is wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.platforms import current_platform
+
+from abreast.engines.members import MemberLinear
+
+SMALL = 1 << 20  # bytes: what a core's cache holds, it arranges fast
+
+
+class PackedLinear(MemberLinear):
+    """One matrix for each of several members: [P, N, in] -> [P, N, out]."""
+
+    def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
+        super().__init__(members, rows, columns, bias)
+        self.weights_first, self.each = False, nn.ModuleList()
+        self.quant_method = _AfterLoading()
+
+    def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
+        outputs = self.products(x_PNX)
+        return (outputs if isinstance(outputs, torch.Tensor) else torch.stack(outputs)), None
+
+    def products(self, x_PNX: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """The members' outputs, [N, out] each, where they come to be: apart or together."""
+        if self.each:
+            inputs: Any = zip(self.each, x_PNX, strict=True)
+            return [one.cpu_linear(x_NX, one.weight, one.bias) for one, x_NX in inputs]
+        if not self.weights_first:
+            return super().forward(x_PNX)[0]
+        out_PNX = torch.bmm(self.weight, x_PNX.transpose(1, 2)).transpose(1, 2)
+        return out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)
+
+
+class _AfterLoading(UnquantizedLinearMethod):
+    """Chooses the form when vLLM's loader says that the weights are there."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        if not current_platform.is_cpu():
+            return
+        if layer.weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            layer.weights_first = True  # AMX reads rows as they are, if they come first
+        elif layer.weight.nbytes > SMALL:
+            biases: Sequence[Any] = [None] * len(layer.weight) if layer.bias is None else layer.bias
+            layer.each.extend(map(_packed, layer.weight, biases))
+            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    """A member's matrix [out, in] as vLLM packs those of its layers, with their `cpu_linear`."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    one = nn.Module()
+    one.weight = nn.Parameter(weight, requires_grad=False)
+    one.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    dispatch_cpu_unquantized_gemm(one, remove_weight=True)
+    return one
