@@ -9,8 +9,8 @@ Shapes: N tokens, P members here, X for whatever a matrix is wide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,22 +27,24 @@ class PackedLinear(MemberLinear):
 
     def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
         super().__init__(members, rows, columns, bias)
-        self.weights_first, self.each = False, nn.ModuleList()
+        self.weights_first, self.each = False, cast(Any, nn.ModuleList())
         self.quant_method = _AfterLoading()
 
     def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
-        outputs = self.products(x_PNX)
-        return (outputs if isinstance(outputs, torch.Tensor) else torch.stack(outputs)), None
-
-    def products(self, x_PNX: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """The members' outputs, [N, out] each, where they come to be: apart or together."""
         if self.each:
-            inputs: Any = zip(self.each, x_PNX, strict=True)
-            return [one.cpu_linear(x_NX, one.weight, one.bias) for one, x_NX in inputs]
+            return torch.stack(list(self.products(x_PNX))), None
         if not self.weights_first:
-            return super().forward(x_PNX)[0]
+            return super().forward(x_PNX)
         out_PNX = torch.bmm(self.weight, x_PNX.transpose(1, 2)).transpose(1, 2)
-        return out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)
+        return (out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)), None
+
+    def products(self, x_PNX: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The members' outputs one by one, [N, out] each, so that what follows may come between."""
+        if not self.each:
+            yield from self(x_PNX)[0]
+            return
+        for one, x_NX in zip(self.each, x_PNX, strict=True):
+            yield one.cpu_linear(x_NX, one.weight, one.bias)
 
 
 class _AfterLoading(UnquantizedLinearMethod):
@@ -63,7 +65,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
     """A member's matrix [out, in] as vLLM packs those of its layers, with their `cpu_linear`."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
-    one = nn.Module()
+    one: Any = nn.Module()
     one.weight = nn.Parameter(weight, requires_grad=False)
     one.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     dispatch_cpu_unquantized_gemm(one, remove_weight=True)
