@@ -9,12 +9,11 @@ Shapes: N tokens, P members here, X for whatever a matrix is wide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from abreast.engines.members import MemberLinear
@@ -28,7 +27,17 @@ class PackedLinear(MemberLinear):
     def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
         super().__init__(members, rows, columns, bias)
         self.weights_first, self.each = False, cast(Any, nn.ModuleList())
-        self.quant_method = _AfterLoading()
+
+    def pack(self) -> None:
+        """Choose the form, once all weights are there; those that are packed are not kept."""
+        if not current_platform.is_cpu():
+            return
+        if self.weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            self.weights_first = True  # AMX reads rows as they are, if they come first
+        elif self.weight.nbytes > SMALL:
+            biases: Any = [None] * len(self.weight) if self.bias is None else self.bias
+            self.each.extend(map(_packed, self.weight, biases))
+            self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
         if self.each:
@@ -45,20 +54,6 @@ class PackedLinear(MemberLinear):
             return
         for one, x_NX in zip(self.each, x_PNX, strict=True):
             yield one.cpu_linear(x_NX, one.weight, one.bias)
-
-
-class _AfterLoading(UnquantizedLinearMethod):
-    """Chooses the form when vLLM's loader says that the weights are there."""
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        if not current_platform.is_cpu():
-            return
-        if layer.weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            layer.weights_first = True  # AMX reads rows as they are, if they come first
-        elif layer.weight.nbytes > SMALL:
-            biases: Sequence[Any] = [None] * len(layer.weight) if layer.bias is None else layer.bias
-            layer.each.extend(map(_packed, layer.weight, biases))
-            layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
 
 def _packed(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
