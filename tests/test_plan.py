@@ -310,6 +310,7 @@ def group(text: str) -> str:
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
         ("num_layers: 2020-13-45", "is not YAML"),  # a date that datetime refuses
         ("num_layers: " + "1" * 5000, "is not YAML"),
+        ("num_layers: !!int ''", "is not YAML"),  # of which PyYAML takes the first character
         ("[" * 5000, "is not YAML"),
         (bytes(range(256)), "is not UTF-8 text"),
     ],

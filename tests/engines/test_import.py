@@ -138,6 +138,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another shape": (changed("llama.feed_forward_length", 100), "its metadata say"),
     "no size": (lambda f, t: f.pop("llama.embedding_length"), "no valid llama.embedding_length"),
+    "no number": (changed("llama.attention.head_count_kv", "two"), "llama.attention.head_count_kv"),
+    "no end of layers": (changed("llama.block_count", 65_535), "65535 layers, it holds only 57"),
+    "a flat embedding": (
+        lambda f, t: t.update({"token_embd.weight": t["token_embd.weight"].reshape(-1)}),
+        "'token_embd.weight' in",
+    ),
     "no epsilon": (
         lambda f, t: f.pop("llama.attention.layer_norm_rms_epsilon"),
         "no valid llama.attention.layer_norm_rms_epsilon",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from abreast.checkpoint import open_checkpoint, plan_for, resolve
+from abreast.checkpoint import check_depth, open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line
 from abreast.families import FAMILIES, Branches, Family, as_ours
 from abreast.model.branches import Member, by_name, is_parallel, lacks
@@ -84,6 +84,8 @@ def load(
     options |= {"device_map": device} if spread else {}
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     config, names = as_ours(checkpoint.config)
+    if isinstance(count := config.get("num_hidden_layers", config.get("n_layer")), int):
+        check_depth(checkpoint, count)
     joined = format_of(checkpoint.config) != "mlx"  # whose layers are the original's
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
