@@ -1,0 +1,397 @@
+"""Mutation testing: change one place of the code and see whether a test notices; `make mutants`.
+
+The mutants are drawn by seed from all changes of one operator, constant, condition, returned value
+or statement in the modules below. Each is tried in a fork of a process that has imported torch,
+transformers and pytest, but nothing of this package: the fork imports the changed module in place
+of the true one and runs the quick tests that cover it, up to the first that fails. A hang counts as
+noticed. What was tried is kept in build/, so the next call goes on; `--again` tries the survivors
+anew, after a change of the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import hashlib
+import importlib
+import importlib.util
+import json
+import math
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from ledger import add
+
+ROOT = Path(__file__).parents[2]
+COVERED_BY = {  # module -> its quick tests, those first that notice most per second
+    "abreast.plan": ("test_plan.py",),
+    "abreast.convert.fold": ("convert/test_fold.py", "convert/test_convert.py"),
+    "abreast.convert.rules": ("convert/test_fold.py", "convert/test_convert.py"),
+    "abreast.planner.search": ("planner/test_search.py",),
+    "abreast.heal.least_squares": ("heal/test_refit.py",),
+    "abreast.evaluate.statistics": ("evaluate/test_evaluate.py",),
+}
+SPARE_SECONDS = 20  # of CPU beyond three times what the tests take with the true module
+SPARE_BYTES = 4 << 30
+_OPERATORS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+    ast.Add: (ast.Sub,),
+    ast.Sub: (ast.Add,),
+    ast.Mult: (ast.Div,),
+    ast.Div: (ast.Mult,),
+    ast.FloorDiv: (ast.Mult,),
+    ast.Mod: (ast.Mult,),
+    ast.Pow: (ast.Mult,),
+    ast.BitAnd: (ast.BitOr,),
+    ast.BitOr: (ast.BitAnd,),
+    ast.And: (ast.Or,),
+    ast.Or: (ast.And,),
+    ast.USub: (ast.UAdd,),
+}
+Change = tuple[str, Callable[[], None]]  # what it is, and what makes it
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change. number: of the change among all of the module."""
+
+    module: str
+    number: int
+    line: int
+    change: str
+
+
+def changes(node: ast.AST) -> Iterator[Change]:
+    """What may be changed at a node, the nodes inside it left out."""
+    if isinstance(node, ast.Compare):
+        for place, old in enumerate(node.ops):
+            for new in _OPERATORS[type(old)]:
+                yield _named(old, new), lambda p=place, n=new: node.ops.__setitem__(p, n())
+    elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp | ast.UnaryOp):
+        for new in _OPERATORS.get(type(node.op), ()):
+            yield _named(node.op, new), lambda n=new: setattr(node, "op", n())
+    elif isinstance(node, ast.Constant):
+        value = node.value
+        others = (value + 1, value - 1) if isinstance(value, int | float) else ()
+        for other in (not value,) if isinstance(value, bool) else others:
+            yield f"{value} -> {other}", lambda o=other: setattr(node, "value", o)
+    elif isinstance(node, ast.Return) and not _is_none(node.value):
+        yield "return None", lambda: setattr(node, "value", ast.Constant(None))
+    if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
+        yield "condition negated", lambda: setattr(node, "test", _negated(node.test))
+    if isinstance(node, ast.comprehension):
+        for place, condition in enumerate(node.ifs):
+            other = _negated(condition)
+            yield "condition negated", lambda p=place, o=other: node.ifs.__setitem__(p, o)
+    for name in ("body", "orelse", "finalbody"):
+        block = getattr(node, name, None)
+        for place, statement in enumerate(block if isinstance(block, list) else ()):
+            if _can_go(statement):
+                what = f"dropped: {ast.unparse(statement).splitlines()[0][:60]}"
+                yield what, lambda b=block, p=place: b.__setitem__(p, ast.Pass())
+
+
+def _named(old: ast.AST, new: type[ast.AST]) -> str:
+    return f"{type(old).__name__} -> {new.__name__}"
+
+
+def _is_none(value: ast.expr | None) -> bool:
+    return value is None or (isinstance(value, ast.Constant) and value.value is None)
+
+
+def _negated(test: ast.expr) -> ast.expr:
+    return test.operand if _is_not(test) else ast.UnaryOp(ast.Not(), test)  # type: ignore[attr-defined]
+
+
+def _is_not(test: ast.expr) -> bool:
+    return isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
+
+
+def _can_go(statement: ast.stmt) -> bool:
+    """Calls and changes of what is there already; without a first assignment any run fails."""
+    if isinstance(statement, ast.Expr):
+        return not isinstance(statement.value, ast.Constant)
+    if isinstance(statement, ast.Assign):
+        return not any(isinstance(target, ast.Name | ast.Tuple) for target in statement.targets)
+    return isinstance(statement, ast.AugAssign | ast.Raise | ast.Continue | ast.Break)
+
+
+def nodes(tree: ast.Module) -> Iterator[ast.AST]:
+    """What runs: all but annotations and what only type checkers read, in the order of the text."""
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        children = [
+            child
+            for name, value in ast.iter_fields(node)
+            if name not in ("annotation", "returns")
+            for child in (value if isinstance(value, list) else [value])
+            if isinstance(child, ast.AST)
+        ]
+        todo += reversed(children)
+
+
+def every_change(tree: ast.Module) -> Iterator[tuple[ast.AST, Change]]:
+    for node in nodes(tree):
+        for change in changes(node):
+            yield node, change
+
+
+def path_of(module: str) -> Path:
+    return ROOT / "src" / Path(*module.split(".")).with_suffix(".py")
+
+
+def mutants_of(module: str) -> list[Mutant]:
+    found, line = [], 0
+    for number, (node, (what, _)) in enumerate(
+        every_change(ast.parse(path_of(module).read_text()))
+    ):
+        line = getattr(node, "lineno", line)
+        found.append(Mutant(module, number, line, what))
+    return found
+
+
+def compiled(mutant: Mutant | None, module: str) -> CodeType:
+    path = path_of(module)
+    tree = ast.parse(path.read_text())
+    if mutant is not None:
+        list(every_change(tree))[mutant.number][1][1]()
+    return compile(ast.fix_missing_locations(tree), str(path), "exec")
+
+
+class _Finder:
+    """Imports one module from code that is given."""
+
+    def __init__(self, module: str, code: CodeType) -> None:
+        self.module, self.code = module, code
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != self.module:
+            return None
+        loader = SourceFileLoader(name, str(path_of(name)))
+        loader.get_code = lambda fullname: self.code  # type: ignore[method-assign, assignment]
+        return importlib.util.spec_from_file_location(name, path_of(name), loader=loader)
+
+
+class _FirstFailure:
+    """Plugin of pytest: the name of the first test that failed."""
+
+    name = ""
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.name = self.name or report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.name = self.name or f"{report.nodeid} cannot be imported"
+
+
+def attempt(
+    module: str, mutant: Mutant | None, cpu_seconds: float = math.inf, learn: bool = False
+) -> tuple[str | None, float, list[str]]:
+    """Run the tests of a module in a fork: what noticed the change or None, CPU seconds, imports."""
+    code = compiled(mutant, module)
+    with tempfile.TemporaryDirectory() as place:
+        child = os.fork()
+        if child == 0:
+            _child(module, code, Path(place), cpu_seconds, learn)
+        watch = os.pidfd_open(child)
+        patience = None if math.isinf(cpu_seconds) else 10 * cpu_seconds  # for busy machines
+        if not select.select([watch], [], [], patience)[0]:
+            os.kill(child, signal.SIGKILL)
+        os.close(watch)
+        _, status, usage = os.wait4(child, 0)
+        shutil.rmtree(Path(place, "made"), ignore_errors=True)
+        said = Path(place, "said")
+        first, *imported = (said.read_text() if said.exists() else "").split("\n")
+    ended = os.waitstatus_to_exitcode(status)
+    if ended < 0:
+        name = signal.Signals(-ended).name
+        noticed: str | None = "too slow" if name in ("SIGXCPU", "SIGKILL") else name
+    else:
+        noticed = first or f"status {ended}" if ended else None
+    return noticed, usage.ru_utime + usage.ru_stime, imported
+
+
+def _child(module: str, code: CodeType, place: Path, cpu_seconds: float, learn: bool) -> None:
+    status = 1
+    failure = _FirstFailure()
+    try:
+        os.chdir(ROOT)
+        if not math.isinf(cpu_seconds):
+            most = int(time.process_time() + cpu_seconds) + 1
+            resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = pages * resource.getpagesize() + SPARE_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        null = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(null, number)
+        sys.meta_path.insert(0, _Finder(module, code))  # type: ignore[arg-type]
+        import pytest
+
+        tests = [str(ROOT / "tests" / name) for name in COVERED_BY[module]]
+        words = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
+        status = int(pytest.main([*words, f"--basetemp={place}/made", *tests], [failure]))
+    except BaseException as error:
+        failure.name = failure.name or repr(error)[:100].replace("\n", " ")
+    finally:
+        imported = sorted(sys.modules) if learn else []
+        Path(place, "said").write_text("\n".join((failure.name, *imported)))
+        os._exit(status)
+
+
+def warm_up(modules: list[str]) -> dict[str, float]:
+    """Import what the tests import of other packages; CPU seconds of each module's tests."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"HYPOTHESIS_PROFILE": "mutants", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    sys.path.insert(0, str(ROOT / "src"))
+    import pytest  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    torch.set_num_threads(1)
+    lasting = {}
+    for module in modules:
+        noticed, seconds, imported = attempt(module, None, learn=True)
+        if noticed:
+            raise SystemExit(f"the tests of {module} fail without a change: {noticed}")
+        lasting[module] = seconds
+        print(f"{module}: {seconds:.1f} s", flush=True)
+        for name in imported:
+            if _is_other(name):
+                with suppress(Exception):  # what a test makes itself
+                    importlib.import_module(name)
+        gc.collect()
+        gc.freeze()
+    return lasting
+
+
+def _is_other(name: str) -> bool:
+    """Whether a module is of another package, judged by where it lies."""
+    if name.split(".")[0] == "abreast":
+        return False
+    with suppress(Exception):
+        spec = importlib.util.find_spec(name)
+        return spec is not None and not (spec.origin or "").startswith(str(ROOT / "tests"))
+    return False
+
+
+def drawn(count: int, seed: int, modules: list[str]) -> list[Mutant]:
+    every = [mutant for module in modules for mutant in mutants_of(module)]
+    return random.Random(seed).sample(every, min(count, len(every)))
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    z = 1.959964
+    share, scale = hits / count, 1 + z * z / count
+    middle = (share + z * z / (2 * count)) / scale
+    half = z / scale * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return middle - half, middle + half
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-n", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no mutant after so many")
+    parser.add_argument("--modules", default=",".join(COVERED_BY))
+    parser.add_argument("--again", action="store_true", help="try those that survived anew")
+    parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
+    options = parser.parse_args()
+    modules = options.modules.split(",")
+    chosen = drawn(options.n, options.seed, modules)
+    sources = "".join(path_of(module).read_text() for module in modules)
+    digest = hashlib.sha256(sources.encode()).hexdigest()[:12]
+    results = ROOT / "build" / f"mutants-{options.seed}-{digest}.jsonl"
+    results.parent.mkdir(exist_ok=True)
+    known = {}
+    for line in results.read_text().splitlines() if results.exists() else ():
+        entry = json.loads(line)
+        known[entry["module"], entry["number"]] = entry["noticed"]
+    left = [m for m in chosen if (m.module, m.number) not in known]
+    if options.again:
+        left += [m for m in chosen if known.get((m.module, m.number), "") is None]
+    if left:
+        run(left, options.minutes, results, known)
+    return conclude(chosen, known, options)
+
+
+def run(
+    left: list[Mutant], minutes: float, results: Path, known: dict[tuple[str, int], str | None]
+) -> None:
+    """Try mutants, the latest result last in the file, until the time is over."""
+    if shutil.disk_usage("/dev/shm").free > 2 << 30:
+        tempfile.tempdir = "/dev/shm"
+    end = time.monotonic() + 60 * minutes
+    lasting = warm_up(sorted({mutant.module for mutant in left}))
+    with results.open("a", encoding="utf-8") as file:
+        for mutant in left:
+            if time.monotonic() > end:
+                break
+            most = 3 * lasting[mutant.module] + SPARE_SECONDS
+            noticed, seconds, _ = attempt(mutant.module, mutant, most)
+            known[mutant.module, mutant.number] = noticed
+            entry = {**asdict(mutant), "noticed": noticed, "seconds": round(seconds, 1)}
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+
+def conclude(
+    chosen: list[Mutant], known: dict[tuple[str, int], str | None], options: argparse.Namespace
+) -> int:
+    """Say how many were noticed, and list the others; 1 where some of those drawn are not tried."""
+    tried = [m for m in chosen if (m.module, m.number) in known]
+    survivors = [m for m in tried if known[m.module, m.number] is None]
+    for mutant in sorted(survivors, key=lambda m: (m.module, m.line)):
+        path = path_of(mutant.module).relative_to(ROOT)
+        text = path_of(mutant.module).read_text().splitlines()[max(0, mutant.line - 1)].strip()
+        print(f"survived: {path}:{mutant.line}: {mutant.change}: {text}")
+    killed = len(tried) - len(survivors)
+    if tried:
+        low, high = wilson(killed, len(tried))
+        print(
+            f"seed {options.seed}: {killed} of {len(tried)} mutants noticed, "
+            f"{killed / len(tried):.1%} [{low:.1%}, {high:.1%}]; {len(chosen) - len(tried)} to go"
+        )
+    if options.record and len(tried) == len(chosen):
+        counts: dict[str, int] = {}
+        for mutant in tried:
+            how = "survived" if known[mutant.module, mutant.number] is None else "killed"
+            name = f"{mutant.module.removeprefix('abreast.')} {how}"
+            counts[name] = counts.get(name, 0) + 1
+        add("mutants", options.seed, dict(sorted(counts.items())), 0)
+    return int(len(tried) < len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
