@@ -217,7 +217,7 @@ class _FirstFailure:
 def attempt(
     module: str, mutant: Mutant | None, cpu_seconds: float = math.inf, learn: bool = False
 ) -> tuple[str | None, float, list[str]]:
-    """Run the tests of a module in a fork: what noticed the change or None, CPU seconds, imports."""
+    """Run a module's tests in a fork: what noticed the change or None, CPU seconds, imports."""
     code = compiled(mutant, module)
     with tempfile.TemporaryDirectory() as place:
         child = os.fork()

@@ -58,6 +58,9 @@ def make_tokenizer(facts: Mapping[str, Any], name: str, rows: int) -> Any:
     try:
         backend = (_byte_level if kind == "gpt2" else _sentencepiece)(facts, name, tokens)
         backend.add_tokens(_added(facts, tokens))
+        for key, index in facts.items():
+            if key.startswith(_GGML) and key.endswith("_token_id") and not isinstance(index, int):
+                raise ValueError(f"{key} is no number")
         ids = special_ids(facts)
         special: dict[str, Any] = {
             name.removesuffix("_id"): tokens[index]
