@@ -40,8 +40,12 @@ from ledger import add
 ROOT = Path(__file__).parents[2]
 COVERED_BY = {  # module -> its quick tests, those first that notice most per second
     "abreast.plan": ("test_plan.py",),
-    "abreast.convert.fold": ("convert/test_fold.py", "convert/test_convert.py"),
-    "abreast.convert.rules": ("convert/test_fold.py", "convert/test_convert.py"),
+    "abreast.convert.fold": ("convert/test_fold.py", "convert/test_refold.py"),
+    "abreast.convert.rules": (
+        "convert/test_fold.py",
+        "convert/test_convert.py",
+        "cli/test_bad_input.py",
+    ),
     "abreast.planner.search": ("planner/test_search.py",),
     "abreast.heal.least_squares": ("heal/test_refit.py",),
     "abreast.evaluate.statistics": ("evaluate/test_evaluate.py",),
