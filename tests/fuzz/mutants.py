@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -375,26 +376,40 @@ def conclude(
 ) -> int:
     """Say how many were noticed, and list the others; 1 where some of those drawn are not tried."""
     tried = [m for m in chosen if (m.module, m.number) in known]
-    survivors = [m for m in tried if known[m.module, m.number] is None]
-    for mutant in sorted(survivors, key=lambda m: (m.module, m.line)):
-        path = path_of(mutant.module).relative_to(ROOT)
-        text = path_of(mutant.module).read_text().splitlines()[max(0, mutant.line - 1)].strip()
-        print(f"survived: {path}:{mutant.line}: {mutant.change}: {text}")
+    survivors = []
+    for mutant in sorted(tried, key=lambda m: (m.module, m.line)):
+        if known[mutant.module, mutant.number] is None:
+            path = path_of(mutant.module)
+            text = path.read_text().splitlines()[max(0, mutant.line - 1)].strip()
+            name = path.relative_to(ROOT / "src" / "abreast")
+            survivors.append(f"{name}:{mutant.line}: {mutant.change}: {text}")
+    print(*(f"survived: {line}" for line in survivors), sep="\n")
     killed = len(tried) - len(survivors)
-    if tried:
-        low, high = wilson(killed, len(tried))
-        print(
-            f"seed {options.seed}: {killed} of {len(tried)} mutants noticed, "
-            f"{killed / len(tried):.1%} [{low:.1%}, {high:.1%}]; {len(chosen) - len(tried)} to go"
+    if not tried:
+        return 1
+    low, high = wilson(killed, len(tried))
+    share = f"{killed / len(tried):.1%} [{low:.1%}, {high:.1%}]"
+    print(
+        f"seed {options.seed}: {killed} of {len(tried)} mutants noticed, {share}; "
+        f"{len(chosen) - len(tried)} to go"
+    )
+    if len(tried) < len(chosen):
+        return 1
+    if options.record:
+        counts = Counter(
+            f"{m.module.removeprefix('abreast.')} "
+            f"{'survived' if known[m.module, m.number] is None else 'killed'}"
+            for m in tried
         )
-    if options.record and len(tried) == len(chosen):
-        counts: dict[str, int] = {}
-        for mutant in tried:
-            how = "survived" if known[mutant.module, mutant.number] is None else "killed"
-            name = f"{mutant.module.removeprefix('abreast.')} {how}"
-            counts[name] = counts.get(name, 0) + 1
-        add("mutants", options.seed, dict(sorted(counts.items())), 0)
-    return int(len(tried) < len(chosen))
+        add(
+            "mutants",
+            options.seed,
+            dict(sorted(counts.items())),
+            0,
+            killed=share,
+            survivors=survivors,
+        )
+    return 0
 
 
 if __name__ == "__main__":
