@@ -152,6 +152,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "tokenizer": (changed("tokenizer.ggml.model", "bert"), "tokenizer of kind bert"),
     "merges": (changed("tokenizer.ggml.merges", ["a \u1234"]), "the tokenizer in"),
     "special token": (changed("tokenizer.ggml.bos_token_id", 500), "the tokenizer in"),
+    "a panic": (changed("tokenizer.ggml.tokens", alphabet()[:70]), "the tokenizer in"),
     "end of a turn": (changed("tokenizer.ggml.eot_token_id", ""), "eot_token_id is no number"),
     "too many tokens": (
         lambda f, t: f.update({"tokenizer.ggml.tokens": [*alphabet(), "more"]}),

@@ -241,3 +241,14 @@ def test_numbers_of_tokens_that_would_take_all_memory_are_refused(tiny_checkpoin
     (tmp_path / name).write_text(json.dumps(damaged))
     with pytest.raises(AbreastError, match=f"{name}' numbers tokens up to {1 << 31}"):
         grouping.load_tokenizer(tmp_path)
+
+
+def test_a_panic_in_a_tokenizer_is_one_line(tiny_checkpoint, monkeypatch):
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    def panics(*_, **__):
+        raise panic("range end index 2 out of range")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panics)
+    with pytest.raises(AbreastError, match="cannot be loaded: range end index 2"):
+        grouping.load_tokenizer(tiny_checkpoint(tokenizer=True))

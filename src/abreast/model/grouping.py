@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from abreast.checkpoint import check_depth, open_checkpoint, plan_for, resolve
-from abreast.errors import AbreastError, CheckpointError, first_line
+from abreast.errors import AbreastError, CheckpointError, first_line, is_fault
 from abreast.families import FAMILIES, Branches, Family, as_ours
 from abreast.model.branches import Member, by_name, is_parallel, lacks
 from abreast.model.devices import as_converted, check_device, dequantised, named_dtype
@@ -169,7 +169,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # every tokenizer class raises kinds of its own
+    except BaseException as error:  # every tokenizer class raises kinds of its own
+        if not is_fault(error):
+            raise
         raise CheckpointError(
             f"the tokenizer in '{folder}' cannot be loaded: {first_line(error)}"
         ) from None
