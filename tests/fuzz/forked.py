@@ -164,8 +164,9 @@ def _child(
     try:
         for number, log in enumerate(logs[:2], 1):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
-        sys.stdout, sys.stderr = (
-            os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        sys.stdout, sys.stderr = (  # as Python itself opens them
+            os.fdopen(number, "w", buffering=1, closefd=False, errors=errors)
+            for number, errors in ((1, "strict"), (2, "backslashreplace"))
         )
         temporary = folder / "tmp"
         temporary.mkdir(exist_ok=True)
