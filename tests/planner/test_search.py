@@ -231,6 +231,28 @@ def test_search_keeps_to_its_budget_and_measures_nothing_twice():
     assert len(asked) == len(set(asked))
 
 
+def test_half_of_the_budget_goes_to_starting_points():
+    """Costs that just add up and rise with the layers, so that the cheapest plans are known."""
+    costs = pairs(32, lambda first: 1 + first / 100)
+    batches: list[list[Plan]] = []
+
+    def measured(plans):
+        batches.append(list(plans))
+        return [total(plan, costs) for plan in plans]
+
+    sizes = {1: [2, 2], 2: [4, 4], 3: [6, 4, 2], 4: [8, 4, 4], 5: [8, 4, 4], 6: [8, 4, 4]}
+    for depth, _ in refine(Candidates.of(32, costs), measured, least_depth=26, per_group=4):
+        count = 32 - depth
+        assert [len(batch) for batch in batches] == sizes.pop(count)
+        cheapest, published = (
+            Plan(num_layers=32, groups=[Group(layers=(n, n + 1)) for n in range(first, end, 2)])
+            for first, end in ((1, 1 + 2 * count), (28 - 2 * count, 28))  # 28: where LP's end
+        )
+        assert batches[0][:2] == [cheapest, published]
+        batches.clear()
+    assert not sizes
+
+
 def test_search_without_refinement_takes_the_additive_optimum():
     costs = pairs(12, lambda first: 1 / first)
     found = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
