@@ -40,16 +40,19 @@ from ledger import add
 
 ROOT = Path(__file__).parents[2]
 COVERED_BY = {  # module -> its quick tests, those first that notice most per second
-    "abreast.plan": ("test_plan.py",),
+    "abreast.plan": ("test_plan.py", "convert/test_fold.py"),
     "abreast.convert.fold": ("convert/test_fold.py", "convert/test_refold.py"),
     "abreast.convert.rules": (
         "convert/test_fold.py",
+        "families/test_families.py",
+        "convert/test_known.py",
+        "convert/test_formats.py",
+        "convert/test_experts.py",
         "convert/test_convert.py",
-        "cli/test_bad_input.py",
     ),
     "abreast.planner.search": ("planner/test_search.py",),
     "abreast.heal.least_squares": ("heal/test_refit.py",),
-    "abreast.evaluate.statistics": ("evaluate/test_evaluate.py",),
+    "abreast.evaluate.statistics": ("evaluate/test_evaluate.py", "evaluate/test_harness.py"),
 }
 SPARE_SECONDS = 20  # of CPU beyond three times what the tests take with the true module
 SPARE_BYTES = 4 << 30
