@@ -287,20 +287,32 @@ def warm_up(modules: list[str]) -> dict[str, float]:
     import transformers  # noqa: F401
 
     torch.set_num_threads(1)
-    lasting = {}
+    known, state = ROOT / "build" / "mutants-warm.json", _state()
+    tried: dict[str, Any] = json.loads(known.read_text()) if known.exists() else {}
+    tried = tried if tried.get("state") == state else {"state": state}
     for module in modules:
-        noticed, seconds, imported = attempt(module, None, learn=True)
-        if noticed:
-            raise SystemExit(f"the tests of {module} fail without a change: {noticed}")
-        lasting[module] = seconds
-        print(f"{module}: {seconds:.1f} s", flush=True)
-        for name in imported:
-            if _is_other(name):
-                with suppress(Exception):  # what a test makes itself
-                    importlib.import_module(name)
+        if module not in tried:
+            noticed, seconds, imported = attempt(module, None, learn=True)
+            if noticed:
+                raise SystemExit(f"the tests of {module} fail without a change: {noticed}")
+            print(f"{module}: {seconds:.1f} s", flush=True)
+            tried[module] = [seconds, [name for name in imported if _is_other(name)]]
+            known.write_text(json.dumps(tried))
+        for name in tried[module][1]:
+            with suppress(Exception):  # what a test makes itself
+                importlib.import_module(name)
         gc.collect()
         gc.freeze()
-    return lasting
+    return {module: tried[module][0] for module in modules}
+
+
+def _state() -> str:
+    """Hash of all that the tests run: where it is the same, they need not be tried unchanged."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in sorted((*ROOT.glob("src/**/*.py"), *ROOT.glob("tests/**/*.py"))):
+        if path.parent != Path(__file__).parent:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_other(name: str) -> bool:
