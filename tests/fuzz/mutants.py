@@ -208,29 +208,51 @@ class _Finder:
         return importlib.util.spec_from_file_location(name, path_of(name), loader=loader)
 
 
-class _FirstFailure:
-    """Plugin of pytest: the name of the first test that failed."""
+class _Watch:
+    """Plugin of pytest: quick tests first; which failed first, and how long each took."""
 
-    name = ""
+    def __init__(self, lasting: dict[str, float]) -> None:
+        self.lasting, self.failed = lasting, ""
+        self.seconds: dict[str, float] = {}
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: self.lasting.get(item.nodeid, 0.0))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] = self.seconds.get(report.nodeid, 0.0) + report.duration
         if report.failed:
-            self.name = self.name or report.nodeid
+            self.failed = self.failed or report.nodeid
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.name = self.name or f"{report.nodeid} cannot be imported"
+            self.failed = self.failed or f"{report.nodeid} cannot be imported"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A run of the tests of a module. noticed: the first that failed, or what else went wrong.
+
+    seconds: of CPU. lasting: seconds of each test. imported: modules there at the end.
+    """
+
+    noticed: str | None
+    seconds: float
+    lasting: dict[str, float]
+    imported: list[str]
 
 
 def attempt(
-    module: str, mutant: Mutant | None, cpu_seconds: float = math.inf, learn: bool = False
-) -> tuple[str | None, float, list[str]]:
-    """Run a module's tests in a fork: what noticed the change or None, CPU seconds, imports."""
+    module: str,
+    mutant: Mutant | None,
+    lasting: dict[str, float],
+    cpu_seconds: float = math.inf,
+) -> Tried:
+    """Run the tests of a module in a fork, those that last the shortest first."""
     code = compiled(mutant, module)
     with tempfile.TemporaryDirectory() as place:
         child = os.fork()
         if child == 0:
-            _child(module, code, Path(place), cpu_seconds, learn)
+            _child(module, code, Path(place), cpu_seconds, _Watch(lasting))
         watch = os.pidfd_open(child)
         patience = None if math.isinf(cpu_seconds) else 10 * cpu_seconds  # for busy machines
         if not select.select([watch], [], [], patience)[0]:
@@ -238,20 +260,19 @@ def attempt(
         os.close(watch)
         _, status, usage = os.wait4(child, 0)
         shutil.rmtree(Path(place, "made"), ignore_errors=True)
-        said = Path(place, "said")
-        first, *imported = (said.read_text() if said.exists() else "").split("\n")
+        said = Path(place, "said.json")
+        found = json.loads(said.read_text()) if said.exists() else ["", {}, []]
     ended = os.waitstatus_to_exitcode(status)
     if ended < 0:
         name = signal.Signals(-ended).name
         noticed: str | None = "too slow" if name in ("SIGXCPU", "SIGKILL") else name
     else:
-        noticed = first or f"status {ended}" if ended else None
-    return noticed, usage.ru_utime + usage.ru_stime, imported
+        noticed = found[0] or f"status {ended}" if ended else None
+    return Tried(noticed, usage.ru_utime + usage.ru_stime, found[1], found[2])
 
 
-def _child(module: str, code: CodeType, place: Path, cpu_seconds: float, learn: bool) -> None:
+def _child(module: str, code: CodeType, place: Path, cpu_seconds: float, watch: _Watch) -> None:
     status = 1
-    failure = _FirstFailure()
     try:
         os.chdir(ROOT)
         if not math.isinf(cpu_seconds):
@@ -268,17 +289,17 @@ def _child(module: str, code: CodeType, place: Path, cpu_seconds: float, learn: 
 
         tests = [str(ROOT / "tests" / name) for name in COVERED_BY[module]]
         words = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
-        status = int(pytest.main([*words, f"--basetemp={place}/made", *tests], [failure]))
+        status = int(pytest.main([*words, f"--basetemp={place}/made", *tests], [watch]))
     except BaseException as error:
-        failure.name = failure.name or repr(error)[:100].replace("\n", " ")
+        watch.failed = watch.failed or repr(error)[:100].replace("\n", " ")
     finally:
-        imported = sorted(sys.modules) if learn else []
-        Path(place, "said").write_text("\n".join((failure.name, *imported)))
+        said = [watch.failed, watch.seconds, sorted(sys.modules)]
+        Path(place, "said.json").write_text(json.dumps(said))
         os._exit(status)
 
 
-def warm_up(modules: list[str]) -> dict[str, float]:
-    """Import what the tests import of other packages; CPU seconds of each module's tests."""
+def warm_up(modules: list[str]) -> dict[str, tuple[float, dict[str, float]]]:
+    """Import what tests import of other packages; how long each module's tests last."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     os.environ |= {"HYPOTHESIS_PROFILE": "mutants", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     sys.path.insert(0, str(ROOT / "src"))
@@ -292,18 +313,19 @@ def warm_up(modules: list[str]) -> dict[str, float]:
     tried = tried if tried.get("state") == state else {"state": state}
     for module in modules:
         if module not in tried:
-            noticed, seconds, imported = attempt(module, None, learn=True)
-            if noticed:
-                raise SystemExit(f"the tests of {module} fail without a change: {noticed}")
-            print(f"{module}: {seconds:.1f} s", flush=True)
-            tried[module] = [seconds, [name for name in imported if _is_other(name)]]
+            true = attempt(module, None, {})
+            if true.noticed:
+                raise SystemExit(f"the tests of {module} fail without a change: {true.noticed}")
+            print(f"{module}: {true.seconds:.1f} s", flush=True)
+            imported = [name for name in true.imported if _is_other(name)]
+            tried[module] = [true.seconds, true.lasting, imported]
             known.write_text(json.dumps(tried))
-        for name in tried[module][1]:
+        for name in tried[module][2]:
             with suppress(Exception):  # what a test makes itself
                 importlib.import_module(name)
         gc.collect()
         gc.freeze()
-    return {module: tried[module][0] for module in modules}
+    return {module: tuple(tried[module][:2]) for module in modules}
 
 
 def _state() -> str:
@@ -378,10 +400,11 @@ def run(
         for mutant in left:
             if time.monotonic() > end:
                 break
-            most = 3 * lasting[mutant.module] + SPARE_SECONDS
-            noticed, seconds, _ = attempt(mutant.module, mutant, most)
-            known[mutant.module, mutant.number] = noticed
-            entry = {**asdict(mutant), "noticed": noticed, "seconds": round(seconds, 1)}
+            whole, each = lasting[mutant.module]
+            tried = attempt(mutant.module, mutant, each, 3 * whole + SPARE_SECONDS)
+            known[mutant.module, mutant.number] = tried.noticed
+            result = {"noticed": tried.noticed, "seconds": round(tried.seconds, 1)}
+            entry = {**asdict(mutant), **result}
             file.write(json.dumps(entry) + "\n")
             file.flush()
 
