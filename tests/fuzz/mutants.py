@@ -176,6 +176,11 @@ def path_of(module: str) -> Path:
     return ROOT / "src" / Path(*module.split(".")).with_suffix(".py")
 
 
+def source_of(module: str) -> str:
+    """Hash of a module: numbers of mutants mean the same as long as it is the same."""
+    return hashlib.sha256(path_of(module).read_bytes()).hexdigest()[:12]
+
+
 def mutants_of(module: str) -> list[Mutant]:
     found, line = [], 0
     for number, (node, (what, _)) in enumerate(
@@ -372,14 +377,13 @@ def main() -> int:
     options = parser.parse_args()
     modules = options.modules.split(",")
     chosen = [m for m in drawn(options.n, options.seed) if m.module in modules]
-    sources = "".join(path_of(module).read_text() for module in COVERED_BY)
-    digest = hashlib.sha256(sources.encode()).hexdigest()[:12]
-    results = ROOT / "build" / f"mutants-{options.seed}-{digest}.jsonl"
+    results = ROOT / "build" / f"mutants-{options.seed}.jsonl"
     results.parent.mkdir(exist_ok=True)
-    known = {}
+    known, sources = {}, {module: source_of(module) for module in COVERED_BY}
     for line in results.read_text().splitlines() if results.exists() else ():
         entry = json.loads(line)
-        known[entry["module"], entry["number"]] = entry["noticed"]
+        if entry["source"] == sources[entry["module"]]:
+            known[entry["module"], entry["number"]] = entry["noticed"]
     left = [m for m in chosen if (m.module, m.number) not in known]
     if options.again:
         left += [m for m in chosen if known.get((m.module, m.number), "") is None]
@@ -404,6 +408,7 @@ def run(
             tried = attempt(mutant.module, mutant, each, 3 * whole + SPARE_SECONDS)
             known[mutant.module, mutant.number] = tried.noticed
             result = {"noticed": tried.noticed, "seconds": round(tried.seconds, 1)}
+            result |= {"source": source_of(mutant.module)}
             entry = {**asdict(mutant), **result}
             file.write(json.dumps(entry) + "\n")
             file.flush()

@@ -267,6 +267,25 @@ def test_search_is_deterministic_and_breaks_ties_by_name():
     assert additive(14, pairs(14))[13][0].shorthand == "1+2"
 
 
+def test_two_groups_take_the_place_of_one_however_cheap_others_of_its_size_are():
+    costs = pairs(12, lambda first: 1.0) | pairs(12, lambda first: 0.1, size=3)
+    candidates = Candidates.of(12, costs)
+    triple = candidates.groups.index(Group(layers=(5, 6, 7)))
+    made = {candidates.plan(choice).shorthand for choice in changes(candidates, (triple,))}
+    assert "1+2+3" in made and any(len(name.split()) == 2 for name in made)
+
+
+def test_times_that_a_faster_plan_beats_are_left_out():
+    seconds = {Group(layers=(1, 2)): 1.0, Group(layers=(4, 5)): 2.0}
+    costs = dict(zip(seconds, (5.0, 1.0), strict=True))
+    candidates = Candidates.of(8, costs, seconds)
+    found = {}
+    for depth, plans in refine(candidates, lambda plans: [total(p, costs) for p in plans]):
+        found[depth] = {plan.shorthand for plan in plans}
+    # steps are thirds of what the best group saves per layer: 2 for the first, 3 for the second
+    assert found == {5: {"4+5"}, 3: {"1+2 4+5"}}
+
+
 def test_a_search_by_time_finds_the_fastest_plan_within_a_loss():
     """In exchanges, two for a layer: lp saves 2 of 4, cqil 3 and ff 1; loss in the same order."""
     seconds, costs = dict[Group, float](), dict[Group, float]()
