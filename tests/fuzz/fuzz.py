@@ -92,7 +92,7 @@ TARGETS = {
 }
 
 # What takes long to read and does not come from strangers gets a third of the inputs of others.
-SELDOM = ("template", "journal", "results", "front", "identity", "generation")
+SELDOM = ("template", "journal", "results", "front", "stats", "identity", "generation")
 
 
 def prepare(origin: Path) -> None:

@@ -398,8 +398,8 @@ def run(
     """Try mutants, the latest result last in the file, until the time is over."""
     if shutil.disk_usage("/dev/shm").free > 2 << 30:
         tempfile.tempdir = "/dev/shm"
-    end = time.monotonic() + 60 * minutes
     lasting = warm_up(sorted({mutant.module for mutant in left}))
+    end = time.monotonic() + 60 * minutes
     with results.open("a", encoding="utf-8") as file:
         for mutant in left:
             if time.monotonic() > end:
