@@ -14,7 +14,7 @@ BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/_% benchmarks/vllm_%
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz load kill versions lock dist bench docs clean compiler vllm-parts
+.PHONY: help demo test test-fast test-engines test-gguf test-vllm test-stock test-sglang test-real lint fuzz load kill mutants versions lock dist bench docs clean compiler vllm-parts
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ load: .venv-vllm/.ready ## send mixed traffic to vLLM's server for MINUTES (10)
 N ?= 200
 kill: $(VENV)/.dev ## kill and starve the verbs N (200) times, and run them again
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/kill.py -n $(N) --record
+
+mutants: $(VENV)/.dev ## change one place of the code at a time, 400 times, and see whether tests notice
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/mutants.py -n 400 --seed 1 --record
 
 # The tests that touch most of torch and transformers: every family converted, run and healed.
 CORE_TESTS := tests/convert/test_parity.py tests/model/test_grouped.py tests/heal tests/engines/test_torch_tp.py

@@ -61,6 +61,19 @@ def alphabet() -> list[str]:
     return tokens + [f"[PAD{index}]" for index in range(len(tokens), ROWS)]
 
 
+def pieces(facts: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Change for `write_file`: SentencePiece in place of the byte-level vocabulary."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(80))]
+    tokens += ["\u2581", "a", "b", "c", "ab", "bc", "\u2581a", "  "]
+    types = [2, 3, 3, *[6] * 80, *[1] * 7, 4]
+    scores = [0.0] * 84 + [-9.0, -8.0, -7.0, -2.0, -1.0, -3.0, 0.0]
+    facts.update({"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
+    facts.update({"tokenizer.ggml.scores": scores, "tokenizer.ggml.model": "llama"})
+    facts.update({"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2})
+    facts.update({"tokenizer.ggml.unknown_token_id": 0})
+    facts.pop("tokenizer.ggml.add_bos_token")
+
+
 def write_file(
     path: Path,
     architecture: str,

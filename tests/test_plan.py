@@ -197,12 +197,12 @@ def one_line(caught: pytest.ExceptionInfo[PlanError]) -> str:
         ("P2 S1 E4", "P must be at least 2, and E - S a multiple of it"),
         ("P1 S1 E3", "P must be at least 2"),
         ("P2 S4 E2", "E - S a multiple"),
-        ("P2 D2 S1 E3", "bypass 2 exceeds the group"),
+        ("P2 D2 S1 E3", "exceeds the group; at most 1 for 2"),
         ("P2 S0 E999999998", "the model has 6 layers, so E is at most that"),
         ("P2 S1 E3 1+2", "cannot read group 'P2'"),
         ("1+2 3", "cannot read group '3'"),
         ("1+2:1", "cannot read group"),
-        ("1|2:2", "bypass 2 exceeds the group"),
+        ("1|2:2", "exceeds the group; at most 1 for 2"),
         ("1|2:-1", "cannot read group"),
         ("-1+0", "cannot read group"),
         ("1-2", "cannot read group"),
@@ -275,7 +275,7 @@ def group(text: str) -> str:
         (group("layers: [1, 2], bypass: 1"), "bypass belongs to cqil"),
         (group("layers: [1, 2], wiring: lp, bypass: 1"), "bypass belongs to cqil"),
         (group("layers: [1, 2], wiring: ff, bypass: 1"), "bypass belongs to cqil"),
-        (group("layers: [1, 2], wiring: cqil, bypass: 2"), "bypass 2 exceeds the group"),
+        (group("layers: [1, 2], wiring: cqil, bypass: 2"), "exceeds the group; at most 1 for 2"),
         (group("layers: [1, 2], wiring: cqil, bypass: -1"), "groups.0.bypass"),
         (group("layers: [1, 2], wiring: cqil, bypass: true"), "groups.0.bypass"),
         (group("layers: [1, 2], wiring: cqil, bypass: '1'"), "groups.0.bypass"),
@@ -285,7 +285,7 @@ def group(text: str) -> str:
         (group("layers: [2, 1]"), "not in ascending order"),
         (group("layers: [1, 1]"), "not in ascending order"),
         (group("layers: [1, 3]"), "not consecutive"),
-        (group("layers: [5, 6]"), "layer 6 does not exist"),
+        (group("layers: [5, 6]"), "layer 6 does not exist; the model has layers 0 to 5"),
         (group("layers: [-1, 0]"), "groups.0.layers.0"),
         (group("layers: ['1', '2']"), "groups.0.layers.0"),
         (group("layers: [1.0, 2.0]"), "groups.0.layers.0"),
@@ -315,6 +315,7 @@ def group(text: str) -> str:
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
         ("num_layers: 2020-13-45", "is not YAML"),  # a date that datetime refuses
         ("num_layers: " + "1" * 5000, "is not YAML"),
+        ("num_layers: !!int ''", "is not YAML"),  # of which PyYAML takes the first character
         ("[" * 5000, "is not YAML"),
         (bytes(range(256)), "is not UTF-8 text"),
     ],
@@ -328,6 +329,17 @@ def test_malformed_file(tmp_path: Path, content: str | bytes, fault: str) -> Non
     message = one_line(caught)
     assert fault in message
     assert str(path) in message
+
+
+def test_a_file_longer_than_a_plan_can_be_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    for more, fits in ((-1, True), (0, False)):
+        path.write_text("num_layers: 6\n".ljust((1 << 20) + more))
+        if fits:
+            assert Plan.load(path) == Plan(num_layers=6)
+        else:
+            with pytest.raises(PlanError, match="must hold the keys"):
+                Plan.load(path)
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "."])

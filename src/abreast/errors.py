@@ -32,6 +32,11 @@ def install(extra: str) -> str:
     return f"{python} -m pip install {' '.join(map(shlex.quote, packages))}"
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether a library failed: an Exception, or a panic in Rust, which Python takes for none."""
+    return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+
+
 def first_line(error: BaseException) -> str:
     """First line of an error's message, or the name of its class where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip()

@@ -41,6 +41,8 @@ WIRING_NAMES = ("lp", "cqil", "cqil-full", "ff")  # for `Group.wired`
 Sees = tuple[tuple[bool, ...], ...]
 FOLDER = Path(__file__).with_name("plans")  # that come with the package
 _MOST = 1 << 20  # characters of a plan file
+# PyYAML lets out what its constructors of scalars raise, and recurses once per bracket.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError)
 _NUMBER = "[0-9]{1,9}"
 _JOINED = {"lp": "+", "cqil": "|", "ff": "~"}
 _GROUP = re.compile(
@@ -249,8 +251,7 @@ class Plan(BaseModel):
             raise PlanError(f"plan file '{path}' cannot be read: {error.strerror}") from None
         except UnicodeDecodeError:
             raise PlanError(f"plan file '{path}' is not UTF-8 text; give a YAML plan") from None
-        # PyYAML lets out what its scalar constructors raise, and recurses once per bracket
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except _NOT_YAML as error:
             mark = getattr(error, "problem_mark", None)
             where = f" line {mark.line + 1}" if mark else ""
             problem = getattr(error, "problem", None) or "not valid"

@@ -738,3 +738,9 @@ def test_inspect_a_conversion_whose_records_are_damaged(source: Path, value: Any
             with suppress(AbreastError):
                 json.dumps(inspect_model(out).to_dict(), allow_nan=False)
         (out / name).write_text(whole)
+
+
+def test_a_model_of_layers_without_end_is_not_built(source):
+    configure(source, num_hidden_layers=1 << 63)
+    with pytest.raises(AbreastError, match=f"says {1 << 63} layers, .* holds only 57 tensors"):
+        load(source)

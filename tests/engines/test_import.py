@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from made_gguf import CASES, ROWS, alphabet, write_file
+from made_gguf import CASES, ROWS, alphabet, pieces, write_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abreast.checkpoint import open_checkpoint, read_rows
@@ -87,21 +87,13 @@ def test_tokenizer_and_ends_of_generation_are_the_files(tiny_checkpoint, tmp_pat
 
 @pytest.mark.parametrize(("prefix", "bos"), [(True, None), (False, False)])
 def test_sentencepiece_follows_the_scores(tiny_checkpoint, tmp_path, prefix, bos):
-    def pieces(facts, tensors):
-        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(80))]
-        tokens += ["\u2581", "a", "b", "c", "ab", "bc", "\u2581a", "  "]
-        types = [2, 3, 3, *[6] * 80, *[1] * 7, 4]
-        scores = [0.0] * 84 + [-9.0, -8.0, -7.0, -2.0, -1.0, -3.0, 0.0]
-        facts.update({"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types})
-        facts.update({"tokenizer.ggml.scores": scores, "tokenizer.ggml.model": "llama"})
-        facts.update({"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2})
-        facts.update({"tokenizer.ggml.unknown_token_id": 0})
+    def change(facts, tensors):
+        pieces(facts, tensors)
         facts["tokenizer.ggml.add_space_prefix"] = prefix
-        facts.pop("tokenizer.ggml.add_bos_token")
         if bos is not None:
             facts["tokenizer.ggml.add_bos_token"] = bos
 
-    file = write_file(tmp_path / "m.gguf", "llama", tiny_checkpoint("llama"), pieces)
+    file = write_file(tmp_path / "m.gguf", "llama", tiny_checkpoint("llama"), change)
     import_gguf(file, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     # "bc" is made before "ab", a piece of spaces is looked for first, 0x2F falls back to a byte
@@ -146,6 +138,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another shape": (changed("llama.feed_forward_length", 100), "its metadata say"),
     "no size": (lambda f, t: f.pop("llama.embedding_length"), "no valid llama.embedding_length"),
+    "no number": (changed("llama.attention.head_count_kv", "two"), "llama.attention.head_count_kv"),
+    "no end of layers": (changed("llama.block_count", 65_535), "65535 layers, it holds only 57"),
+    "a flat embedding": (
+        lambda f, t: t.update({"token_embd.weight": t["token_embd.weight"].reshape(-1)}),
+        "'token_embd.weight' in",
+    ),
     "no epsilon": (
         lambda f, t: f.pop("llama.attention.layer_norm_rms_epsilon"),
         "no valid llama.attention.layer_norm_rms_epsilon",
@@ -154,6 +152,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "tokenizer": (changed("tokenizer.ggml.model", "bert"), "tokenizer of kind bert"),
     "merges": (changed("tokenizer.ggml.merges", ["a \u1234"]), "the tokenizer in"),
     "special token": (changed("tokenizer.ggml.bos_token_id", 500), "the tokenizer in"),
+    "a panic": (changed("tokenizer.ggml.tokens", alphabet()[:70]), "the tokenizer in"),
+    "end of a turn": (changed("tokenizer.ggml.eot_token_id", ""), "eot_token_id is no number"),
     "too many tokens": (
         lambda f, t: f.update({"tokenizer.ggml.tokens": [*alphabet(), "more"]}),
         "129 tokens, its embedding 128 rows",

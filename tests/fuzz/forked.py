@@ -108,11 +108,16 @@ def run(
     with tempfile.TemporaryDirectory() as place:
         logs = [Path(place, name) for name in ("out", "err", "tried", "imported")]
         began = time.monotonic()
+        # held back until the fork can end by it: Python's own hooks after a fork cannot
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
         if child == 0:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the command has its own
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             if limited and memory_limit:
                 memory(MEMORY)
             _child([str(word) for word in arguments], folder, logs, limited, before, learn)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         watch = os.pidfd_open(child)
         deadline = began + WALL_SECONDS
         try:
@@ -155,11 +160,13 @@ def _child(
     learn: bool,
 ) -> None:
     status = 70
+    imported = os.open(logs[3], os.O_WRONLY | os.O_CREAT)
     try:
         for number, log in enumerate(logs[:2], 1):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), number)
-        sys.stdout, sys.stderr = (
-            os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2)
+        sys.stdout, sys.stderr = (  # as Python itself opens them
+            os.fdopen(number, "w", buffering=1, closefd=False, errors=errors)
+            for number, errors in ((1, "strict"), (2, "backslashreplace"))
         )
         temporary = folder / "tmp"
         temporary.mkdir(exist_ok=True)
@@ -187,7 +194,7 @@ def _child(
         sys.stdout.flush()
         sys.stderr.flush()
         if learn:
-            logs[3].write_text("\n".join(sys.modules))
+            os.write(imported, "\n".join(sys.modules).encode())
         os._exit(status)
 
 

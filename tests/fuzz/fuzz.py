@@ -26,8 +26,9 @@ from typing import Any
 
 from forked import Ended, run, warm_up
 from ledger import add
-from mutate import either, json_file, raw_file, safetensors_file, template_file
-from samples import checkpoint
+from mutate import either, json_file, raw_file, safetensors_file, template_file, yaml_file
+from mutate_gguf import gguf_file
+from samples import checkpoint, gguf_files
 
 from abreast.checkpoint import open_checkpoint
 
@@ -38,13 +39,16 @@ SCORE = ["--data", "text.txt", "--max-tokens", "40", "--window", "16", "--stride
 PLAN = ["plan", "model", *SEARCH, "--depth", "4", "-o", "run"]
 MADE = (  # what the targets are made with, in order
     ["convert", "model", "--plan", "1+2 3|4", "-o", "converted"],
-    ["export", "model", "--gguf", "model.gguf"],
     PLAN,
 )
 INSPECT, EVAL = ["inspect", "model"], ["eval", "model", *SCORE]
+CHAT = [*EVAL, "--chat", "chat.jsonl"]
 CONVERT = ["convert", "model", "--plan", "1+2 3|4", "-o", "out"]
+FROM_FILE = ["--plan", "plan.yaml"]
+ESTIMATE = ["estimate", "model", "--hardware", "2xA100-NVLink"]
 VERIFY = ["verify", "converted", "--against", "model", "--tokens", "8"]
 PUSH = ["push", "converted", "org/name", "--dry-run"]
+REPORT = ["report", "run", "-o", "report"]
 
 
 @dataclass(frozen=True)
@@ -57,45 +61,47 @@ class Target:
 
 
 TARGETS = {
-    "config": Target("model/config.json", either(json_file), (INSPECT, CONVERT, EVAL)),
+    "config": Target("model/config.json", either(json_file), (INSPECT, CONVERT, EVAL, ESTIMATE)),
     "index": Target("model/model.safetensors.index.json", either(json_file), (INSPECT, CONVERT)),
     "header": Target("model/SHARD", either(safetensors_file), (INSPECT, CONVERT, EVAL)),
     "tokenizer": Target("model/tokenizer.json", either(json_file), (EVAL, CONVERT)),
-    "tokenizer config": Target("model/tokenizer_config.json", either(json_file), (EVAL, CONVERT)),
-    "template": Target(
-        "model/chat_template.jinja", either(template_file), ([*EVAL, "--chat", "chat.jsonl"],)
-    ),
-    "chat": Target("chat.jsonl", either(json_file), ([*EVAL, "--chat", "chat.jsonl"],)),
+    "tokenizer config": Target("model/tokenizer_config.json", either(json_file), (CHAT, CONVERT)),
+    "generation": Target("model/generation_config.json", either(json_file), (EVAL, CONVERT)),
+    "template": Target("model/chat_template.jinja", either(template_file), (CHAT,)),
+    "chat": Target("chat.jsonl", either(json_file), (CHAT,)),
     "plan": Target(
         "plan.yaml",
-        either(json_file),
-        ([*CONVERT[:2], "--plan", "plan.yaml", "-o", "out"], [*INSPECT]),
+        either(yaml_file),
+        (
+            [*CONVERT[:2], *FROM_FILE, "-o", "out"],
+            [*EVAL, *FROM_FILE],
+            [*ESTIMATE, *FROM_FILE],
+        ),
     ),
     "manifest": Target("converted/abreast.json", either(json_file), (VERIFY, PUSH)),
     "converted config": Target("converted/config.json", either(json_file), (VERIFY, PUSH)),
-    "stats": Target(
-        "run/calibration/stats.safetensors",
-        either(safetensors_file),
-        (["report", "run", "-o", "report"],),
-    ),
+    "stats": Target("run/calibration/stats.safetensors", either(safetensors_file), (REPORT,)),
     "identity": Target("run/calibration/measure.json", either(json_file), (PLAN,)),
     "journal": Target("run/calibration/journal-0.jsonl", raw_file, (PLAN,)),
-    "front": Target("run/front.json", either(json_file), (["report", "run", "-o", "report"],)),
-    "results": Target("run/results.json", either(json_file), (["report", "run", "-o", "report"],)),
-    "gguf": Target(
-        "model.gguf",
-        lambda data, chance: raw_file(data, chance, 8000),
-        (["import", "model.gguf", "-o", "out"],),
+    "front": Target("run/front.json", either(json_file), (REPORT,)),
+    "results": Target("run/results.json", either(json_file), (REPORT,)),
+    "gguf": Target("bytes.gguf", either(gguf_file), (["import", "bytes.gguf", "-o", "out"],)),
+    "gguf pieces": Target(
+        "pieces.gguf", either(gguf_file), (["import", "pieces.gguf", "-o", "out"],)
     ),
 }
+
+# What takes long to read and does not come from strangers gets a third of the inputs of others.
+SELDOM = ("template", "journal", "results", "front", "stats", "identity", "generation")
 
 
 def prepare(origin: Path) -> None:
     """Write everything that the targets name below `origin`."""
     checkpoint(origin)
+    gguf_files(origin)
     template = json.loads((origin / "model/tokenizer_config.json").read_text())["chat_template"]
     (origin / "model/chat_template.jinja").write_text(template)
-    chat = {"messages": [{"role": "user", "content": "one two"}]}
+    chat = {"messages": [{"role": "user", "content": "one two three four"}]}
     (origin / "chat.jsonl").write_text(json.dumps(chat))
     plan = {"num_layers": 6, "groups": [{"layers": [1, 2], "wiring": "cqil", "bypass": 1}]}
     (origin / "plan.yaml").write_text(json.dumps(plan))
@@ -106,6 +112,22 @@ def prepare(origin: Path) -> None:
             raise SystemExit(f"{command} fails: {ended.err}")
     manifest = json.loads((origin / "converted/abreast.json").read_text())
     (origin / "run/results.json").write_text(json.dumps({"plan": "1+2", "result": manifest}))
+
+
+def undamaged(origin: Path, place: Path) -> list[str]:
+    """The targets' commands that fail on what is whole: damage to it would show nothing.
+
+    What they import is then imported here, so that later runs need not.
+    """
+    faults = []
+    for name, target in TARGETS.items():
+        file = place_of(target, origin, random.Random(0))
+        data = (origin / file).read_bytes()
+        for command in target.commands:
+            ended, fault = tried(origin, place / "case", file, data, command, learn=True)
+            if fault or ended.status:
+                faults.append(f"{name}, undamaged: {fault or ended.err.strip()[-300:]}")
+    return faults
 
 
 def place_of(target: Target, origin: Path, chance: random.Random) -> str:
@@ -122,23 +144,26 @@ def undrawn() -> None:
     page._bundle = lambda: ""
 
 
-def attempt(
+def tried(
     origin: Path,
     folder: Path,
     file: str,
     data: bytes,
     command: list[str],
+    *,
     before: Callable[[], None] = lambda: None,
-) -> str | None:
+    learn: bool = False,
+) -> tuple[Ended, str | None]:
     """Run a command on a copy of `origin` in which one file holds other bytes; what is wrong."""
     shutil.copytree(origin, folder, copy_function=os.link)
     (folder / file).unlink()
     (folder / file).write_bytes(data)
     # V8, which draws the report's charts, sets aside more addresses than any limit leaves
-    ended = run(command, folder, memory_limit=command[0] != "report", before=before)
+    limit = command[0] != "report"
+    ended = run(command, folder, memory_limit=limit, before=before, learn=learn)
     fault = ended.fault or _result_fault(ended, folder, command)
     shutil.rmtree(folder)
-    return fault
+    return ended, fault
 
 
 def _result_fault(ended: Ended, folder: Path, command: list[str]) -> str | None:
@@ -170,7 +195,7 @@ def replay(origin: Path, place: Path) -> list[str]:
     for path in sorted(CORPUS.glob("*.json")):
         case: dict[str, Any] = json.loads(path.read_text())
         data = base64.b64decode(case["data"])
-        fault = attempt(origin, place / "case", case["file"], data, case["command"])
+        fault = tried(origin, place / "case", case["file"], data, case["command"])[1]
         if fault:
             faults.append(f"{path.name}: {fault}")
     return faults
@@ -185,44 +210,63 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
     parser.add_argument("--replay", action="store_true", help="only run the corpus")
     options = parser.parse_args()
-    names, chance = options.targets.split(","), random.Random(options.seed)
     warm_up()
-    counts: Counter[str] = Counter()
-    faults = 0
     with tempfile.TemporaryDirectory() as place:
         origin = Path(place, "origin")
         prepare(origin)
-        for fault in (failed := replay(origin, Path(place))):
+        failed = undamaged(origin, Path(place)) + replay(origin, Path(place))
+        for fault in failed:
             print(fault, flush=True)
         if options.replay:
-            print(f"{len(failed)} of the corpus fail")
+            print(f"{len(failed)} of what is whole and of the corpus fail")
             return bool(failed)
-        before = {p: p.read_bytes() for p in sorted(origin.rglob("*")) if p.is_file()}
-        end = time.monotonic() + 60 * options.minutes
-        seen: set[str] = set()
-        while time.monotonic() < end and counts.total() < options.inputs:
-            name = names[counts.total() % len(names)]
+        counts, faults = damage(origin, Path(place), options)
+    succeeded = counts.pop("succeeded", 0)
+    print(
+        f"seed {options.seed}: {counts.total()} inputs, {succeeded} of them with a result, "
+        f"{faults} faults; {dict(counts)}"
+    )
+    if options.record:
+        add("fuzz", options.seed, dict(counts), faults)
+    return bool(faults or failed)
+
+
+def damage(origin: Path, place: Path, options: argparse.Namespace) -> tuple[Counter[str], int]:
+    """Hand over inputs until the time is over, or somebody interrupts; counts by target, faults."""
+    chosen, chance = options.targets.split(","), random.Random(options.seed)
+    names = [name for name in chosen for _ in range(1 if name in SELDOM else 3)]
+    counts: Counter[str] = Counter()
+    faults, seen = 0, set()
+    before = contents(origin)
+    end = time.monotonic() + 60 * options.minutes
+    try:
+        for turn in range(options.inputs):
+            if time.monotonic() > end:
+                break
+            name = names[turn % len(names)]
             target = TARGETS[name]
             file, command = place_of(target, origin, chance), chance.choice(target.commands)
             data = target.mutate((origin / file).read_bytes(), chance)
-            plain = command[0] == "report" and chance.random() < 0.9
-            fault = attempt(
-                origin, Path(place, "case"), file, data, command, *([undrawn] if plain else [])
-            )
+            plain = command[0] == "report" and chance.random() < 0.98
+            settings = {"before": undrawn} if plain else {}
+            ended, fault = tried(origin, place / "case", file, data, command, **settings)
             counts[name] += 1
+            counts["succeeded"] += ended.status == 0
             if fault:
                 faults += 1
                 if (kind := f"{name}: {fault[:80]}") not in seen:
                     seen.add(kind)
                     print(f"{keep(name, file, data, command, fault).name}: {fault}", flush=True)
-        after = {p: p.read_bytes() for p in sorted(origin.rglob("*")) if p.is_file()}
-        if before != after:
-            print("files outside the working folder were changed")
-            faults += 1
-    print(f"seed {options.seed}: {counts.total()} inputs, {faults} faults; {dict(counts)}")
-    if options.record:
-        add("fuzz", options.seed, dict(counts), faults)
-    return bool(faults or failed)
+    except KeyboardInterrupt:
+        pass
+    if before != contents(origin):
+        print("files outside the working folder were changed")
+        faults += 1
+    return counts, faults
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ import subprocess
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 LEDGER = Path(__file__).with_name("ledger.jsonl")
 
 
-def add(harness: str, seed: int, counts: Mapping[str, int], faults: int) -> None:
-    """Append a run: date, commit (with + where files differ from it), seed, counts, faults."""
+def add(harness: str, seed: int, counts: Mapping[str, int], faults: int, **more: Any) -> None:
+    """Append a run: date, commit (with + where files differ from it), seed, counts, faults.
+
+    more: what else is to be kept, such as the survivors among mutants.
+    """
     git = ["git", "-C", str(LEDGER.parent)]
     words = ([*git, "rev-parse", "--short", "HEAD"], [*git, "status", "--porcelain", "-uno"])
     commit, changed = (
@@ -25,6 +29,7 @@ def add(harness: str, seed: int, counts: Mapping[str, int], faults: int) -> None
         "seed": seed,
         "counts": dict(counts),
         "faults": faults,
+        **more,
     }
     with LEDGER.open("a", encoding="utf-8") as ledger:
         ledger.write(json.dumps(line) + "\n")

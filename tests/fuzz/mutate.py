@@ -12,6 +12,7 @@ ODD: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**63), 10**40, 0.5, 1e308, float("nan")),
     *("", "x", "x" * 10_000, "../../outside", "/etc/passwd", "a\0b", "a\nb", "\ud800", "１２"),
     *([], {}, [[]], [None], ["x"] * 1000, {"": ""}, [[[[[[[[]]]]]]]], float("inf")),
+    *("gemma2", "qwen3", "mixtral", "deepseek_v3", "gpt_neox", "mamba", "t5", "bfloat16", "int8"),
     *("org/kernel", "own.Own", {"AutoModelForCausalLM": "own.Own"}, {"AutoTokenizer": ["own.T"]}),
 )
 KEYS = (
@@ -23,6 +24,8 @@ KEYS = (
         "chat_template",
         "num_hidden_layers",
         "layer_types",
+        "model_type",
+        "rope_parameters",
     ),
 )
 TEMPLATES = (
@@ -50,6 +53,14 @@ TEMPLATES = (
     ),
     *("{{ lipsum.__globals__ }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "\ud800"),
 )
+YAML = (
+    *("!!python/object/apply:os.system ['true']", "!!python/name:os.system", "!own x", "&a [*a]"),
+    *("*a", "{<<: {groups: []}}", "{a: 1, a: 2}", "? [1, 2]\n: 3", "2001-01-01", "1_000", "0x10"),
+    *("0o17", "1:30", ".inf", "~", "yes", "!!binary aGk=", "!!set {1, 2}", "---", "%TAG ! tag:x,"),
+    *("[" * 3000, "{" * 3000, "&a [x, &b [*a, *a, *a], *b, *b]", "\t- 1", "|\n  x", "!!float x"),
+    "!!int ''",
+    "!!timestamp 2001-99-99",
+)
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -62,6 +73,15 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return inside
 
 
+def way(value: Any, chance: random.Random) -> tuple[Any, Any]:
+    """(container, key) at the end of a walk from the top: large tables get no more than others."""
+    while True:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if not isinstance(value[key], dict | list) or not value[key] or chance.random() < 0.3:
+            return value, key
+        value = value[key]
+
+
 def json_value(value: Any, chance: random.Random) -> Any:
     """A copy with one to three changes."""
     value = copy.deepcopy(value)
@@ -69,7 +89,7 @@ def json_value(value: Any, chance: random.Random) -> Any:
         inside = places(value)
         if not inside:
             return chance.choice(ODD)
-        container, key = chance.choice(inside)
+        container, key = chance.choice(inside) if chance.random() < 0.5 else way(value, chance)
         kind = chance.randrange(6)
         if kind == 0:
             del container[key]
@@ -117,6 +137,18 @@ def template_file(data: bytes, chance: random.Random) -> bytes:
     text = data.decode()
     cut = chance.randrange(len(text) + 1)
     return (text[:cut] + chance.choice(TEMPLATES) + text[cut:]).encode("utf-8", "surrogatepass")
+
+
+def yaml_file(data: bytes, chance: random.Random) -> bytes:
+    """What only YAML knows, after JSON or in a place of it; or changed JSON, which is YAML, too."""
+    if chance.random() < 0.5:
+        return json_file(data, chance)
+    odd = chance.choice(YAML)
+    value = json.loads(data)
+    container, key = chance.choice(places(value))
+    container[key] = "PLACE"
+    text = json.dumps(value).replace('"PLACE"', odd)
+    return (text if chance.random() < 0.7 else f"{data.decode()}\n{odd}\n").encode()
 
 
 def raw_file(data: bytes, chance: random.Random, most: int = 1 << 30) -> bytes:

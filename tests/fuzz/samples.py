@@ -1,9 +1,12 @@
-"""What the harnesses start from: a tiny checkpoint with a tokenizer, and a text."""
+"""What the harnesses start from: a tiny checkpoint with a tokenizer, a text, and GGUF files."""
 
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from abreast.data import HELD_OUT, documents
 
@@ -38,3 +41,21 @@ def checkpoint(folder: Path) -> Path:
     text = "".join(body for _, body in documents(HELD_OUT))[:20_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
     return model
+
+
+def gguf_files(folder: Path) -> None:
+    """Write bytes.gguf and pieces.gguf: two random Llama layers, and each kind of tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sys.path.append(str(Path(__file__).parents[1]))
+    from made_gguf import ROWS, pieces, write_file
+
+    settings: dict[str, Any] = {"vocab_size": ROWS, "hidden_size": 32, "intermediate_size": 32}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with tempfile.TemporaryDirectory() as source, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(source)
+        kinds = {"ffn_down": "Q8_0", "attn_output": "F16", "output": "Q4_0"}
+        write_file(folder / "bytes.gguf", "llama", Path(source))
+        write_file(folder / "pieces.gguf", "llama", Path(source), pieces, kinds)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import shutil
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from torch import nn
 
 from abreast.convert.rewrite import convert
+from abreast.errors import AbreastError
+from abreast.model import grouping
 from abreast.model.grouping import apply, decoder_layers, load, remove
 
 PLANS = {"llama": "1|2:1 3+4", "gemma3_text": "1|2:1 3+4 5~6", "phi3": "1+2 3|4:1"}
@@ -225,3 +229,26 @@ def test_a_sentencepiece_file_asks_for_sentencepiece(tmp_path, monkeypatch):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(CheckpointError, match="pip install sentencepiece"):
         grouping.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_numbers_of_tokens_that_would_take_all_memory_are_refused(tiny_checkpoint, tmp_path, name):
+    shutil.copytree(tiny_checkpoint(tokenizer=True), tmp_path, dirs_exist_ok=True)
+    assert grouping.load_tokenizer(tmp_path) is not None
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["far away"] = 1 << 31
+    damaged = tokenizer if name == "tokenizer.json" else tokenizer["model"]["vocab"]
+    (tmp_path / name).write_text(json.dumps(damaged))
+    with pytest.raises(AbreastError, match=f"{name}' numbers tokens up to {1 << 31}"):
+        grouping.load_tokenizer(tmp_path)
+
+
+def test_a_panic_in_a_tokenizer_is_one_line(tiny_checkpoint, monkeypatch):
+    panic = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
+
+    def panics(*_, **__):
+        raise panic("range end index 2 out of range")
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panics)
+    with pytest.raises(AbreastError, match="cannot be loaded: range end index 2"):
+        grouping.load_tokenizer(tiny_checkpoint(tokenizer=True))

@@ -231,6 +231,28 @@ def test_search_keeps_to_its_budget_and_measures_nothing_twice():
     assert len(asked) == len(set(asked))
 
 
+def test_half_of_the_budget_goes_to_starting_points():
+    """Costs that just add up and rise with the layers, so that the cheapest plans are known."""
+    costs = pairs(32, lambda first: 1 + first / 100)
+    batches: list[list[Plan]] = []
+
+    def measured(plans):
+        batches.append(list(plans))
+        return [total(plan, costs) for plan in plans]
+
+    sizes = {1: [2, 2], 2: [4, 4], 3: [6, 4, 2], 4: [8, 4, 4], 5: [8, 4, 4], 6: [8, 4, 4]}
+    for depth, _ in refine(Candidates.of(32, costs), measured, least_depth=26, per_group=4):
+        count = 32 - depth
+        assert [len(batch) for batch in batches] == sizes.pop(count)
+        cheapest, published = (
+            Plan(num_layers=32, groups=[Group(layers=(n, n + 1)) for n in range(first, end, 2)])
+            for first, end in ((1, 1 + 2 * count), (28 - 2 * count, 28))  # 28: where LP's end
+        )
+        assert batches[0][:2] == [cheapest, published]
+        batches.clear()
+    assert not sizes
+
+
 def test_search_without_refinement_takes_the_additive_optimum():
     costs = pairs(12, lambda first: 1 / first)
     found = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
@@ -243,6 +265,25 @@ def test_search_is_deterministic_and_breaks_ties_by_name():
 
     assert list(run()) == list(run())
     assert additive(14, pairs(14))[13][0].shorthand == "1+2"
+
+
+def test_two_groups_take_the_place_of_one_however_cheap_others_of_its_size_are():
+    costs = pairs(12, lambda first: 1.0) | pairs(12, lambda first: 0.1, size=3)
+    candidates = Candidates.of(12, costs)
+    triple = candidates.groups.index(Group(layers=(5, 6, 7)))
+    made = {candidates.plan(choice).shorthand for choice in changes(candidates, (triple,))}
+    assert "1+2+3" in made and any(len(name.split()) == 2 for name in made)
+
+
+def test_times_that_a_faster_plan_beats_are_left_out():
+    seconds = {Group(layers=(1, 2)): 1.0, Group(layers=(4, 5)): 2.0}
+    costs = dict(zip(seconds, (5.0, 1.0), strict=True))
+    candidates = Candidates.of(8, costs, seconds)
+    found = {}
+    for depth, plans in refine(candidates, lambda plans: [total(p, costs) for p in plans]):
+        found[depth] = {plan.shorthand for plan in plans}
+    # steps are thirds of what the best group saves per layer: 2 for the first, 3 for the second
+    assert found == {5: {"4+5"}, 3: {"1+2 4+5"}}
 
 
 def test_a_search_by_time_finds_the_fastest_plan_within_a_loss():

@@ -201,6 +201,17 @@ def test_what_is_no_whole_conversion_does_not_go(out, spoil, message):
         call("push", out, "org/name", "--dry-run")
 
 
+@pytest.mark.parametrize("change", [{"versions": 3}, {"source": 3}, {"revision": [1]}])
+def test_a_record_of_other_types_is_refused(out, change):
+    manifest = json.loads((out / "abreast.json").read_text())
+    source = {"source": "name", "revision": "revision"}
+    ((key, value),) = change.items()
+    (manifest["source"] if key in source else manifest)[source.get(key, key)] = value
+    (out / "abreast.json").write_text(json.dumps(manifest))
+    with pytest.raises(AbreastError, match="not the record of a conversion"):
+        call("push", out, "org/name", "--dry-run")
+
+
 @pytest.mark.parametrize("repo", ["name", "a/b/c", "org/na me", "org/", "../x", "org/näme"])
 def test_names_that_cannot_be(out, repo):
     with pytest.raises(AbreastError, match="cannot be a repository"):

@@ -347,6 +347,9 @@ def read_manifest(folder: Path) -> Manifest:
             )
         )
         origin, revision = source.get("name"), source.get("revision")
+        record.get("versions", {}).items()
+        if not isinstance(origin, str | None) or not isinstance(revision, str | None):
+            raise TypeError
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise CheckpointError(f"{name} holds no valid plan: {reason}; convert again") from None

@@ -60,6 +60,15 @@ def _unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return left
 
 
+def check_depth(checkpoint: Checkpoint, num_layers: int) -> None:
+    """Refuse more layers than there are tensors, before anybody makes as many."""
+    if num_layers > len(checkpoint.tensors):
+        raise CheckpointError(
+            f"config.json says {num_layers} layers, '{checkpoint.source}' holds only "
+            f"{len(checkpoint.tensors)} tensors; weights and config do not belong together"
+        )
+
+
 def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint as transformers loads it: config complete, tensors by the model's own names.
 
@@ -76,11 +85,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             f"to them; {MERGE}, or move it away"
         )
     config = {**dict(family.defaults), **checkpoint.config}
-    if num_layers_of(config) > len(checkpoint.tensors):  # also spares us a list of absurd length
-        raise CheckpointError(
-            f"config.json says {num_layers_of(config)} layers, '{source}' holds only "
-            f"{len(checkpoint.tensors)} tensors; weights and config do not belong together"
-        )
+    check_depth(checkpoint, num_layers_of(config))
     for name in checkpoint.absent:  # old versions of transformers list the heads of tied models
         if not ((is_tied(config) and name == family.head) or name.endswith(family.ignore)):
             raise CheckpointError(

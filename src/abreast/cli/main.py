@@ -25,12 +25,13 @@ from abreast.cli.quality import evaluate, heal
 from abreast.cli.show import demo, env, play, report
 from abreast.cli.speed import bench, estimate
 from abreast.cli.study import study
-from abreast.errors import AbreastError, first_line
+from abreast.errors import AbreastError, first_line, is_fault
 from abreast.version import __version__
 
 _LIBRARIES = (
     *("accelerate", "datasets", "gguf", "huggingface_hub", "jinja2", "lm_eval", "peft"),
     *("safetensors", "tokenizers", "torch", "transformers"),
+    "pyo3_runtime",  # a panic in the Rust of tokenizers or safetensors
 )
 
 
@@ -87,7 +88,9 @@ def main() -> NoReturn:
         if error.filename is None:
             raise
         _leave(f"'{error.filename}': {error.strerror}")
-    except Exception as error:
+    except BaseException as error:
+        if not is_fault(error):
+            raise
         if "can't start new thread" in str(error):
             _leave("out of memory; use a smaller --batch-size, --window or model")
         library = _library_of(error)

@@ -13,7 +13,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from abreast.checkpoint import open_checkpoint, plan_for, resolve
-from abreast.errors import AbreastError, CheckpointError, first_line
+from abreast.checkpoint import check_depth, open_checkpoint, plan_for, resolve
+from abreast.errors import AbreastError, CheckpointError, first_line, is_fault
 from abreast.families import FAMILIES, Branches, Family, as_ours
 from abreast.model.branches import Member, by_name, is_parallel, lacks
 from abreast.model.devices import as_converted, check_device, dequantised, named_dtype
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 Prefill = Literal["grouped", "sequential"]
 _MARK = "_abreast_replaced"
 _KERNEL = re.compile(r'"_?(attn|experts)_implementation(_internal)?": [^,}]*/')
+
+_MOST_TOKENS = 1 << 24  # 64 times as many as the largest vocabulary known has
 
 
 class GroupingError(AbreastError):
@@ -84,6 +86,8 @@ def load(
     options |= {"device_map": device} if spread else {}
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     config, names = as_ours(checkpoint.config)
+    if isinstance(count := config.get("num_hidden_layers", config.get("n_layer")), int):
+        check_depth(checkpoint, count)
     joined = format_of(checkpoint.config) != "mlx"  # whose layers are the original's
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -154,6 +158,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 raise CheckpointError(
                     f"the tokenizer in '{folder}' is SentencePiece's; pip install sentencepiece"
                 )
+    for name in ("tokenizer.json", "vocab.json"):
+        if (folder / name).is_file():
+            _check_ids(folder / name)
     import transformers  # takes seconds, which a folder without a tokenizer need not wait for
 
     import abreast.modeling  # noqa: F401  or transformers warns of an unknown model_type
@@ -162,10 +169,25 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # every tokenizer class raises kinds of its own
+    except BaseException as error:  # every tokenizer class raises kinds of its own
+        if not is_fault(error):
+            raise
         raise CheckpointError(
             f"the tokenizer in '{folder}' cannot be loaded: {first_line(error)}"
         ) from None
+
+
+def _check_ids(file: Path) -> None:
+    """Refuse ids for which tokenizers sets aside gigabytes, or aborts without them."""
+    text, numbers = file.read_bytes(), []
+    if not re.search(rb":\s*\d{8,}", text):
+        return
+    with suppress(ValueError, AttributeError, RecursionError):  # for transformers to judge
+        data = json.loads(text)
+        vocabulary = data["model"].get("vocab", {}) if "model" in data else data
+        numbers = [number for number in vocabulary.values() if isinstance(number, int)]
+    if (largest := max(numbers, default=0)) >= _MOST_TOKENS:
+        raise CheckpointError(f"'{file}' numbers tokens up to {largest}; download it again")
 
 
 @contextmanager

@@ -294,17 +294,16 @@ def contiguous(num_layers: int, depth: int, costs: Costs) -> list[Plan]:
 
 def _stretches(candidates: Candidates, depth: int) -> list[Choice]:
     """The choices of `contiguous`."""
-    num_layers, saved = candidates.num_layers, candidates.saved.tolist()
     places = {(g.layers[0], len(g.layers), g.kind): i for i, g in enumerate(candidates.groups)}
-    savings = {(size, kind): saved[index] for (_, size, kind), index in places.items()}
     stretches = []
-    for size, kind in sorted(savings):
-        count, left = divmod(num_layers - depth, savings[size, kind])
-        if left or not count:
-            continue
-        for start in range(num_layers - count * size + 1):
-            chosen = [places.get((start + size * i, size, kind), -1) for i in range(count)]
-            if -1 not in chosen:
+    for size, kind in sorted({(size, kind) for _, size, kind in places}):
+        for start in range(candidates.num_layers):
+            chosen: list[int] = []
+            left = candidates.num_layers - depth
+            while left > 0 and (start + size * len(chosen), size, kind) in places:
+                chosen.append(places[start + size * len(chosen), size, kind])
+                left -= int(candidates.saved[chosen[-1]])
+            if chosen and left == 0:
                 stretches.append(tuple(chosen))
     return stretches
 

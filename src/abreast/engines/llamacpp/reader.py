@@ -268,13 +268,18 @@ def _architecture(file: File) -> str:
         )
     kind = facts.get("general.type", "model")
     architecture = facts.get("general.architecture")
-    if kind != "model" or architecture is None or "token_embd.weight" not in file.tensors:
+    embedding = file.tensors.get("token_embd.weight")
+    if kind != "model" or architecture is None or embedding is None:
         what = f"of type {kind}" if kind != "model" else f"of architecture {architecture}"
         raise ImportRefused(f"{name} holds no language model, it is {what}; give the model's file")
     if architecture not in ARCHITECTURES:
         raise ImportRefused(
             f"{name} is of architecture {architecture}, which cannot be imported; "
             f"those that can are {', '.join(ARCHITECTURES)}"
+        )
+    if len(embedding.shape) != 2:
+        raise CheckpointError(
+            f"tensor 'token_embd.weight' in {name} is no matrix; download the file again"
         )
     return str(architecture)
 
@@ -295,7 +300,9 @@ def _config(file: File) -> tuple[Family, dict[str, Any]]:
                     f"'{file.name}' has layers of different shape ({prefix}{key}), which a "
                     f"{model_type} cannot have; give the checkpoint that it was made from"
                 )
-            own[key] = value[0]
+            value = own[key] = value[0]
+        if isinstance(value, str) != (key == "rope.scaling.type"):
+            raise CheckpointError(f"'{file.name}' has no valid {prefix}{key}; download it again")
     config: dict[str, Any] = {}
     for key, name in _KEYS.items():
         if key in own and (hasattr(default, name) or name == "head_dim"):
@@ -304,6 +311,11 @@ def _config(file: File) -> tuple[Family, dict[str, Any]]:
         if not isinstance(config.get(name), int) or config[name] < 1:
             key = next(key for key, entry in _KEYS.items() if entry == name)
             raise CheckpointError(f"'{file.name}' has no valid {prefix}{key}; download it again")
+    if config["num_hidden_layers"] > len(file.tensors):  # also spares us names without end
+        raise CheckpointError(
+            f"the metadata of '{file.name}' say {config['num_hidden_layers']} layers, it holds "
+            f"only {len(file.tensors)} tensors; they do not belong together"
+        )
     heads = config["num_attention_heads"]
     head_dim = config.setdefault("head_dim", config["hidden_size"] // heads)
     config.setdefault("num_key_value_heads", heads)

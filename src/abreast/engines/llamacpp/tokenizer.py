@@ -18,7 +18,7 @@ from abreast.engines.llamacpp.vocabulary import (
     USER_DEFINED,
     VocabularyError,
 )
-from abreast.errors import AbreastError, first_line
+from abreast.errors import AbreastError, first_line, is_fault
 
 _GGML = "tokenizer.ggml."
 # Names of ways to split text into words -> that of BY_STEPS (llama.cpp, src/llama-vocab.cpp)
@@ -58,6 +58,9 @@ def make_tokenizer(facts: Mapping[str, Any], name: str, rows: int) -> Any:
     try:
         backend = (_byte_level if kind == "gpt2" else _sentencepiece)(facts, name, tokens)
         backend.add_tokens(_added(facts, tokens))
+        for key, index in facts.items():
+            if key.startswith(_GGML) and key.endswith("_token_id") and not isinstance(index, int):
+                raise ValueError(f"{key} is no number")
         ids = special_ids(facts)
         special: dict[str, Any] = {
             name.removesuffix("_id"): tokens[index]
@@ -76,7 +79,9 @@ def make_tokenizer(facts: Mapping[str, Any], name: str, rows: int) -> Any:
         )
     except AbreastError:
         raise
-    except Exception as error:  # tokenizers raises nothing narrower
+    except BaseException as error:  # tokenizers raises nothing narrower
+        if not is_fault(error):
+            raise
         raise VocabularyError(
             f"the tokenizer in '{name}' is damaged: {first_line(error)}"
         ) from None
