@@ -249,7 +249,11 @@ def optimize(
     def author() -> Any:
         original = original_of(model, checks)
         expected = forecast(
-            *(original, model, out, calibration, checks),
+            original,
+            model,
+            out,
+            calibration,
+            checks,
             depth=budget.depth,
             per_group=search.per_group,
             held_out_data=search.held_out_data,
@@ -412,7 +416,9 @@ def _find(
             rows = compare(
                 front.best(),
                 front.stats.geometry,
-                *(calibration, held_out, out),
+                calibration,
+                held_out,
+                out,
                 profile=planned.profile,
                 objective=front.objective,
                 seed=settings.seed,
@@ -441,7 +447,10 @@ def _repeated(
     for number in range(1, repeat):
         console.say(f"search {number + 1} of {repeat}, on another text")
         calibration, held_out = search_texts(
-            *(model, out, settings, search.held_out_data),
+            model,
+            out,
+            settings,
+            search.held_out_data,
             repeat=repeat,
             number=number,
             step=console.say,

@@ -386,7 +386,10 @@ def _ranks(ranks: Mapping[str, int], job: Rewrite) -> dict[str, Any]:
     other = {module: rank for module, rank in ranks.items() if rank != most}
     return {
         "target_modules": short if meant <= ranks.keys() else sorted(ranks),
-        **{"r": most, "rank_pattern": other, "lora_alpha": most, "alpha_pattern": other},
+        "r": most,
+        "rank_pattern": other,
+        "lora_alpha": most,
+        "alpha_pattern": other,
     }
 
 

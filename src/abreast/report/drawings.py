@@ -41,7 +41,10 @@ def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> N
     title = f"{planned.plan.num_layers} layers, on {text} text"
     rows = [row for row in rows if not row.refit] or [
         Measured(
-            *("planner", plan.depth, plan.shorthand, front.judged(plan)),
+            method="planner",
+            depth=plan.depth,
+            plan=plan.shorthand,
+            cost=front.judged(plan),
             speedup=profile.speedup(plan) if profile is not None else None,
         )
         for plan in front.efficient()
