@@ -85,6 +85,7 @@ ELSEWHERE = {
     "make test-real": TARGET,
     "make lint": TARGET,
     "make versions": TARGET,
+    "make mutants": TARGET,
     "make bench": TARGET,
     "make docs": f"{TARGET}; what it calls: tests/test_docs_run.py::test_site_is_built",
     ".ci/run": "runs all tests, these among them",
