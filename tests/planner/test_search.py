@@ -253,6 +253,26 @@ def test_half_of_the_budget_goes_to_starting_points():
     assert not sizes
 
 
+@pytest.mark.parametrize(("layers", "end"), [(32, 28), (28, 25), (32, 30)])
+def test_stretches_that_end_where_published_ones_do_come_early(layers, end):
+    """Dear as they are, if only the others that end at a published layer are dearer still."""
+    ends = {32: (28, 29, 30), 28: (24, 25, 26)}[layers]
+    dear = {first: 9.0 for last in ends for first in (last - 2, last - 4)}
+    dear |= {end - 2: 5.0, end - 4: 5.0}
+    costs = pairs(layers, lambda first: dear.get(first, 1 + first / 100))
+    stretch = Plan.parse(f"{end - 4}+{end - 3} {end - 2}+{end - 1}", layers)
+    batches: list[list[Plan]] = []
+
+    def measured(plans):
+        batches.append(list(plans))
+        return [total(plan, costs) for plan in plans]
+
+    for depth, _ in refine(Candidates.of(layers, costs), measured, least_depth=layers - 2):
+        if depth > layers - 2:
+            batches.clear()
+    assert stretch in batches[0][:3]
+
+
 def test_search_without_refinement_takes_the_additive_optimum():
     costs = pairs(12, lambda first: 1 / first)
     found = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
