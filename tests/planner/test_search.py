@@ -295,6 +295,12 @@ def test_two_groups_take_the_place_of_one_however_cheap_others_of_its_size_are()
     assert "1+2+3" in made and any(len(name.split()) == 2 for name in made)
 
 
+def test_a_plan_with_a_group_that_is_no_candidate_is_none_of_theirs():
+    candidates = Candidates.of(8, pairs(8))
+    assert candidates.choice(Plan.parse("2+3 5+6", 8)) == (1, 4)
+    assert candidates.choice(Plan.parse("2+3 5~6", 8)) is None
+
+
 def test_times_that_a_faster_plan_beats_are_left_out():
     seconds = {Group(layers=(1, 2)): 1.0, Group(layers=(4, 5)): 2.0}
     costs = dict(zip(seconds, (5.0, 1.0), strict=True))
