@@ -19,16 +19,17 @@ PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
 MARKED = re.compile("(?<=<!-- evidence-table -->\n).*(?=<!-- end of evidence-table -->)", re.DOTALL)
 MODELS = {"smollm2": ("SmolLM2-135M-Instruct", 30), "gemma3": ("gemma-3-270m", 18)}
 SHARES = (0.93, 0.83, 0.73, 0.67)
-DISTILLED = 0.83  # the only share at which models are trained
-KINDS = (
-    *("rivals", "refit", "distilled", "tasks", "answers", "long", "speed", "llamacpp", "text"),
-)
+# the shares at which models are trained on two cores, and on an accelerator
+DISTILLED, ACCELERATED = 0.83, (0.83, 0.67)
+HEALED = ("refit", "distilled", "accelerated")
+KINDS = ("rivals", *HEALED, "tasks", "answers", "long", "speed", "llamacpp", "text")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande", "hellaswag")
 VARIANTS = {
     "original": "original",
     "plan": "plan",
     "refit": "+ refit",
     "distilled": "+ refit and distillation",
+    "accelerated": "+ refit and distillation on a GPU",
 }
 ENGINES = {"eager": "transformers", "compile": "torch.compile", "vllm": "vLLM"}
 MISSING = "not measured yet"
@@ -47,7 +48,8 @@ def every_row() -> dict[str, tuple[str, int, str]]:
         for kind in KINDS
         for model in MODELS
         for depth, share in depths(model).items()
-        if kind != "distilled" or share == DISTILLED
+        if (kind != "distilled" or share == DISTILLED)
+        and (kind != "accelerated" or share in ACCELERATED)
     }
 
 
@@ -57,11 +59,11 @@ def read_rows(folder: Path = ROWS) -> dict[str, Row]:
 
 def with_error(pair: Sequence[float] | None, digits: int = 4, sign: str = "") -> str:
     """A number and its standard error."""
-    return "" if pair is None else f"{pair[0]:{sign}.{digits}f} ± {pair[1]:.{digits}f}"
+    return "" if pair is None else f"{pair[0]:{sign}.{digits}f}±{pair[1]:.{digits}f}"
 
 
-def share(pair: Sequence[float] | None) -> str:
-    return "" if pair is None else f"{100 * pair[0]:.1f} ± {100 * pair[1]:.1f} %"
+def percent(pair: Sequence[float] | None) -> str:
+    return "" if pair is None else with_error([100 * number for number in pair], 1)
 
 
 def interval(triple: Sequence[float] | None, digits: int = 2) -> str:
@@ -81,38 +83,53 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *filled))
 
 
+def short(method: str) -> str:
+    """The name in the literature that stands in brackets, or the whole."""
+    named = re.search(r"\((.+)\)", METHODS[method])
+    return named[1] if named else METHODS[method]
+
+
+def choice(plan: str) -> str:
+    """A plan in shorthand; of layers left out, runs of neighbours as first-last."""
+    if not plan.startswith("without "):
+        return groups(plan)
+    runs: list[list[int]] = []
+    for layer in map(int, plan.removeprefix("without ").split()):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    named = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"without {', '.join(named)}"
+
+
 def quality(rows: dict[str, Row], model: str) -> str:
     lines = []
     for depth in depths(model):
         row = rows.get(f"{model}-{depth}-rivals")
-        if row is None:
-            lines.append([str(depth), "planner and rivals", MISSING])
-        elif not lines:
+        if row and not lines:
             perplexity = f"{row['results']['original']['perplexity']:.2f}"
-            lines.append([str(MODELS[model][1]), "original", perplexity])
+            lines.append([f"{MODELS[model][1]} original", perplexity])
         for entry in row["results"]["methods"] if row else []:
             lines.append(
                 [
-                    str(depth),
-                    "**planner**" if entry["method"] == "planner" else METHODS[entry["method"]],
+                    f"{depth} {short(entry['method'])}",
                     f"{entry['perplexity']:.2f}",
                     with_error(entry["loss"], sign="+"),
                     with_error(entry["kl"]),
-                    share(entry["agreement"]),
+                    percent(entry["agreement"]),
                     with_error(entry["refit_loss"], sign="+"),
                     with_error(entry["refit_kl"]),
-                    share(entry["refit_agreement"]),
-                    groups(entry["plan"]),
+                    percent(entry["refit_agreement"]),
+                    choice(entry["plan"]),
                 ]
             )
-        for kind in ("refit", "distilled"):
-            if kind == "distilled" and depths(model)[depth] != DISTILLED:
-                continue
-            name = f"planner, `heal`: {VARIANTS[kind].removeprefix('+ ')}"
-            row = rows.get(f"{model}-{depth}-{kind}")
-            lines.append([str(depth), name, *(_healed(row["results"][kind]) if row else [MISSING])])
-    headings = ("left", "method", "perplexity", "loss", "KL", "same next token")
-    return table((*headings, "loss, refit", "KL, refit", "same, refit", "choice"), lines)
+        for kind in HEALED:
+            if healed := rows.get(f"{model}-{depth}-{kind}"):
+                lines.append([f"{depth} planner, {kind}", *_healed(healed["results"][kind])])
+    headings = ("left, method", "perplexity", "loss", "KL", "same, %")
+    refitted = ("loss, refit", "KL, refit", "same, refit")
+    return table((*headings, *refitted, "choice"), lines) if lines else ""
 
 
 def _healed(result: Row) -> list[str]:
@@ -120,7 +137,7 @@ def _healed(result: Row) -> list[str]:
         with_error(result["perplexity"], 2),
         with_error(result["loss"], sign="+"),
         with_error(result["kl"]),
-        share(result["agreement"]),
+        percent(result["agreement"]),
     ]
 
 
@@ -128,19 +145,24 @@ def by_variant(
     rows: dict[str, Row], model: str, kind: str, headings: Sequence[str], cells: Any
 ) -> str:
     """A line for the original, and for each variant at each depth; cells(result) fills it."""
-    present = [row for d in depths(model) if (row := rows.get(f"{model}-{d}-{kind}"))]
     lines = []
-    if present and "original" in present[0]["results"]:
-        layers = str(MODELS[model][1])
-        lines.append([layers, "original", *cells(present[0]["results"]["original"])])
     for depth in depths(model):
         row = rows.get(f"{model}-{depth}-{kind}")
-        if row is None:
-            lines.append([str(depth), MISSING])
         for variant, result in row["results"].items() if row else []:
             if variant != "original":
-                lines.append([str(depth), VARIANTS[variant], *cells(result)])
-    return table(("left", "", *headings), lines)
+                lines.append([f"{depth} {VARIANTS[variant]}".removesuffix(" plan"), *cells(result)])
+            elif not lines:
+                lines.append([f"{MODELS[model][1]} original", *cells(result)])
+    return table(("left", *headings), lines) if lines else ""
+
+
+def missing(rows: dict[str, Row], *kinds: str) -> str:
+    """One sentence that names the rows of these kinds which are still to be measured."""
+    names = [f"`{name}`" for name, (_, _, kind) in every_row().items() if kind in kinds]
+    left = [name for name in names if name.strip("`") not in rows]
+    if not left:
+        return ""
+    return f"All {MISSING}.\n" if left == names else f"Of these {MISSING}: {', '.join(left)}.\n"
 
 
 def task_cells(result: Row) -> list[str]:
@@ -150,7 +172,7 @@ def task_cells(result: Row) -> list[str]:
 
 def long_cells(result: Row) -> list[str]:
     kl = [with_error(pair, 3) for pair in result.get("kl", [])] or [""] * 8
-    return [*kl, share(result["repeated"]), with_error(result.get("own_kl"), 3)]
+    return [*kl, percent(result["repeated"]), with_error(result.get("own_kl"), 3)]
 
 
 def speed_cells(result: Row) -> list[str]:
@@ -182,8 +204,6 @@ def texts(rows: dict[str, Row], model: str) -> str:
     parts = []
     for depth in depths(model):
         row = rows.get(f"{model}-{depth}-text")
-        if row is None:
-            parts.append(f"{depth} of {MODELS[model][1]}: {MISSING}.\n")
         for variant, result in row["results"].items() if row else []:
             if variant == "original" and any("\n```" in part for part in parts):
                 continue
@@ -193,30 +213,30 @@ def texts(rows: dict[str, Row], model: str) -> str:
     return "\n".join(parts)
 
 
-# heading -> kind of row, what is said of it, and the function that makes one model's part
-SECTIONS: dict[str, tuple[str, str, Any]] = {
+# heading -> kinds of row, what is said of it, and the function that makes one model's part
+SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "Predictions": (
-        "rivals",
+        ("rivals", *HEALED),
         "16,384 tokens of the second half of wikitext-2 (valid), windows of 256; the first half "
-        "was searched, chosen and refitted on. Loss and KL in nats per token over the original, "
-        "± one standard error. *Refit*, right: closed form on 8,192 tokens of the first half, the "
-        "same for all. `heal` has its default text instead, and 60 minutes to train (rows "
-        "`-refit`, `-distilled`).",
+        "was searched, chosen and refitted on. Loss and KL in nats per token over the original; "
+        "*same*: per cent of tokens with the same prediction. What the "
+        "[rivals](planning.md#what-people-would-do-instead) do stands there. On the right, all "
+        "with the same closed-form refit on 8,192 tokens of the first half. *Planner, refit* and "
+        "*distilled*: after `heal` on its default text, with 60 minutes of training; "
+        "*accelerated*: with three minutes of training on a GPU, on other text (see the row).",
         quality,
     ),
     "Tasks": (
-        "tasks",
+        ("tasks",),
         "400 items of each task in lm-eval; per cent right, and how much of the accuracy above "
         "chance is kept, summed over tasks, with the paired 95 % interval.",
-        lambda rows, model: by_variant(
-            rows, model, "tasks", ("above chance, kept", *TASKS), task_cells
-        ),
+        lambda rows, model: by_variant(rows, model, "tasks", ("kept", *TASKS), task_cells),
     ),
     "Sums and copying": (
-        "answers",
+        ("answers",),
         "Loss per token of GSM8K's reference answers, given the question, and its paired increase; "
-        "copied: prompts with six worked examples whose greedy answer is right, prompts read "
-        "abreast or in the original order (`--prefill sequential`).",
+        "copied: prompts with six worked examples whose greedy answer is right, in per cent, "
+        "prompts read abreast or in the original order (`--prefill sequential`).",
         lambda rows, model: by_variant(
             rows,
             model,
@@ -225,33 +245,33 @@ SECTIONS: dict[str, tuple[str, str, Any]] = {
             lambda r: [
                 with_error(r["loss"], 3),
                 with_error(r.get("increase"), sign="+"),
-                share(r["copied"]),
-                share(r.get("copied_sequential")),
+                percent(r["copied"]),
+                percent(r.get("copied_sequential")),
             ],
         ),
     ),
     "Long text": (
-        "long",
+        ("long",),
         "KL by position, each column 1,024 tokens, up to 8,192; then 512 freely sampled tokens "
-        "after each of 8 prompts: share of 4-grams that were there before, and KL along the "
+        "after each of 8 prompts: per cent of 4-grams that were there before, and KL along the "
         "original's own text.",
         lambda rows, model: by_variant(
             rows,
             model,
             "long",
-            (*(f"to {1024 * n:,}" for n in range(1, 9)), "repeated", "KL, own text"),
+            (*(f"to {n}k" for n in range(1, 9)), "repeated", "KL, own text"),
             long_cells,
         ),
     ),
     "Decode speed": (
-        "speed",
+        ("speed",),
         "Tokens per second, original → converted, batch 1, context 512, float32, and the paired "
         "ratio with its 95 % interval; or why the engine refuses. llama.cpp: see below. Two cores: "
         "what it shows is fewer layers, not fewer exchanges.",
         lambda rows, model: by_variant(rows, model, "speed", ENGINES.values(), speed_cells),
     ),
     "Four bits in llama.cpp": (
-        "llamacpp",
+        ("llamacpp",),
         "Q4_K_M by llama.cpp's quantiser. KL to the original in float32: quantised alone, grouped "
         "alone, both; *excess* is what both lose beyond the sum. Perplexity on the same text. "
         "Where llama.cpp refuses the plan, its groups are wired `lp` instead.",
@@ -266,7 +286,7 @@ SECTIONS: dict[str, tuple[str, str, Any]] = {
             llamacpp_cells,
         ),
     ),
-    "What they write": ("text", "The same prompt, decoded greedily.", texts),
+    "What they write": (("text",), "The same prompt, decoded greedily.", texts),
 }
 
 
@@ -277,18 +297,18 @@ def page(rows: dict[str, Row]) -> str:
         "# Evidence from real models\n",
         "SmolLM2-135M-Instruct (30 layers) and gemma-3-270m (18 layers), imported from GGUF files "
         "(`make test-real` fetches them), at 93, 83, 73 and 67 % of their layers. The plans come "
-        "with the package (`--plan smollm2-25`). Every number is in a row, a JSON file in a folder "
-        "beside `benchmarks/real_models.py`, that one command measured; it has the hashes of model "
-        "and text, and the machine. `python benchmarks/real_models.py --page` writes this page "
-        "from the rows; without a row the script lists what is missing. "
+        "with the package (`--plan smollm2-25`). ± is one standard error. Every number is in a "
+        "row, a JSON file beside the script, with the hashes of model and text, and the machine. "
+        "`python benchmarks/real_models.py MODEL-DEPTH-KIND` measures a row, without a row it "
+        "lists what is missing, and `python benchmarks/real_models.py --page` writes this page. "
         + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
     ]
-    for heading, (kind, about, section) in SECTIONS.items():
+    for heading, (kinds, about, section) in SECTIONS.items():
         parts.append(f"## {heading}\n")
-        parts.append(f"`python benchmarks/real_models.py MODEL-DEPTH-{kind}`. {about}\n")
-        for model, (name, layers) in MODELS.items():
-            parts.append(f"### {heading}: {name}\n")
-            parts.append(section(rows, model) or f"{layers} layers: {MISSING}.\n")
+        parts.append(f"{' '.join((f'KIND `{kinds[0]}`.', about, missing(rows, *kinds))).strip()}\n")
+        for model, (name, _) in MODELS.items():
+            if made_of := section(rows, model):
+                parts += [f"{name}:\n", made_of]
     return "\n".join(parts)
 
 
@@ -299,7 +319,7 @@ def readme_table(rows: dict[str, Row]) -> str:
         (depth,) = (d for d, share in depths(model).items() if share == DISTILLED)
         of = {
             kind: row["results"]
-            for kind in ("rivals", "refit", "distilled", "tasks")
+            for kind in ("rivals", *HEALED, "tasks")
             if (row := rows.get(f"{model}-{depth}-{kind}"))
         }
         if "rivals" in of:
@@ -312,14 +332,14 @@ def readme_table(rows: dict[str, Row]) -> str:
             if others:
                 rival = min(others, key=lambda entry: entry["kl"][0])
                 lines.append(["", f"the best rival, {METHODS[rival['method']]}", *_numbers(rival)])
-        for kind in ("refit", "distilled"):
+        for kind in HEALED:
             if kind in of:
                 healed = {**of[kind][kind], "perplexity": of[kind][kind]["perplexity"][0]}
                 lines.append(["", VARIANTS[kind], *_numbers(healed), _kept(of, kind)])
         if not of:
             lines.append([f"{name}, {layers} → {depth}", MISSING])
     headings = ("model, layers → stages", "", "perplexity", "loss, nats", "KL, nats")
-    made = table((*headings, "same next token", "accuracy above chance kept"), lines)
+    made = table((*headings, "same next token, %", "accuracy above chance kept"), lines)
     return f"\n{made}\n"
 
 
@@ -328,7 +348,7 @@ def _numbers(entry: Row) -> list[str]:
         f"{entry['perplexity']:.2f}",
         with_error(entry["loss"], 3, "+"),
         with_error(entry["kl"], 3),
-        share(entry["agreement"]),
+        percent(entry["agreement"]),
     ]
 
 

@@ -63,7 +63,11 @@ SMALL = Sizes(1024, 20, 4, 4, 1, 512, 2, 24, 6, 64, LITTLE)
 
 @dataclass(frozen=True)
 class Setting:
-    """Where models, texts and unfinished work are. rows: where finished ones go."""
+    """Where models, texts and unfinished work are. rows: where finished ones go.
+
+    text, minutes: what a model is trained on with an accelerator, files of text or of token ids
+    (.npy), and for how long.
+    """
 
     models: Path
     data: Path
@@ -71,6 +75,9 @@ class Setting:
     vllm: str = ""
     sizes: Sizes = Sizes()
     rows: Path = ROWS
+    text: tuple[Path, ...] = ()
+    minutes: float = 10
+    device: str = "cuda"
 
     def half(self, number: int) -> Path:
         """The first (0) or second (1) half of the text, cut at a line's end."""
@@ -115,9 +122,48 @@ class Subject:
             more: dict[str, Any] = {"method": "refit"}
             if self.variant == "distilled":  # so much is read in an hour here, and no more written
                 more = {"method": "both", "recipe": Recipe(minutes=60), "tokens": 600_000}
+            elif self.variant == "accelerated":
+                more = self.with_accelerator()
             more |= self.setting.sizes.heal
             heal(self.original, self.plan, out, step=say, **more)
         return out
+
+    def with_accelerator(self) -> dict[str, Any]:
+        """Arguments of `heal`. A step takes a quarter of a second, a checkpoint several."""
+        recipe = Recipe(
+            train="all",
+            group_share=0.1,
+            learning_rate=6e-4,
+            minutes=self.setting.minutes,
+            batch_size=48,
+            micro_batch=48,
+            evaluate_every=100,
+            save_every=10**9,
+        )
+        if not self.setting.text:
+            raise AbreastError("training with an accelerator reads much text; name it with --text")
+        tokenizer = load_tokenizer(self.original)
+        streams = [
+            TokenStream(np.load(file).astype(np.int64), file.stem, 1, 0)
+            if file.suffix == ".npy"
+            else load_tokens(tokenizer, str(file))
+            for file in self.setting.text
+        ]
+        stream = TokenStream(
+            np.concatenate([each.tokens for each in streams]),
+            ",".join(each.source for each in streams),
+            sum(each.num_documents for each in streams),
+            sum(each.num_bytes for each in streams),
+            streams[0].prefix,
+        )
+        return {
+            "method": "both",
+            "recipe": recipe,
+            "data": stream,
+            "tokens": len(stream),
+            "window": 512,
+            "device": self.setting.device,
+        }
 
     def made(self, name: str) -> Path:
         """Where a checkpoint made under the plan lies; the name tells plans apart."""
@@ -158,7 +204,18 @@ def judged(subject: Subject, _: Result | None) -> Result:
         "reference_perplexity": comparison.reference.perplexity,
         "tokens": comparison.num_tokens,
         "healed": {key: about.get(key) for key in ("method", "kl_before", "kl_after")},
+        **training(about),
     }
+
+
+def training(about: Result) -> Result:
+    """What a healed checkpoint's manifest says of its training; nothing of one that had none."""
+    trained = about.get("distilled")
+    if not trained:
+        return {}
+    keys = ("tokens", "seconds", "best_step", "reason")
+    text = {key: about["data"][key] for key in ("source", "sha256", "tokens")}
+    return {"trained": {key: trained[key] for key in keys}, "recipe": about["recipe"], "text": text}
 
 
 def numbers(comparison: Comparison) -> Result:
@@ -427,6 +484,7 @@ class Kind:
 KINDS = {
     "refit": Kind(judged, (WIKITEXT,), 12, variants=("refit",)),
     "distilled": Kind(judged, (WIKITEXT,), 75, variants=("distilled",)),
+    "accelerated": Kind(judged, (WIKITEXT,), 15, variants=("accelerated",)),
     "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 15, original=True),
     "answers": Kind(answers, (SUMS,), 4, original=True),
     "long": Kind(long, (WIKITEXT,), 6, original=True),

@@ -1,7 +1,7 @@
 """Everything that needs an accelerator, in one command: `python benchmarks/accelerator.py`.
 
 Random weights in the shapes of Llama 3.2 3B and Llama 2 7B, bf16, the LP paper's plans 28 -> 23 and
-32 -> 25. Original, lp fused, lp grouped in memory (eager only) and cqil in turns; prefill and
+32 -> 25. Original, lp fused, lp grouped in memory (eager only), cqil and ff in turns; prefill and
 decode, batch 1, 8 and 64, contexts 128, 1024 and 4096, eager and compiled with CUDA graphs. Beside
 every time per token stands which fraction of the memory-bandwidth floor it reaches: the bytes of
 the weights and the KV cache over the bandwidth that a triad measures on the same device.
@@ -91,7 +91,7 @@ def contenders(
 ) -> dict[str, Any]:
     first, last = FIRST[name]
     found = {"original": random_model(config, device, dtype)}
-    for kind, sign in (("lp", "+"), ("cqil", "|")):
+    for kind, sign in (("lp", "+"), ("cqil", "|"), ("ff", "~")):
         text = " ".join(f"{k}{sign}{k + 1}" for k in range(first, last, 2))
         plan = Plan.parse(text, config["num_hidden_layers"])
         row = converted_config(config, family_of(config), plan, dtype="bfloat16")

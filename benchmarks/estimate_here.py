@@ -20,7 +20,8 @@ from abreast.convert.rewrite import convert
 from abreast.families.row import num_layers_of
 from abreast.plan import Plan
 from abreast.speed import Case, Contender, Job, run
-from abreast.speed.prediction import Setting, forward_cost, hardware_of
+from abreast.speed.hardware import hardware_of
+from abreast.speed.prediction import Setting, forward_cost
 
 # hidden size, FFN size, layers, heads
 SHAPES = ((128, 344, 32, 4), (512, 1376, 16, 8), (1024, 2752, 8, 16))

@@ -6,16 +6,23 @@ figures come without a plan, and the pairs nearest to their depth are taken. CQI
 without a plan, and 10 groups of 4 are taken. FFN Fusion (arXiv 2503.18908): 49 FFNs without
 attention become 4, 8 x H100, FP8; the time before is the published one, and only what is saved is
 computed.
+
+published.yaml has what others measured of the parts: single all-reduces on the links that
+hardware.yaml knows, and decoding on one device and several.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from abreast.plan import Group, Plan
-from abreast.speed.prediction import Setting, forward_cost, hardware_of, speedup, stage_cost
+from abreast.speed.hardware import hardware_of
+from abreast.speed.prediction import Setting, forward_cost, speedup, stage_cost
 
 LLAMA = {"model_type": "llama"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -44,6 +51,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "intermediate_size": 17920,
         "num_hidden_layers": 60,
         "num_attention_heads": 52,
+        "vocab_size": 32000,
+    },
+    "Llama 2 70B": {
+        **LLAMA,
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
         "vocab_size": 32000,
     },
     "Llama 3.1 405B": {
@@ -125,11 +141,38 @@ def calibration() -> dict[str, float]:
     return {"published": 41.44, "predicted": round(1 / cost.seconds, 2)}
 
 
+def measured() -> list[dict[str, Any]]:
+    """Every row of published.yaml, with what is computed for it: microseconds of an all-reduce, or
+    tokens/s of decoding."""
+    published = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+    rows = []
+    for source in published["sources"]:
+        for given in source["rows"]:
+            found = _all_reduce(given) if "bytes" in given else _decode(given)
+            error = round(100 * (found / given["published"] - 1), 1)
+            rows.append(
+                {**given, "predicted": round(found, 2), "error_percent": error}
+                | {key: source[key] for key in ("title", "address")}
+            )
+    return rows
+
+
+def _all_reduce(row: dict[str, Any]) -> float:
+    hardware = hardware_of(row["machine"])
+    return 1e6 * hardware.all_reduce(row["bytes"], hardware.count)
+
+
+def _decode(row: dict[str, Any]) -> float:
+    setting = Setting(hardware_of(row["machine"]), dtype=row["dtype"], context=row["context"])
+    return 1 / forward_cost(MODELS[row["model"]], None, setting).seconds
+
+
 def main() -> None:
-    rows = predicted()
-    for row in rows:
+    rows, parts = predicted(), measured()
+    for row in (*rows, *parts):
         print(row, file=sys.stderr)
-    print(json.dumps({"benchmark": "estimate", "rows": rows, "calibration": calibration()}))
+    found = {"rows": rows, "parts": parts, "calibration": calibration()}
+    print(json.dumps({"benchmark": "estimate", **found}))
 
 
 if __name__ == "__main__":

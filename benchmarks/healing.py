@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from abreast.checkpoint.files import write
+from abreast.checkpoint import write
 from abreast.convert.rewrite import convert
 from abreast.data import CALIBRATION, HELD_OUT, load_tokens
 from abreast.demo import model_folder

@@ -34,7 +34,7 @@ from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.data import HELD_OUT, TokenStream, load_tokens
 from abreast.demo import model_folder
-from abreast.engines.llamacpp.deci import lay_out
+from abreast.engines.llamacpp.deci import lay_out_gguf
 from abreast.engines.llamacpp.writer import check_quantizer, export
 from abreast.errors import AbreastError
 from abreast.evaluate import ratio_of_means
@@ -86,7 +86,7 @@ def read_back(model: Any, folder: Path, file: Path) -> None:
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for piece in lay_out(open_checkpoint(folder), "float32").pieces:
+        for piece in lay_out_gguf(open_checkpoint(folder), "float32").pieces:
             tensor = found[piece.name]
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             rows = torch.from_numpy(values).view(piece.shape)

@@ -4,6 +4,7 @@ Without a row: all rows, what each lacks, and about how many minutes it takes on
 
     python benchmarks/real_models.py
     python benchmarks/real_models.py smollm2-25-tasks
+    python benchmarks/real_models.py smollm2-25-accelerated --text prose.txt --minutes 10  # a GPU
     python benchmarks/real_models.py --take OUT    # rows and plans from benchmarks/rivals.py -o OUT
     python benchmarks/real_models.py --page        # docs/evidence.md and README's table
 
@@ -246,11 +247,28 @@ def main() -> None:
     local = ROOT / ".venv-vllm" / "bin" / "python"
     default = f"{local} -m abreast.engines.vllm.bench" if local.is_file() else ""
     parser.add_argument("--vllm", default=default, help="command of vLLM, as of `abreast bench`")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        help="rows accelerated: text to train on, or token ids (.npy)",
+    )
+    parser.add_argument("--minutes", type=float, default=10, help="rows accelerated: of training")
+    parser.add_argument("--device", default="cuda", help="rows accelerated: where")
     parser.add_argument("--take", metavar="OUT", help="what benchmarks/rivals.py left in OUT")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md and README")
     parser.add_argument("--small", action="store_true", help="try rows; they go to WORK/small")
     options = parser.parse_args()
-    setting = Setting(Path(options.models), Path(options.data), Path(options.work), options.vllm)
+    setting = Setting(
+        Path(options.models),
+        Path(options.data),
+        Path(options.work),
+        options.vllm,
+        text=tuple(options.text),
+        minutes=options.minutes,
+        device=options.device,
+    )
     if options.small:
         work = setting.work / "small"
         setting = replace(setting, work=work, rows=work, sizes=SMALL)

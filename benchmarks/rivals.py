@@ -44,6 +44,7 @@ parser.add_argument(
 parser.add_argument("--wirings", default="lp,cqil-full,ff")
 parser.add_argument("--max-group", type=int, default=4)
 parser.add_argument("--no-refit", action="store_true")
+parser.add_argument("--dtype", default="float32", help="to choose in; it is judged in float32")
 parser.add_argument("--speed", action="store_true", help="profile decoding and compare by speed")
 parser.add_argument("-o", "--out", help="folder; a later call goes on")
 
@@ -60,7 +61,6 @@ def main() -> None:
         "max_group": options.max_group,
         "window": 256,
         "batch_size": 4,
-        "dtype": "float32",
     }
     texts = []
     tokenizer = load_tokenizer(Path(options.model))
@@ -70,7 +70,8 @@ def main() -> None:
         before = before if source == options.data else 0
         stream = load_tokens(tokenizer, source, max_tokens=before + count * 256, seed=0)
         part = replace(stream, tokens=stream.tokens[before:])
-        settings = CalibrationSettings(data=source, num_windows=count, **common)
+        dtype = "float32" if name == "held-out" else options.dtype
+        settings = CalibrationSettings(data=source, num_windows=count, dtype=dtype, **common)
         texts.append(calibrate(options.model, out / name, settings, stream=part))
         before = count * 256
     calibration, held_out = texts

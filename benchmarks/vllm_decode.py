@@ -1,7 +1,7 @@
-"""vLLM on a latency-bound model: original against lp and cqil, with one rank and with two.
+"""vLLM on a latency-bound model: original against lp, cqil and ff, with one rank and with two.
 
 A random Llama of many thin layers is made on the fly, and 7 pairs in its middle joined: 32 layers
-become 25 stages. All three run in vLLM's own layers: the original in its Llama, the conversions in
+become 25 stages. All run in vLLM's own layers: the original in its Llama, the conversions in
 ours. Each has engines of its own, which stay up and take turns: round by round, in an order that
 rotates. What is reported is the median over rounds of the ratio within a round, and its quartiles.
 
@@ -54,7 +54,7 @@ WAIT = [0.0]  # seconds in every exchange; a rank changes its own between measur
 
 
 def make(folder: Path, hidden: int, layers: int, dtype: str) -> dict[str, tuple[Path, int]]:
-    """The three checkpoints, each with the number of exchanges per token under two ranks."""
+    """The checkpoints, each with the number of exchanges per token under two ranks."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -71,7 +71,7 @@ def make(folder: Path, hidden: int, layers: int, dtype: str) -> dict[str, tuple[
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder / "original")
     first = (layers - 2 * PAIRS) // 2
     starts = range(first, first + 2 * PAIRS, 2)
-    for name, sign in (("lp", "+"), ("cqil", "|")):
+    for name, sign in (("lp", "+"), ("cqil", "|"), ("ff", "~")):
         plan = " ".join(f"{start}{sign}{start + 1}" for start in starts)
         convert(folder / "original", plan, folder / name)
     ends = 2  # the embedding and the logits
@@ -79,6 +79,7 @@ def make(folder: Path, hidden: int, layers: int, dtype: str) -> dict[str, tuple[
         "original": (folder / "original", 2 * layers + ends),
         "lp": (folder / "lp", 2 * (layers - PAIRS) + ends),
         "cqil": (folder / "cqil", 2 * (layers - PAIRS) - PAIRS + ends),
+        "ff": (folder / "ff", 2 * layers - PAIRS + ends),
     }
 
 

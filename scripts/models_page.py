@@ -5,7 +5,7 @@ python scripts/models_page.py
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,32 +30,32 @@ EXPERTS = {
 WIRINGS = {"lp": "+", "cqil": "|", "ff": "~"}
 HEAD = """# Models
 
-Made by `python scripts/models_page.py` from the table of families and the list of checkpoints,
-which the tests hold to what they say: every family is converted and compared in
-`tests/convert/test_parity.py`, decoders within models that read images in
-`tests/convert/test_wrappers.py`, and every checkpoint below in `tests/convert/test_known.py`, as a
-tiny random one with the same keys in its config.json.
+`python scripts/models_page.py` makes this page from the table of families and the list of
+checkpoints. The tests convert and compare every family (`tests/convert/test_parity.py`,
+`tests/convert/test_wrappers.py`) and every checkpoint (`tests/convert/test_known.py`), as a tiny
+random one with the same keys in its config.json.
 
 ## Families
 
 *stock*: a group is one stock layer of another width. *members*: it keeps something apart for each
-member and needs the classes that travel in the checkpoint. *exact prefill*: prompts may run in the
-original order (`--prefill sequential`). vLLM: in native layers or in its transformers backend, for
-lp groups.
+member and needs the classes that travel in the checkpoint. *exact*: prompts may run in the original
+order (`--prefill sequential`). vLLM, for lp groups: *native* layers, or its transformers *backend*.
+Formats are those of `convert --format`, and *gguf* for `abreast export`.
 
-| model type | well-known checkpoints | lp | cqil | ff | exact prefill | vLLM | GGUF | formats |
-|---|---|---|---|---|---|---|---|---|
+| model types | lp | cqil | ff | exact | vLLM | formats |
+|---|---|---|---|---|---|---|
 """
 KNOWN_HEAD = """
 ## Known checkpoints
 
-What `abreast inspect --known` prints: whether layers of it can be joined, and what a typical plan
-(five sixths of the layers left as stages) would bring when decoding at batch 1 in bfloat16, as
-computed by `abreast estimate`. *refused*: no engine splits the plan over so many devices. *too
-large*: the weights do not fit. The configs are in `src/abreast/convert/known.yaml`.
+As `abreast inspect --known` prints: a typical plan (five sixths of the layers left as stages), and
+what it would bring when decoding at batch 1 in bfloat16, as computed by `abreast estimate`. *no*:
+its layers cannot be joined in a checkpoint, see above. *refused*: no engine splits the plan over so
+many devices. *too large*: the weights do not fit. Configs and their sources are in
+`src/abreast/convert/known.yaml`.
 
-| checkpoint | model type | plan | 1 H100 | 8 H100 | source of its config |
-|---|---|---|---|---|---|
+| checkpoints, model type | pairs | 1 H100 | 8 H100 |
+|---|---|---|---|
 """
 
 
@@ -67,47 +67,52 @@ def page() -> str:
         f"copied: {', '.join(WRAPPERS)}.\n\nOnly grouped in memory (`abreast.grouped`, `plan`, "
         "`eval --plan`), and why they are not converted:\n\n"
     )
-    reasons: dict[str, list[str]] = {}
-    for name, row in FAMILIES.items():
-        reasons.setdefault(row.unfoldable, []).append(name)
-    lines += [f"- {', '.join(names)}: {why}.\n" for why, names in reasons.items() if why]
+    lines += _by_reason({name: row.unfoldable for name, row in FAMILIES.items() if row.unfoldable})
     lines.append(f"\nLikewise the decoders within {', '.join(HOLDERS)}.\n")
     lines.append("\nRefused, and why:\n\n")
-    lines += [f"- {name}: {reason}.\n" for name, reason in OTHERS.items()]
-    lines += [KNOWN_HEAD, *(f"| {' | '.join(cells)} |\n" for cells in checkpoints())]
+    lines += [*_by_reason(OTHERS), KNOWN_HEAD]
+    lines += [f"| {' | '.join(cells)} |\n" for cells in checkpoints()]
     return "".join(lines)
 
 
+def _by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """A line of Markdown per reason, with the model types that have it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"- {', '.join(same)}: {reason}.\n" for reason, same in names.items()]
+
+
 def families() -> Iterator[tuple[str, ...]]:
-    """A row for every family that can be converted."""
-    decoders: dict[str, list[str]] = {}
-    for model in known_models():
-        decoders.setdefault(model.decoder["model_type"], []).append(model.name)
+    """A row for the families that can be converted and agree in everything it says."""
+    names: dict[tuple[str, ...], list[str]] = {}
     for name, row in FAMILIES.items():
         if row.matrices:
             config = complete({"model_type": name, **SIZES, **(EXPERTS if row.routes else {})})
             config |= {"layer_types": None, "sliding_window": None}
-            yield (
-                f"`{name}`",
-                ", ".join(decoders.get(name, [])),
+            cells = (
                 *(_group(row, config, _plan(config, wiring)) for wiring in WIRINGS),
                 _yes(_exact(row, config)),
                 _vllm(row, config),
-                _yes(row.alone and row.deci_lacks is None),
-                ", ".join(f for f in FORMATS if row.alone and _written(f, config, row)),
+                ", ".join(_formats(row, config)),
             )
+            names.setdefault(cells, []).append(f"`{name}`")
+    yield from ((", ".join(same), *cells) for cells, same in names.items())
 
 
 def checkpoints() -> Iterator[tuple[str, ...]]:
-    """A row for every known checkpoint."""
+    """A row for the known checkpoints that agree in everything it says."""
+    names: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for model in known_models():
-        cells = [f"no: {model.reason}", "", ""]
+        cells: tuple[str, ...] = ("no", "", "")
         if model.reason is None:
             plan = typical_plan(model.decoder)
             on = (Setting(hardware_of(name)) for name in ("H100", "8xH100"))
-            pairs = f"{len(plan.groups)} {plan.groups[0].wiring} pairs"
-            cells = [pairs, *(estimate(model.decoder, plan, setting).gain for setting in on)]
-        yield (model.name, f"`{model.config['model_type']}`", *cells, model.source)
+            one, eight = (estimate(model.decoder, plan, setting).gain for setting in on)
+            cells = (f"{len(plan.groups)} {plan.groups[0].wiring}", one, eight)
+        names.setdefault((model.config["model_type"], cells), []).append(model.name)
+    for (model_type, cells), same in names.items():
+        yield (f"{', '.join(same)}, `{model_type}`", *cells)
 
 
 def _plan(config: dict[str, Any], wiring: str) -> Plan:
@@ -131,6 +136,13 @@ def _vllm(row: Family, config: dict[str, Any]) -> str:
     if not row.alone or any(refusals(VLLM, config, row, _plan(config, "lp"))):
         return "-"
     return "native" if row.vllm_layers else "backend"
+
+
+def _formats(row: Family, config: dict[str, Any]) -> list[str]:
+    if not row.alone:
+        return []
+    gguf = ["gguf"] if row.deci_lacks is None else []
+    return gguf + [form for form in FORMATS if _written(form, config, row)]
 
 
 def _written(form: str, config: dict[str, Any], row: Family) -> bool:

@@ -49,7 +49,6 @@ SMALLER = {
 }
 # What is there before a page begins: commands that are run first, and plan files.
 BEFORE = {
-    "docs/serving.md": ('abreast convert MODEL --plan "5+6 7+8" -o OUT',),
     "docs/report.md": (
         "abreast optimize MODEL -o RUN --depth 12",
         'abreast convert MODEL --plan "5+6 7+8" -o OUT',
@@ -86,6 +85,7 @@ ELSEWHERE = {
     "make test-real": TARGET,
     "make lint": TARGET,
     "make versions": TARGET,
+    "make mutants": TARGET,
     "make bench": TARGET,
     "make docs": f"{TARGET}; what it calls: tests/test_docs_run.py::test_site_is_built",
     ".ci/run": "runs all tests, these among them",
@@ -193,7 +193,6 @@ PROGRAMS_ELSEWHERE = {
 }
 # Options in the text that are other programs'.
 FOREIGN_OPTIONS = {
-    "--chat-template",
     "--enable-lora",
     "--max-lora-rank",
     "--flash-attn",

@@ -47,8 +47,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "bloom": ("bloom", {"n_head": 4}),
     "mpt": ("mpt", {"n_heads": 4, "max_seq_len": 128}),
-    "deepseek_v2": ("deepseek_v2", {**MLA, "first_k_dense_replace": 1}),
-    "glm4_moe_lite": ("glm4_moe_lite", MLA),
     "kimi_linear": (
         "kimi_linear",
         {

@@ -136,7 +136,7 @@ def test_a_command_that_fails_is_noticed(in_page, monkeypatch, capsys):
 
 
 NOTHING_RUNS_HERE = {"CONTRIBUTING.md"}  # its commands start these tests
-QUICK = {"docs/theory.md", "docs/faq.md"}
+QUICK = {"docs/faq.md"}
 RUNNABLE = [page for page in PAGES if any(b.language in SHELL | {"python"} for b in blocks(page))]
 
 

@@ -41,7 +41,7 @@ NO_TORCH = {
     *("report.card", "report.charts", "report.diagram", "report.page", "report.records"),
     "report.guard",
     *("rivals.choose", "rivals.measured"),
-    *("speed.prediction", "speed.shape", "speed.timing"),
+    *("speed.hardware", "speed.prediction", "speed.shape", "speed.timing"),
 }
 # What reads or writes pickles, or runs what it reads.
 PICKLES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

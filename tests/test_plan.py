@@ -77,6 +77,11 @@ def test_blocks_hold_every_attention_and_every_ffn_once(plan: Plan) -> None:
         else:  # every attention by itself, and the FFNs after all of them
             assert len(attentions) == 1
             assert ffns == (group.layers if attentions[0] == group.layers[-1] else ())
+    own = plan.blocks_with(own_attentions=True)
+    assert [block.attentions for block in own] == [(layer,) for layer in layers]
+    assert [layer for block in own for layer in block.ffns] == layers
+    lasts = {stage[-1] for stage in plan.stages}
+    assert all(bool(block.ffns) == (block.attentions[0] in lasts) for block in own)
 
 
 @given(st.integers(0, 20), st.integers(2, 7), st.data())

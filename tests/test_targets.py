@@ -78,7 +78,7 @@ def test_degrees_of_vllm(layers, family, degrees):
 @pytest.mark.parametrize("family", CONVERTIBLE)
 def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
     config, row = complete({**CONFIG, "model_type": family}), CONVERTIBLE[family]
-    config |= {"first_k_dense_replace": 1} if row.apart else {}
+    config |= {"first_k_dense_replace": 1} if row.own_attentions else {}
     parsed = Plan.parse(plan.replace("0+1", "") if row.dense else plan, 6)  # 0 has no experts
     converted = converted_config(config, row, parsed, dtype="float32")
     assert planned_layers(config, row, parsed) == layers_of(converted)

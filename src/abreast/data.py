@@ -76,8 +76,8 @@ _TURNS = (  # what user and assistant say in turn
 )
 CHATS = tuple(
     [
-        {"role": "assistant" if place % 2 else "user", "content": text}
-        for place, text in enumerate(turns)
+        {"role": "assistant" if index % 2 else "user", "content": text}
+        for index, text in enumerate(turns)
     ]
     for turns in _TURNS
 )

@@ -7,7 +7,8 @@ transformers and modeling_members.py beside it only. Stock classes build all dec
 
 Some groups keep something apart for each member: a norm after a branch, or FFNs that see different
 attentions. Their entry has `abreast_members` and, where FFN j sees attentions j - d .. j only, d as
-`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer.
+`abreast_bypass`. A layer of intermediate_size 0 is an attention whose FFN is in a later layer; its
+last one has `abreast_beside`, the number of these attentions, if they all read the same input.
 Shapes: B batch, L length, D hidden, P members, and X for any other width.
 """
 
@@ -34,6 +35,7 @@ from .modeling_members import (
     forward_of,
     mix,
     narrowed,
+    side_by_side,
     through_views,
 )
 
@@ -47,6 +49,7 @@ FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe", "DeepseekV3": "deepseek_v3"}
+FAMILIES |= {"DeepseekV2": "deepseek_v2", "Glm4MoeLite": "glm4_moe_lite"}
 FAMILIES |= {"Qwen2_5_VLText": "qwen2_5_vl", "Qwen3VLText": "qwen3_vl"}
 TEXT_TYPES = {"Gemma3": "gemma3_text", "Qwen3VLText": "qwen3_vl_text"}
 TEXT_TYPES["Qwen2_5_VLText"] = "qwen2_5_vl_text"
@@ -125,30 +128,32 @@ class Passes:
 
     def forward(self, *args: Any, prompt_tokens: int | None = None, **kwargs: Any) -> Any:
         names = "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"
-        given: dict[str, Any] = dict.fromkeys(names) | kwargs | dict(zip(names, args, strict=False))
-        mask, cache = given["attention_mask"], given["past_key_values"]
+        arguments: dict[str, Any] = (
+            dict.fromkeys(names) | kwargs | dict(zip(names, args, strict=False))
+        )
+        mask, cache = arguments["attention_mask"], arguments["past_key_values"]
         past = [entry for entry in getattr(cache, "layers", ()) if entry.is_initialized]
-        alike = {entry.keys.shape[1:2] for entry in past}
-        if len(past) == len(self.cache_heads) and len(alike) == 1 < len(set(self.cache_heads)):
+        widths = {entry.keys.shape[1:2] for entry in past}
+        if len(past) == len(self.cache_heads) and len(widths) == 1 < len(set(self.cache_heads)):
             for entry, heads in zip(past, self.cache_heads, strict=True):
                 for name, one in (("keys", entry.keys), ("values", entry.values)):
                     setattr(entry, name, one.repeat(1, -(-heads // one.shape[1]), 1, 1)[:, :heads])
         if not self.prompts_in_order or getattr(self.config, "abreast_prefill", "") == "grouped":
-            out = super().forward(**given)
+            out = super().forward(**arguments)
             if scores := getattr(out, "router_logits", None):  # of a group: member after member
                 rows = out.last_hidden_state.shape[:-1].numel()
                 out.router_logits = tuple(part for all_ in scores for part in all_.split(rows))
             return out
-        tokens = {name: given[name] for name in names[::2] if given[name] is not None}
+        tokens = {name: arguments[name] for name in names[::2] if arguments[name] is not None}
         (_, length, *_), *_ = (value.shape for value in tokens.values())
         if prompt_tokens is None:
             prompt_tokens = 0 if cache is not None and cache.get_seq_length() else length
         if prompt_tokens == 0:
-            return super().forward(**given)
-        if given.get("output_attentions") or getattr(self.config, "output_attentions", False):
+            return super().forward(**arguments)
+        if arguments.get("output_attentions") or getattr(self.config, "output_attentions", False):
             raise ValueError("sequential prefill returns no attentions; leave them out")
         if prompt_tokens == length:
-            return super().forward(**given, in_order=True)
+            return super().forward(**arguments, in_order=True)
         # Candidates behind a prompt, or a whole text without a cache.
         if not (mask is None or getattr(mask, "ndim", 0) == 2):
             raise ValueError("sequential prefill ends within this pass: give it a mask [B, L]")
@@ -158,13 +163,13 @@ class Passes:
             part = {name: whole[:, begin:end] for name, whole in tokens.items()}
             part["attention_mask"] = mask if mask is None else mask[:, : end - length or None]
             part |= cached | {"use_cache": True, "prompt_tokens": prompt_tokens - begin}
-            outputs.append(self.forward(**given | part))
+            outputs.append(self.forward(**arguments | part))
         first, last = outputs
         last.last_hidden_state = torch.cat([first.last_hidden_state, last.last_hidden_state], 1)
         if last.hidden_states:
             pairs = zip(first.hidden_states, last.hidden_states, strict=True)
             last.hidden_states = tuple(torch.cat(pair, 1) for pair in pairs)
-        if cache is None and given.get("use_cache") is False:
+        if cache is None and arguments.get("use_cache") is False:
             last.past_key_values = None
         return last
 
@@ -322,6 +327,9 @@ class LayersOfOwnWidth(PreTrainedModel):
                 continue
             if getattr(own, "abreast_members", 1) > 1:
                 _keep_members(layer, own, attentions, norms, bare)
+            if (beside := getattr(own, "abreast_beside", 1)) > 1:
+                group = [layer for layer, _, _ in members[-beside:]]
+                side_by_side(group, stacked=getattr(own, "abreast_bypass", None) is not None)
             if sequential and len(members) > 1:
                 _keep_order(members, layer, norms, self.layer_class, bare)
             members = []

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 SOFTMAX = "Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "Ernie4_5_Moe"
 SCORES = dict.fromkeys([f"{name}TopKRouter" for name in SOFTMAX], "softmax")
 SCORES |= dict.fromkeys(["GraniteMoeTopKRouter", "GptOssTopKRouter"], "chosen")
-SCORES |= {"Glm4MoeTopkRouter": "sigmoid", "DeepseekV3TopkRouter": "sigmoid"}
-FLOAT32 = {
-    "MixtralTopKRouter",
-    "Glm4MoeTopkRouter",
-    "DeepseekV3TopkRouter",
-}  # routers whose weights stay so
+SIGMOID = "Glm4Moe", "Glm4MoeLite", "DeepseekV3"
+SCORES |= dict.fromkeys([f"{name}TopkRouter" for name in SIGMOID], "sigmoid")
+SCORES["DeepseekV2TopkRouter"] = "softmax"
+FLOAT32 = {"MixtralTopKRouter", "DeepseekV2TopkRouter"}  # routers whose weights stay so
+FLOAT32 |= {f"{name}TopkRouter" for name in SIGMOID}
 
 
 class View(nn.Module):
@@ -78,6 +77,40 @@ def through_views(module: Any, views: dict[str, nn.Module]) -> None:
     viewing = copy.copy(module)
     viewing._modules = {name: views.get(name, View(module, name)) for name in module._modules}
     mix(module, ThroughViews, viewing=[viewing])  # in a list, so that it is no child
+
+
+class Later:
+    """Mixed into a layer whose attention runs in the last layer of its group, see Together."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return x
+
+
+class Together(nn.Module):
+    """Stands for the attention of a group's last layer: runs that of every layer of the group on
+    one input [B, L, D], through its own norm and with its own cache. Returns the sum, or, where
+    FFNs see different ones, all of them, [B, L, P, D]."""
+
+    def __init__(self, layers: list[Any], stacked: bool) -> None:
+        super().__init__()
+        self.layers = tuple(layers)  # in a tuple, so that they are no children
+        self.stacked = stacked
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        outputs = [
+            layer.self_attn(layer.input_layernorm(hidden_states), *args, **kwargs)[0]
+            for layer in self.layers
+        ]
+        return (torch.stack(outputs, -2) if self.stacked else sum(outputs)), None
+
+
+def side_by_side(layers: list[Any], stacked: bool) -> None:
+    """Let the attentions of a group's layers, of which the last has all FFNs, read one input."""
+    *before, last = layers
+    for layer in before:
+        mix(layer, Later)
+    together: dict[str, nn.Module] = {"self_attn": Together(layers, stacked)}
+    through_views(last, together | {"input_layernorm": nn.Identity()})
 
 
 class MemberNorm:
@@ -147,7 +180,8 @@ class MemberRouter:
         name, members = type(self).__name__, self.members
         statics = getattr(self, "moe_statics", self)
         bias = getattr(statics, "e_score_correction_bias", None)
-        weight = self.weight if bias is None else self.weight.float()  # such score in float32
+        method = getattr(self, "topk_method", "")  # DeepSeek V2's, which normalises none
+        weight = self.weight if bias is None and not method else self.weight.float()
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         logits = nn.functional.linear(flat, weight, getattr(self, "bias", None))
         logits = logits.unflatten(-1, (members, -1))  # T, P, E
@@ -158,11 +192,11 @@ class MemberRouter:
             sigmoid = SCORES[name] == "sigmoid"
             scores = logits.sigmoid() if sigmoid else logits.softmax(-1, dtype=torch.float)
             ranked = scores if bias is None else scores + bias.view(members, -1)
-            if getattr(self, "num_group", 1) > 1:
-                ranked = self._best_groups(ranked)
+            if method != "greedy" and getattr(self, "num_group", 1) > 1:
+                ranked = self._best_groups(ranked, 1 if method else 2)
             chosen = ranked.topk(self.top_k).indices
             weights = scores.gather(-1, chosen)
-            if getattr(self, "norm_topk_prob", True):
+            if getattr(self, "norm_topk_prob", not method):
                 total = weights.sum(-1, keepdim=True)
                 weights = weights / total.clamp(min=getattr(self, "norm_min", 1e-20))
             weights = weights * getattr(self, "routed_scaling_factor", 1.0)
@@ -171,10 +205,10 @@ class MemberRouter:
         weights = weights if name in FLOAT32 else weights.to(x.dtype)
         return logits.transpose(0, 1).flatten(0, 1), weights, (chosen + before).flatten(-2)
 
-    def _best_groups(self, ranked: Tensor) -> Tensor:
-        """Without the experts of all but the best groups, which their two best decide."""
+    def _best_groups(self, ranked: Tensor, deciding: int) -> Tensor:
+        """Without the experts of all but the best groups, which so many of their best decide."""
         groups = ranked.unflatten(-1, (self.num_group, -1))
-        best = groups.topk(2).values.sum(-1).topk(self.topk_group).indices
+        best = groups.topk(deciding).values.sum(-1).topk(self.topk_group).indices
         left = torch.ones(groups.shape[:-1], dtype=torch.bool, device=ranked.device)
         left.scatter_(-1, best, False)
         return groups.masked_fill(left.unsqueeze(-1), -math.inf).flatten(-2)

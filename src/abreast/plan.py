@@ -396,10 +396,14 @@ class Plan(BaseModel):
         A stage is one, wide where it is a group. Attentions that run in order each keep a layer of
         their own instead, and the last of these has all the group's FFNs.
         """
+        return self.blocks_with(own_attentions=False)
+
+    def blocks_with(self, *, own_attentions: bool) -> tuple[Block, ...]:
+        """`blocks`; with own_attentions, those that read the same input keep a layer each, too."""
         blocks: list[Block] = []
         for stage in self.stages:
             group, together = self.group_of(stage), stage
-            if group is not None and group.is_in_order:
+            if group is not None and (own_attentions or group.is_in_order):
                 blocks += [Block((layer,), (), group) for layer in stage[:-1]]
                 together = stage[-1:]
             blocks.append(Block(together, stage, group))

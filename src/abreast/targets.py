@@ -40,6 +40,7 @@ class FamilyFacts(Protocol):
     def vllm_layers(self) -> bool: ...
     @property
     def deci_lacks(self) -> str | None: ...
+    def blocks_of(self, plan: Plan) -> tuple[Block, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,15 @@ def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -
             members=members_of(family, block),
             band=band_of(family, block),
         )
-        for block in plan.blocks
+        for block in family.blocks_of(plan)
     )
 
 
 def band_of(family: FamilyFacts, block: Block) -> int | None:
-    """`Group.ffn_band`, None also where FFNs read the layer's input: all wirings are one then."""
-    return None if family.parallel or block.group is None else block.group.ffn_band
+    """`Group.ffn_band`, None also where FFNs read the layer's input: all wirings are one then; and
+    in a layer without FFN."""
+    alone = family.parallel or block.group is None or not block.ffns
+    return None if alone or block.group is None else block.group.ffn_band
 
 
 def members_of(family: FamilyFacts, block: Block) -> int:

@@ -20,7 +20,7 @@ from abreast.convert.inspect import inspect_model
 from abreast.convert.rewrite import convert, preview
 from abreast.convert.verification import verify
 from abreast.data import TokenStream
-from abreast.engines.llamacpp.deci import lay_out
+from abreast.engines.llamacpp.deci import lay_out_gguf
 from abreast.errors import AbreastError
 from abreast.heal.healing import heal
 from abreast.model.grouping import load
@@ -64,7 +64,7 @@ def refusals(folder: Path, tmp_path: Path) -> set[str]:
         lambda: convert(folder, "1+2", tmp_path / "out"),
         lambda: preview(folder, "1+2"),
         lambda: heal(folder, "1+2", tmp_path / "out"),
-        lambda: lay_out(open_checkpoint(folder)),
+        lambda: lay_out_gguf(open_checkpoint(folder)),
         lambda: inspect_model(folder),
     ]
     said = set()
@@ -86,7 +86,7 @@ def test_a_head_of_its_own_in_a_tied_checkpoint(changed, tmp_path):
     assert verify(out, folder, num_tokens=16, new_tokens=2).ok
     facts = inspect_model(folder)
     assert not facts.tied and HEAD in facts.warnings[0]
-    layout = lay_out(open_checkpoint(folder))
+    layout = lay_out_gguf(open_checkpoint(folder))
     assert [p.source for p in layout.pieces if p.name == "output.weight"] == [HEAD]
     assert HEAD in layout.warnings[0]
 
@@ -129,7 +129,7 @@ def test_names_without_the_prefix_of_the_model_or_with_two(changed, tmp_path, fa
 
 def test_export_of_names_without_the_prefix(changed, tmp_path):
     folder = changed(lambda w: {name.removeprefix("model."): t for name, t in w.items()})
-    layout = lay_out(open_checkpoint(folder))
+    layout = lay_out_gguf(open_checkpoint(folder))
     assert {piece.source for piece in layout.pieces} == set(layout.checkpoint.tensors)
 
 

@@ -91,7 +91,9 @@ def cook(rule: TensorRule, source: Tensors) -> torch.Tensor:
 
 def config_of(draw: st.DrawFn, families: list[str], num_layers: int) -> dict[str, Any]:
     kv_heads, family = draw(st.integers(1, 3)), draw(st.sampled_from(families))
-    latent = {key: 2 for key, _ in CONVERTIBLE[family].defaults if CONVERTIBLE[family].apart}
+    latent = {
+        key: 2 for key, _ in CONVERTIBLE[family].defaults if CONVERTIBLE[family].own_attentions
+    }
     return {
         **latent,
         "first_k_dense_replace": 0,
@@ -191,13 +193,12 @@ def test_rules_use_every_tensor_once(model: tuple[dict[str, Any], Plan]) -> None
     config, plan = model
     family = CONVERTIBLE[config["model_type"]]
     assume(not (family.parallel and any(group.is_in_order for group in plan.groups)))
-    assume(not family.apart or all(group.is_in_order for group in plan.groups))
     made = tensor_rules(family, config, plan)
     used = [name for rule in made for name in rule.members]
     assert sorted(used) == sorted(all_tensors(family, config))
     assert len({rule.name for rule in made}) == len(made)
     expected = set(outer_tensors(family, config))
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(family.blocks_of(plan)):
         for ffn, members in ((False, block.attentions), (True, block.ffns)):
             grown = dict.fromkeys(family.grown_biases, True) if len(members) > 1 else {}
             expected |= {

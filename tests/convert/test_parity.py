@@ -265,13 +265,17 @@ EVERY: dict[str, dict[str, Any]] = {
         **{"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
         **{"first_k_dense_replace": 1, "attention_bias": True},
     },
+    "deepseek_v2": {
+        **{"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 1.5},
+        **{"first_k_dense_replace": 1, "topk_method": "group_limited_greedy"},
+    },
+    "glm4_moe_lite": {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "q_lora_rank": None},
 }
 # These have output biases, of which a group keeps only the sum.
 SUMMED_BIAS = {name for name, row in FAMILY_ROWS.items() if row.norm_bias}
 
 
 PARALLEL = {name for name, row in FAMILY_ROWS.items() if row.parallel}  # have no ff
-APART = {name for name, row in FAMILY_ROWS.items() if row.apart}  # and these nothing else
 
 
 def test_no_family_is_forgotten():
@@ -300,25 +304,72 @@ def matrix(plans: list[str], families: list[str]) -> list[Any]:
     ("family", "plan"),
     matrix(
         [MIXED, "1+2+3", "1+2 3+4", "1|2 3|4:1", "1|2|3:1", "1|2|3|4:3"],
-        [name for name in EVERY if name not in APART],
+        list(EVERY),
     )
-    + matrix(["1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL | APART])
+    + matrix(["1~2 3|4:1"], [name for name in EVERY if name not in PARALLEL])
     + matrix([IN_ORDER], [name for name in EVERY if name not in PARALLEL]),
 )
 def test_every_family_under_every_wiring(converted, family, plan):
     agree(*pair(converted(family, plan, **EVERY[family]), plan))
 
 
+# Three layers without experts before those with, so that either kind fills groups.
+LATENT = {**EVERY["deepseek_v3"], "first_k_dense_replace": 3}
+
+
+@pytest.mark.parametrize(
+    ("plan", "settings"),
+    [
+        ("1+2 3+4", {}),
+        ("1|2 3|4:1", {}),
+        ("0+1+2 3|4|5:1", {}),
+        ("0|1|2:2 3+4+5", {"attention_bias": False}),
+        ("1+2 3~4", {"q_lora_rank": None}),
+        ("1|2:1 3|4", {"q_lora_rank": None, "rope_interleave": False}),
+    ],
+    ids=str,
+)
+def test_attentions_through_latent_vectors(tiny_checkpoint, tmp_path, plan, settings):
+    original = tiny_checkpoint("deepseek_v3", **{**LATENT, **settings})
+    convert(original, plan, tmp_path / "out", force=True)
+    agree(*pair((original, tmp_path / "out"), plan))
+
+
+@pytest.mark.parametrize("plan", ["1+2 3|4:1", "1|2 3+4"])
+def test_every_latent_attention_has_a_cache_of_its_own(converted, plan):
+    """As long as the latent vectors, of which grouped execution keeps the same."""
+    model, reference = pair(converted("deepseek_v3", plan, **LATENT), plan)
+    with torch.inference_mode():
+        (got, want) = (
+            one(tokens(2, LENGTH), use_cache=True).past_key_values.layers
+            for one in (model, reference)
+        )
+        hidden = model(tokens(2, LENGTH), output_hidden_states=True).hidden_states
+    assert len(got) == len(want) == 6 == len(hidden) - 1
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine.keys.shape == (2, 1, LENGTH, 20) and mine.values.shape[-1] == 8
+        assert difference(mine.keys, theirs.keys) <= FLOAT32
+        assert difference(mine.values, theirs.values) <= FLOAT32
+
+
 @pytest.mark.parametrize(
     ("family", "plan"),
-    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS | APART])
+    matrix(["1+2 3+4", "1|2|3:1"], [name for name in EVERY if name not in SUMMED_BIAS])
     + matrix([IN_ORDER], [name for name in EVERY if name not in SUMMED_BIAS | PARALLEL]),
 )
 def test_sequential_prefill(tiny_checkpoint, tmp_path, family, plan):
+    read_in_order(tiny_checkpoint(family, **EVERY[family]), plan, tmp_path / "out")
+
+
+@pytest.mark.parametrize("plan", ["1+2 3|4:1", "0|1|2:1 3+4"])
+def test_sequential_prefill_of_dense_layers_with_latent_attentions(tiny_checkpoint, tmp_path, plan):
+    read_in_order(tiny_checkpoint("deepseek_v3", **LATENT), plan, tmp_path / "out")
+
+
+def read_in_order(original: Path, plan: str, out: Path) -> None:
     """Prompts as the original runs them, single tokens under the plan, whatever the cache."""
-    original = tiny_checkpoint(family, **EVERY[family])
-    convert(original, plan, tmp_path / "out", prefill="sequential")
-    model, reference = load(tmp_path / "out")[0], load(original)[0]
+    convert(original, plan, out, prefill="sequential", force=True)
+    model, reference = load(out)[0], load(original)[0]
     ids, mask, _ = left_padded()
     with torch.inference_mode():
         assert difference(uncached(model), uncached(reference)) <= FLOAT32

@@ -16,7 +16,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
+import abreast.modeling  # noqa: F401  # makes converted models known to transformers
 from abreast.checkpoint import open_checkpoint
 from abreast.convert import convert, convert_adapter, inspect_model, verify
 from abreast.errors import AbreastError
@@ -203,6 +205,64 @@ def test_the_rest_is_copied(wrapper: Callable[[str], Path], tmp_path: Path) -> N
     facts = inspect_model(original)
     assert (facts.model_type, facts.num_layers, facts.fusable) == ("gemma3", LAYERS, True)
     assert facts.architecture == "Gemma3ForConditionalGeneration"
+
+
+def processor(model_type: str) -> Any:
+    """A real processor of small images, with a tokenizer of twelve words."""
+    tokens = ("<pad>", "<eos>", "<start>", "<end>", "<unk>", "<image>")  # IMAGE is the last
+    words = (*tokens, "what", "is", "in", "this", "picture", "?")
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()
+    own = {"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=whole,
+        **{"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"},
+        extra_special_tokens=own,
+    )
+    square = {"height": SIDE, "width": SIDE}
+    if model_type == "gemma3":
+        images = transformers.Gemma3ImageProcessor(size=square)
+        return transformers.Gemma3Processor(images, tokenizer, image_seq_length=4)
+    return transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=square),
+        tokenizer,
+        **{"patch_size": 14, "num_additional_image_tokens": 1, "image_token": "<image>"},
+        vision_feature_select_strategy="default",
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text"),
+    [("gemma3", "what is in <start> ?"), ("llava", "what is in <image> ?")],
+)
+def test_the_processor_travels(
+    wrapper: Callable[[str], Path], model_type: str, text: str, tmp_path: Path
+) -> None:
+    """Through transformers alone: what it makes of a picture, and what is answered."""
+    pillow = pytest.importorskip("PIL.Image")
+    original, plan = tmp_path / "original", MODELS[model_type][2]
+    shutil.copytree(wrapper(model_type), original)
+    processor(model_type).save_pretrained(original)
+    convert(original, plan, tmp_path / "out")
+    noise = torch.randint(0, 256, (56, 40, 3), generator=torch.Generator().manual_seed(0))
+    picture = pillow.fromarray(noise.to(torch.uint8).numpy())
+    given, found = [], []
+    for folder in (original, tmp_path / "out"):
+        own = transformers.AutoProcessor.from_pretrained(folder)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
+        given.append(own(text=text, images=picture, return_tensors="pt"))
+        if folder == original:
+            alone, _ = answers(model, given[0])
+            with grouped(model, plan):
+                logits, ids = answers(model, given[0])
+        else:
+            logits, ids = answers(model, given[1])
+        found.append((logits, ids))
+    assert given[0].keys() == given[1].keys() >= {"input_ids", "pixel_values"}
+    assert all(torch.equal(given[0][name], given[1][name]) for name in given[0])
+    assert (given[0]["input_ids"] == IMAGE).sum() == MODELS[model_type][1]
+    assert close(found[1][0], found[0][0]) and not close(alone, found[0][0])
+    assert found[0][1] == found[1][1]
 
 
 @pytest.mark.slow

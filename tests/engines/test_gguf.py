@@ -21,7 +21,7 @@ from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
 from abreast.engines.llamacpp import writer
-from abreast.engines.llamacpp.deci import lay_out
+from abreast.engines.llamacpp.deci import lay_out_gguf
 from abreast.engines.llamacpp.vocabulary import BY_HASH, fingerprint, read_vocabulary
 from abreast.engines.llamacpp.writer import KINDS, check_quantizer, export, quantize
 from abreast.errors import AbreastError
@@ -113,7 +113,7 @@ def test_values_survive_and_heads_are_reordered(tiny, tmp_path, monkeypatch):
     _, tensors = read(tmp_path / "model.gguf")
     checkpoint = open_checkpoint(source)
     sources = {name: writer.read_rows(tensor) for name, tensor in checkpoint.tensors.items()}
-    for piece in lay_out(checkpoint).pieces:
+    for piece in lay_out_gguf(checkpoint).pieces:
         got = torch.from_numpy(np.array(tensors[piece.name].data))
         wanted = sources[piece.source][piece.start : piece.stop]
         if piece.head_dim:
@@ -154,7 +154,7 @@ def test_granite_multipliers_fold_in(tiny, tmp_path):
     assert np.array_equal(tensors["token_embd.weight"].data, embedding * 12)
     assert np.array_equal(tensors["output.weight"].data, embedding / 8)
     assert np.array_equal(tensors["blk.0.ffn_down.weight"].data, down / 4)
-    query = next(p for p in lay_out(open_checkpoint(source)).pieces if "attn_q" in p.name)
+    query = next(p for p in lay_out_gguf(open_checkpoint(source)).pieces if "attn_q" in p.name)
     assert query.scale == 0.125 * 16**0.5
 
 
@@ -171,7 +171,7 @@ def test_llama3_frequencies_are_those_of_transformers(tiny):
         "original_max_position_embeddings": 64,
     }
     source = tiny(head_dim=32, rope_parameters=rope)
-    factors = torch.tensor(lay_out(open_checkpoint(source)).rope_factors)
+    factors = torch.tensor(lay_out_gguf(open_checkpoint(source)).rope_factors)
     own, _ = ROPE_INIT_FUNCTIONS["llama3"](AutoConfig.from_pretrained(source), "cpu")
     plain = 1.0 / 500.0 ** (torch.arange(0, 32, 2) / 32)
     assert len(set(factors.tolist())) > 3
@@ -181,16 +181,16 @@ def test_llama3_frequencies_are_those_of_transformers(tiny):
 def test_old_keys_of_rope_are_read(tiny):
     source = tiny()
     edit(source, rope_parameters=None, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2})
-    layout = lay_out(open_checkpoint(source))
+    layout = lay_out_gguf(open_checkpoint(source))
     assert layout.rope_theta == 5e5 and layout.rope == {"type": "linear", "factor": 2.0}
 
 
 def test_a_sliding_window_shortens_the_context(tiny):
     source = tiny("mistral", sliding_window=100)
-    layout = lay_out(open_checkpoint(source))
+    layout = lay_out_gguf(open_checkpoint(source))
     assert layout.context == 100 and "100 tokens instead of 512" in layout.warnings[0]
     edit(source, sliding_window=None)
-    assert lay_out(open_checkpoint(source)).context == 512
+    assert lay_out_gguf(open_checkpoint(source)).context == 512
 
 
 def test_a_name_tells_nothing_wrong(tiny, tmp_path, monkeypatch):

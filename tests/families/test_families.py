@@ -48,7 +48,7 @@ CONFIG = {
 def test_tensors_are_those_that_transformers_saves(
     tiny_checkpoint: Callable[..., Path], family: str, options: dict[str, Any], tied: bool
 ) -> None:
-    if family in ("olmoe", "deepseek_v3"):  # cannot have any other size of head
+    if family == "olmoe" or CONVERTIBLE[family].own_attentions:  # have no other size of head
         options = {key: value for key, value in options.items() if key != "head_dim"}
     folder = tiny_checkpoint(family, tied=tied, **options)
     config = complete(json.loads((folder / "config.json").read_text()))
@@ -67,7 +67,7 @@ def test_tensors_are_those_that_transformers_saves(
 def test_rows_are_sound(family: Any) -> None:
     for matrix in family.matrices:
         if matrix.columns in ("A", "L"):  # reads a latent vector
-            assert family.apart and matrix.join == "rows"
+            assert family.own_attentions and matrix.join == "rows"
             continue
         # what reads the residual stream may have a norm before it; what writes it has none
         reads = matrix.join == "rows"

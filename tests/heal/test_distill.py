@@ -225,6 +225,22 @@ def test_a_budget_of_time_is_kept_over_calls(pair, tmp_path, monkeypatch):
     assert {p.phase for p in result.points} == {"groups", "model"}
 
 
+def test_slow_checkpoints_are_rare(pair, tmp_path, monkeypatch):
+    model, teacher = pair
+    clock, saved, save = Clock(), [], train.Checkpoints.save
+
+    def slow(self, step, *state):
+        clock.now += 1000
+        saved.append(step)
+        save(self, step, *state)
+
+    monkeypatch.setattr(train, "time", clock)
+    monkeypatch.setattr(train.Checkpoints, "save", slow)
+    settings = recipe(group_share=0.0, save_every=1)
+    distill(model, PLAN, words(), tmp_path, teacher=teacher, recipe=settings)
+    assert saved == [0, 1, 12]  # at the start, when none was timed yet, and at the end
+
+
 def test_how_long_a_step_takes_is_found_without_changing_anything(pair):
     model, _ = pair
     before = weights_of(model)

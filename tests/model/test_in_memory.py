@@ -216,9 +216,8 @@ def test_plans_are_scored_as_they_run(case: str) -> None:
         assert torch.allclose(torch.from_numpy(scores[program][:, 0]), losses, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["gpt2", "deepseek_v2"])
-def test_prompts_in_order(case: str) -> None:
-    model, ids = tiny(case), left_padded()[0][:1]
+def test_prompts_in_order() -> None:
+    model, ids = tiny("gpt2"), left_padded()[0][:1]
     with torch.no_grad():
         stock = model(ids, use_cache=False).logits
         with grouped(model, "1+2 3+4", prefill="sequential"):
@@ -265,8 +264,6 @@ KINDS: tuple[tuple[str, dict[str, Any], list[tuple[int, int]]], ...] = (
     ),
     ("olmo_hybrid", {"layer_types": None}, [(0, 2)]),
     ("falcon_h1", {}, [(0, 4)]),
-    ("deepseek_v2", {"first_k_dense_replace": 2}, [(0, 1), (2, 4)]),
-    ("glm4_moe_lite", {}, [(1, 4)]),
     (
         "kimi_linear",
         {

@@ -111,7 +111,8 @@ def compiled(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
 def test_compiled(in_engine, tiny_checkpoint, tmp_path, monkeypatch, tensor_parallel):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
-    convert(tiny_checkpoint(head_dim=32, num_layers=6), "1+2 3|4:1", tmp_path / "out")
+    source = tiny_checkpoint(head_dim=32, num_layers=6, intermediate_size=2048)
+    convert(source, "1+2 3|4:1", tmp_path / "out")  # wide enough for packed gates and ups
     prompts = [list(range(3, 20)), [5, 99, 7]]
     done = in_engine(
         tmp_path / "out",

@@ -18,17 +18,15 @@ from abreast.cli.main import cli
 from abreast.errors import AbreastError
 from abreast.families.row import FamilyError
 from abreast.plan import Group, Plan
+from abreast.speed.hardware import HardwareError, hardware_of, table
 from abreast.speed.prediction import (
     BYTES,
-    HardwareError,
     Setting,
     estimate,
     forward_cost,
-    hardware_of,
     speedup,
     stage_cost,
     stage_seconds,
-    table,
     ways,
 )
 from abreast.speed.shape import read_config, shape_of, typical_plan
@@ -95,6 +93,23 @@ def test_tokens_read_only_the_experts_that_they_choose():
     eager = Setting(hardware_of("A100"), runtime="eager")
     dense = forward_cost(CONFIG, None, eager).host / 32
     assert forward_cost(config, None, eager).host / 48 > dense, "experts launch more"
+
+
+def test_attentions_that_stay_whole_are_launched_one_by_one():
+    """Of DeepSeek V3 a pair saves the launches of an FFN, and still an exchange of two."""
+    config = {
+        **{"model_type": "deepseek_v3", "hidden_size": 2048, "num_hidden_layers": 32},
+        **{"num_attention_heads": 16, "intermediate_size": 8192, "vocab_size": 32000},
+        **{"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+        **{"kv_lora_rank": 512, "q_lora_rank": None, "v_head_dim": 128},
+        **{"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "n_shared_experts": 2},
+    }
+    kernels = table()["runtimes"]["eager"]["kernels"]
+    eager = on("A100", runtime="eager")
+    costs = [forward_cost(config, plan, eager).host for plan in (None, Plan.parse("14+15", 32))]
+    saved = kernels["ffn"] + table()["expert_kernels"]
+    assert costs[0] - costs[1] == pytest.approx(saved * table()["runtimes"]["eager"]["host_kernel"])
+    assert estimate(config, Plan.parse("14+15", 32), on("2xA100-NVLink")).all_reduces == (66, 64)
 
 
 def test_long_prompts_are_bound_by_arithmetic():
@@ -228,7 +243,7 @@ def test_without_a_plan_many_machines_are_shown(tmp_path, run):
     status, out, _ = run("estimate", tmp_path)
     assert status == 0 and "32 -> 27 stages" in out and "8xH100" in out and "Try first" in out
     status, out, _ = run("estimate", tmp_path, "--json")
-    assert status == 0 and len(json.loads(out)["estimates"]) == 50
+    assert status == 0 and len(json.loads(out)["estimates"]) == 85
     status, out, _ = run("estimate", tmp_path, "--hardware", "2xA100-NVLink")
     assert status == 0 and "32 -> 27 stages on 2xA100-NVLink" in out and "Try first" not in out
     status, out, _ = run("estimate", tmp_path, "--dtype", "int4")
@@ -341,7 +356,9 @@ def test_memory_per_device():
 
 @pytest.mark.parametrize("text", ["2xV100", "", "x", "0xA100", "A100-gloo", "2x A100 NVLink", "-"])
 def test_unknown_hardware_lists_the_known(text):
-    with pytest.raises(HardwareError, match=r"known are A100 \(NVLink, PCIe\), .*H200.*B200"):
+    with pytest.raises(
+        HardwareError, match=r"known are A100 \(NVLink, PCIe, one-shot, NCCL\), .*H200.*B200"
+    ):
         hardware_of(text)
 
 

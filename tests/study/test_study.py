@@ -35,9 +35,9 @@ from abreast.plan import Group
 from abreast.rivals.measured import METHODS
 from abreast.runs.folder import to_csv
 from abreast.study.interventions import CSV, RECORD, StudyRow, best_by_depth, study, wins
-from abreast.study.running import Run, _run_shares, _Share
+from abreast.study.running import StudyRun, _run_shares, _Share
 from abreast.study.settings import PAPERS, Changes, StudySettings
-from abreast.study.sweep import expect
+from abreast.study.sweep import study_cost
 
 LAYERS, VOCABULARY, WINDOW = 5, 64, 12
 # Both sides are float32; the same sums in another order differ by a few units in the last place of
@@ -504,7 +504,7 @@ def test_two_workers_find_what_one_finds(folder, tmp_path):
 def test_worker_that_dies_is_reported(folder, tmp_path, capfd):
     tokens = stream().tokens.reshape(-1, WINDOW)
     model, identity = load(folder()), {"num_layers": LAYERS}
-    whole = Run(tmp_path, folder(), model, tokens, 3, False, identity, StudySettings())
+    whole = StudyRun(tmp_path, folder(), model, tokens, 3, False, identity, StudySettings())
     idle = _Share(whole, (), tmp_path / "journal-0.jsonl", "cpu", 1)
     work = ((0, (tuple(range(LAYERS)),)),)
     lost = replace(whole, model=None, folder=tmp_path)
@@ -546,7 +546,7 @@ def test_what_it_takes_is_said_before_and_is_what_it_takes(folder, tmp_path):
     said: list[str] = []
     how = StudySettings(num_windows=3, window=WINDOW, batch_size=2)
     what = Changes(("2-parallel", "prune"))
-    expected = expect(folder(), what, how)
+    expected = study_cost(folder(), what, how)
     result = study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
     assert said == [expected.text]
     assert expected.full_forwards == result.evaluations.spent / LAYERS / 2

@@ -22,9 +22,10 @@ from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.model import grouped, load
 from abreast.plan import Plan
-from abreast.speed.prediction import Setting, hardware_of, speedup
+from abreast.speed.hardware import hardware_of
+from abreast.speed.prediction import Setting, speedup
 from abreast.speed.shape import read_config
-from abreast.study import Changes, Grid, StudySettings, expect, sweep
+from abreast.study import Changes, Grid, StudySettings, study_cost, sweep
 
 LAYERS, WINDOW = 6, 12
 SETTINGS = StudySettings(num_windows=3, window=WINDOW, batch_size=2)
@@ -125,14 +126,14 @@ def test_an_interrupted_sweep_goes_on_to_the_same_files(folder, tmp_path):
 def test_what_it_takes_is_known_before(folder, tmp_path):
     said: list[str] = []
     grid = Grid(sizes=(2,), wirings=("lp",), max_groups=2, min_depth=5)
-    expected = expect(folder, grid, SETTINGS)
+    expected = study_cost(folder, grid, SETTINGS)
     assert expected.changed == 5  # one group: min_depth leaves no second one
     result = sweep(folder, tmp_path / "out", grid, SETTINGS, stream=stream(), step=said.append)
     assert said == [expected.text]
     batches = 2
     # the reference runs once more at the head of every batch's programs, and is shared
     assert result.spent / LAYERS / batches == pytest.approx(expected.full_forwards)
-    assert expect(folder, Changes(("prune",), 2), SETTINGS).changed == 5
+    assert study_cost(folder, Changes(("prune",), 2), SETTINGS).changed == 5
 
 
 def test_files_and_speed(folder, tmp_path):

@@ -154,13 +154,13 @@ def own_file(path: Path, folder: Path | None = None, *, most: int | None = MOST_
     real, homes = Path(os.path.realpath(path)), [home]
     if home.parent.name == "snapshots":
         homes.append(home.parents[1] / "blobs")
-    found = os.stat(path)
-    if not any(real.is_relative_to(each) for each in homes):
+    status = os.stat(path)
+    if not any(real.is_relative_to(root) for root in homes):
         raise OSError(errno.EPERM, f"is a link to '{real}', outside its folder", str(path))
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise OSError(errno.EPERM, "is a device, pipe or socket, not a file", str(path))
-    if most is not None and found.st_size > most:
-        raise OSError(errno.EFBIG, f"has {found.st_size:,} bytes, too many to be what it says")
+    if most is not None and status.st_size > most:
+        raise OSError(errno.EFBIG, f"has {status.st_size:,} bytes, too many to be what it says")
 
 
 def read_text(path: Path, *, most: int | None = MOST_TEXT) -> str:

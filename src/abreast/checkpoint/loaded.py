@@ -42,7 +42,7 @@ def _unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
             shape = (shape[0], shape[2] * GROUP, shape[1])
         elif block[0] != 1 and numbers.dtype == "F8_E4M3" and len(shape) == 2:
             name, scales = stored, f"{stored}_scale_inv"
-            expected = tuple(-(-size // each) for size, each in zip(shape, block, strict=True))
+            expected = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
             kind = ("F8_E4M3", "F32")
         else:
             continue

@@ -110,7 +110,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for each in (self.tensors, self.others) for t in each.values())
+        return sum(t.nbytes for part in (self.tensors, self.others) for t in part.values())
 
     @cached_property
     def sha256(self) -> str:

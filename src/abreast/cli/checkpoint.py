@@ -66,8 +66,6 @@ def inspect(
         rows["cheapest to group"] = f"abreast plan {facts.source} -o RUN"
         if not facts.fusable:
             rows["conversion"] = f"none: {facts.unfoldable}"
-        if facts.apart:
-            rows["only in order"] = f"such as 5~6, not 5+6: {facts.apart}"
         for first, second, reason in facts.refused[:8]:
             rows[f"refused {first}+{second}"] = reason
     rows |= {f"not for {engine}": reason for engine, reason in facts.refused_by.items()} | on
@@ -397,13 +395,13 @@ def push(out: str, repo: str, public: bool, dry_run: bool, as_json: bool) -> Non
 
     Uploads the model card and the files whose hashes are recorded in OUT, nothing else.
     """
-    from abreast.report import prepare
+    from abreast.report import prepare_upload
     from abreast.report import push as run
 
     if not dry_run:
         address = run(out, repo, private=not public)
         return console.print_json({"url": address}) if as_json else click.echo(address)
-    upload = prepare(out, repo, private=not public)
+    upload = prepare_upload(out, repo, private=not public)
     if as_json:
         return console.print_json(upload.to_dict())
     console.print_table({name: console.bytes_text(size) for name, size in upload.files.items()})

@@ -1,9 +1,10 @@
 """Options, progress and printing that the verbs share.
 
 Options that fill a settings dataclass come from its fields: every field with a help text in its
-metadata is an option. Other metadata: `option`, its name where it is not the field's (a flag that
-is on by default gets --no-NAME); `default`, as text, of a field without one; `bytes`, for sizes
-like 5GB; `parse`, a function of the text; `options`, of a field that holds such settings in turn.
+metadata is an option (`runs.option`). Other metadata: `option`, its name where it is not the
+field's (a flag that is on by default gets --no-NAME); `default`, as text, of a field without one;
+`bytes`, for sizes like 5GB; `parse`, a function of the text; `options`, of a field that holds such
+settings in turn.
 """
 
 from __future__ import annotations
@@ -267,8 +268,8 @@ def print_columns(
     from rich.measure import Measurement
     from rich.table import Table
 
-    look: dict[str, Any] = {} if borders else {"box": None, "padding": (0, 2, 0, 0)}
-    table = Table(title=title, **look)
+    style: dict[str, Any] = {} if borders else {"box": None, "padding": (0, 2, 0, 0)}
+    table = Table(title=title, **style)
     for heading in headings:
         if heading in left:
             table.add_column(heading, overflow="fold", no_wrap=borders)

@@ -55,7 +55,7 @@ class Forecast:
     @property
     def words(self) -> str:
         minutes = {name: seconds / 60 for name, seconds in asdict(self).items()}
-        parts = ", ".join(f"{name} {each:.0f}" for name, each in minutes.items())
+        parts = ", ".join(f"{name} {share:.0f}" for name, share in minutes.items())
         return f"all of it takes about {max(1, round(sum(minutes.values())))} minutes ({parts})"
 
 

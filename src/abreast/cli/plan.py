@@ -147,7 +147,7 @@ def plan(
     searches = _repeated(model, Path(out), budget, calibration, search, planned, repeat, as_json)
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}
-        record["searches"] = [each.to_dict() for each in searches]
+        record["searches"] = [run.to_dict() for run in searches]
         return console.print_json({**planned.to_dict(), **record})
     if rivals:
         tables.print_rivals(rivals, planned.front.objective)
@@ -249,7 +249,11 @@ def optimize(
     def author() -> Any:
         original = original_of(model, checks)
         expected = forecast(
-            *(original, model, out, calibration, checks),
+            original,
+            model,
+            out,
+            calibration,
+            checks,
             depth=budget.depth,
             per_group=search.per_group,
             held_out_data=search.held_out_data,
@@ -300,26 +304,7 @@ def optimize(
     if rivals:
         tables.print_rivals(rivals, planned.front.objective)
     tables.print_plan(model, planned, search.machine)
-    rows = {
-        f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
-        for plan, kl in result.healed.items()
-    }
-    console.print_table(rows)
-    quality, kept = result.quality, result.tasks
-    rows = {
-        "held-out loss": f"{quality['nll_difference']:+.4f} ± "
-        f"{quality['nll_difference_stderr']:.4f} nats",
-        "held-out KL": f"{quality['kl']:.4f} ± {quality['kl_stderr']:.4f} nats",
-        "same top token": f"{quality['top1_agreement']:.1%}",
-    }
-    if kept is not None and kept["kept_mean"] is not None:
-        mean = f"{kept['kept_mean']:.1%} ± {kept['kept_mean_stderr']:.1%}"
-        rows["accuracy kept"] = f"{mean}, mean over {len(kept['tasks'])} tasks"
-    rows |= {task: result.speed[task]["verdict"] for task in ("prefill", "decode")}
-    rows["checkpoint"] = result.converted
-    if not no_report:
-        rows["report"] = str(Path(out) / "report" / PAGE)
-    console.print_table(rows)
+    tables.print_optimized(result, None if no_report else Path(out) / "report" / PAGE)
 
 
 def _take_known(model: str, out: Path, depth: int | None, revision: str | None) -> None:
@@ -431,7 +416,9 @@ def _find(
             rows = compare(
                 front.best(),
                 front.stats.geometry,
-                *(calibration, held_out, out),
+                calibration,
+                held_out,
+                out,
                 profile=planned.profile,
                 objective=front.objective,
                 seed=settings.seed,
@@ -460,7 +447,10 @@ def _repeated(
     for number in range(1, repeat):
         console.say(f"search {number + 1} of {repeat}, on another text")
         calibration, held_out = search_texts(
-            *(model, out, settings, search.held_out_data),
+            model,
+            out,
+            settings,
+            search.held_out_data,
             repeat=repeat,
             number=number,
             step=console.say,

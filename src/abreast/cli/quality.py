@@ -174,15 +174,8 @@ def evaluate(
             else:
                 results.append(perplexity(loaded, stream, **sizes))
     if as_json:
-        corpora: list[dict[str, Any]] = [
-            {
-                "data": {
-                    **streams[name].about(),
-                    "documents": streams[name].num_documents,
-                    "prefix": list(streams[name].prefix),
-                },
-                "result": result.to_dict(windows=per_window),
-            }
+        corpora = [
+            _corpus_record(streams[name], result, per_window)
             for name, result in zip(data, results, strict=True)
         ]
         record = {
@@ -199,6 +192,13 @@ def evaluate(
     if len(results) == 1:
         return console.print_table(_quality_rows(results[0]))
     _print_corpora(dict(zip(data, results, strict=True)))
+
+
+def _corpus_record(
+    stream: TokenStream, result: Comparison | Perplexity, per_window: bool
+) -> dict[str, Any]:
+    about = {"documents": stream.num_documents, "prefix": list(stream.prefix)}
+    return {"data": {**stream.about(), **about}, "result": result.to_dict(windows=per_window)}
 
 
 def _on_tasks(

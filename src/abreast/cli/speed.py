@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from abreast.speed import Estimate, Job, Report, Setting
 
 MACHINES = (
-    *("Xeon", "H100", "8xH100-fused", "8xH100-NVLink", "2xA100-NVLink", "2xL40S-PCIe"),
-    *("2xRTX4090-PCIe-host", "2xRTX4090-10GbE", "2xM3Ultra-RDMA", "2xM3Ultra-Thunderbolt"),
+    *("Xeon", "H100", "8xH100-fused", "8xH100-one-shot", "8xH100-NCCL", "2xA100-NVLink"),
+    *("2xL40S-PCIe", "2xRTX4090-PCIe-host", "4xRTX4090-PCIe-host", "2xRTX4090-10GbE"),
+    *("2xRTX4090-2.5GbE", "2xRTX4090-1GbE", "4xRTX4090-1GbE", "2xM3Ultra-RDMA"),
+    *("4xM3Ultra-RDMA", "2xM3Ultra-Thunderbolt", "4xM3Ultra-Thunderbolt"),
 )
 batch_option = click.option("--batch", default="1", help="Batch sizes, comma-separated.")
 
@@ -175,7 +177,7 @@ def _names(models: tuple[str, ...]) -> list[str]:
     """The last parts of the paths, numbered where they are not distinct."""
     names = [Path(model).name or model for model in models]
     distinct = len({*names, "original"}) == len(names) + 1
-    return names if distinct else [f"{place}: {name}" for place, name in enumerate(models, 1)]
+    return names if distinct else [f"{number}: {name}" for number, name in enumerate(models, 1)]
 
 
 def _print_bench(report: Report) -> None:

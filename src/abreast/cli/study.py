@@ -67,8 +67,8 @@ def study(
     """
     from abreast.planner import KL
     from abreast.report import check_drawing, draw_study
-    from abreast.study import expect
     from abreast.study import study as run
+    from abreast.study import study_cost
 
     extra = {name: value for name, value in task_options.items() if value is not None}
     _check_kind(sweep, changes, grid, [*extra, *(["timed"] if timed else [])])
@@ -76,7 +76,7 @@ def study(
         raise AbreastError("--baselines goes without --sweep; leave one of them out")
     depths = _depths(model, baselines, settings.revision) if baselines else []
     if dry_run:
-        expected = expect(model, grid if sweep else changes, settings)
+        expected = study_cost(model, grid if sweep else changes, settings)
         if as_json:
             return console.print_json(expected.__dict__)
         return click.echo(expected.text)

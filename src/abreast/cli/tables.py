@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abreast.cli import console
 
 if TYPE_CHECKING:
+    from abreast.optimize import Optimized
     from abreast.plan import Plan
     from abreast.planner import Expected, Objective, Planned
     from abreast.rivals import Measured
@@ -145,12 +147,37 @@ def compared(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str:
     those that fit wins; empty for one device."""
     from abreast.speed import ways
 
-    each = ways(config, plan, setting) if setting.devices > 1 else {}
+    by_way = ways(config, plan, setting) if setting.devices > 1 else {}
     words = [
         f"{way} {1e3 * entry.converted:.2f} ms and {console.bytes_text(entry.weights)} per device"
-        for way, entry in each.items()
+        for way, entry in by_way.items()
     ]
-    fitting = {way: entry.converted for way, entry in each.items() if entry.fits}
+    fitting = {way: entry.converted for way, entry in by_way.items() if entry.fits}
     if not fitting:
         return ""
     return f"{setting.phase}: {', '.join(words)}; fastest: {min(fitting, key=fitting.__getitem__)}"
+
+
+def print_optimized(result: Optimized, report: Path | None) -> None:
+    """What healing won, and what the conversion costs and gains."""
+    console.print_table(
+        {
+            f"healed {plan}": f"KL {kl['kl_before']:.5f} -> {kl['kl_after']:.5f}"
+            for plan, kl in result.healed.items()
+        }
+    )
+    quality, accuracy = result.quality, result.tasks
+    rows = {
+        "held-out loss": f"{quality['nll_difference']:+.4f} ± "
+        f"{quality['nll_difference_stderr']:.4f} nats",
+        "held-out KL": f"{quality['kl']:.4f} ± {quality['kl_stderr']:.4f} nats",
+        "same top token": f"{quality['top1_agreement']:.1%}",
+    }
+    if accuracy is not None and accuracy["kept_mean"] is not None:
+        mean = f"{accuracy['kept_mean']:.1%} ± {accuracy['kept_mean_stderr']:.1%}"
+        rows["accuracy kept"] = f"{mean}, mean over {len(accuracy['tasks'])} tasks"
+    rows |= {task: result.speed[task]["verdict"] for task in ("prefill", "decode")}
+    rows["checkpoint"] = result.converted
+    if report is not None:
+        rows["report"] = str(report)
+    console.print_table(rows)

@@ -36,7 +36,7 @@ from abreast.checkpoint import (
     read_rows,
 )
 from abreast.convert.fold import TensorRule, pad
-from abreast.convert.rewrite import Job, prepare
+from abreast.convert.rewrite import Rewrite, prepare
 from abreast.errors import CheckpointError
 from abreast.families import outer_tensors
 from abreast.targets import format_of
@@ -234,7 +234,7 @@ def _original(manifest: Manifest, base: str | Path | None, revision: str | None)
     return source
 
 
-def _job(made: Checkpoint, manifest: Manifest, source: Checkpoint) -> Job:
+def _job(made: Checkpoint, manifest: Manifest, source: Checkpoint) -> Rewrite:
     """The conversion as it was made. Raises CheckpointError where `made` is another one's."""
     form = format_of(made.config)
     if form == "mlx":
@@ -255,7 +255,7 @@ def _job(made: Checkpoint, manifest: Manifest, source: Checkpoint) -> Job:
 
 
 def _low(
-    module: str, kinds: Mapping[str, torch.Tensor], settings: Mapping[str, Any], job: Job
+    module: str, kinds: Mapping[str, torch.Tensor], settings: Mapping[str, Any], job: Rewrite
 ) -> _Low:
     """One module's A and B, checked, with the scaling in B (peft's LoraLayer.update_layer)."""
     wrong = f"the adapter's tensors for '{module}'"
@@ -301,7 +301,7 @@ def _number(settings: Mapping[str, Any], key: str, module: str) -> float:
 
 
 def _whole(
-    parts: Mapping[str, Mapping[str, torch.Tensor]], job: Job
+    parts: Mapping[str, Mapping[str, torch.Tensor]], job: Rewrite
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that replace the original's: those of embedding, final norm and head."""
     outer = outer_tensors(job.family, job.checkpoint.config)
@@ -324,14 +324,14 @@ def _whole(
             yield f"{module}.{kind}", tensor
 
 
-def _group(module: str, job: Job) -> str:
+def _group(module: str, job: Rewrite) -> str:
     """Where a module's layer is part of a group: in which."""
     number = module.removeprefix(job.family.layer_prefix).partition(".")[0]
     groups = (group for group in job.plan.groups if number in map(str, group.layers))
     return next((f", of which group {group.shorthand} has folded a part" for group in groups), "")
 
 
-def _folded(job: Job, low: Mapping[str, _Low]) -> Iterator[tuple[str, _Low]]:
+def _folded(job: Rewrite, low: Mapping[str, _Low]) -> Iterator[tuple[str, _Low]]:
     """What the conversion's modules get."""
     rules = {rule.name: rule for rule in job.rules}
     for name, rule in rules.items():
@@ -345,7 +345,7 @@ def _folded(job: Job, low: Mapping[str, _Low]) -> Iterator[tuple[str, _Low]]:
 
 
 def _joined(
-    job: Job, rule: TensorRule, bias: TensorRule | None, members: list[_Low | None]
+    job: Rewrite, rule: TensorRule, bias: TensorRule | None, members: list[_Low | None]
 ) -> _Low:
     """The changes of all members as one of the matrix that a rule makes of theirs."""
     tensors, every = job.checkpoint.tensors, list[_Low]()
@@ -374,7 +374,7 @@ def _joined(
     return _Low(down, up, added)
 
 
-def _ranks(ranks: Mapping[str, int], job: Job) -> dict[str, Any]:
+def _ranks(ranks: Mapping[str, int], job: Rewrite) -> dict[str, Any]:
     """What peft's config says of the modules: short names, unless some so called have no adapter.
 
     alpha is the rank everywhere, since B has the scaling.
@@ -386,7 +386,10 @@ def _ranks(ranks: Mapping[str, int], job: Job) -> dict[str, Any]:
     other = {module: rank for module, rank in ranks.items() if rank != most}
     return {
         "target_modules": short if meant <= ranks.keys() else sorted(ranks),
-        **{"r": most, "rank_pattern": other, "lora_alpha": most, "alpha_pattern": other},
+        "r": most,
+        "rank_pattern": other,
+        "lora_alpha": most,
+        "alpha_pattern": other,
     }
 
 

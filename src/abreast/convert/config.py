@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,24 @@ def converted_config(
     Widths live in transformers' own `per_layer_config`. Where all stages come out equally wide the
     result is a stock model and needs none. `abreast` records the plan for tools that want it.
     """
-    new = copy.deepcopy(dict(config))
+    new, blocks = copy.deepcopy(dict(config)), family.blocks_of(plan)
     for key in ("torch_dtype", "auto_map", "deepstack_layers"):
         new.pop(key, None)
     base = {key: config.get(key) or config["num_attention_heads"] for key in family.wide}
     new.update(
-        num_hidden_layers=len(plan.blocks),
+        num_hidden_layers=len(blocks),
         head_dim=head_dim_of(config),
         dtype=dtype,
         abreast={"num_layers": plan.num_layers, "plan": plan.shorthand},
         **base,
-        **_per_layer_lists(config, plan),
-        **_expert_places(config, family, plan),
+        **_per_layer_lists(config, blocks),
+        **_expert_places(config, family, blocks),
     )
     sequential = prefill == "sequential"
     if sequential:
         new["abreast_prefill"] = prefill
-    apart = sequential or any(members_of(family, block) > 1 for block in plan.blocks)
-    width = _common_width(plan)
+    apart = sequential or any(members_of(family, block) > 1 for block in blocks)
+    width = _common_width(blocks)
     if (
         width
         and not (apart or family.grown_biases)
@@ -53,15 +53,17 @@ def converted_config(
         new.update({key: width * value for key, value in base.items()})
         new.update(model_type=family.model_type, architectures=[family.stock])
         return new
-    digits = len(str(len(plan.blocks) - 1))
+    digits = len(str(len(blocks) - 1))
     new["per_layer_config"] = {
         str(index).zfill(digits): _layer_entry(family, config, block, base)
-        for index, block in enumerate(plan.blocks)
+        for index, block in enumerate(blocks)
         if block.group is not None
     }
     if apart:
         # The schema wants a global value for whatever a layer may override.
         new.update(abreast_members=1, abreast_bypass=None)
+    if any(family.beside(block) > 1 for block in blocks):
+        new["abreast_beside"] = 1
     module, name = REMOTE_CODE[0].removesuffix(".py"), family.converted
     new.update(
         model_type=family.converted_type,
@@ -75,9 +77,9 @@ def converted_config(
     return new
 
 
-def _common_width(plan: Plan) -> int | None:
+def _common_width(blocks: Sequence[Block]) -> int | None:
     """The number of layers whose attentions and FFNs every layer holds, None where they differ."""
-    widths = {len(members) for block in plan.blocks for members in (block.attentions, block.ffns)}
+    widths = {len(members) for block in blocks for members in (block.attentions, block.ffns)}
     return widths.pop() if len(widths) == 1 else None
 
 
@@ -97,15 +99,21 @@ def _layer_entry(
             entry |= {matrix.bias: True} if joined > 1 else {}
     members, band = members_of(family, block), band_of(family, block)
     entry |= {"abreast_members": members} if members > 1 else {}
+    if (beside := family.beside(block)) > 1:
+        entry["abreast_beside"] = beside
     return entry | ({"abreast_bypass": band} if band is not None else {})
 
 
-def _expert_places(config: Mapping[str, Any], family: Family, plan: Plan) -> dict[str, Any]:
+def _expert_places(
+    config: Mapping[str, Any], family: Family, blocks: Sequence[Block]
+) -> dict[str, Any]:
     """Config keys that say which layers of the conversion have experts."""
     if not family.dense:
         return {}
     routed = expert_layers(family, config)
-    kinds = [routed[block.attentions[0]] for block in plan.blocks]
+    kinds = [routed[block.attentions[0]] for block in blocks]
+    if config.get("mlp_layer_types"):
+        return {"mlp_layer_types": ["sparse" if experts else "dense" for experts in kinds]}
     dense = [index for index, experts in enumerate(kinds) if not experts]
     if not {"first_k_dense_replace", "moe_layer_start_index"} & config.keys():
         return {"mlp_only_layers": dense, "decoder_sparse_step": 1}
@@ -121,9 +129,9 @@ def _expert_places(config: Mapping[str, Any], family: Family, plan: Plan) -> dic
     return {"moe_layer_start_index": first, "moe_layer_end_index": last, "moe_layer_interval": 1}
 
 
-def _per_layer_lists(config: Mapping[str, Any], plan: Plan) -> dict[str, list[Any]]:
+def _per_layer_lists(config: Mapping[str, Any], blocks: Sequence[Block]) -> dict[str, list[Any]]:
     """Config lists with an entry per layer, rewritten for the layers of the conversion."""
-    firsts = [block.attentions[0] for block in plan.blocks]
+    firsts = [block.attentions[0] for block in blocks]
     lists: dict[str, list[Any]] = {}
     kinds = [kind.removesuffix(" without RoPE") for kind in attention_kinds(config)]
     if config.get("layer_types") is not None or len(set(kinds)) > 1:

@@ -155,7 +155,7 @@ def tensor_rules(family: Family, config: Mapping[str, Any], plan: Plan) -> list[
     fault of the family's row, not of the user.
     """
     rules = [TensorRule(family.embedding, "copy", (family.embedding,))]
-    for index, block in enumerate(plan.blocks):
+    for index, block in enumerate(family.blocks_of(plan)):
         rules += _Layer(family, config, block, f"{family.layer_prefix}{index}.").rules()
     outer = [name for name in outer_tensors(family, config) if name != family.embedding]
     rules += [TensorRule(name, "copy", (name,)) for name in outer]

@@ -34,9 +34,9 @@ class Inspection:
     """One checkpoint, as transformers loads it. parameters and nbytes count stored weights.
 
     fusable: groups can be written to a checkpoint. unfoldable: why not, where they can only run
-    grouped in memory. apart: why they can with their attentions in order (ff) only. stretches:
-    maximal runs of like layers, first to last, within which every consecutive group can be formed.
-    refused: adjacent pairs that cannot, with the reason. edges: layers that need --force.
+    grouped in memory. stretches: maximal runs of like layers, first to last, within which every
+    consecutive group can be formed. refused: adjacent pairs that cannot, with the reason. edges:
+    layers that need --force.
     plan: that of a converted checkpoint, else None. refused_by: engines that will not load it, or
     conversions of it, and why. warnings: where config.json and tensors differ.
     """
@@ -59,7 +59,6 @@ class Inspection:
     fusable: bool
     runs_grouped: bool
     unfoldable: str
-    apart: str
     stretches: tuple[tuple[int, int], ...]
     refused: tuple[tuple[int, int, str], ...]
     edges: tuple[int, ...]
@@ -125,7 +124,6 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
             if model_type not in FAMILIES:
                 raise
             family, unfoldable = None, str(error)
-    apart = family.apart if family else ""
     settings = config.get("quantization_config")
     if plan is None and family and not (settings and cannot_unpack(settings)):
         checkpoint = as_loaded(checkpoint, family)
@@ -138,8 +136,7 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
             if (reason := obstacle(config, pair)) is not None:
                 in_order = obstacle(config, pair, in_order=True) is None
                 only = f"; only {first}~{first + 1} joins them" if in_order else ""
-                if not (apart and in_order):
-                    refused.append((*pair, reason + only))
+                refused.append((*pair, reason + only))
     names = checkpoint.config.get("architectures")
     heads = positive(config, "num_attention_heads")
     tensors = (*checkpoint.tensors.values(), *checkpoint.others.values())
@@ -162,7 +159,6 @@ def inspect_model(model: str | Path, *, revision: str | None = None) -> Inspecti
         fusable=plan is None and family is not None,
         runs_grouped=plan is None and model_type in FAMILIES,
         unfoldable=unfoldable,
-        apart=apart,
         stretches=_stretches(count, {first for first, *_ in refused}) if plan is None else (),
         refused=tuple(refused),
         edges=(0, count - 1),

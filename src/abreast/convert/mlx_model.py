@@ -336,15 +336,15 @@ class Model(nn.Module):
         """Keep what this rank runs. Where that cannot be, every rank ends, with status 2: mlx-lm's
         server would go on without a model."""
         group = group or mx.distributed.init()
-        how = os.environ.get("ABREAST_UNPAIRED", "shard")
+        unpaired = os.environ.get("ABREAST_UNPAIRED", "shard")
         try:
-            mark = mx.array([zlib.crc32(f"{how} {self.args}".encode()) >> 1])
+            mark = mx.array([zlib.crc32(f"{unpaired} {self.args}".encode()) >> 1])
             if (mx.distributed.all_gather(mark, group=group) != mark).any().item():
                 raise ValueError("the ranks have different checkpoints, or ABREAST_UNPAIRED")
-            if how not in ("shard", "replicate"):
-                raise ValueError(f"ABREAST_UNPAIRED is {how!r}, not one of shard, replicate")
+            if unpaired not in ("shard", "replicate"):
+                raise ValueError(f"ABREAST_UNPAIRED is {unpaired!r}, not one of shard, replicate")
             for stage in self._stages if group.size() > 1 else ():
-                stage.divide(group, how == "replicate")
+                stage.divide(group, unpaired == "replicate")
         except ValueError as reason:
             if group.rank() == 0:
                 print(f"error: {reason}", file=sys.stderr, flush=True)

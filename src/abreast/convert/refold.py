@@ -72,18 +72,18 @@ class Refold:
         """The layers that the conversion's tensors belong to."""
         form = format_of(self.made.config)
         joins = form not in FORMATS or FORMATS[form].joins
-        return (self.plan if joins else self.plan.ungrouped).blocks
+        return self.family.blocks_of(self.plan if joins else self.plan.ungrouped)
 
     def misfits(self) -> Iterator[str]:
         """Tensors that are missing, left over, misshapen or of another dtype."""
-        wanted, made = dict(self._written()), self.made.tensors
-        for name in sorted(wanted.keys() - made.keys()):
+        expected, made = dict(self._written()), self.made.tensors
+        for name in sorted(expected.keys() - made.keys()):
             yield f"tensor '{name}' is missing"
-        for name in sorted(made.keys() - wanted.keys()):
+        for name in sorted(made.keys() - expected.keys()):
             yield f"tensor '{name}' is none of the original's"
         main = main_dtype(self.made.folder)
-        for name in sorted(wanted.keys() & made.keys()):
-            tensor, fold = made[name], wanted[name]
+        for name in sorted(expected.keys() & made.keys()):
+            tensor, fold = made[name], expected[name]
             if tensor.shape != fold.shape:
                 yield f"tensor '{name}' has shape {list(tensor.shape)}, not {list(fold.shape)}"
             elif DTYPES.get(tensor.dtype) not in (main, DTYPES[fold.dtype]):
@@ -169,9 +169,9 @@ class Refold:
             module = (
                 name.removeprefix(self.family.layer_prefix).partition(".")[2].rpartition(".")[0]
             )
-            place = order.index(module) if module in order else 0
+            position = order.index(module) if module in order else 0
             parts.setdefault(name_in(form, name), []).append(
-                (place, self._filled(form, name, fold))
+                (position, self._filled(form, name, fold))
             )
         for name, placed in parts.items():
             fold, *below = (fold for _, fold in sorted(placed, key=lambda part: part[0]))

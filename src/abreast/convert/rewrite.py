@@ -117,7 +117,7 @@ class Preview:
 
 
 @dataclass(frozen=True)
-class Job:
+class Rewrite:
     """A conversion that has passed every check that needs no weights."""
 
     checkpoint: Checkpoint
@@ -266,7 +266,7 @@ def prepare(
     prefill: str,
     form: str,
     max_shard_bytes: int,
-) -> Job:
+) -> Rewrite:
     family = family_of(checkpoint.config)
     num_layers = num_layers_of(checkpoint.config)
     if isinstance(plan, str):
@@ -310,7 +310,7 @@ def prepare(
         new_config = format_config(form, new_config)
     if len(dtypes) > 1:
         warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
-    return Job(
+    return Rewrite(
         checkpoint=checkpoint,
         family=family,
         plan=plan,
@@ -369,7 +369,7 @@ def _new_tensors(
     return made
 
 
-def _stream(job: Job, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(job: Rewrite, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
     total, done = job.bytes_written, 0
     for rule in job.rules:
         new = job.tensors[rule.name]
@@ -470,7 +470,7 @@ def hash_inputs(
     return {name: hash_entry(folder / name, stop=stop) for name in names}
 
 
-def _write_companions(job: Job, staging: Path) -> None:
+def _write_companions(job: Rewrite, staging: Path) -> None:
     copy_companions(job.checkpoint.folder, staging)
     text = json.dumps(job.config, indent=2, sort_keys=True) + "\n"
     (staging / "config.json").write_text(text, encoding="utf-8")
@@ -486,7 +486,7 @@ def _write_companions(job: Job, staging: Path) -> None:
     write_tokenizer(job.checkpoint.folder, staging)
 
 
-def _peak_memory(job: Job) -> int:
+def _peak_memory(job: Rewrite) -> int:
     # A chunk is read, widened to float32 twice over while folding, and cast; four finished ones
     # wait for the writer, one is being written, and two hash buffers stand beside them.
     widest = max(

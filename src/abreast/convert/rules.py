@@ -153,8 +153,6 @@ def obstacle(
         return NOT_IN_ORDER
     if family.routes and (reason := _unlike_experts(family, config, layers)):
         return reason
-    if family.apart and not in_order:
-        return family.apart
     for matrix in family.matrices if family.norm_bias and not family.grown_biases else ():
         joined = family.norm_of(matrix) and (family.is_ffn(matrix.name) or not in_order)
         if joined and not has_bias(matrix, config):
@@ -301,7 +299,7 @@ def _check_members_come_back(config: Mapping[str, Any], plan: Plan) -> None:
             f"members of a {family.model_type} group have no biases of their own to run with: "
             "prefill cannot be sequential; leave it grouped"
         )
-    for matrix, block in product(family.matrices + family.dense, plan.blocks):
+    for matrix, block in product(family.matrices + family.dense, family.blocks_of(plan)):
         joined = block.ffns if family.is_ffn(matrix.name) else block.attentions
         summed = matrix.join == "columns" and has_bias(matrix, config) and len(joined) > 1
         if summed and not stays_apart(family, matrix, block):

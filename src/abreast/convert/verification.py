@@ -133,9 +133,9 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     shape = (1, num_tokens)
     ids = torch.randint(0, sizes(source.config)["V"], shape, generator=generator)
-    for key, place in (source.wrapper or {}).items():  # these stand for what is no text
-        if key.endswith(("_token_id", "_token_index")) and isinstance(place, int):
-            ids = ids.where(ids != place, int(place == 0))
+    for key, value in (source.wrapper or {}).items():  # these stand for what is no text
+        if key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
+            ids = ids.where(ids != value, int(value == 0))
     return _compare_models(refold, ids, device, new_tokens, result)
 
 

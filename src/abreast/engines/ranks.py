@@ -33,12 +33,12 @@ class together:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise ParallelError(
-                f"rank {place()[0]} lost the connection to the other processes; see which of them "
-                f"ended first, and why ({first_line(error)})"
+                f"rank {rank_and_world()[0]} lost the connection to the other processes; see which "
+                f"of them ended first, and why ({first_line(error)})"
             ) from None
 
 
-def place() -> tuple[int, int]:
+def rank_and_world() -> tuple[int, int]:
     """This process's rank, and how many there are."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -56,7 +56,7 @@ def meet(backend: str) -> None:
         address = ":".join(os.environ.get(f"MASTER_{key}", "?") for key in ("ADDR", "PORT"))
         raise ParallelError(
             f"the processes did not meet at {address} within {MINUTES:g} minutes; start all "
-            f"{place()[1]} with the address of the first and a free port there "
+            f"{rank_and_world()[1]} with the address of the first and a free port there "
             f"({first_line(error)})"
         ) from None
 
@@ -127,7 +127,7 @@ class SplitHead(nn.Module):
 
     def __init__(self, head: nn.Linear, link: Link, embedding: nn.Module | None) -> None:
         super().__init__()
-        rank, world = place()
+        rank, world = rank_and_world()
         self.words, self.link, self.tied = head.out_features, link, (embedding,)
         self.size = -(-self.words // world)
         first, last = (min(self.size * r, self.words) for r in (rank, rank + 1))

@@ -43,7 +43,7 @@ from abreast.engines.ranks import (
     SplitHead,
     Summed,
     meet,
-    place,
+    rank_and_world,
     together,
 )
 from abreast.families import CONVERTIBLE, Family, head_dim_of, layer_tensors, sizes
@@ -92,7 +92,7 @@ def load_parallel(
     inside checkpoints never runs. Raises ParallelError for a number of processes that cannot share
     the layers and for ranks with different checkpoints, AbreastError as `load`.
     """
-    rank, world = place()
+    rank, world = rank_and_world()
     checkpoint = open_for(model, world, unpaired)
     if world == 1:
         return load(model, dtype=dtype, device=device)[0]
@@ -413,7 +413,7 @@ def _part_of(
         return [(m * rows + part * own * (rows > 1), own) for m in members], None
     apart = stays_apart(family, matrix, block) and len(joined) > 1
 
-    def cut(start: int, count: int) -> tuple[int, int]:
+    def share_of(start: int, count: int) -> tuple[int, int]:
         return start + part * (count // share), count // share
 
     if matrix.join == "columns":
@@ -421,13 +421,13 @@ def _part_of(
         every = [(m * hidden, hidden) for m in members] if apart else [(0, hidden)]
         if kind == "bias":  # of a sum, so that one part of one member adds it
             return every if part == 0 and (apart or members[0] == 0) else [], None
-        return every, [cut(m * width, width) for m in ([0] if apart else members)]
+        return every, [share_of(m * width, width) for m in ([0] if apart else members)]
     parts = [size[symbol] for symbol in matrix.rows]
-    starts = [sum(parts[:place]) for place in range(len(parts))]
+    starts = [sum(parts[:index]) for index in range(len(parts))]
     placed, wide = list(zip(starts, parts, strict=True)), len(joined)
     if apart:
-        return [cut(m * sum(parts) + s, n) for m in members for s, n in placed], None
-    return [cut(wide * s + m * n, n) for s, n in placed for m in members], None
+        return [share_of(m * sum(parts) + s, n) for m in members for s, n in placed], None
+    return [share_of(wide * s + m * n, n) for s, n in placed for m in members], None
 
 
 def _read(tensor: TensorInfo, spans: Spans, columns: Spans | None) -> Tensor:

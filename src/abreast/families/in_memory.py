@@ -10,10 +10,6 @@ from typing import Any
 
 from abreast.families.row import EXPERT_COUNTS, Branches, Family, Matrix
 
-MLA = (
-    "its attention goes through latent vectors (MLA), of which every member would need its own, "
-    "with a norm of its own, and stock layers have one"
-)
 _STATE = "carry a state of their own from token to token, which no wider layer holds"
 _MAMBA = f"its Mamba mixers {_STATE}"
 _DELTA = f"its linear attentions {_STATE}"
@@ -95,14 +91,6 @@ IN_MEMORY = (
             ("max_position_embeddings", "max_seq_len"),
         ),
         unfoldable=_BIASED,
-    ),
-    Family("deepseek_v2", "DeepseekV2", unfoldable=MLA, **_EXPERTS),
-    Family(
-        "glm4_moe_lite",
-        "Glm4MoeLite",
-        defaults=(("first_k_dense_replace", 1),),
-        unfoldable=MLA,
-        **_EXPERTS,
     ),
     Family(
         "kimi_linear",

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from abreast.errors import AbreastError
+from abreast.plan import Block, Plan
 
 Join = Literal["rows", "columns"]
 
@@ -30,7 +31,7 @@ SHARED_COUNTS = ("n_shared_experts", "moe_num_shared_experts")
 CHOSEN_COUNTS = ("num_experts_per_tok", "moe_k")
 # Those that say which layers have experts.
 EXPERT_PLACES = (
-    *("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"),
+    *("mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace", "mlp_layer_types"),
     *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
 )
 
@@ -131,6 +132,9 @@ class Family:
 
     alone: there are checkpoints of it by itself, not only within a wrapper.
 
+    own_attentions: those of a group stay whole, each in a layer of its own with its own cache, and
+    only FFNs are joined, whatever the wiring.
+
     vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
     deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
     """
@@ -161,7 +165,7 @@ class Family:
     vllm_layers: bool = False
     deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
     unfoldable: str = ""
-    apart: str = ""
+    own_attentions: bool = False
     code: str = ""
     names: tuple[tuple[str, str], ...] = ()
     only: tuple[tuple[str, Any], ...] = ()
@@ -220,6 +224,16 @@ class Family:
         after = self.branches.after_attention + self.branches.after_mlp
         return tuple(name for name in after if name.endswith("norm"))
 
+    def blocks_of(self, plan: Plan) -> tuple[Block, ...]:
+        """What the layers of a conversion under a plan hold."""
+        return plan.blocks_with(own_attentions=self.own_attentions)
+
+    def beside(self, block: Block) -> int:
+        """How many layers' attentions read the same input, where `block` is the last of them and
+        has all their FFNs, else 1."""
+        in_order = block.group is None or block.group.is_in_order
+        return max(1, len(block.ffns)) if self.own_attentions and not in_order else 1
+
     @property
     def keeps_members(self) -> bool:
         """Whether a group has parts that stay with their member in every wiring."""
@@ -276,6 +290,8 @@ def expert_layers(family: Family, config: Mapping[str, Any]) -> tuple[bool, ...]
     layers = range(num_layers_of(config))
     if not family.routes or not family.dense:
         return tuple(family.routes for _ in layers)
+    if isinstance(kinds := config.get("mlp_layer_types"), list) and len(kinds) == len(layers):
+        return tuple(kind == "sparse" for kind in kinds)
     dense = config.get("mlp_only_layers") or []
     first = config.get("first_k_dense_replace", config.get("moe_layer_start_index")) or 0
     last = config.get("moe_layer_end_index")
@@ -323,7 +339,7 @@ def layer_tensors(
     """
     experts = family.routes if experts is None else experts
     size = sizes(config)
-    if family.apart and "L" not in size:
+    if family.own_attentions and "L" not in size:
         raise FamilyError("config.json has no kv_lora_rank; the checkpoint is incomplete")
     shapes: dict[str, tuple[int, ...]] = {}
     for norm in family.norms:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abreast.families.in_memory import IN_MEMORY, MLA, with_usual_names
+from abreast.families.in_memory import IN_MEMORY, with_usual_names
+from abreast.families.parts import attention, experts, gated_ffn, plain_ffn, shared_experts
 from abreast.families.row import (
     EXPERT_COUNTS,
     SHARED_COUNTS,
@@ -20,49 +21,7 @@ from abreast.families.row import (
 )
 from abreast.families.wrappers import HOLDERS, OTHERS, decoder_config
 
-
-def _attention(bias: str = "", output_bias: str = "") -> tuple[Matrix, ...]:
-    return (
-        Matrix("self_attn.q_proj", "Q", "D", "rows", bias),
-        Matrix("self_attn.k_proj", "K", "D", "rows", bias),
-        Matrix("self_attn.v_proj", "K", "D", "rows", bias),
-        Matrix("self_attn.o_proj", "D", "Q", "columns", output_bias),
-    )
-
-
-def _gated_ffn(bias: str = "") -> tuple[Matrix, ...]:
-    return (
-        Matrix("mlp.gate_proj", "F", "D", "rows", bias),
-        Matrix("mlp.up_proj", "F", "D", "rows", bias),
-        Matrix("mlp.down_proj", "D", "F", "columns", bias),
-    )
-
-
-def _plain_ffn(inner: str, outer: str, bias: str) -> tuple[Matrix, ...]:
-    return (
-        Matrix(f"mlp.{inner}", "F", "D", "rows", bias),
-        Matrix(f"mlp.{outer}", "D", "F", "columns", bias),
-    )
-
-
-def _shared_experts(name: str, bias: str = "") -> tuple[Matrix, ...]:
-    return (
-        Matrix(f"{name}.gate_proj", "S", "D", "rows", bias),
-        Matrix(f"{name}.up_proj", "S", "D", "rows", bias),
-        Matrix(f"{name}.down_proj", "D", "S", "columns", bias),
-    )
-
-
-def _experts(router: str = "mlp.gate", width: str = "X") -> tuple[Stack, ...]:
-    experts = router.partition(".")[0] + ".experts"
-    return (
-        Stack(f"{router}.weight", ("E", "D"), gain=-1),
-        Stack(f"{experts}.gate_up_proj", ("E", 2 * width, "D"), gain=-1),
-        Stack(f"{experts}.down_proj", ("E", "D", width)),
-    )
-
-
-_BIASED = _attention("attention_bias", "attention_bias")
+_BIASED = attention("attention_bias", "attention_bias")
 _PACKED_FFN = (
     Matrix("mlp.gate_up_proj", "FF", "D", "rows"),
     Matrix("mlp.down_proj", "D", "F", "columns"),
@@ -96,24 +55,47 @@ _ROTATION = "it rotates q and k in another order"
 _EXPERTS = "it has experts, which every member of a group would choose by itself"
 _OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
 
+
+def _latent(bias: str = "") -> dict[str, Any]:
+    """Attention through latent vectors, and experts beside some that every token uses."""
+    return {
+        "matrices": (
+            Matrix("self_attn.q_proj", "N", "D", "rows"),
+            Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
+            Matrix("self_attn.q_b_proj", "B", "A", "rows"),
+            Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
+            Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
+            Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
+            *shared_experts("mlp.shared_experts", bias),
+        ),
+        "flat_norms": (("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
+        "own_attentions": True,
+        **{"dense": gated_ffn(bias), "expert_keys": (*EXPERT_COUNTS, *SHARED_COUNTS)},
+        "deci_lacks": _EXPERTS,
+    }
+
+
+_LATENT_SIZES = (
+    *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
+    ("v_head_dim", 128),
+)
+
 _ROWS = (
-    Family("llama", "Llama", _BIASED + _gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
+    Family("llama", "Llama", _BIASED + gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
     Family(
         "mistral",
         "Mistral",
-        _attention() + _gated_ffn(),
+        attention() + gated_ffn(),
         slides=True,
         vllm_layers=True,
         deci_lacks=None,
     ),
-    Family("ministral", "Ministral", _attention() + _gated_ffn()),
-    Family(
-        "qwen2", "Qwen2", _attention("always") + _gated_ffn(), vllm_layers=True, deci_lacks=None
-    ),
+    Family("ministral", "Ministral", attention() + gated_ffn()),
+    Family("qwen2", "Qwen2", attention("always") + gated_ffn(), vllm_layers=True, deci_lacks=None),
     Family(
         "qwen3",
         "Qwen3",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         head_norms=_QK_HEADS,
         defaults=(("head_dim", 128),),
         vllm_layers=True,
@@ -122,14 +104,14 @@ _ROWS = (
     Family(
         "seed_oss",
         "SeedOss",
-        _attention("attention_bias", "attention_out_bias") + _gated_ffn("mlp_bias"),
+        attention("attention_bias", "attention_out_bias") + gated_ffn("mlp_bias"),
         defaults=(("attention_bias", True), ("head_dim", 128)),
         deci_lacks=None,
     ),
     Family(
         "smollm3",
         "SmolLM3",
-        _BIASED + _gated_ffn("mlp_bias"),
+        _BIASED + gated_ffn("mlp_bias"),
         defaults=(_TIED,),
         rope_period=4,
         deci_lacks="some of its layers do not rotate q and k",
@@ -137,27 +119,27 @@ _ROWS = (
     Family(
         "granite",
         "Granite",
-        _BIASED + _gated_ffn("mlp_bias"),
+        _BIASED + gated_ffn("mlp_bias"),
         Branches(scale="residual_multiplier"),
         deci_lacks=None,
     ),
     Family(
         "ernie4_5",
         "Ernie4_5",
-        _attention("use_bias", "use_bias") + _gated_ffn("use_bias"),
+        attention("use_bias", "use_bias") + gated_ffn("use_bias"),
         defaults=(_TIED, ("head_dim", 128)),
         deci_lacks=_ROTATION,
     ),
     Family(
         "arcee",
         "Arcee",
-        _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+        _BIASED + plain_ffn("up_proj", "down_proj", "mlp_bias"),
         deci_lacks="its FFN has no gate",
     ),
     Family(
         "nemotron",
         "Nemotron",
-        _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+        _BIASED + plain_ffn("up_proj", "down_proj", "mlp_bias"),
         gain_offset=1.0,
         norm_bias=True,
         grown_biases=("attention_bias", "mlp_bias"),
@@ -166,7 +148,7 @@ _ROWS = (
     Family(
         "starcoder2",
         "Starcoder2",
-        _attention("use_bias", "use_bias") + _plain_ffn("c_fc", "c_proj", "use_bias"),
+        attention("use_bias", "use_bias") + plain_ffn("c_fc", "c_proj", "use_bias"),
         norm_bias=True,
         defaults=(_TIED, ("use_bias", True)),
         deci_lacks=_LAYER_NORM,
@@ -186,7 +168,7 @@ _ROWS = (
     Family(
         "gemma",
         "Gemma",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         gain_offset=1.0,
         defaults=(_TIED, ("head_dim", 256)),
         deci_lacks="its FFN is gated by GELU",
@@ -194,7 +176,7 @@ _ROWS = (
     Family(
         "gemma2",
         "Gemma2",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         _SANDWICHED,
         gain_offset=1.0,
         defaults=(_TIED, ("head_dim", 256)),
@@ -204,7 +186,7 @@ _ROWS = (
     Family(
         "gemma3_text",
         "Gemma3",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         _SANDWICHED,
         gain_offset=1.0,
         head_norms=_QK_HEADS,
@@ -212,12 +194,12 @@ _ROWS = (
         window_period=6,
         deci_lacks=_NORM_AFTER,
     ),
-    Family("olmo2", "Olmo2", _BIASED + _gated_ffn(), _NORMED_AFTER, **_OLMO),
-    Family("olmo3", "Olmo3", _BIASED + _gated_ffn(), _NORMED_AFTER, window_period=4, **_OLMO),
+    Family("olmo2", "Olmo2", _BIASED + gated_ffn(), _NORMED_AFTER, **_OLMO),
+    Family("olmo3", "Olmo3", _BIASED + gated_ffn(), _NORMED_AFTER, window_period=4, **_OLMO),
     Family(
         "cohere2",
         "Cohere2",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         _ONE_NORM,
         defaults=(_TIED,),
         window_period=4,
@@ -226,7 +208,7 @@ _ROWS = (
     Family(
         "cohere",
         "Cohere",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         _ONE_NORM,
         wide_norms=_QK_HEADS,
         defaults=(_TIED,),
@@ -235,14 +217,14 @@ _ROWS = (
     Family(
         "glm",
         "Glm",
-        _attention("attention_bias") + _PACKED_FFN,
+        attention("attention_bias") + _PACKED_FFN,
         defaults=_GLM_DEFAULTS,
         deci_lacks=_ROTATION,
     ),
     Family(
         "glm4",
         "Glm4",
-        _attention("attention_bias") + _PACKED_FFN,
+        attention("attention_bias") + _PACKED_FFN,
         Branches(after_attention=("post_self_attn_layernorm",), after_mlp=("post_mlp_layernorm",)),
         defaults=_GLM_DEFAULTS,
         deci_lacks=_NORM_AFTER,
@@ -251,9 +233,9 @@ _ROWS = (
         "phi",
         "Phi",
         (
-            *_attention("always")[:3],
+            *attention("always")[:3],
             Matrix("self_attn.dense", "D", "Q", "columns", "always"),
-            *_plain_ffn("fc1", "fc2", "always"),
+            *plain_ffn("fc1", "fc2", "always"),
         ),
         Branches(
             after_attention=("resid_dropout",),
@@ -269,7 +251,7 @@ _ROWS = (
     Family(
         "olmo",
         "Olmo",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         norm_gains=False,
         final_norm="",
         deci_lacks=_LAYER_NORM,
@@ -277,7 +259,7 @@ _ROWS = (
     Family(
         "exaone4",
         "Exaone4",
-        _attention() + _gated_ffn(),
+        attention() + gated_ffn(),
         _NORMED_AFTER,
         head_norms=_QK_HEADS,
         window_period=4,
@@ -286,14 +268,14 @@ _ROWS = (
     Family(
         "hunyuan_v1_dense",
         "HunYuanDenseV1",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         head_norms=(("self_attn.query_layernorm", "Q"), ("self_attn.key_layernorm", "K")),
         deci_lacks=_QK_BY_HEAD,
     ),
     Family(
         "jais2",
         "Jais2",
-        _BIASED + _plain_ffn("up_proj", "down_proj", "mlp_bias"),
+        _BIASED + plain_ffn("up_proj", "down_proj", "mlp_bias"),
         norm_bias=True,
         grown_biases=("attention_bias", "mlp_bias"),
         defaults=(("attention_bias", True), ("mlp_bias", True)),
@@ -302,8 +284,8 @@ _ROWS = (
     Family(
         "mixtral",
         "Mixtral",
-        _attention(),
-        stacks=_experts(width="F"),
+        attention(),
+        stacks=experts(width="F"),
         expert_keys=EXPERT_COUNTS,
         renames=(
             (r"\.block_sparse_moe\.", ".mlp."),
@@ -318,12 +300,12 @@ _ROWS = (
     Family(
         "qwen2_moe",
         "Qwen2Moe",
-        _attention("qkv_bias") + _shared_experts("mlp.shared_expert"),
+        attention("qkv_bias") + shared_experts("mlp.shared_expert"),
         stacks=(
-            *_experts(),
+            *experts(),
             Stack("mlp.shared_expert_gate.weight", ("1", "D"), gain=-1),
         ),
-        dense=_gated_ffn(),
+        dense=gated_ffn(),
         expert_keys=(*EXPERT_COUNTS, "shared_expert_intermediate_size"),
         defaults=(("qkv_bias", True),),
         deci_lacks=_EXPERTS,
@@ -332,8 +314,8 @@ _ROWS = (
         "qwen3_moe",
         "Qwen3Moe",
         _BIASED,
-        stacks=_experts(),
-        dense=_gated_ffn(),
+        stacks=experts(),
+        dense=gated_ffn(),
         expert_keys=EXPERT_COUNTS,
         head_norms=_QK_HEADS,
         vllm_layers=True,
@@ -343,7 +325,7 @@ _ROWS = (
         "olmoe",
         "Olmoe",
         _BIASED,
-        stacks=_experts(width="F"),
+        stacks=experts(width="F"),
         expert_keys=EXPERT_COUNTS,
         flat_norms=_QK_HEADS,
         deci_lacks=_EXPERTS,
@@ -353,7 +335,7 @@ _ROWS = (
         "GraniteMoe",
         _BIASED,
         Branches(mlp="block_sparse_moe", scale="residual_multiplier"),
-        _experts("block_sparse_moe.router", "F"),
+        experts("block_sparse_moe.router", "F"),
         expert_keys=EXPERT_COUNTS,
         renames=(
             (r"\.input_linear\.weight$", ".experts.gate_up_proj"),
@@ -383,9 +365,9 @@ _ROWS = (
     Family(
         "glm4_moe",
         "Glm4Moe",
-        _attention("attention_bias") + _shared_experts("mlp.shared_experts"),
-        stacks=(*_experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
-        dense=_gated_ffn(),
+        attention("attention_bias") + shared_experts("mlp.shared_experts"),
+        stacks=(*experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
+        dense=gated_ffn(),
         expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
         head_norms=_QK_HEADS,
         defaults=(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("use_qk_norm", False)),
@@ -394,12 +376,12 @@ _ROWS = (
     Family(
         "ernie4_5_moe",
         "Ernie4_5_Moe",
-        _attention("use_bias", "use_bias") + _shared_experts("mlp.shared_experts", "use_bias"),
+        attention("use_bias", "use_bias") + shared_experts("mlp.shared_experts", "use_bias"),
         stacks=(
-            *_experts(),
+            *experts(),
             Stack("mlp.gate.moe_statics.e_score_correction_bias", ("1", "E"), axis=1),
         ),
-        dense=_gated_ffn("use_bias"),
+        dense=gated_ffn("use_bias"),
         expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
         renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
         head_bias="use_bias",
@@ -409,34 +391,39 @@ _ROWS = (
     Family(
         "deepseek_v3",
         "DeepseekV3",
-        (
-            Matrix("self_attn.q_proj", "N", "D", "rows"),
-            Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
-            Matrix("self_attn.q_b_proj", "B", "A", "rows"),
-            Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
-            Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
-            Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
-            *_shared_experts("mlp.shared_experts"),
-        ),
-        stacks=(*_experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
-        dense=_gated_ffn(),
-        expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
-        flat_norms=(("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
+        stacks=(*experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
         defaults=(
             *(("first_k_dense_replace", 3), ("n_shared_experts", 1), ("q_lora_rank", 1536)),
-            *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
-            ("v_head_dim", 128),
+            *_LATENT_SIZES,
         ),
-        apart=MLA,
         code="deepseek",
-        deci_lacks=_EXPERTS,
+        **_latent(),
+    ),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2",
+        stacks=experts(),
+        defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *_LATENT_SIZES),
+        code="deepseek",
+        **_latent("mlp_bias"),
+    ),
+    Family(
+        "glm4_moe_lite",
+        "Glm4MoeLite",
+        stacks=(*experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
+        defaults=(
+            *(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("q_lora_rank", 768)),
+            *(("kv_lora_rank", 512), ("qk_nope_head_dim", 192), ("qk_rope_head_dim", 64)),
+            ("v_head_dim", 256),
+        ),
+        **_latent(),
     ),
     # Decoders that exist within a wrapper only.
-    Family("qwen2_5_vl_text", "Qwen2_5_VLText", _attention("always") + _gated_ffn(), alone=False),
+    Family("qwen2_5_vl_text", "Qwen2_5_VLText", attention("always") + gated_ffn(), alone=False),
     Family(
         "qwen3_vl_text",
         "Qwen3VLText",
-        _BIASED + _gated_ffn(),
+        _BIASED + gated_ffn(),
         head_norms=_QK_HEADS,
         defaults=(("head_dim", 128),),
         deci_lacks=_QK_BY_HEAD,

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -183,18 +183,8 @@ def heal(
     if keep is not None:
         check_free(Path(keep))
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
-    source = open_checkpoint(model, revision=revision)
+    source = _healable(model, revision)
     family = family_of(source.config)
-    if family.routes:
-        raise AbreastError(
-            f"a {family.model_type} has experts, which cannot be healed; convert it without healing"
-        )
-    if source.wrapper is not None:
-        raise AbreastError(
-            f"'{model}' is a decoder within a {source.config['within']}, which cannot be healed; "
-            "convert it without healing"
-        )
-    source = as_loaded(source, family)
     if method != "refit":
         recipe.check_targets({matrix.name.rpartition(".")[2] for matrix in family.matrices})
     plan = plan_for(source, plan)
@@ -205,17 +195,8 @@ def heal(
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     load_original = partial(load, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     student, tokenizer = load_original(device=device)
-    if any(parameter.is_meta for parameter in student.parameters()):
-        raise AbreastError(
-            f"'{model}' is larger than the devices here, and healing changes weights where they "
-            "compute; use --device cpu, more devices, or several processes with --shard"
-        )
     tensors = all_tensors(family, source.config)
-    for name in sorted(tensors.keys() - student.state_dict().keys()):
-        raise CheckpointError(
-            f"tensor '{name}' of '{source.source}' has another name in the loaded model; "
-            "this architecture cannot be healed with this version of transformers"
-        )
+    _check_weights(student, tensors, model, source.source)
     folder = Path(work) if work is not None else target.with_name(f"{target.name}.work")
     check_run(folder, "heal")
     setup = _Setup(
@@ -290,6 +271,38 @@ def heal(
         shutil.move(weights, keep)
     shutil.rmtree(weights if work is not None else folder, ignore_errors=True)
     return healed
+
+
+def _healable(model: str | Path, revision: str | None) -> Checkpoint:
+    """The original, of a family that can be healed. Raises AbreastError for others."""
+    source = open_checkpoint(model, revision=revision)
+    family = family_of(source.config)
+    if family.routes:
+        raise AbreastError(
+            f"a {family.model_type} has experts, which cannot be healed; convert it without healing"
+        )
+    if source.wrapper is not None:
+        raise AbreastError(
+            f"'{model}' is a decoder within a {source.config['within']}, which cannot be healed; "
+            "convert it without healing"
+        )
+    return as_loaded(source, family)
+
+
+def _check_weights(
+    student: PreTrainedModel, tensors: Iterable[str], model: str | Path, source: str
+) -> None:
+    """Raise AbreastError unless all weights are in memory, under the names in the checkpoint."""
+    if any(parameter.is_meta for parameter in student.parameters()):
+        raise AbreastError(
+            f"'{model}' is larger than the devices here, and healing changes weights where they "
+            "compute; use --device cpu, more devices, or several processes with --shard"
+        )
+    for name in sorted(set(tensors) - student.state_dict().keys()):
+        raise CheckpointError(
+            f"tensor '{name}' of '{source}' has another name in the loaded model; "
+            "this architecture cannot be healed with this version of transformers"
+        )
 
 
 def _text(

@@ -382,7 +382,7 @@ class _Outputs:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for each in (*self.modules, *self.norms) for p in each.parameters()]
+        return [p for module in (*self.modules, *self.norms) for p in module.parameters()]
 
     def missing(self, streams: _Streams, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What the branches of a batch should add up to, and the size of each token's stream."""

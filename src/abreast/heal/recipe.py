@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from abreast.errors import AbreastError
+from abreast.runs import option
 
 FOLDS = 3  # of the text, to choose how strongly refit regularises
 Train = Literal["lora", "groups", "all"]
@@ -42,73 +43,39 @@ class Recipe:
     second phase without a new best; the late decay of the learning rate wins much, so keep it high.
     """
 
-    train: Train = field(
-        default="groups",
-        metadata={"help": "Train adapters, the grouped layers, or the whole model."},
+    train: Train = option("groups", "Train adapters, the grouped layers, or the whole model.")
+    group_share: float = option(0.5, "Share of the training that trains each group alone first.")
+    objective: Objective = option(
+        "kl", "Learn to predict like the original (kl), or the text (lm)."
     )
-    group_share: float = field(
-        default=0.5, metadata={"help": "Share of the training that trains each group alone first."}
+    optimizer: Optimizer = option("adamw", "Muon trains the layers' matrices; AdamW the rest.")
+    temperature: float = option(1.0, "Softmax temperature of both distributions.")
+    hidden_weight: float = option(20.0, "Weight of the hidden-state loss beside the KL.")
+    lm_weight: float = option(0.0, "Weight of the language-model loss beside the KL.")
+    steps: int = option(400, "Training steps.")
+    minutes: float | None = option(None, "Train for so long, whatever --steps says.")
+    batch_size: int = option(8, "Windows per step.")
+    micro_batch: int = option(8, "Windows per forward pass on a device.")
+    learning_rate: float = option(1e-4, "Peak learning rate.")
+    group_learning_rate: float | None = option(
+        None, "Peak while each group is trained alone. Default: --learning-rate."
     )
-    objective: Objective = field(
-        default="kl",
-        metadata={"help": "Learn to predict like the original (kl), or the text (lm)."},
+    schedule: Schedule = option("cosine", "How the learning rate falls to zero.")
+    warmup: float = option(0.05, "Share in which the learning rate rises.")
+    weight_decay: float = option(0.0, "AdamW's weight decay.")
+    betas: tuple[float, float] = option((0.9, 0.95), "AdamW's betas.")
+    clip: float = option(1.0, "Largest gradient norm; 0 for none.")
+    lora_rank: int = option(32, "Rank of the adapters.")
+    lora_alpha: int | None = option(None, "Alpha of the adapters. Default: the rank.")
+    lora_layers: AdaptedLayers = option("groups", "Adapt the grouped layers, or all.")
+    lora_targets: tuple[str, ...] = option((), "Matrices to adapt: q_proj,v_proj. Default: all.")
+    bf16: bool | None = option(
+        None,
+        "Compute matrix products in bfloat16. Default: where it is native.",
+        "--bf16/--no-bf16",
     )
-    optimizer: Optimizer = field(
-        default="adamw", metadata={"help": "Muon trains the layers' matrices; AdamW the rest."}
-    )
-    temperature: float = field(
-        default=1.0, metadata={"help": "Softmax temperature of both distributions."}
-    )
-    hidden_weight: float = field(
-        default=20.0, metadata={"help": "Weight of the hidden-state loss beside the KL."}
-    )
-    lm_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the language-model loss beside the KL."}
-    )
-    steps: int = field(default=400, metadata={"help": "Training steps."})
-    minutes: float | None = field(
-        default=None, metadata={"help": "Train for so long, whatever --steps says."}
-    )
-    batch_size: int = field(default=8, metadata={"help": "Windows per step."})
-    micro_batch: int = field(default=8, metadata={"help": "Windows per forward pass on a device."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate."})
-    group_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak while each group is trained alone. Default: --learning-rate."},
-    )
-    schedule: Schedule = field(
-        default="cosine", metadata={"help": "How the learning rate falls to zero."}
-    )
-    warmup: float = field(
-        default=0.05, metadata={"help": "Share in which the learning rate rises."}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay."})
-    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata={"help": "AdamW's betas."})
-    clip: float = field(default=1.0, metadata={"help": "Largest gradient norm; 0 for none."})
-    lora_rank: int = field(default=32, metadata={"help": "Rank of the adapters."})
-    lora_alpha: int | None = field(
-        default=None, metadata={"help": "Alpha of the adapters. Default: the rank."}
-    )
-    lora_layers: AdaptedLayers = field(
-        default="groups", metadata={"help": "Adapt the grouped layers, or all."}
-    )
-    lora_targets: tuple[str, ...] = field(
-        default=(), metadata={"help": "Matrices to adapt: q_proj,v_proj. Default: all."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "option": "--bf16/--no-bf16",
-            "help": "Compute matrix products in bfloat16. Default: where it is native.",
-        },
-    )
-    checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations to save memory."}
-    )
-    shard: bool = field(
-        default=False,
-        metadata={"help": "Shard weights and optimizer state across processes (FSDP)."},
-    )
+    checkpointing: bool = option(False, "Recompute activations to save memory.")
+    shard: bool = option(False, "Shard weights and optimizer state across processes (FSDP).")
     evaluate_every: int = 50
     save_every: int = 50
     patience: int = 12

@@ -234,6 +234,7 @@ class _Training:
 
     def __post_init__(self) -> None:
         self.began, self.started = time.process_time(), time.monotonic()
+        self.saved, self.save_seconds = time.monotonic(), 0.0
         self.recipe, self.device = self.learning.recipe, self.learning.model.device
         named = self.learning.student.named_parameters()
         self.weights: dict[str, nn.Parameter] = {n: p for n, p in named if p.requires_grad}
@@ -278,8 +279,11 @@ class _Training:
             is_last = done >= (recipe.group_share if self.in_groups else 1)
             if self.step % recipe.evaluate_every == 0 or is_last:
                 reason = self._evaluate()
-            if not reason and (self.step % recipe.save_every == 0 or is_last):
+            if not reason and (is_last or self._must_save()):
+                began = time.monotonic()
                 checkpoints.save(self.step, self._state(), self.best)
+                self.saved = time.monotonic()
+                self.save_seconds = self.saved - began
             if progress is not None:
                 total = round(60 * recipe.minutes) if recipe.minutes else recipe.steps
                 progress(min(total, round(done * total)), total)
@@ -295,6 +299,13 @@ class _Training:
             cpu_seconds=self.points[-1].cpu_seconds,
             seconds=self.points[-1].seconds,
         )
+
+    def _must_save(self) -> bool:
+        """Every `save_every` steps, but checkpoints that take seconds only a tenth of the time."""
+        if self.step % self.recipe.save_every:
+            return False
+        took = self._mean(self.save_seconds)
+        return took <= 2 or self._mean(time.monotonic() - self.saved) >= 10 * took
 
     def _done(self) -> float:
         """The share of the training that is done, the same in all processes."""

@@ -127,8 +127,8 @@ def _silenced(module: nn.Module, in_tuple: bool) -> Iterator[None]:
     names = list(inspect.signature(type(module).forward).parameters)[1:]
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        x, residual = given[names[0]], given.get("residual")
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, residual = arguments[names[0]], arguments.get("residual")
         if residual is None:
             width = getattr(module, "out_features", x.shape[-1])
             residual = x.new_zeros(*x.shape[:-1], width)

@@ -169,15 +169,15 @@ def find_plan(
         )
         if budget.exhausted(measured, profile):
             break
-    found = Front(stats, measured_plans(calibration), full_forwards(calibration), objective)
-    front = replace(found.among(calibration.candidates), profile=timed)
+    full = Front(stats, measured_plans(calibration), full_forwards(calibration), objective)
+    front = replace(full.among(calibration.candidates), profile=timed)
     if held_out is not None:
         step(f"measure the best plan of each {'time' if timed else 'depth'} on held-out text")
         plans = front.efficient()
         costs = score(held_out, plans, progress=progress)
         front = replace(front, held_out=dict(zip(plans, costs, strict=True)))
-        found = replace(found, held_out=front.held_out)
-    write(Path(out) / FRONT_FILE, json.dumps(found.to_dict(), indent=1) + "\n")
+        full = replace(full, held_out=front.held_out)
+    write(Path(out) / FRONT_FILE, json.dumps(full.to_dict(), indent=1) + "\n")
     chosen, *others = front.choose(budget, profile, best=best)
     expected, searched = front.judged(chosen), front.plans[chosen]
     return Planned(chosen, tuple(others), expected, searched, front, profile)

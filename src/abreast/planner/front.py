@@ -20,6 +20,7 @@ from abreast.checkpoint import own_file, replacing
 from abreast.errors import AbreastError, first_line
 from abreast.plan import Group, Plan
 from abreast.planner.objective import KL, OF_TASKS, Cost, Objective
+from abreast.runs import option
 
 STATS_FILE = "stats.safetensors"
 FRONT_FILE = "front.json"
@@ -187,25 +188,14 @@ class Budget:
     plans with a KL of at most MOST_KL.
     """
 
-    depth: int | None = field(default=None, metadata={"help": "Budget: number of stages."})
-    max_kl: float | None = field(
-        default=None,
-        metadata={
-            "help": "Budget: largest KL divergence, nats per token. "
-            f"Without any budget: {DEFAULT_KL}."
-        },
+    depth: int | None = option(None, "Budget: number of stages.")
+    max_kl: float | None = option(
+        None, f"Budget: largest KL divergence, nats per token. Without any budget: {DEFAULT_KL}."
     )
-    max_ppl_increase: float | None = field(
-        default=None, metadata={"help": "Budget: 0.02 allows 2 % more perplexity."}
-    )
-    speedup: float | None = field(
-        default=None, metadata={"help": "Budget: predicted speed-up of decoding."}
-    )
-    keep_quality: float | None = field(
-        default=None,
-        metadata={
-            "help": "Budget: share of the accuracy above chance to keep on --score-tasks, 0.98 say."
-        },
+    max_ppl_increase: float | None = option(None, "Budget: 0.02 allows 2 % more perplexity.")
+    speedup: float | None = option(None, "Budget: predicted speed-up of decoding.")
+    keep_quality: float | None = option(
+        None, "Budget: share of the accuracy above chance to keep on --score-tasks, 0.98 say."
     )
 
     def __post_init__(self) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+
+from abreast.runs import option
 
 
 @dataclass(frozen=True)
@@ -54,25 +56,20 @@ class Scoring:
     texts: mean over all texts (tasks where these are scored), or the one that a plan costs most on.
     """
 
-    score: Literal["kl", "answers", "tasks"] = field(
-        default="kl",
-        metadata={
-            "help": "Score plans by KL on text, KL on the original's own answers to chat prompts "
-            "(those of --chat, or neutral ones), or the margin of tasks' right choices. "
-            "--windows then counts prompts or items."
-        },
+    score: Literal["kl", "answers", "tasks"] = option(
+        "kl",
+        "Score plans by KL on text, KL on the original's own answers to chat prompts "
+        "(those of --chat, or neutral ones), or the margin of tasks' right choices. "
+        "--windows then counts prompts or items.",
     )
-    prefill: Literal["grouped", "sequential"] = field(
-        default="grouped",
-        metadata={"help": "With --score answers: how prompts run, as in convert."},
+    prefill: Literal["grouped", "sequential"] = option(
+        "grouped", "With --score answers: how prompts run, as in convert."
     )
-    texts: Literal["mean", "worst"] = field(
-        default="mean",
-        metadata={"help": "With several texts, --data A,B: their mean, or the worst of them."},
+    texts: Literal["mean", "worst"] = option(
+        "mean", "With several texts, --data A,B: their mean, or the worst of them."
     )
-    score_tasks: tuple[str, ...] = field(
-        default=("offline",),
-        metadata={"help": "With --score tasks: tasks with choices, named as in eval."},
+    score_tasks: tuple[str, ...] = option(
+        ("offline",), "With --score tasks: tasks with choices, named as in eval."
     )
 
     @property

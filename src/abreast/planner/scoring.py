@@ -144,8 +144,8 @@ def _choices(
 
     cost = {"margin_loss": margin_loss, "margin_stderr": margin_stderr}
     if above_chance(theirs).sum() > 0:
-        kept, stderr = ratio_of_means(above_chance(ours), above_chance(theirs))
-        cost |= {"accuracy_kept": kept, "kept_stderr": stderr}
+        share, stderr = ratio_of_means(above_chance(ours), above_chance(theirs))
+        cost |= {"accuracy_kept": share, "kept_stderr": stderr}
     return cost
 
 
@@ -314,12 +314,12 @@ def _prompts(source: Source, settings: CalibrationSettings) -> Iterator[tuple[in
         chats = [chat for file in files for chat in conversations(file)]
     for number, messages, tools in chats:
         roles = [message["role"] for message in messages]
-        asked = messages[: roles.index("assistant")] if "assistant" in roles else messages
-        if "user" not in roles[: len(asked)]:
+        prompt = messages[: roles.index("assistant")] if "assistant" in roles else messages
+        if "user" not in roles[: len(prompt)]:
             continue
         try:
             text = tokenizer.apply_chat_template(
-                asked, tools=tools, tokenize=False, add_generation_prompt=True
+                prompt, tools=tools, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template raises what its author chose
             where = "the neutral prompts" if number is None else f"line {number} of the chats"

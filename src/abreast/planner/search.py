@@ -83,7 +83,7 @@ class Candidates:
 
     @cached_property
     def _places(self) -> dict[Group, int]:
-        return {group: place for place, group in enumerate(self.groups)}
+        return {group: index for index, group in enumerate(self.groups)}
 
     @cached_property
     def apart(self) -> np.ndarray:
@@ -104,7 +104,7 @@ class Candidates:
         return float(self.costs[chosen].sum() + self.coupling[chosen][:, chosen].sum() / 2)
 
     def plan(self, choice: Choice) -> Plan:
-        groups = tuple(self.groups[place] for place in choice)
+        groups = tuple(self.groups[index] for index in choice)
         return Plan.model_construct(num_layers=self.num_layers, groups=groups)
 
     def choice(self, plan: Plan) -> Choice | None:
@@ -143,8 +143,8 @@ def predicted(candidates: Candidates, *, best: int = 1) -> dict[int, Ranked]:
     depth: exact where costs just add up, a beam search where they do not.
     """
     ending: dict[int, list[int]] = {}
-    for place, (_, end) in enumerate(candidates.spans.tolist()):
-        ending.setdefault(end, []).append(place)
+    for index, (_, end) in enumerate(candidates.spans.tolist()):
+        ending.setdefault(end, []).append(index)
     costs, coupling = candidates.costs.tolist(), candidates.coupling.tolist()
     firsts, saved = candidates.spans[:, 0].tolist(), candidates.saved.tolist()
     reached: list[dict[int, Ranked]] = [{0: [(0.0, ())]}]
@@ -152,11 +152,11 @@ def predicted(candidates: Candidates, *, best: int = 1) -> dict[int, Ranked]:
         paths: dict[int, Ranked] = {}
         for depth, shorter in reached[layer - 1].items():
             paths.setdefault(depth + 1, []).extend(shorter)
-        for place in ending.get(layer, []):
-            beside, adds = coupling[place], layer - firsts[place] - saved[place]
-            for depth, shorter in reached[firsts[place]].items():
+        for index in ending.get(layer, []):
+            beside, adds = coupling[index], layer - firsts[index] - saved[index]
+            for depth, shorter in reached[firsts[index]].items():
                 paths.setdefault(depth + adds, []).extend(
-                    (cost + costs[place] + sum(beside[other] for other in path), (*path, place))
+                    (cost + costs[index] + sum(beside[other] for other in path), (*path, index))
                     for cost, path in shorter
                 )
         reached.append({depth: sorted(ranked)[:best] for depth, ranked in paths.items()})
@@ -246,7 +246,7 @@ def changes(candidates: Candidates, choice: Choice, *, most: int = 64) -> dict[C
     """
     changed: dict[Choice, float] = {}
     for removed in _removals(choice):
-        rest = tuple(place for place in choice if place not in removed)
+        rest = tuple(index for index in choice if index not in removed)
         saved = int(candidates.saved[list(removed)].sum())
         base = candidates.cost(rest)
         for added, cost in _fillings(candidates, rest, saved).items():
@@ -257,7 +257,7 @@ def changes(candidates: Candidates, choice: Choice, *, most: int = 64) -> dict[C
 
 
 def _removals(choice: Choice) -> Iterator[Choice]:
-    yield from ((place,) for place in choice)
+    yield from ((index,) for index in choice)
     for a, b in combinations(range(len(choice)), 2):
         if b - a <= REACH:
             yield choice[a], choice[b]
@@ -267,8 +267,8 @@ def _fillings(candidates: Candidates, rest: Choice, saved: int) -> dict[Choice, 
     """One or two groups that save `saved` stages beside the rest, with what they cost there."""
     cost, free = candidates.added(rest), candidates.free(rest)
     fillings: dict[Choice, float] = {}
-    for place in _cheapest(cost, free & (candidates.saved == saved), 4 * FIRSTS):
-        fillings[(place,)] = float(cost[place])
+    for index in _cheapest(cost, free & (candidates.saved == saved), 4 * FIRSTS):
+        fillings[(index,)] = float(cost[index])
     for first in _cheapest(cost / candidates.saved, free & (candidates.saved < saved), FIRSTS):
         fits = candidates.saved == saved - candidates.saved[first]
         both = cost + candidates.coupling[first]
@@ -344,17 +344,17 @@ def _one_step(candidates: Candidates, choice: Choice, depth: int) -> Iterator[tu
     They have one group more or less, or a larger or smaller one in the place of one.
     """
     gap = candidates.depth(choice) - depth
-    for removed in ((), *((place,) for place in choice)):
+    for removed in ((), *((index,) for index in choice)):
         saved = gap + int(candidates.saved[list(removed)].sum())
-        rest = tuple(place for place in choice if place not in removed)
+        rest = tuple(index for index in choice if index not in removed)
         base, added = candidates.cost(rest), candidates.added(rest)
         if saved == 0:
             yield rest, base
         fits = candidates.free(rest) & (candidates.saved == saved)
-        for place in removed:
-            fits &= ~candidates.apart[place]
-        for place in np.flatnonzero(fits).tolist():
-            yield tuple(sorted((*rest, place))), base + float(added[place])
+        for index in removed:
+            fits &= ~candidates.apart[index]
+        for index in np.flatnonzero(fits).tolist():
+            yield tuple(sorted((*rest, index))), base + float(added[index])
 
 
 def _expected(

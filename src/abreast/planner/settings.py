@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from abreast.data import AUTO
 from abreast.planner.objective import Scoring
+from abreast.runs import option
 from abreast.speed import Hardware, hardware_of
 from abreast.targets import Unpaired
 
@@ -23,64 +24,36 @@ class CalibrationSettings:
     Fields with a help text are options.
     """
 
-    data: str = field(default=AUTO, metadata={"help": "Text to measure on; sources as for eval."})
-    add_bos: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Start texts with the BOS token. Default: as the tokenizer does.",
-            "option": "--add-bos/--no-add-bos",
-        },
+    data: str = option(AUTO, "Text to measure on; sources as for eval.")
+    add_bos: bool | None = option(
+        None,
+        "Start texts with the BOS token. Default: as the tokenizer does.",
+        "--add-bos/--no-add-bos",
     )
-    num_windows: int = field(
-        default=32, metadata={"help": "Number of windows of text.", "option": "--windows"}
+    num_windows: int = option(32, "Number of windows of text.", "--windows")
+    window: int = option(256, "Tokens per window.")
+    max_group: int = option(4, "Most layers in a group.")
+    wirings: tuple[str, ...] = option(
+        ("lp", "cqil-full", "ff"), "Comma-separated, of lp, cqil, cqil-full and ff."
     )
-    window: int = field(default=256, metadata={"help": "Tokens per window."})
-    max_group: int = field(default=4, metadata={"help": "Most layers in a group."})
-    wirings: tuple[str, ...] = field(
-        default=("lp", "cqil-full", "ff"),
-        metadata={"help": "Comma-separated, of lp, cqil, cqil-full and ff."},
+    engines: tuple[str, ...] = option(
+        (), "Only plans that these load, of vllm, transformers and llama.cpp.", "--for"
     )
-    engines: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "Only plans that these load, of vllm, transformers and llama.cpp.",
-            "option": "--for",
-        },
+    screen: float = option(0.125, "Fraction of the text that every group is measured on.")
+    keep: float = option(0.1, "Fraction of the groups measured on the rest of the text.")
+    larger: float = option(0.3, "Fraction of the larger groups measured: those of the best pairs.")
+    batch_size: int = option(4, "Windows per forward pass.")
+    max_cache_bytes: int = option(
+        10**9, "Memory for hidden states kept for reuse.", "--max-cache", bytes=True
     )
-    screen: float = field(
-        default=0.125, metadata={"help": "Fraction of the text that every group is measured on."}
+    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
+    force: bool = option(False, "Allow groups with the first or last layer.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hugging Face model.")
+    trust_remote_code: bool = option(False, "Allow code inside the checkpoint to run.")
+    device: str = option(
+        "cpu", "cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk."
     )
-    keep: float = field(
-        default=0.1, metadata={"help": "Fraction of the groups measured on the rest of the text."}
-    )
-    larger: float = field(
-        default=0.3,
-        metadata={"help": "Fraction of the larger groups measured: those of the best pairs."},
-    )
-    batch_size: int = field(default=4, metadata={"help": "Windows per forward pass."})
-    max_cache_bytes: int = field(
-        default=10**9,
-        metadata={
-            "help": "Memory for hidden states kept for reuse.",
-            "option": "--max-cache",
-            "bytes": True,
-        },
-    )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
-    force: bool = field(
-        default=False, metadata={"help": "Allow groups with the first or last layer."}
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a Hugging Face model."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow code inside the checkpoint to run."}
-    )
-    device: str = field(
-        default="cpu",
-        metadata={"help": "cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk."},
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
+    seed: int = option(0, "Random seed.")
     scoring: Scoring = field(default=Scoring(), metadata={"options": True})
 
 
@@ -88,38 +61,26 @@ class CalibrationSettings:
 class Search:
     """How `plan` and `optimize` search within a budget."""
 
-    hardware: str | None = field(
-        default=None,
-        metadata={
-            "help": "Predict speed for this hardware, as in estimate, and with a limit on quality "
-            "make that fastest. Default: measure it here."
-        },
+    hardware: str | None = option(
+        None,
+        "Predict speed for this hardware, as in estimate, and with a limit on quality "
+        "make that fastest. Default: measure it here.",
     )
-    ranks: int | None = field(
-        default=None,
-        metadata={"help": "Predict for so many of --hardware (H100 where it is not named)."},
+    ranks: int | None = option(
+        None, "Predict for so many of --hardware (H100 where it is not named)."
     )
-    link: float | None = field(
-        default=None,
-        metadata={"help": "Predict for a link on which an all-reduce takes so many microseconds."},
+    link: float | None = option(
+        None, "Predict for a link on which an all-reduce takes so many microseconds."
     )
-    unpaired: Unpaired = field(
-        default="shard", metadata={"help": "How devices hold layers in no group, as in estimate."}
+    unpaired: Unpaired = option("shard", "How devices hold layers in no group, as in estimate.")
+    per_group: int = option(4, "Plans to measure at each depth, per group of the plan.")
+    held_out_data: str | None = option(
+        None,
+        "Text to judge plans on. Default: another part of that of --data.",
+        "--held-out-data --baseline-data",
     )
-    per_group: int = field(
-        default=4, metadata={"help": "Plans to measure at each depth, per group of the plan."}
-    )
-    held_out_data: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text to judge plans on. Default: another part of that of --data.",
-            "option": "--held-out-data --baseline-data",
-        },
-    )
-    questions: int = field(
-        default=240, metadata={"help": "With --keep-quality: questions to judge plans on."}
-    )
-    plots: bool = field(default=True, metadata={"help": "Draw no charts (needs no altair)."})
+    questions: int = option(240, "With --keep-quality: questions to judge plans on.")
+    plots: bool = option(True, "Draw no charts (needs no altair).")
 
     @property
     def machine(self) -> Hardware | None:

@@ -6,7 +6,7 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.report.answers import open_models
-    from abreast.report.card import prepare, push, write_card
+    from abreast.report.card import prepare_upload, push, write_card
     from abreast.report.drawings import (
         check_drawing,
         draw_bench,

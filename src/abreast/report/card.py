@@ -130,8 +130,8 @@ def _task_rows(conversion: Conversion) -> list[tuple[str, ...]]:
         for model in ("original", "converted"):
             stderr = row.get(f"{model}_stderr")
             scores.append(f"{row[model]:.3f}" + (f" ± {stderr:.3f}" if stderr is not None else ""))
-        kept = f"{row['kept']:.1%}" if row.get("kept") is not None else ""
-        rows.append((code(task), code(row.get("metric", "")), *scores, kept))
+        share = f"{row['kept']:.1%}" if row.get("kept") is not None else ""
+        rows.append((code(task), code(row.get("metric", "")), *scores, share))
     return rows
 
 
@@ -205,7 +205,7 @@ class Upload:
         return {**asdict(self), "bytes": self.nbytes}
 
 
-def prepare(out: str | Path, repo: str, *, private: bool = True) -> Upload:
+def prepare_upload(out: str | Path, repo: str, *, private: bool = True) -> Upload:
     """Check a converted folder and a name on the Hub; list what would be uploaded. No network.
 
     README.md is the model card as `push` will write it, or somebody's own. Raises AbreastError for
@@ -235,8 +235,8 @@ def prepare(out: str | Path, repo: str, *, private: bool = True) -> Upload:
 def push(out: str | Path, repo: str, *, private: bool = True) -> str:
     """Upload the conversion, into a new private repository if there is none; return its address.
 
-    Arguments and errors as for `prepare`; also an AbreastError without a token or the network, and
-    where the Hub refuses. An interrupted upload goes on when called again.
+    Arguments and errors as for `prepare_upload`; also an AbreastError without a token or the
+    network, and where the Hub refuses. An interrupted upload goes on when called again.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -246,7 +246,7 @@ def push(out: str | Path, repo: str, *, private: bool = True) -> str:
         raise AbreastError("HF_HUB_OFFLINE is set; unset it to push")
     if get_token() is None:
         raise AbreastError("no token for the Hugging Face Hub; run `hf auth login` or set HF_TOKEN")
-    upload = prepare(out, repo, private=private)
+    upload = prepare_upload(out, repo, private=private)
     write_card(read_conversion(out))
     api = HfApi()
     try:

@@ -34,40 +34,40 @@ def draw_stage(stage: tuple[int, ...], group: Group | None) -> str:
     """The elements of a stage's drawing, without the svg element around them."""
     width, height = stage_size(stage, group)
     middle = height / 2
-    rows = [6 + HEIGHT / 2 + PITCH * place for place in range(len(stage))]
+    rows = [6 + HEIGHT / 2 + PITCH * index for index in range(len(stage))]
     attentions = [(LEAD, row) for row in rows]
     if group is not None and group.is_in_order:
-        attentions = [(LEAD + place * (BOX + GAP), middle) for place in range(len(stage))]
+        attentions = [(LEAD + index * (BOX + GAP), middle) for index in range(len(stage))]
     attn_end, ffn = attentions[-1][0] + BOX, width - LEAD - BOX
-    found = [_wire(width - LEAD, row, width, middle) for row in rows]
+    parts = [_wire(width - LEAD, row, width, middle) for row in rows]
     for left, row in attentions:
-        found.append(_wire(0 if left == LEAD else left - GAP, middle, left, row))
+        parts.append(_wire(0 if left == LEAD else left - GAP, middle, left, row))
     if group is None:
-        found.append(_wire(attn_end, middle, ffn, middle))
+        parts.append(_wire(attn_end, middle, ffn, middle))
     elif group.shares_ffn_input:
         joint = (attn_end + ffn) / 2
-        found += [
+        parts += [
             _wire(left + BOX, row, joint, middle)
             for left, row in attentions
             if left == attentions[-1][0]
         ]
-        found += [_wire(joint, middle, ffn, row) for row in rows]
-        found.append(f'<circle class="node" cx="{joint:g}" cy="{middle:g}" r="8"/>')
-        found.append(_text("+", joint, middle))
+        parts += [_wire(joint, middle, ffn, row) for row in rows]
+        parts.append(f'<circle class="node" cx="{joint:g}" cy="{middle:g}" r="8"/>')
+        parts.append(_text("+", joint, middle))
     else:
         for row, seen in zip(rows, group.ffn_sees, strict=True):
             for other, visible in zip(rows, seen, strict=True):
                 if visible:
-                    found.append(_wire(attn_end, other, ffn, row))
+                    parts.append(_wire(attn_end, other, ffn, row))
     boxes = [("A", "attn", attentions), ("F", "ffn", [(ffn, row) for row in rows])]
     for letter, kind, places in boxes:
         for layer, (left, row) in zip(stage, places, strict=True):
-            found.append(
+            parts.append(
                 f'<rect class="box {kind}" x="{left}" y="{row - HEIGHT / 2:g}" '
                 f'width="{BOX}" height="{HEIGHT}" rx="4"/>'
             )
-            found.append(_text(f"{letter}{layer}", left + BOX / 2, row))
-    return "".join(found)
+            parts.append(_text(f"{letter}{layer}", left + BOX / 2, row))
+    return "".join(parts)
 
 
 def draw_plan(plan: Plan, colours: Mapping[str, str], width: int = 1200) -> str:
@@ -82,12 +82,12 @@ def draw_plan(plan: Plan, colours: Mapping[str, str], width: int = 1200) -> str:
         if sum(placed[0] for placed, _ in lines[-1]) + size[0] > width and lines[-1]:
             lines.append([])
         lines[-1].append((size, draw_stage(stage, group)))
-    found, top = [], 10.0
+    parts, top = [], 10.0
     for line in lines:
         tallest, left = max(height for (_, height), _ in line), 10.0
         for size, inner in line:
             at = f"translate({left:g} {top + (tallest - size[1]) / 2:g})"
-            found.append(f'<g transform="{at}">{inner}</g>')
+            parts.append(f'<g transform="{at}">{inner}</g>')
             left += size[0]
         top += tallest + 14
     widest = 20 + max(sum(size[0] for size, _ in line) for line in lines)
@@ -100,7 +100,7 @@ def draw_plan(plan: Plan, colours: Mapping[str, str], width: int = 1200) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{widest:g}" height="{top:g}" '
         f'viewBox="0 0 {widest:g} {top:g}"><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="{colours["paper"]}"/>{"".join(found)}</svg>'
+        f'<rect width="100%" height="100%" fill="{colours["paper"]}"/>{"".join(parts)}</svg>'
     )
 
 

@@ -41,19 +41,22 @@ def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> N
     title = f"{planned.plan.num_layers} layers, on {text} text"
     rows = [row for row in rows if not row.refit] or [
         Measured(
-            *("planner", plan.depth, plan.shorthand, front.judged(plan)),
+            method="planner",
+            depth=plan.depth,
+            plan=plan.shorthand,
+            cost=front.judged(plan),
             speedup=profile.speedup(plan) if profile is not None else None,
         )
         for plan in front.efficient()
     ]
-    for label, file, places in (
+    for label, file, values in (
         ("effective depth", "pareto.png", [float(row.depth) for row in rows]),
         ("predicted speed-up of decoding", "pareto-speed.png", [row.speedup for row in rows]),
     ):
         lines: dict[str, dict[float, Cost]] = {}
-        for row, place in zip(rows, places, strict=True):
-            if place is not None:
-                lines.setdefault(row.name, {}).setdefault(place, row.cost)
+        for row, x in zip(rows, values, strict=True):
+            if x is not None:
+                lines.setdefault(row.name, {}).setdefault(x, row.cost)
         if lines:
             draw_costs(lines, front.objective, label, title, Path(out) / file)
 
@@ -144,11 +147,11 @@ def draw_healing(refit: Refit | None, distilled: Distilled | None, path: Path) -
         parts.append(_regressions(refit))
     if distilled is not None:
         curves = _training(distilled)
-        kept = alt.Chart(alt.Data(values=[{"x": distilled.best_step}])).mark_rule(
+        best = alt.Chart(alt.Data(values=[{"x": distilled.best_step}])).mark_rule(
             color="var(--muted)", strokeDash=[4, 4]
         )
         title = "distil: loss (the dashed line marks the step whose weights were kept)"
-        parts.append(alt.layer(kept.encode(x="x:Q"), curves).properties(title=title))
+        parts.append(alt.layer(best.encode(x="x:Q"), curves).properties(title=title))
     parts = [part.properties(width=560, height=300) for part in parts]
     _write(alt.vconcat(*parts).resolve_scale(color="independent", shape="independent"), "", path)
 

@@ -63,21 +63,21 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     run, an `out` that holds something else, and without the ``report`` extra.
     """
     check_extra()
-    found = read_run(run)
-    target = Path(out) if out is not None else found.folder / "report"
+    record = read_run(run)
+    target = Path(out) if out is not None else record.folder / "report"
     if target.exists() and not target.is_dir():
         raise AbreastError(f"'{target}' is a file; name a folder for the report")
     if target.is_dir() and any(target.iterdir()) and not (target / PAGE).is_file():
         raise AbreastError(f"'{target}' holds something else than a report; name a new folder")
-    charts = _charts(found)
+    charts = _charts(record)
     pictures = {f"{chart.name}.png": png({**chart.spec, "width": 640}) for chart in charts}
-    if found.last is not None:
-        pictures["plan.png"] = _svg_png(draw_plan(found.last.plan, LIGHT))
-    page = render(found, charts)
+    if record.last is not None:
+        pictures["plan.png"] = _svg_png(draw_plan(record.last.plan, LIGHT))
+    page = render(record, charts)
     target.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
         write(target / name, data)
-    write(target / "results.json", json.dumps(numbers(found), indent=1) + "\n")
+    write(target / "results.json", json.dumps(numbers(record), indent=1) + "\n")
     write(target / PAGE, page)
     return target / PAGE
 
@@ -173,10 +173,10 @@ def verdict_of(conversion: Conversion) -> str:
 
 def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
     """Per phase that was timed: tokens per second of both, their ratio, the verdict."""
-    found = []
+    rows = []
     for phase, row in conversion.phases.items():
         before, after = (row["timings"][name] for name in ("original", "converted"))
-        found.append(
+        rows.append(
             {
                 "phase": phase,
                 "before": before["tokens_per_second"],
@@ -190,7 +190,7 @@ def speed_rows(conversion: Conversion) -> list[dict[str, Any]]:
                 f"{row['device']}, {row['threads']} CPU threads, {row['rounds']} rounds",
             }
         )
-    return found
+    return rows
 
 
 def task_rows(conversion: Conversion) -> list[dict[str, Any]]:
@@ -280,17 +280,17 @@ def _tiles(conversion: Conversion) -> list[tuple[str, str, str]]:
     """(heading, number, small print) of what matters most."""
     plan, quality = conversion.plan, conversion.quality
     share = f"{plan.num_layers - plan.depth} of {plan.num_layers} steps fewer"
-    found = [("effective depth", f"{plan.num_layers} → {plan.depth}", share)]
+    tiles = [("effective depth", f"{plan.num_layers} → {plan.depth}", share)]
     if quality is not None:
         for metric in METRICS:
             if metric.tile is not None:
                 value, _, error = _short(metric, quality).partition(" ± ")
                 error = f"± {error} " if error else ""
-                found.append((metric.tile, value, f"{error}{metric.small_print}"))
+                tiles.append((metric.tile, value, f"{error}{metric.small_print}"))
     for row in speed_rows(conversion):
         ratio = f"{'' if row['known'] else 'about '}{row['ratio']:.2f}x"
-        found.append((f"{row['phase']} speed", ratio, row["verdict"]))
-    return found
+        tiles.append((f"{row['phase']} speed", ratio, row["verdict"]))
+    return tiles
 
 
 def _reasons(run: Run) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -318,10 +318,10 @@ def _reasons(run: Run) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def _samples(conversion: Conversion) -> list[dict[str, Any]]:
-    found = []
+    samples = []
     for sample in (conversion.samples or {}).get("samples", []):
         first, shared = sample["first_difference"], sample["shared"]
-        found.append(
+        samples.append(
             {
                 "prompt": sample["prompt"],
                 "note": (
@@ -335,7 +335,7 @@ def _samples(conversion: Conversion) -> list[dict[str, Any]]:
                 ],
             }
         )
-    return found
+    return samples
 
 
 _TEXT_COLUMNS = ("for", "source", "tokens", "share", "bytes per token", "begins")
@@ -401,5 +401,5 @@ def _csp_hash(script: str) -> str:
 def _svg_png(svg: str) -> bytes:
     import vl_convert
 
-    found: bytes = vl_convert.svg_to_png(svg, scale=2)
-    return found
+    image: bytes = vl_convert.svg_to_png(svg, scale=2)
+    return image

@@ -195,8 +195,8 @@ def compare(
     for method in methods:
         if method != "planner":
             step(f"choose: {METHODS[method]}")
-            found = choices.choose(method, depths, seed)
-            chosen |= {(method, depth): program for depth, program in found.items()}
+            programs = choices.choose(method, depths, seed)
+            chosen |= {(method, depth): program for depth, program in programs.items()}
     repaired = _with_repairs(chosen, calibration.num_layers, refit)
     _fit_and_score(repaired, judge, text, step, progress)
     scores = judge.costs([program for *_, program in repaired])
@@ -253,14 +253,14 @@ def _with_repairs(
     chosen: Mapping[Way, Program], num_layers: int, refit: bool
 ) -> list[tuple[str, int, bool, Program]]:
     """(method, depth, refitted, program) of all that is judged; steps to be fitted are marked."""
-    found = []
+    judged = []
     for (method, depth), program in chosen.items():
         plain = marked(program, num_layers, "map") if method == "replaceme" else program
-        found.append((method, depth, False, plain))
+        judged.append((method, depth, False, plain))
         again = marked(program, num_layers, "refit")
         if refit and method != "random" and again != program:
-            found.append((method, depth, True, again))
-    return found
+            judged.append((method, depth, True, again))
+    return judged
 
 
 def _fit_and_score(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         window_bytes,
         windows_at_once,
     )
+    from abreast.runs.options import option
     from abreast.runs.text import (
         ROWS,
         Author,

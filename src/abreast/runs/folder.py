@@ -100,17 +100,15 @@ def read_journal(out: Path, windows: Callable[[int], int] | None = None) -> Jour
         for written in journal.read_bytes().splitlines():
             with suppress(ValueError, LookupError, TypeError, RecursionError):
                 line = json.loads(written)
-                place = str(line["program"]), int(line["batch"])
+                key = str(line["program"]), int(line["batch"])
                 shape = np.asarray(line["sums"], dtype=float).shape
-                if line["evaluated"] >= 0 and place not in lines:
-                    lines[place] = line
-                    shapes.setdefault(place[1], Counter())[shape] += 1
+                if line["evaluated"] >= 0 and key not in lines:
+                    lines[key] = line
+                    shapes.setdefault(key[1], Counter())[shape] += 1
     usual = {batch: counter.most_common(1)[0][0] for batch, counter in shapes.items()}
     if windows is not None:
         usual = {batch: (windows(batch), *shape[1:]) for batch, shape in usual.items()}
-    lines = {
-        place: line for place, line in lines.items() if np.shape(line["sums"]) == usual[place[1]]
-    }
+    lines = {key: line for key, line in lines.items() if np.shape(line["sums"]) == usual[key[1]]}
     if journals:
         text = "".join(json.dumps(line) + "\n" for line in lines.values())
         write(out / JOURNAL.format(0), text)

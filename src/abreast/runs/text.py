@@ -256,7 +256,7 @@ def conversations(path: Path) -> list[tuple[int, list[dict[str, Any]], Any]]:
     """
     if not path.is_file():
         raise DataError(f"no file '{path}' of conversations; check the path")
-    found = []
+    chats = []
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -276,10 +276,10 @@ def conversations(path: Path) -> list[tuple[int, list[dict[str, Any]], Any]]:
                 f"'{path}', line {number} has no messages; write a list of objects with role and "
                 'content under "messages"'
             )
-        found.append((number, messages, record.get("tools")))
-    if not found:
+        chats.append((number, messages, record.get("tools")))
+    if not chats:
         raise DataError(f"'{path}' holds no conversation; name a longer file")
-    return found
+    return chats
 
 
 def _messages(record: Any) -> list[dict[str, Any]]:

@@ -7,14 +7,12 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.speed.backends import device_or_cpu, run
     from abreast.speed.benchmark import bench
+    from abreast.speed.hardware import Hardware, HardwareError, hardware_of
     from abreast.speed.prediction import (
         Estimate,
-        Hardware,
-        HardwareError,
         Setting,
         estimate,
         forward_cost,
-        hardware_of,
         stage_cost,
         stage_seconds,
         ways,

@@ -271,9 +271,8 @@ def _footprint(
     held.clear()
     weights = sum(_nbytes(parameter) for parameter in model.parameters())
     link = getattr(model, "link", None)
-    place = device_of(model)
-    on_cpu = place.type == "cpu"
-    with _peaks(place) as peaks:
+    on_cpu = device_of(model).type == "cpu"
+    with _peaks(device_of(model)) as peaks:
         start()
         before = link.exchanges if link else 0
         run()

@@ -3,29 +3,26 @@
 A roofline for every stage: matrices and the KV cache are read at a fraction of the memory
 bandwidth, or multiplied at a fraction of the peak, whichever takes longer; every kernel costs the
 device a gap and, unless a graph is replayed, the program a launch; every all-reduce costs latency
-and volume. Program and device work side by side, so the slower of the two decides, except on a CPU,
-where they are one. Constants and their sources: hardware.yaml. Two of them are calibrated to
-published numbers (the gap between kernels, and the program's time per kernel in eager PyTorch);
-docs/speed.md compares the estimates with everything that the papers measured.
+and volume; between two graphs the device waits. Program and device work side by side, so the slower
+of the two decides, except on a CPU, where they are one. Constants and their sources: hardware.yaml.
+Two of them are calibrated to published numbers (the gap between kernels, and the program's time per
+kernel in eager PyTorch); docs/speed.md compares the estimates with all that the papers measured.
 
 Everything here is pure and needs no torch.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
-
-import yaml
 
 from abreast.errors import AbreastError
 from abreast.families import family_of, num_layers_of
 from abreast.plan import Group, Plan
+from abreast.runs import option
+from abreast.speed.hardware import Hardware, HardwareError, hardware_of, table
 from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, Unpaired, refusals
 
@@ -33,96 +30,6 @@ Phase = Literal["prefill", "decode"]
 Runtime = Literal["graphs", "eager"]
 Part = Literal["both", "attention", "ffn"]
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int4": 0.5}
-
-
-class HardwareError(AbreastError):
-    """Hardware that is not in the table, or that cannot run the plan."""
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """`count` equal devices. bandwidth: bytes/s of memory; flops: FLOP/s per dtype, as pairs;
-    memory: bytes; link_bandwidth: bytes/s per device and direction, 0 for a single device;
-    latency and latency_per_doubling: seconds of an all-reduce (see hardware.yaml)."""
-
-    name: str
-    count: int
-    bandwidth: float
-    flops: tuple[tuple[str, float], ...]
-    memory: float
-    synchronous: bool
-    link: str | None
-    link_bandwidth: float
-    latency: float
-    latency_per_doubling: float
-
-    def peak(self, dtype: str) -> float:
-        return dict(self.flops)["bfloat16" if dtype == "float16" else dtype]
-
-    def all_reduce(self, nbytes: float, ranks: int) -> float:
-        """Seconds to add up `nbytes` over `ranks` devices, by latency and ring volume."""
-        if ranks < 2:
-            return 0.0
-        volume = 2 * (ranks - 1) / ranks * nbytes / self.link_bandwidth
-        return self.latency + self.latency_per_doubling * math.log2(ranks) + volume
-
-    def joined(self, ranks: int | None = None, link: float | None = None) -> Hardware:
-        """So many of it, with so many microseconds of an all-reduce. Raises HardwareError."""
-        count = self.count if ranks is None else ranks
-        if count < 1 or (link is not None and (count < 2 or not 0 <= link < math.inf)):
-            raise HardwareError(
-                f"--ranks {count} with --link {link} makes no sense; give 2 devices or more, and "
-                "the microseconds of an all-reduce between them"
-            )
-        name = f"{count}x" * (count > 1) + self.name.removeprefix(f"{self.count}x")
-        several = replace(self, name=name, count=count)
-        if link is None:
-            return several
-        name += f", link of {link:g} us"
-        return replace(several, name=name, latency=link * 1e-6, latency_per_doubling=0.0)
-
-
-@functools.cache
-def table() -> dict[str, Any]:
-    """The contents of hardware.yaml."""
-    text = Path(__file__).with_name("hardware.yaml").read_text(encoding="utf-8")
-    return dict(yaml.safe_load(text))
-
-
-def hardware_of(text: str) -> Hardware:
-    """Read "A100", "2xA100-NVLink", "8xH100-PCIe"; without a link, the device's first one.
-
-    Raises HardwareError that lists the known hardware.
-    """
-    devices = table()["devices"]
-    spellings = {
-        f"{name}-{link}".lower(): (name, link)
-        for name in devices
-        for link in devices[name]["links"]
-    }
-    # Last, because the A100-PCIe is a device of its own, not an A100 with a PCIe link.
-    spellings |= {name.lower(): (name, next(iter(devices[name]["links"]))) for name in devices}
-    match = re.fullmatch(r"(?:(\d{1,4})x)?(.+)", text.strip())
-    count = int(match[1] or 1) if match else 0
-    if match is None or match[2].lower() not in spellings or not 1 <= count <= 1024:
-        known = ", ".join(f"{name} ({', '.join(row['links'])})" for name, row in devices.items())
-        near = [one for one in spellings if match and match[2].lower() in one]
-        meant = f"did you mean {' or '.join(near)}? " * bool(near)
-        raise HardwareError(f"unknown hardware '{text}'; {meant}known are {known}")
-    name, link = spellings[match[2].lower()]
-    device, latency = devices[name], table()["links"][link]
-    return Hardware(
-        name=text,
-        count=count,
-        bandwidth=float(device["bandwidth"]),
-        flops=tuple((dtype, float(peak)) for dtype, peak in device["flops"].items()),
-        memory=float(device["memory"]),
-        synchronous=bool(device.get("synchronous", False)),
-        link=link if count > 1 else None,
-        link_bandwidth=float(device["links"][link]),
-        latency=float(latency["latency"]),
-        latency_per_doubling=float(latency["latency_per_doubling"]),
-    )
 
 
 @dataclass(frozen=True)
@@ -141,29 +48,17 @@ class Setting:
     context: int = 1024
     phase: Phase = "decode"
     runtime: Runtime = "graphs"
-    ranks: int | None = field(
-        default=None, metadata={"help": "Devices that share the work. Default: all of them."}
+    ranks: int | None = option(None, "Devices that share the work. Default: all of them.")
+    baseline_ranks: int | None = option(None, "Devices for the original. Default: as many.")
+    unpaired: Unpaired = option(
+        "shard",
+        "replicate: single layers are whole on every device, as in CQIL's "
+        "measurements, and the original runs on one.",
     )
-    baseline_ranks: int | None = field(
-        default=None, metadata={"help": "Devices for the original. Default: as many."}
+    fused: bool = option(
+        True, "Run a group's members one after another, as when grouped in memory.", "--unfused"
     )
-    unpaired: Unpaired = field(
-        default="shard",
-        metadata={
-            "help": "replicate: single layers are whole on every device, as in CQIL's "
-            "measurements, and the original runs on one."
-        },
-    )
-    fused: bool = field(
-        default=True,
-        metadata={
-            "help": "Run a group's members one after another, as when grouped in memory.",
-            "option": "--unfused",
-        },
-    )
-    dtype: str = field(
-        default="bfloat16", metadata={"help": "Dtype of the weights; also float8 and int4."}
-    )
+    dtype: str = option("bfloat16", "Dtype of the weights; also float8 and int4.")
 
     def __post_init__(self) -> None:
         if min(self.batch, self.context) < 1:
@@ -375,17 +270,19 @@ def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, E
     """The plan sharded, replicated and on one device, where each can be. Raises as `estimate`."""
     settings = {way: replace(setting, unpaired=way) for way in get_args(Unpaired)}
     settings["on one device"] = replace(setting, ranks=1, baseline_ranks=None, unpaired="shard")
-    each = {way: estimate(config, plan, own) for way, own in settings.items()}
-    return {way: entry for way, entry in each.items() if entry.refused is None}
+    estimates = {way: estimate(config, plan, own) for way, own in settings.items()}
+    return {way: entry for way, entry in estimates.items() if entry.refused is None}
 
 
 def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:
     """Why no engine splits a plan over the devices, None where one does."""
     if setting.devices == 1:
         return None
-    family, how = family_of(config), setting.unpaired
-    engines = (TORCH_TP,) if how == "replicate" else (VLLM, TORCH_TP)
-    reasons = [next(refusals(e, config, family, plan, setting.devices, how), None) for e in engines]
+    family, unpaired = family_of(config), setting.unpaired
+    engines = (TORCH_TP,) if unpaired == "replicate" else (VLLM, TORCH_TP)
+    reasons = [
+        next(refusals(e, config, family, plan, setting.devices, unpaired), None) for e in engines
+    ]
     return reasons[0] if all(reasons) else None
 
 
@@ -410,7 +307,7 @@ def _stage_way(
     attentions, ffns = setting.held(group)
     attentions += setting.repeated(group) * repeats
     device, kernels = 0.0, 0
-    steps = {"attention": _attentions(group), "ffn": 1}
+    steps = {"attention": width if shape.own_attentions else _attentions(group), "ffn": 1}
     for half, elements in (("attention", shape.attention * attentions), ("ffn", shape.ffn * ffns)):
         if part in ("both", half):
             device += _matrix_seconds(elements, setting.tokens, setting)
@@ -427,12 +324,14 @@ def _stage_way(
 
 
 def _outside(shape: Shape, setting: Setting) -> Cost:
-    """Embedding, last norm, output head (of one position per row), choice of the token."""
+    """Embedding, last norm, output head (of one position per row), choice of the token; and, where
+    graphs are replayed, how long the device waits for the next one."""
     ranks = 1 if setting.unpaired == "replicate" else setting.devices
     device = _matrix_seconds(shape.head / ranks, setting.batch, setting)
     device += 2 * setting.hardware.all_reduce(setting.batch * shape.hidden * 2.0, ranks)
-    kernels = table()["runtimes"][setting.runtime]["kernels"]["outside"]
-    return _launched(kernels, 2 if ranks > 1 else 0, device, setting)
+    runtime = table()["runtimes"][setting.runtime]
+    device += 0.0 if setting.hardware.synchronous else runtime["token"]
+    return _launched(runtime["kernels"]["outside"], 2 if ranks > 1 else 0, device, setting)
 
 
 def _attentions(group: Group | None) -> int:

@@ -25,7 +25,8 @@ from abreast.plan import Group, Plan
 class Shape:
     """The parts of a config.json that matter here, in elements. attention, ffn: parameters of one
     layer that every token reads; head: those of the output head. experts: of one layer's experts,
-    of which a token reads the share `chosen`; layers without any count as if they had them."""
+    of which a token reads the share `chosen`; layers without any count as if they had them.
+    own_attentions: the members' attentions of a group run one by one, even on one input."""
 
     hidden: int
     queries: int
@@ -37,6 +38,7 @@ class Shape:
     num_layers: int
     experts: int = 0
     chosen: float = 0.0
+    own_attentions: bool = False
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
@@ -63,6 +65,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
         num_layers=num_layers_of(config),
         experts=experts,
         chosen=size["C"] / size["E"] if experts else 0.0,
+        own_attentions=family.own_attentions,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from abreast.errors import AbreastError
+from abreast.runs import option
 from abreast.targets import Unpaired
 
 # With n rounds the smallest and largest ratio miss the true median 2 * 0.5**n of the time: with
@@ -62,37 +63,23 @@ class Job:
 
     contenders: tuple[Contender, ...] = ()
     cases: tuple[Case, ...] = ()
-    backend: BackendName = field(
-        default="eager",
-        metadata={
-            "help": "compile: static cache, CUDA graphs on a GPU; "
-            "tp: tensor parallel under torchrun."
-        },
+    backend: BackendName = option(
+        "eager", "compile: static cache, CUDA graphs on a GPU; tp: tensor parallel under torchrun."
     )
-    rounds: int = field(
-        default=20, metadata={"help": "Rounds; in each, every model is timed once."}
-    )
-    warmup: int = field(default=2, metadata={"help": "Rounds before, not counted."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, cuda:1, ..."})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
+    rounds: int = option(20, "Rounds; in each, every model is timed once.")
+    warmup: int = option(2, "Rounds before, not counted.")
+    seed: int = option(0, "Random seed.")
+    device: str = option("cpu", "cpu, cuda, cuda:1, ...")
+    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
     ranks: int = 2
-    unpaired: tuple[str, ...] = field(
-        default=("shard",),
-        metadata={
-            "help": "How the processes of tp hold layers in no group: shard or replicate, or both."
-        },
+    unpaired: tuple[str, ...] = option(
+        ("shard",), "How the processes of tp hold layers in no group: shard or replicate, or both."
     )
-    link_delay: int = field(
-        default=0,
-        metadata={
-            "help": "Microseconds that every exchange of tp waits in addition: a simulated link."
-        },
+    link_delay: int = option(
+        0, "Microseconds that every exchange of tp waits in addition: a simulated link."
     )
     vllm: tuple[str, ...] = ("vllm",)
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow code inside the checkpoints to run."}
-    )
+    trust_remote_code: bool = option(False, "Allow code inside the checkpoints to run.")
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Job:

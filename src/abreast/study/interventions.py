@@ -35,7 +35,7 @@ from abreast.errors import AbreastError
 from abreast.model import INTERVENTIONS, Program, cases, cost_of, shared_steps
 from abreast.plan import Group, Plan
 from abreast.runs import check_least, to_csv
-from abreast.study.running import Progress, Run, Say, run_all, start
+from abreast.study.running import Progress, Say, StudyRun, run_all, start
 from abreast.study.settings import Changes, StudySettings
 
 CSV, RECORD = "study.csv", "study.json"
@@ -254,7 +254,7 @@ def _row(
     )
 
 
-def _evaluations(run: Run, every: Sequence[Program], spent: int) -> Evaluations:
+def _evaluations(run: StudyRun, every: Sequence[Program], spent: int) -> Evaluations:
     original, batches = run.original, len(run.batches)
     after_prefix = sum(cost_of(program[shared_steps(program, original) :]) for program in every)
     return Evaluations(

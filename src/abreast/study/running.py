@@ -54,7 +54,7 @@ FORMAT = 2  # of the journal: 4~5 are merged layers in the first, and the wiring
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """A model, the windows that it and its changes are run on, and the folder of results.
 
     model: loaded from `folder`, None on the way to another process. tokens: int64 [num_windows,
@@ -100,7 +100,7 @@ class Run:
 class _Share:
     """One worker's programs per batch of a run."""
 
-    run: Run
+    run: StudyRun
     work: tuple[tuple[int, tuple[Program, ...]], ...]
     journal: Path
     device: str
@@ -134,7 +134,7 @@ def start(
     reference: bool,
     stream: TokenStream | None = None,
     step: Say,
-) -> Run:
+) -> StudyRun:
     """Load the model and its text, and open folder `out` for a run of this kind on them.
 
     stream: instead of the settings' data. step: see `token_stream`. Raises AbreastError for a
@@ -189,7 +189,7 @@ def start(
     )
     identity |= {"format": FORMAT, "norms": settings.norms}
     opened = open_run(Path(out), kind, identity)
-    return Run(opened, folder, loaded, tokens, size, reference, identity, settings)
+    return StudyRun(opened, folder, loaded, tokens, size, reference, identity, settings)
 
 
 def cost_text(passes: float, changed: int, settings: StudySettings) -> str:
@@ -201,7 +201,7 @@ def cost_text(passes: float, changed: int, settings: StudySettings) -> str:
 
 
 def run_all(
-    run: Run, programs: Iterable[Program], *, step: Say, progress: Progress | None
+    run: StudyRun, programs: Iterable[Program], *, step: Say, progress: Progress | None
 ) -> tuple[dict[Program, np.ndarray], int]:
     """Sums of `run_programs` of every program, [num_windows, 1 or 4], and the layers run for them.
 
@@ -235,7 +235,7 @@ def run_all(
 
 
 def _shares(
-    run: Run, parts: Sequence[set[Program]], todo: set[tuple[int, Program]]
+    run: StudyRun, parts: Sequence[set[Program]], todo: set[tuple[int, Program]]
 ) -> list[_Share]:
     devices = run.settings.devices
     cpus = max(1, sum(device.partition(":")[0] == "cpu" for device in devices))
@@ -319,7 +319,7 @@ def _work(share: _Share, report: Callable[[], None] | None = None) -> None:
 
 
 def _evaluate(
-    run: Run, model: PreTrainedModel, batch: int, programs: Sequence[Program]
+    run: StudyRun, model: PreTrainedModel, batch: int, programs: Sequence[Program]
 ) -> Iterator[dict[str, Any]]:
     """Run programs on a batch; yield the journal's line of each."""
     ids = torch.from_numpy(run.tokens[batch * run.size :][: run.size])

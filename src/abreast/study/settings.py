@@ -5,10 +5,11 @@ Knows no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from abreast.data import AUTO
 from abreast.plan import WIRING_NAMES, Norms
+from abreast.runs import option
 
 PAPERS = (
     *("shuffle", "prune", "merge", "parallel", "2-parallel", "3-parallel"),
@@ -26,42 +27,24 @@ class StudySettings:
     devices: one worker each; name "cpu" twice for two. norms: see `model.apply`.
     """
 
-    data: str = field(default=AUTO, metadata={"help": "Text to score; as in eval."})
-    add_bos: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Start texts with the BOS token. Default: as the tokenizer does.",
-            "option": "--add-bos/--no-add-bos",
-        },
+    data: str = option(AUTO, "Text to score; as in eval.")
+    add_bos: bool | None = option(
+        None,
+        "Start texts with the BOS token. Default: as the tokenizer does.",
+        "--add-bos/--no-add-bos",
     )
-    num_windows: int = field(
-        default=16, metadata={"help": "Number of windows to score.", "option": "--windows"}
+    num_windows: int = option(16, "Number of windows to score.", "--windows")
+    window: int = option(256, "Tokens per window.")
+    batch_size: int = option(8, "Windows per forward pass.")
+    max_cache_bytes: int = option(
+        10**9, "Memory for hidden states and logits kept for reuse.", "--max-cache", bytes=True
     )
-    window: int = field(default=256, metadata={"help": "Tokens per window."})
-    batch_size: int = field(default=8, metadata={"help": "Windows per forward pass."})
-    max_cache_bytes: int = field(
-        default=10**9,
-        metadata={
-            "help": "Memory for hidden states and logits kept for reuse.",
-            "option": "--max-cache",
-            "bytes": True,
-        },
-    )
-    devices: tuple[str, ...] = field(
-        default=("cpu",), metadata={"help": "One worker on each: cuda:0,cuda:1"}
-    )
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto."})
-    norms: Norms = field(
-        default="own",
-        metadata={"help": "Norms of a group's members: own, or as other code computes them."},
-    )
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a Hugging Face model."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Allow code inside the checkpoint to run."}
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
+    devices: tuple[str, ...] = option(("cpu",), "One worker on each: cuda:0,cuda:1")
+    dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
+    norms: Norms = option("own", "Norms of a group's members: own, or as other code computes them.")
+    revision: str | None = option(None, "Branch, tag or commit of a Hugging Face model.")
+    trust_remote_code: bool = option(False, "Allow code inside the checkpoint to run.")
+    seed: int = option(0, "Random seed.")
 
 
 @dataclass(frozen=True)
@@ -73,16 +56,11 @@ class Changes:
     where there are fewer).
     """
 
-    interventions: tuple[str, ...] = field(
-        default=PAPERS,
-        metadata={
-            "help": "Comma-separated; also ff and K-parallel-WIRING, K up to 6; * stands for any."
-        },
+    interventions: tuple[str, ...] = option(
+        PAPERS, "Comma-separated; also ff and K-parallel-WIRING, K up to 6; * stands for any."
     )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Longest stretch of layers. Default: all layers."}
-    )
-    permutations: int = field(default=3, metadata={"help": "Orders per shuffled stretch."})
+    max_length: int | None = option(None, "Longest stretch of layers. Default: all layers.")
+    permutations: int = option(3, "Orders per shuffled stretch.")
 
 
 @dataclass(frozen=True)
@@ -94,22 +72,11 @@ class Grid:
     its cache. parquet: write sweep.parquet as well.
     """
 
-    sizes: tuple[int, ...] = field(
-        default=(2, 3, 4), metadata={"help": "With --sweep: layers per group, comma-separated."}
+    sizes: tuple[int, ...] = option((2, 3, 4), "With --sweep: layers per group, comma-separated.")
+    wirings: tuple[str, ...] = option(WIRING_NAMES, "With --sweep: comma-separated.")
+    max_groups: int | None = option(None, "With --sweep: most groups of a plan. Default: all.")
+    min_depth: int | None = option(None, "With --sweep: least effective depth. Default: any.")
+    hardware: str | None = option(
+        None, "With --sweep: predict decoding on this hardware, as in estimate."
     )
-    wirings: tuple[str, ...] = field(
-        default=WIRING_NAMES, metadata={"help": "With --sweep: comma-separated."}
-    )
-    max_groups: int | None = field(
-        default=None, metadata={"help": "With --sweep: most groups of a plan. Default: all."}
-    )
-    min_depth: int | None = field(
-        default=None, metadata={"help": "With --sweep: least effective depth. Default: any."}
-    )
-    hardware: str | None = field(
-        default=None,
-        metadata={"help": "With --sweep: predict decoding on this hardware, as in estimate."},
-    )
-    parquet: bool = field(
-        default=False, metadata={"help": "With --sweep: write OUT/sweep.parquet as well."}
-    )
+    parquet: bool = option(False, "With --sweep: write OUT/sweep.parquet as well.")

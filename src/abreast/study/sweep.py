@@ -33,8 +33,8 @@ from abreast.study.interventions import (
 )
 from abreast.study.running import (
     Progress,
-    Run,
     Say,
+    StudyRun,
     check_settings,
     cost_text,
     run_all,
@@ -108,7 +108,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Expected:
+class StudyCost:
     """What a study takes before it begins: changed models, and full forward passes over the text.
 
     text: in a sentence.
@@ -147,7 +147,7 @@ def plans_of(grid: Grid, num_layers: int) -> list[tuple[str, int, Plan]]:
     return plans
 
 
-def expect(model: str | Path, work: Changes | Grid, settings: StudySettings) -> Expected:
+def study_cost(model: str | Path, work: Changes | Grid, settings: StudySettings) -> StudyCost:
     """What `study` or `sweep` would take, from config and headers, reading no weights or text.
 
     Raises AbreastError for settings that make no sense, and as `open_checkpoint` does.
@@ -162,7 +162,7 @@ def expect(model: str | Path, work: Changes | Grid, settings: StudySettings) -> 
         programs = {program for several in changed.values() for program in several}
     original = tuple(range(num_layers))
     passes = planned({original, *programs}) / num_layers
-    return Expected(len(programs), passes, cost_text(passes, len(programs), settings))
+    return StudyCost(len(programs), passes, cost_text(passes, len(programs), settings))
 
 
 def sweep(
@@ -325,7 +325,7 @@ def _timed(name: str, plan: Plan, seconds: Seconds | None) -> dict[str, Any]:
 
 
 def _on_tasks(
-    run: Run, plans: Sequence[Plan], tasks: Tasks, step: Say
+    run: StudyRun, plans: Sequence[Plan], tasks: Tasks, step: Say
 ) -> dict[Plan, dict[str, float]]:
     """The score of every task under each plan, and of the original, whose plan has no groups."""
     settings = run.settings

@@ -75,7 +75,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Layout:
+class GgufLayout:
     """A model in deci's terms. checkpoint: as transformers loads it. heads, kv_heads, ffn: one for
     each layer. rope_factors: divisors of the rotation's frequencies, empty where they are all 1.
     rope: other metadata of the rotation.
@@ -102,7 +102,7 @@ class Layout:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
+def lay_out_gguf(checkpoint: Checkpoint, dtype: str | None = None) -> GgufLayout:
     """Say what would be written. Raises ExportError for what llama.cpp cannot express."""
     family = CONVERTIBLE.get(str(checkpoint.config.get("model_type")).removeprefix("abreast_"))
     config = {**dict(family.defaults if family else ()), **checkpoint.config}
@@ -118,7 +118,7 @@ def lay_out(checkpoint: Checkpoint, dtype: str | None = None) -> Layout:
     context, warnings = _context(family, config)
     with _named("rope_parameters"):
         theta, rope, factors = _rope(config, head_dim, context)
-    return Layout(
+    return GgufLayout(
         checkpoint=checkpoint,
         family=family,
         heads=tuple(own["num_attention_heads"] for own in layers),

@@ -203,22 +203,22 @@ class _Reader:
     """Goes through a file's bytes. Past their end struct and numpy raise."""
 
     def __init__(self, data: mmap.mmap, name: str) -> None:
-        self.data, self.name, self.place = data, name, 4
+        self.data, self.name, self.offset = data, name, 4
 
     def number(self, kind: str) -> Any:
         return self.numbers(kind, 1)[0]
 
     def numbers(self, kind: str, count: int) -> list[Any]:
-        values = np.frombuffer(self.data, np.dtype(kind).newbyteorder("<"), count, self.place)
-        self.place += values.nbytes
+        values = np.frombuffer(self.data, np.dtype(kind).newbyteorder("<"), count, self.offset)
+        self.offset += values.nbytes
         return values.tolist()
 
     def string(self) -> str:
         length = self.number("u8")
-        start, self.place = self.place, self.place + length
-        if self.place > len(self.data):
+        start, self.offset = self.offset, self.offset + length
+        if self.offset > len(self.data):
             raise ValueError
-        return self.data[start : self.place].decode()
+        return self.data[start : self.offset].decode()
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -245,7 +245,7 @@ class _Reader:
             name, dimensions = self.string(), self.number("u4")
             shape = tuple(reversed(self.numbers("u8", dimensions)))
             entries.append((name, shape, self.number("u4"), self.number("u8")))
-        start = -self.place % facts.get("general.alignment", 32) + self.place
+        start = -self.offset % facts.get("general.alignment", 32) + self.offset
         stored = {}
         for name, shape, number, offset in entries:
             kind = gguf.GGMLQuantizationType(number)

@@ -70,8 +70,8 @@ def make_tokenizer(facts: Mapping[str, Any], name: str, rows: int) -> Any:
         default = kind == "llama" or SPLITS.get(str(facts.get(f"{_GGML}pre"))) in _ADD_BOS
         around = []
         for end, add in (("bos", default), ("eos", False)):
-            wanted = facts.get(f"{_GGML}add_{end}_token", add) and f"{end}_token" in special
-            around.append([special[f"{end}_token"]] if wanted else [])
+            is_added = facts.get(f"{_GGML}add_{end}_token", add) and f"{end}_token" in special
+            around.append([special[f"{end}_token"]] if is_added else [])
         backend.post_processor = TemplateProcessing(
             single=[*around[0], "$A", *around[1]],
             pair=[*around[0], "$A", *around[1], *around[0], "$B:1", *around[1]],
@@ -133,10 +133,10 @@ def _sentencepiece(facts: Mapping[str, Any], name: str, tokens: list[str]) -> An
     vocab = {token: index for index, token in enumerate(tokens)}
     scores = facts[f"{_GGML}scores"]
     made = sorted(
-        (-scores[index], index, token[:cut], token[cut:])
+        (-scores[index], index, token[:split], token[split:])
         for token, index in vocab.items()
-        for cut in range(1, len(token))
-        if token[:cut] in vocab and token[cut:] in vocab
+        for split in range(1, len(token))
+        if token[:split] in vocab and token[split:] in vocab
     )
     unknown = facts.get(f"{_GGML}unknown_token_id")
     backend = Tokenizer(

@@ -193,8 +193,10 @@ def _check_merges(folder: Path, merges: list[list[str]], pieces: set[str]) -> No
         ways.setdefault(piece, set()).update(map(tuple, pairs))
     sides = {piece for piece, made_by in ways.items() if made_by or len(piece) == 1}
     for piece, made_by in ways.items():
-        cuts = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        if piece in odd or any(sides.issuperset(cut) and cut not in made_by for cut in cuts):
+        splits = ((piece[:split], piece[split:]) for split in range(1, len(piece)))
+        if piece in odd or any(
+            sides.issuperset(split) and split not in made_by for split in splits
+        ):
             raise VocabularyError(
                 f"the tokenizer in '{folder}' does not join all that make {piece!r}, llama.cpp "
                 "would; serve the checkpoint with vLLM or transformers"
@@ -330,14 +332,14 @@ class _Reader:
         symbols = list(text.replace(" ", SPACE))
         while True:
             pairs = [
-                (scores[ids[left + right]], -place)
-                for place, (left, right) in enumerate(pairwise(symbols))
+                (scores[ids[left + right]], -index)
+                for index, (left, right) in enumerate(pairwise(symbols))
                 if left + right in ids
             ]
             if not pairs:
                 break
-            place = -max(pairs)[1]
-            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+            index = -max(pairs)[1]
+            symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]
         for symbol in symbols:
             if symbol in ids:
                 yield ids[symbol]

@@ -29,7 +29,7 @@ from abreast.checkpoint import (
     read_rows,
     write,
 )
-from abreast.engines.llamacpp.deci import ARCHITECTURE, ExportError, Layout, Piece, lay_out
+from abreast.engines.llamacpp.deci import ARCHITECTURE, ExportError, GgufLayout, Piece, lay_out_gguf
 from abreast.engines.llamacpp.vocabulary import Vocabulary, read_vocabulary
 from abreast.errors import CheckpointError, install
 from abreast.families import head_dim_of, positive
@@ -77,7 +77,7 @@ def export(
     gguf = _gguf()
     if quantization is not None:
         check_quantizer(quantization)
-    layout = lay_out(open_checkpoint(model, revision=revision), dtype)
+    layout = lay_out_gguf(open_checkpoint(model, revision=revision), dtype)
     checkpoint = layout.checkpoint
     vocabulary = read_vocabulary(checkpoint.folder, positive(layout.config, "vocab_size"))
     needed = layout.nbytes * (2 if quantization else 1) + (64 << 20)
@@ -192,7 +192,7 @@ def _write(
     gguf: Any,
     path: Path,
     checkpoint: Checkpoint,
-    layout: Layout,
+    layout: GgufLayout,
     vocabulary: Vocabulary,
     progress: Progress | None,
 ) -> None:
@@ -251,7 +251,7 @@ def _name(source: str, vocabulary: Vocabulary) -> str:
     return name if own else re.sub("(phi)(-?)(3)", r"\1 \3", name, flags=re.IGNORECASE)
 
 
-def _write_metadata(gguf: Any, writer: Any, manifest: Manifest | None, layout: Layout) -> None:
+def _write_metadata(gguf: Any, writer: Any, manifest: Manifest | None, layout: GgufLayout) -> None:
     config, head_dim = layout.config, head_dim_of(layout.config)
     writer.add_string("abreast.version", __version__)
     if manifest is not None:

@@ -203,10 +203,10 @@ class CqilLayer(Layer):
         self.mlp.down_proj.skip_bias_add = True
         load_outputs = output_loader(self.first, self.here, hidden, columns, share)
 
-        def load_gate_up(parameter: nn.Parameter, loaded: torch.Tensor, place: int) -> None:
+        def load_gate_up(parameter: nn.Parameter, loaded: torch.Tensor, shard: int) -> None:
             own = loaded.narrow(0, rank * self.here * half, self.here * half)
             own = own.reshape(self.here, half, *own.shape[1:])
-            parameter.data.narrow(1, place * half, half).copy_(own)
+            parameter.data.narrow(1, shard * half, half).copy_(own)
 
         pairs = (attention.o_proj, load_outputs), (self.mlp.gate_up_proj, load_gate_up)
         for linear, load in pairs:
@@ -251,8 +251,8 @@ class Model(nn.Module):
         layers: list[nn.Module] = []
         for index, block in enumerate(plan_of(config.abreast).blocks):
             band, name = band_of(family, block), f"{prefix}.layers.{index}"
-            given = config, block, quant_config, name
-            layers.append(Layer(*given) if band is None else CqilLayer(*given, band))
+            arguments = config, block, quant_config, name
+            layers.append(Layer(*arguments) if band is None else CqilLayer(*arguments, band))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 

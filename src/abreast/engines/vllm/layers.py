@@ -46,8 +46,9 @@ from vllm.model_executor.models.llama import LlamaAttention, LlamaMLP
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
-from abreast.engines.members import HeadNorm, MemberLinear, biases, output_loader, visible
+from abreast.engines.members import HeadNorm, biases, output_loader, visible
 from abreast.engines.vllm.experts import Experts, has_experts
+from abreast.engines.vllm.packed import PackedLinear
 
 
 class Attention(LlamaAttention):
@@ -247,12 +248,14 @@ class MemberMLP(nn.Module):
         self.act_fn = SiluAndMul()
 
     def forward(self, y_PND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        wide_PNX, _ = self.gate_up_proj(y_PND if self.here > 1 else y_PND[0])
-        gated = self.act_fn(wide_PNX)
-        return self.down_proj(gated if self.here == 1 else gated.transpose(0, 1).flatten(1))
+        if self.here == 1:
+            wide_NX, _ = self.gate_up_proj(y_PND[0])
+            return self.down_proj(self.act_fn(wide_NX))
+        gated = [self.act_fn(wide_NX) for wide_NX in self.gate_up_proj.products(y_PND)]
+        return self.down_proj(torch.cat(gated, -1))
 
 
-class _GateUp(MemberLinear):
+class _GateUp(PackedLinear):
     """Gate and up of each member, one below the other; the checkpoint has all gates, then all ups.
 
     A rank that holds several members holds them whole.
@@ -279,7 +282,7 @@ def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix:
     hidden, bias = config.hidden_size, attention.o_proj.bias is not None
     columns = attention.q_size // group.here
     if group.here > 1:
-        linear: Any = MemberLinear(group.here, hidden, columns, bias)
+        linear: Any = PackedLinear(group.here, hidden, columns, bias)
     else:
         linear = ReplicatedLinear(columns, hidden, bias=bias, prefix=f"{prefix}.o_proj")
     share = get_tensor_model_parallel_rank() % group.sharing

@@ -23,6 +23,7 @@ from abreast.engines.vllm.layers import (
     member_group,
     replicates,
 )
+from abreast.engines.vllm.packed import PackedLinear
 from abreast.engines.vllm.plugin import StreamsOfOriginal, is_sequential
 
 
@@ -65,6 +66,12 @@ class _ForCausalLM(StreamsOfOriginal, LlamaForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights(_dequantized(weights, self.apart))
+
+    def process_weights_after_loading(self) -> None:
+        """Called by vLLM's loader."""
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.pack()
 
 
 def without_adapters(mapper: WeightsMapper, modules: Iterable[str]) -> WeightsMapper:
