@@ -395,3 +395,17 @@ def test_saving_does_not_write_through_a_link(tmp_path):
     Plan.parse("1+2", 4).save(tmp_path / "plan.yaml")
     assert outside.read_text() == "mine"
     assert Plan.load(tmp_path / "plan.yaml") == Plan.parse("1+2", 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lp", "lp: every FFN sees the sum of all attentions"),
+        ("ff", "ff: attentions in order, every FFN sees the sum of all attentions"),
+        ("cqil", "cqil: every FFN sees its own attention"),
+        ("cqil-full", "cqil with bypass 2: every FFN sees its own attention and those of up to 2"),
+    ],
+)
+def test_wirings_in_words(name: str, words: str) -> None:
+    assert Group.wired((3, 4, 5), name).description.startswith(words)
+    assert ("with bypass" in words) == ("with bypass" in Group.wired((3, 4, 5), name).description)

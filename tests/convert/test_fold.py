@@ -20,6 +20,7 @@ from abreast.convert.fold import (
     fold_shift,
     join_columns,
     join_rows,
+    pad,
     sum_biases,
     tensor_rules,
 )
@@ -329,3 +330,34 @@ def test_biases_of_attentions_in_order_are_not_summed() -> None:
 def test_plan_without_groups_is_refused() -> None:
     with pytest.raises(FoldError, match="no group"):
         check_plan(CONFIG, Plan.parse("", 6))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 12])
+def test_zeros_follow_every_block_however_many_rows_come_at_once(rows):
+    matrix = torch.arange(1.0, 121.0).reshape(12, 10)
+    below = list(pad(matrix.split(rows), (0, 4, 300)))
+    zeros = torch.zeros(296, 10)
+    blocks = [part for block in matrix.split(4) for part in (block, zeros)]
+    assert torch.equal(torch.cat(below), torch.cat(blocks))
+    assert max(map(len, below)) <= 256  # rows of zeros are not all held at once
+    beside = torch.cat(list(pad(matrix.split(rows), (1, 5, 7))))
+    zeros = torch.zeros(12, 2)
+    assert torch.equal(beside, torch.cat([matrix[:, :5], zeros, matrix[:, 5:], zeros], dim=1))
+
+
+CONFIG_OF_EXPERTS = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 6,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def test_layers_whose_experts_differ_in_number_do_not_fuse():
+    config = {**CONFIG_OF_EXPERTS, "per_layer_config": {"2": {"num_experts_per_tok": 1}}}
+    assert obstacle(CONFIG_OF_EXPERTS, (1, 2)) is None and obstacle(config, (3, 4)) is None
+    assert obstacle(config, (1, 2)) == "layer 2 has num_experts_per_tok 1, layer 1 2"

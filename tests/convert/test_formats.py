@@ -116,6 +116,7 @@ def test_a_dry_run_says_what_it_costs(run, tiny_checkpoint):
         ("deci", "1+2", "granite", {}, "otherwise than Llama's"),
         ("mlx", "1+2", "olmo2", {}, "runs llama, mistral, qwen2, qwen3, gemma3_text;"),
         ("mlx", "1+2", "llama", {"hidden_act": "gelu"}, "gated by gelu, there by silu"),
+        ("mlx", "1+2", "gemma3_text", {"hidden_activation": "swish"}, "there by gelu_pytorch_tanh"),
         ("mlx", "1+2", "gemma3_text", {"final_logit_softcapping": 30.0}, "caps scores"),
         ("mlx", "1+2", "gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
         ("mlx", "1+2", "llama", {"rope_parameters": {**LLAMA3, "rope_type": "yarn"}}, r"\(yarn\)"),
@@ -128,6 +129,11 @@ def test_what_a_format_cannot_express(
     with pytest.raises(AbreastError, match=reason) as caught:
         preview(tiny_checkpoint(family, **settings), plan, form=form)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["deci", "mlx"])
+def test_another_name_of_silu_is_no_obstacle(tiny_checkpoint, tmp_path, form):
+    convert(tiny_checkpoint(hidden_act="swish"), "1+2", tmp_path / "out", form=form)
 
 
 def test_sequential_prefill_needs_our_classes(tiny_checkpoint):

@@ -109,6 +109,7 @@ def changed(key: str, value: Any) -> Any:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "pieces": (changed("split.count", 3), "one of 3 pieces; join them first"),
+    "no count of pieces": (changed("split.count", "two"), "one of two pieces"),
     "mmproj": (changed("general.type", "mmproj"), "holds no language model, it is of type mmproj"),
     "imatrix": (changed("general.type", "imatrix"), "of type imatrix"),
     "architecture": (changed("general.architecture", "rwkv6"), "architecture rwkv6, which cannot"),

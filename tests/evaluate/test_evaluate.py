@@ -384,6 +384,9 @@ def test_draws_are_the_same_in_number_however_few_are_held_at_once(monkeypatch) 
     values = np.array([0.5, -0.2, 0.9, 0.4])  # of 16 signs, 4 reach as far
     assert sign_flips(values, resamples=2001) == pytest.approx(4 / 16, abs=0.03)
     assert sign_flips(np.ones(40), resamples=99) == 1 / 100
+    monkeypatch.setattr(statistics, "_MAX_DRAWS", 1)  # still one at a time
+    assert statistics.resampled(columns, np.random.default_rng(0), 3).shape == (3, 2)
+    assert sign_flips(np.ones(40), resamples=9) == 1 / 10
 
 
 def test_exact_mcnemar_by_hand() -> None:

@@ -285,3 +285,11 @@ def test_importing_makes_no_family():
         "assert type(config) in transformers.AutoModelForCausalLM._model_mapping\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_windows_begin_at_layer_28_where_a_qwen_does_not_say():
+    """The default of max_window_layers in transformers' Qwen 2 and 3."""
+    config = {"model_type": "qwen2", "num_hidden_layers": 30, "sliding_window": 16}
+    kinds = attention_kinds({**config, "use_sliding_window": True})
+    assert kinds == ("full_attention",) * 28 + ("sliding_attention",) * 2
+    assert set(attention_kinds(config)) == {"full_attention"}

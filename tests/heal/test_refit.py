@@ -160,6 +160,25 @@ def test_refit_brings_the_grouped_model_nearer(tiny_checkpoint, family, plan):
     assert all(fit.after <= fit.before for fit in found.fits)
 
 
+@pytest.mark.parametrize(
+    ("step", "names"),
+    [
+        ("qkv", {"q_proj", "k_proj", "v_proj"}),
+        ("gate_up", {"gate_proj", "up_proj"}),
+        ("out", {"o_proj", "down_proj"}),
+    ],
+)
+def test_each_step_solves_for_its_own_matrices(tiny_checkpoint, monkeypatch, step, names):
+    monkeypatch.setattr(least_squares, "mean_kl", lambda *_: next(falling))
+    falling = iter((1.0, 0.5))  # so that what was found is kept, however little alone
+    model, _ = load(tiny_checkpoint())
+    before = weights_of(model)
+    found = refit(model, PLAN, words(40, 32), steps=(step,))
+    assert {fit.step for fit in found.fits} == {step}
+    changed = {n.split(".")[-2] for n, w in model.named_parameters() if not w.equal(before[n])}
+    assert changed == names
+
+
 @pytest.mark.parametrize("family", ["llama", "granite", "phi", "starcoder2"])
 def test_a_group_that_equals_the_original_has_nothing_to_learn(tiny_checkpoint, family):
     """A first member that adds nothing but its biases' zeros: grouped and sequential agree.

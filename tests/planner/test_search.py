@@ -253,6 +253,26 @@ def test_half_of_the_budget_goes_to_starting_points():
     assert not sizes
 
 
+@pytest.mark.parametrize(("layers", "end"), [(32, 28), (28, 25), (32, 30)])
+def test_stretches_that_end_where_published_ones_do_come_early(layers, end):
+    """Dear as they are, if only the others that end at a published layer are dearer still."""
+    ends = {32: (28, 29, 30), 28: (24, 25, 26)}[layers]
+    dear = {first: 9.0 for last in ends for first in (last - 2, last - 4)}
+    dear |= {end - 2: 5.0, end - 4: 5.0}
+    costs = pairs(layers, lambda first: dear.get(first, 1 + first / 100))
+    stretch = Plan.parse(f"{end - 4}+{end - 3} {end - 2}+{end - 1}", layers)
+    batches: list[list[Plan]] = []
+
+    def measured(plans):
+        batches.append(list(plans))
+        return [total(plan, costs) for plan in plans]
+
+    for depth, _ in refine(Candidates.of(layers, costs), measured, least_depth=layers - 2):
+        if depth > layers - 2:
+            batches.clear()
+    assert stretch in batches[0][:3]
+
+
 def test_search_without_refinement_takes_the_additive_optimum():
     costs = pairs(12, lambda first: 1 / first)
     found = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
@@ -273,6 +293,12 @@ def test_two_groups_take_the_place_of_one_however_cheap_others_of_its_size_are()
     triple = candidates.groups.index(Group(layers=(5, 6, 7)))
     made = {candidates.plan(choice).shorthand for choice in changes(candidates, (triple,))}
     assert "1+2+3" in made and any(len(name.split()) == 2 for name in made)
+
+
+def test_a_plan_with_a_group_that_is_no_candidate_is_none_of_theirs():
+    candidates = Candidates.of(8, pairs(8))
+    assert candidates.choice(Plan.parse("2+3 5+6", 8)) == (1, 4)
+    assert candidates.choice(Plan.parse("2+3 5~6", 8)) is None
 
 
 def test_times_that_a_faster_plan_beats_are_left_out():

@@ -261,7 +261,7 @@ class _Reader:
 
 def _architecture(file: File) -> str:
     facts, name = file.facts, f"'{file.name}'"
-    if facts.get("split.count", 1) > 1:
+    if facts.get("split.count", 1) not in (0, 1):
         raise ImportRefused(
             f"{name} is one of {facts['split.count']} pieces; join them first: "
             "llama-gguf-split --merge FIRST_PIECE WHOLE.gguf"
