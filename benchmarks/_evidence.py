@@ -160,9 +160,7 @@ def missing(rows: dict[str, Row], *kinds: str) -> str:
     """One sentence that names the rows of these kinds which are still to be measured."""
     names = [f"`{name}`" for name, (_, _, kind) in every_row().items() if kind in kinds]
     left = [name for name in names if name.strip("`") not in rows]
-    if not left:
-        return ""
-    return f"All {MISSING}.\n" if left == names else f"Of these {MISSING}: {', '.join(left)}.\n"
+    return f"Of these {MISSING}: {', '.join(left)}.\n" if left else ""
 
 
 def task_cells(result: Row) -> list[str]:
@@ -303,12 +301,18 @@ def page(rows: dict[str, Row]) -> str:
         "lists what is missing, and `python benchmarks/real_models.py --page` writes this page. "
         + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
     ]
+    unmeasured = []
     for heading, (kinds, about, section) in SECTIONS.items():
+        if not any(every_row()[name][2] in kinds for name in rows):
+            unmeasured.append(f"`{kinds[0]}` ({heading[0].lower()}{heading[1:]})")
+            continue
         parts.append(f"## {heading}\n")
         parts.append(f"{' '.join((f'KIND `{kinds[0]}`.', about, missing(rows, *kinds))).strip()}\n")
         for model, (name, _) in MODELS.items():
             if made_of := section(rows, model):
                 parts += [f"{name}:\n", made_of]
+    if unmeasured:
+        parts += ["## Other kinds of row\n", f"{', '.join(unmeasured)}: {MISSING}.\n"]
     return "\n".join(parts)
 
 
