@@ -6,7 +6,8 @@ several delays that every exchange waits in addition. With E exchanges per token
 T + E w at a delay of w, with T measured at w = 0: that is the prediction beside the measurement.
 
 --baselines times the sharded original itself: torch_tp's against a plain loop over the same parts
-and transformers' own tensor parallelism, which puts hooks around every product.
+and transformers' own tensor parallelism, which puts hooks around every product; then lp pairs with
+whole single layers against a loop that runs them as the code of Layer Parallelism's authors does.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from abreast.checkpoint import read_manifest
 from abreast.convert import convert
 from abreast.engines.torch_tp import launched, load_parallel
+from abreast.model import grouped
 from abreast.plan import Group, Plan
 from abreast.speed import Case, Contender, Job, bench, run
 
@@ -74,45 +77,121 @@ class PlainLoop(nn.Module):
         body, cache = self.model.model, {} if past_key_values is None else past_key_values
         past, length = (cache[0][0].shape[2] if cache else 0), input_ids.shape[1]
         x = body.embed_tokens(input_ids)
-        cos, sin = body.rotary_emb(x, torch.arange(past, past + length)[None])
-
-        def rotated(heads: Tensor) -> Tensor:
-            first, second = heads.chunk(2, -1)
-            return heads * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
-
-        for place, layer in enumerate(body.layers):
-            own, y = layer.self_attn, layer.input_layernorm(x)
-            q, k, v = (
-                part(y).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
-                for part in (own.q_proj, own.k_proj, own.v_proj)
-            )
-            q, k = rotated(q), rotated(k)
-            if place in cache:
-                k, v = (torch.cat(pair, 2) for pair in zip(cache[place], (k, v), strict=True))
-            cache[place] = k, v
-            out = scaled_dot_product_attention(q, k, v, is_causal=length > 1, enable_gqa=True)
-            out = own.o_proj(out.transpose(1, 2).flatten(2))
-            dist.all_reduce(out)
-            x = x + out
-            y = layer.post_attention_layernorm(x)
-            mlp = layer.mlp
-            out = mlp.down_proj(nn.functional.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
-            dist.all_reduce(out)
-            x = x + out
+        rotation = body.rotary_emb(x, torch.arange(past, past + length)[None])
+        x = self.layers(x, rotation, cache)
         logits = self.model.lm_head(body.norm(x[:, -logits_to_keep:]))
         return SimpleNamespace(logits=logits, past_key_values=cache)
+
+    def layers(self, x: Tensor, rotation: Any, cache: dict[int, Any]) -> Tensor:
+        for place, layer in enumerate(self.model.model.layers):
+            x = x + summed(attend(layer, x, rotation, cache, place))
+            x = x + summed(feed(layer.mlp, layer.post_attention_layernorm(x)))
+        return x
+
+
+class AuthorsLoop(PlainLoop):
+    """Pairs of a whole Llama as the code of Layer Parallelism runs them on two devices.
+
+    Layers in no pair are whole on both. In a pair a rank has the attention of its member, and half
+    of each FFN behind the norm of its member (`norms="split"` of `abreast.model.grouped`).
+    """
+
+    def __init__(self, model: Any, plan: Plan) -> None:
+        super().__init__(model)
+        self.stages, self.rank = plan.stages, dist.get_rank()
+        layers = model.model.layers
+        self.halves = nn.ModuleDict(
+            {
+                str(pair[0]): self.half([layers[k].mlp for k in pair])
+                for pair in self.stages
+                if pair[1:]
+            }
+        )
+
+    def half(self, ffns: list[Any]) -> nn.Module:
+        def joined(name: str, dim: int) -> nn.Linear:
+            parts = [getattr(ffn, name).weight.tensor_split(2, dim)[self.rank] for ffn in ffns]
+            linear = nn.Linear(1, 1, bias=False)
+            linear.weight = nn.Parameter(torch.cat(parts, dim).contiguous(), requires_grad=False)
+            return linear
+
+        names = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}
+        return nn.ModuleDict({name: joined(name, dim) for name, dim in names.items()})
+
+    def layers(self, x: Tensor, rotation: Any, cache: dict[int, Any]) -> Tensor:
+        layers = self.model.model.layers
+        for place, stage in enumerate(self.stages):
+            layer = layers[stage[self.rank if stage[1:] else 0]]
+            out = attend(layer, x, rotation, cache, place)
+            x = x + (summed(out) if stage[1:] else out)
+            mlp = self.halves[str(stage[0])] if stage[1:] else layer.mlp
+            out = feed(mlp, layer.post_attention_layernorm(x))
+            x = x + (summed(out) if stage[1:] else out)
+        return x
+
+
+def attend(layer: Any, x: Tensor, rotation: Any, cache: dict[int, Any], place: int) -> Tensor:
+    """The attention branch of [B, L, D]; `cache` has keys and values by place."""
+    own, y, (cos, sin) = layer.self_attn, layer.input_layernorm(x), rotation
+
+    def rotated(heads: Tensor) -> Tensor:
+        first, second = heads.chunk(2, -1)
+        return heads * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+    q, k, v = (
+        part(y).unflatten(-1, (-1, own.head_dim)).transpose(1, 2)
+        for part in (own.q_proj, own.k_proj, own.v_proj)
+    )
+    q, k = rotated(q), rotated(k)
+    if place in cache:
+        k, v = (torch.cat(pair, 2) for pair in zip(cache[place], (k, v), strict=True))
+    cache[place] = k, v
+    causal = x.shape[1] > 1
+    out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+    result: Tensor = own.o_proj(out.transpose(1, 2).flatten(2))
+    return result
+
+
+def feed(mlp: Any, y: Tensor) -> Tensor:
+    result: Tensor = mlp.down_proj(nn.functional.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
+    return result
+
+
+def summed(partial: Tensor) -> Tensor:
+    dist.all_reduce(partial)
+    return partial
 
 
 def baselines(folder: str, rounds: int, steps: int) -> None:
     """On every rank; rank 0 prints."""
     from transformers import AutoModelForCausalLM
 
+    def original(**options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
     thin = load_parallel(folder, dtype="float32")
-    hooked = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto", dtype=torch.float32)
-    models = {"torch_tp": thin, "plain loop": PlainLoop(thin), "transformers' hooks": hooked.eval()}
+    hooked = original(tp_plan="auto")
+    models = {"torch_tp": thin, "plain loop": PlainLoop(thin), "transformers' hooks": hooked}
+    timed(models, thin, rounds, steps)
+    joined = Path(folder).with_name("lp")
+    if joined.is_dir():
+        plan, whole = read_manifest(joined).plan, original()
+        models = {
+            "lp, replicate": load_parallel(joined, dtype="float32", unpaired="replicate"),
+            "lp, the authors' loop": AuthorsLoop(whole, plan),
+        }
+        with grouped(original(), plan, norms="split") as wanted:
+            timed(models, wanted, rounds, steps)
+    dist.destroy_process_group()
+
+
+def timed(models: dict[str, Any], wanted: Any, rounds: int, steps: int) -> None:
+    """All must predict what `wanted` does."""
     ids = torch.arange(3, 19)[None]
     with torch.inference_mode():
-        want, *others = (model(input_ids=ids, logits_to_keep=1).logits for model in models.values())
+        want, *others = (
+            m(input_ids=ids, logits_to_keep=1).logits for m in (wanted, *models.values())
+        )
     for logits in others:
         torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-3)
     result = bench(
@@ -123,7 +202,6 @@ def baselines(folder: str, rounds: int, steps: int) -> None:
             gain = [timing.ratio_low, timing.ratio, timing.ratio_high]
             row = {"baseline": name, "ms_per_token": 1e3 * timing.median / steps, "gain": gain}
             print(json.dumps(row), flush=True)
-    dist.destroy_process_group()
 
 
 def main() -> None:
