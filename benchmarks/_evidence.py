@@ -221,7 +221,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         "[rivals](planning.md#what-people-would-do-instead) do stands there. On the right, all "
         "with the same closed-form refit on 8,192 tokens of the first half. *Planner, refit* and "
         "*distilled*: after `heal` on its default text, with 60 minutes of training; "
-        "*accelerated*: with three minutes of training on a GPU, on other text (see the row).",
+        "*accelerated*: with a few minutes of training on a GPU, on other text (see the row).",
         quality,
     ),
     "Tasks": (
@@ -301,9 +301,9 @@ def page(rows: dict[str, Row]) -> str:
         "lists what is missing, and `python benchmarks/real_models.py --page` writes this page. "
         + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
     ]
-    unmeasured = []
+    unmeasured, every = [], every_row()
     for heading, (kinds, about, section) in SECTIONS.items():
-        if not any(every_row()[name][2] in kinds for name in rows):
+        if not any(every[name][2] in kinds for name in rows):
             unmeasured.append(f"`{kinds[0]}` ({heading[0].lower()}{heading[1:]})")
             continue
         parts.append(f"## {heading}\n")

@@ -129,7 +129,7 @@ class Subject:
         return out
 
     def with_accelerator(self) -> dict[str, Any]:
-        """Arguments of `heal`. A step takes a quarter of a second, a checkpoint several."""
+        """Arguments of `heal`."""
         recipe = Recipe(
             train="all",
             group_share=0.1,
@@ -138,7 +138,6 @@ class Subject:
             batch_size=48,
             micro_batch=48,
             evaluate_every=100,
-            save_every=10**9,
         )
         if not self.setting.text:
             raise AbreastError("training with an accelerator reads much text; name it with --text")
