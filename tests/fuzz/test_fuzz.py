@@ -121,7 +121,7 @@ def test_the_interval_of_a_share():
 @pytest.mark.slow
 def test_mutants_are_noticed_and_kept():
     """Of the same seed the second call tries nothing again."""
-    words = ("mutants.py", "-n", "9", "--seed", "7", "--modules", "abreast.evaluate.statistics")
+    words = ("mutants.py", "-n", "3", "--seed", "7", "--modules", "abreast.evaluate.statistics")
     for _ in range(2):
         harness(*words)
 

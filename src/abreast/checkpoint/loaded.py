@@ -62,10 +62,11 @@ def _unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
 
 def check_depth(checkpoint: Checkpoint, num_layers: int) -> None:
     """Refuse more layers than there are tensors, before anybody makes as many."""
-    if num_layers > len(checkpoint.tensors):
+    count = len(checkpoint.tensors) + len(checkpoint.others)  # a wrapper's may have any names
+    if num_layers > count:
         raise CheckpointError(
-            f"config.json says {num_layers} layers, '{checkpoint.source}' holds only "
-            f"{len(checkpoint.tensors)} tensors; weights and config do not belong together"
+            f"config.json says {num_layers} layers, '{checkpoint.source}' holds only {count} "
+            "tensors; weights and config do not belong together"
         )
 
 
