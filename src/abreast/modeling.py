@@ -247,9 +247,12 @@ def _keep_experts(mlp: Any, members: int, bare: Any) -> None:
             block = type(mlp)(bare)
         blocks.append(narrowed(block, lambda _, own=member: (mlp, own, members), {}))
     router = mlp.gate if hasattr(mlp, "gate") else mlp.router
-    if type(router).__name__ not in SCORES:
-        raise ValueError(f"how a {type(router).__name__} scores experts is not known: add it")
-    mix(router, MemberRouter, members=members)
+    name, version = type(router).__name__, transformers.__version__.split(".")
+    if name not in SCORES:
+        raise ValueError(f"how a {name} scores experts is not known: add it")
+    before_21 = [int(part) for part in version[:2]] < [5, 21]
+    chosen_first = before_21 and name == "GraniteMoeTopKRouter"
+    mix(router, MemberRouter, members=members, chosen_first=chosen_first)
     mix(mlp, MemberExperts, narrow=blocks)
 
 

@@ -174,7 +174,8 @@ class Member(View):
 class MemberRouter:
     """Mixed into a stock router with the experts of several members, one below the other: each
     chooses among its own, and normalises among them. Returns logits [P * T, E], member after
-    member, for losses that balance experts; weights and experts, [T, P * chosen]."""
+    member, for losses that balance experts; weights and experts, [T, P * chosen]. Some versions of
+    transformers expect all that in the other order."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         name, members = type(self).__name__, self.members
@@ -203,7 +204,8 @@ class MemberRouter:
         before = torch.arange(members, device=x.device).unsqueeze(-1) * logits.shape[-1]
         weights = weights.flatten(-2)
         weights = weights if name in FLOAT32 else weights.to(x.dtype)
-        return logits.transpose(0, 1).flatten(0, 1), weights, (chosen + before).flatten(-2)
+        routed = logits.transpose(0, 1).flatten(0, 1), weights, (chosen + before).flatten(-2)
+        return routed[::-1] if self.chosen_first else routed
 
     def _best_groups(self, ranked: Tensor, deciding: int) -> Tensor:
         """Without the experts of all but the best groups, which so many of their best decide."""

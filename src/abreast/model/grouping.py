@@ -386,6 +386,7 @@ class _Forwards:
     norms: Norms
     last_matrix: str  # of the FFN, see `check_norms`
     arguments: list[dict[str, Any]] = field(default_factory=list)
+    recompute: bool = False  # in this pass, see `_Forward`
 
     def run(self, arguments: Sequence[dict[str, Any]], x: torch.Tensor) -> torch.Tensor:
         """The group's output from its input, both [batch, length, hidden]."""
@@ -441,21 +442,25 @@ class _Forward:
     def _run(
         self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        members = self.together.members
+        together, members = self.together, self.together.members
         member, last = members[self.index], members[-1]
-        left_behind = self.together.arguments[: self.index]
-        self.together.arguments = [*left_behind, by_name(member, args, kwargs)]
+        together.arguments = [*together.arguments[: self.index], by_name(member, args, kwargs)]
+        # Where transformers checkpoints in the layer's `__call__` (5.22 and before), it would run
+        # this again, without what the other members were handed. So the last is told not to.
+        around = type(last).__call__ is not nn.Module.__call__
         if member is not last:
+            if around and members[self.index + 1] is last:
+                together.recompute = getattr(last, "gradient_checkpointing", False)
+                last.gradient_checkpointing = False
             return hidden_states
-        arguments, self.together.arguments = self.together.arguments, []
-        # Recent versions of transformers checkpoint in the class's `forward`, which this one
-        # shadows; earlier ones in `__call__`, around this one.
-        checkpointing = last.training and getattr(last, "gradient_checkpointing", False)
-        if checkpointing and type(last).__call__ is nn.Module.__call__:
-            run = partial(self.together.run, [_without_cache(kwargs) for kwargs in arguments])
+        arguments, together.arguments = together.arguments, []
+        if around and together.recompute:
+            last.gradient_checkpointing, together.recompute = True, False
+        if last.training and getattr(last, "gradient_checkpointing", False):
+            run = partial(together.run, [_without_cache(kwargs) for kwargs in arguments])
             checkpoint: Any = last._gradient_checkpointing_func
             return checkpoint(run, hidden_states)
-        return self.together.run(arguments, hidden_states)
+        return together.run(arguments, hidden_states)
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
