@@ -74,7 +74,7 @@ versions: ## run the core of the tests with the oldest and the newest torch and 
 	@scripts/need.sh python
 	@set -e; for versions in "torch==2.11.* transformers==5.17.*" "torch transformers"; do \
 	  rm -rf .venv-versions; "$(PYTHON)" -m venv .venv-versions; \
-	  .venv-versions/bin/python $(INSTALL) -e . $$versions accelerate peft pytest hypothesis; \
+	  .venv-versions/bin/python $(INSTALL) -e '.[heal,report]' $$versions pytest hypothesis; \
 	  echo "== $$versions"; \
 	  OMP_NUM_THREADS=1 .venv-versions/bin/python -m pytest -m "not slow" $(CORE_TESTS); \
 	done; rm -rf .venv-versions

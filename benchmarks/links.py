@@ -1,9 +1,10 @@
 """Slower links, simulated: what each wiring gains over processes, sharded and replicated.
 
-A random Llama of many thin layers is made on the fly and joined in its middle; every variant is
-timed by `abreast bench --backend tp` against the sharded original, the models taking turns, at
-several delays that every exchange waits in addition. With E exchanges per token a token should take
-T + E w at a delay of w, with T measured at w = 0: that is the prediction beside the measurement.
+A random Llama of many thin layers is made on the fly, or --model taken, and joined in its middle;
+every variant is timed by `abreast bench --backend tp` against the sharded original, the models
+taking turns, at several delays that every exchange waits in addition. With E exchanges per token a
+token should take T + E w at a delay of w, with T measured at w = 0: that is the prediction beside
+the measurement.
 
 --baselines times the sharded original itself: torch_tp's against a plain loop over the same parts
 and transformers' own tensor parallelism, which puts hooks around every product; then lp pairs with
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from abreast.checkpoint import read_manifest
-from abreast.convert import convert
+from abreast.convert import convert, inspect_model
+from abreast.demo import model_folder
 from abreast.engines.torch_tp import launched, load_parallel
 from abreast.model import grouped
 from abreast.plan import Group, Plan
@@ -38,7 +40,7 @@ from abreast.speed import Case, Contender, Job, bench, run
 VARIANTS = ("lp", "cqil", "cqil-full", "ff")
 
 
-def make(folder: Path, hidden: int, layers: int, pairs: int) -> list[Contender]:
+def random_llama(folder: Path, hidden: int, layers: int) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -50,13 +52,18 @@ def make(folder: Path, hidden: int, layers: int, pairs: int) -> list[Contender]:
         num_key_value_heads=8,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder / "original")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def variants(original: Path, folder: Path, pairs: int) -> list[Contender]:
+    layers = inspect_model(original).num_layers
     first = (layers - 2 * pairs) // 2
     starts = range(first, first + 2 * pairs, 2)
-    contenders = [Contender("original", str(folder / "original"))]
+    contenders = [Contender("original", str(original))]
     for name in VARIANTS:
         groups = tuple(Group.wired((start, start + 1), name) for start in starts)
-        convert(folder / "original", Plan(num_layers=layers, groups=groups), folder / name)
+        convert(original, Plan(num_layers=layers, groups=groups), folder / name)
         contenders.append(Contender(name, str(folder / name)))
     return contenders
 
@@ -206,6 +213,7 @@ def timed(models: dict[str, Any], wanted: Any, rounds: int, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="?", const=str(model_folder()), help="bundled: no folder")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--pairs", type=int, default=7)
@@ -218,7 +226,9 @@ def main() -> None:
         return baselines(args.baselines, args.rounds, args.steps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        contenders = make(Path(folder), args.hidden, args.layers, args.pairs)
+        place = Path(folder)
+        random = None if args.model else random_llama(place / "made", args.hidden, args.layers)
+        contenders = variants(random or Path(args.model), place, args.pairs)
         if args.baselines is not None:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node=2", __file__, "--rounds", str(args.rounds), "--baselines"]

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -37,8 +38,13 @@ def is_parallel(layer: nn.Module, branches: Branches) -> bool:
 
 def by_name(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a layer's forward after the hidden states, all by name."""
-    names = list(inspect.signature(type(layer).forward).parameters)[2:]
+    names = _parameters(type(layer).forward)[2:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@cache  # asked for every member and token
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
 
 
 def tensor_of(returned: Any) -> torch.Tensor:
@@ -124,7 +130,7 @@ class Member:
 @contextmanager
 def _silenced(module: nn.Module, in_tuple: bool) -> Iterator[None]:
     """Inside, a submodule computes nothing and gives zeros, or the residual that it adds to."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = _parameters(type(module).forward)[1:]
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
