@@ -129,15 +129,20 @@ def _default_kinds(config: Mapping[str, Any], count: int) -> tuple[str, ...]:
 
 
 def obstacle(
-    config: Mapping[str, Any], layers: Sequence[int], *, in_order: bool = False
+    config: Mapping[str, Any],
+    layers: Sequence[int],
+    *,
+    in_order: bool = False,
+    in_memory: bool = False,
 ) -> str | None:
     """Why these layers cannot be written as one group, or None if they can.
 
-    in_order: their attentions run in order (ff) and so keep a layer each.
+    in_order: their attentions run in order (ff) and so keep a layer each. in_memory: the group is
+    run only, so every member has its own kind of attention.
     """
     kinds = attention_kinds(config)
     mixed = {kinds[layer] for layer in layers}
-    if len(mixed) > 1 and not in_order:
+    if len(mixed) > 1 and not in_order and not in_memory:
         return f"they mix {' and '.join(sorted(mixed))}"
     if layers[0] < (config.get("deepstack_layers") or 0):
         return f"features of images are added after layer {layers[0]} (deepstack_visual_indexes)"

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         Expected,
         calibrate,
         expect,
+        run_in_memory,
         search_texts,
         task_questions,
     )

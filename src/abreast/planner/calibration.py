@@ -143,13 +143,14 @@ def candidates(
     wirings: Sequence[str] = ("lp",),
     engines: Sequence[str] = (),
     force: bool = False,
+    in_memory: bool = False,
 ) -> tuple[Group, ...]:
     """Every group of 2 to max_group layers that could be formed, in each of the wirings.
 
     Left out: groups with the first or last layer unless force is set, groups that cannot be fused
-    (see `obstacle`), groups that one of the engines does not load, and, in families whose FFN reads
-    the layer's input, wirings other than lp, which are the same there. Raises AbreastError for
-    unknown wirings and engines and when nothing is left.
+    (see `obstacle`; with in_memory, those that cannot even run), groups that one of the engines
+    does not load, and, in families whose FFN reads the layer's input, wirings other than lp, which
+    are the same there. Raises AbreastError for unknown wirings and engines and when none is left.
     """
     unknown = [wiring for wiring in wirings if wiring not in WIRING_NAMES]
     if unknown or not wirings:
@@ -169,7 +170,9 @@ def candidates(
             groups += [
                 group
                 for group in formed
-                if obstacle(config, group.layers, in_order=group.is_in_order) is None
+                if not obstacle(
+                    config, group.layers, in_order=group.is_in_order, in_memory=in_memory
+                )
             ]
     if not groups:
         raise AbreastError("no group of this model can be formed; see `abreast inspect`")
@@ -423,13 +426,22 @@ def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     return window_bytes(settings.window, states, hidden, itemsize, vocabulary)
 
 
-def _candidates(config: dict[str, Any], settings: CalibrationSettings) -> tuple[Group, ...]:
+def run_in_memory(calibration: Calibration) -> tuple[Group, ...]:
+    """The candidates and those that mix kinds of attention, which no checkpoint could hold."""
+    config = open_checkpoint(calibration.checkpoint).config
+    return _candidates(config, calibration.settings, in_memory=True)
+
+
+def _candidates(
+    config: dict[str, Any], settings: CalibrationSettings, *, in_memory: bool = False
+) -> tuple[Group, ...]:
     return candidates(
         config,
         max_group=settings.max_group,
         wirings=settings.wirings,
         engines=settings.engines,
         force=settings.force,
+        in_memory=in_memory,
     )
 
 

@@ -28,6 +28,7 @@ from abreast.planner import (
     Profile,
     contiguous,
     kind_of,
+    run_in_memory,
     score_programs,
 )
 from abreast.rivals.choose import at_random, by_similarity, least_influence, least_turn
@@ -175,7 +176,7 @@ def compare(
 
     depths: others than those of our plans. geometry: similarity, angular and influence, as in
     `Stats`. Every choice rests on the calibration's text. contiguous: Layer Parallelism (arXiv
-    2502.02790), the best by the objective of all starts, sizes and wirings among the candidates;
+    2502.02790), the best by the objective of all starts and of the sizes and wirings searched;
     similarity: CQIL's groups (arXiv 2404.06709) with the best bypass; shortgpt (arXiv 2403.03853),
     angular (arXiv 2403.17887), sleb (arXiv 2402.09025) and replaceme (arXiv 2505.02819) leave
     layers out. refit: also with the outputs of our groups, and of the layers before a cut, refitted
@@ -188,8 +189,8 @@ def compare(
     out, model, depths = Path(out), calibration.model, sorted({*ours, *depths}, reverse=True)
     text = _Text(calibration, model, out / "rivals" / "calibration")
     judge = _Text(held_out, model, out / "rivals" / "held-out")
-    groups = calibration.candidates
-    step(f"rivals: {_work(calibration, held_out, depths, methods, refit)}")
+    groups = run_in_memory(calibration)
+    step(f"rivals: {_work(calibration, held_out, groups, depths, methods, refit)}")
     choices = _Choices(text, geometry, groups, objective.value, progress)
     chosen: dict[Way, Program] = {("planner", depth): program_of(p) for depth, p in ours.items()}
     for method in methods:
@@ -328,13 +329,14 @@ def _speed(program: Program, num_layers: int, profile: Profile | None) -> dict[s
 def _work(
     calibration: Calibration,
     held_out: Calibration,
+    groups: Sequence[Group],
     depths: Sequence[int],
     methods: Sequence[str],
     refit: bool,
 ) -> str:
     """At most how many full forward passes of each text are ahead, where nothing is journaled."""
     count = calibration.num_layers
-    costs = dict.fromkeys(calibration.candidates, 0.0)
+    costs = dict.fromkeys(groups, 0.0)
     layers = 0.0  # run on all of the calibration text
     if "sleb" in methods:
         for left in range(count, min(depths), -1):
