@@ -24,7 +24,15 @@ from abreast.errors import AbreastError
 from abreast.evaluate import Comparison, compare, evaluate_tasks, find_tasks, ratio_of_means
 from abreast.families import family_of
 from abreast.heal import Recipe, heal
-from abreast.model import grouped, inference, load, load_tokenizer, token_scores
+from abreast.model import (
+    cache_name,
+    cache_of,
+    grouped,
+    inference,
+    load,
+    load_tokenizer,
+    token_scores,
+)
 from abreast.plan import FOLDER as PLANS
 from abreast.plan import Group, Plan
 from abreast.speed import Case, Contender, Job
@@ -328,10 +336,10 @@ def kl_by_position(
             for place in range(0, window, size):
                 part = ids[:, place : place + size]
                 outputs = [
-                    each(part, past_key_values=cache, use_cache=True)
+                    each(part, **{cache_name(each): cache}, use_cache=True)
                     for each, cache in zip((model, original), caches, strict=True)
                 ]
-                caches = [output.past_key_values for output in outputs]
+                caches = [cache_of(output) for output in outputs]
                 targets = ids[:, place + 1 : place + size + 1]
                 scores = token_scores(outputs[0].logits, targets, outputs[1].logits)
                 means.append(float(scores[..., 2].mean()))

@@ -17,6 +17,7 @@ import torch
 
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
+from abreast.model import cache_name, cache_of
 from abreast.model.grouping import grouped, load
 from abreast.plan import Plan
 
@@ -40,7 +41,7 @@ def stepwise(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     found = [step.logits[:, -1]]
     for place in range(prompt, prompt + SCORED - 1):
         step = model(
-            ids[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True
+            ids[:, place : place + 1], **{cache_name(model): cache_of(step)}, use_cache=True
         )
         found.append(step.logits[:, -1])
     return torch.stack(found, 1).log_softmax(-1)

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.convert.rewrite import convert
+from abreast.model import cache_name, cache_of
 from abreast.model.grouping import load
 
 LAYERS, CONTEXT, STEPS = 16, 64, 8
@@ -55,13 +56,13 @@ class Counted(TorchDispatchMode):
 
 def step_of(model: Any, tokens: int) -> Callable[[], None]:
     ids = torch.arange(CONTEXT)[None] % model.config.vocab_size
-    new = torch.arange(tokens)[None]
+    new, name = torch.arange(tokens)[None], cache_name(model)
 
     def run() -> None:
         cache = run.cache  # type: ignore[attr-defined]
-        model(input_ids=new, past_key_values=cache, use_cache=True)
+        model(input_ids=new, **{name: cache}, use_cache=True)
 
-    run.cache = model(input_ids=ids, use_cache=True).past_key_values  # type: ignore[attr-defined]
+    run.cache = cache_of(model(input_ids=ids, use_cache=True))  # type: ignore[attr-defined]
     return run
 
 

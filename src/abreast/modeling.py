@@ -39,6 +39,8 @@ from .modeling_members import (
     through_views,
 )
 
+VERSION = [int(part) for part in transformers.__version__.split(".")[:2]]
+CACHE = "cache" if VERSION >= [5, 24] else "past_key_values"
 # Family in class names -> module below transformers.models; both take the family's own classes.
 SAME = (
     "Llama Mistral Ministral Qwen2 Qwen3 SmolLM3 Granite Ernie4_5 Arcee Starcoder2 Phi3 Gemma "
@@ -127,11 +129,12 @@ class Passes:
     tuning makes caches of equal width: wider layers repeat their heads in them."""
 
     def forward(self, *args: Any, prompt_tokens: int | None = None, **kwargs: Any) -> Any:
-        names = "input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds"
+        names = "input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds"
+        kwargs = {CACHE if key == "past_key_values" else key: v for key, v in kwargs.items()}
         arguments: dict[str, Any] = (
             dict.fromkeys(names) | kwargs | dict(zip(names, args, strict=False))
         )
-        mask, cache = arguments["attention_mask"], arguments["past_key_values"]
+        mask, cache = arguments["attention_mask"], arguments[CACHE]
         past = [entry for entry in getattr(cache, "layers", ()) if entry.is_initialized]
         widths = {entry.keys.shape[1:2] for entry in past}
         if len(past) == len(self.cache_heads) and len(widths) == 1 < len(set(self.cache_heads)):
@@ -157,7 +160,7 @@ class Passes:
         # Candidates behind a prompt, or a whole text without a cache.
         if not (mask is None or getattr(mask, "ndim", 0) == 2):
             raise ValueError("sequential prefill ends within this pass: give it a mask [B, L]")
-        cached = {"past_key_values": DynamicCache(config=self.config) if cache is None else cache}
+        cached = {CACHE: DynamicCache(config=self.config) if cache is None else cache}
         outputs: list[Any] = []
         for begin, end in ((0, prompt_tokens), (prompt_tokens, length)):
             part = {name: whole[:, begin:end] for name, whole in tokens.items()}
@@ -170,7 +173,7 @@ class Passes:
             pairs = zip(first.hidden_states, last.hidden_states, strict=True)
             last.hidden_states = tuple(torch.cat(pair, 1) for pair in pairs)
         if cache is None and arguments.get("use_cache") is False:
-            last.past_key_values = None
+            setattr(last, CACHE, None)
         return last
 
 
@@ -247,11 +250,9 @@ def _keep_experts(mlp: Any, members: int, bare: Any) -> None:
             block = type(mlp)(bare)
         blocks.append(narrowed(block, lambda _, own=member: (mlp, own, members), {}))
     router = mlp.gate if hasattr(mlp, "gate") else mlp.router
-    name, version = type(router).__name__, transformers.__version__.split(".")
-    if name not in SCORES:
-        raise ValueError(f"how a {name} scores experts is not known: add it")
-    before_21 = [int(part) for part in version[:2]] < [5, 21]
-    chosen_first = before_21 and name == "GraniteMoeTopKRouter"
+    if type(router).__name__ not in SCORES:
+        raise ValueError(f"how a {type(router).__name__} scores experts is not known: add it")
+    chosen_first = VERSION < [5, 21] and type(router).__name__ == "GraniteMoeTopKRouter"
     mix(router, MemberRouter, members=members, chosen_first=chosen_first)
     mix(mlp, MemberExperts, narrow=blocks)
 

@@ -308,13 +308,14 @@ class InOrder:
     def forward(self, x: Tensor, *args: Any, in_order: bool = False, **kwargs: Any) -> Tensor:
         if not in_order:
             return super().forward(x, *args, **kwargs)
-        cache, index, added = kwargs.pop("past_key_values", None), self.self_attn.layer_idx, []
+        name = "cache" if "cache" in kwargs else "past_key_values"  # before transformers 5.24
+        cache, index, added = kwargs.pop(name, None), self.self_attn.layer_idx, []
         for member, narrow in enumerate(self.narrow):
             narrow.train(self.training)
             config, used = narrow.self_attn.config, self.self_attn.config
             config._attn_implementation_internal = used._attn_implementation_internal
             own = MemberCache(cache, index, member, config.num_key_value_heads)
-            x = run_narrow(narrow, x, *args, **kwargs, past_key_values=own)
+            x = run_narrow(narrow, x, *args, **kwargs, **{name: own})
             added.append(own.added)
         if cache is not None:
             cache.update(*(torch.cat(parts, 1) for parts in zip(*added, strict=True)), index)

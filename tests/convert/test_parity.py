@@ -26,6 +26,7 @@ from abreast.convert.rules import FoldError
 from abreast.errors import AbreastError
 from abreast.families.table import CONVERTIBLE as FAMILY_ROWS
 from abreast.heal.student import set_checkpointing
+from abreast.model import cache_name, cache_of
 from abreast.model.grouping import decoder_layers, grouped, load
 
 PLANS = ("1+2", "1+2 3+4", "1+2+3", "1+2+3+4")
@@ -135,11 +136,11 @@ def uncached(model: Any) -> torch.Tensor:
 def through_cache(model: Any, cache: Any = None) -> torch.Tensor:
     """A prefill of two thirds of the tokens, then one at a time."""
     ids, start = tokens(2, LENGTH), LENGTH * 2 // 3
-    step = model(ids[:, :start], past_key_values=cache, use_cache=True)
+    step = model(ids[:, :start], **{cache_name(model): cache}, use_cache=True)
     pieces = [step.logits]
     for place in range(start, LENGTH):
         step = model(
-            ids[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True
+            ids[:, place : place + 1], **{cache_name(model): cache_of(step)}, use_cache=True
         )
         pieces.append(step.logits)
     return torch.cat(pieces, 1)
@@ -341,8 +342,7 @@ def test_every_latent_attention_has_a_cache_of_its_own(converted, plan):
     model, reference = pair(converted("deepseek_v3", plan, **LATENT), plan)
     with torch.inference_mode():
         (got, want) = (
-            one(tokens(2, LENGTH), use_cache=True).past_key_values.layers
-            for one in (model, reference)
+            cache_of(one(tokens(2, LENGTH), use_cache=True)).layers for one in (model, reference)
         )
         hidden = model(tokens(2, LENGTH), output_hidden_states=True).hidden_states
     assert len(got) == len(want) == 6 == len(hidden) - 1
@@ -391,7 +391,7 @@ def two_prefills(model: Any) -> torch.Tensor:
     """The second prompt of a conversation: more than one token on top of a filled cache."""
     ids = tokens(2, LENGTH)
     first = model(ids[:, :10], use_cache=True)
-    return model(ids[:, 10:], past_key_values=first.past_key_values, use_cache=True).logits
+    return model(ids[:, 10:], **{cache_name(model): cache_of(first)}, use_cache=True).logits
 
 
 @pytest.mark.parametrize(("family", "settings"), [("starcoder2", {}), ("llama", {"biases": True})])

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from abreast.errors import AbreastError
 from abreast.families.table import FAMILIES
 from abreast.heal.student import set_checkpointing
+from abreast.model import cache_name, cache_of
 from abreast.model.grouping import (
     GroupingError,
     apply,
@@ -283,11 +284,11 @@ def test_through_the_cache_and_in_batches(case):
         pieces = [step.logits]
         for place in range(12, LENGTH):
             step = model(
-                ids[:, place : place + 1], past_key_values=step.past_key_values, use_cache=True
+                ids[:, place : place + 1], **{cache_name(model): cache_of(step)}, use_cache=True
             )
             pieces.append(step.logits)
         assert close(torch.cat(pieces, 1), whole)
-        assert step.past_key_values.get_seq_length(0) == LENGTH
+        assert cache_of(step).get_seq_length(0) == LENGTH
 
         batch, mask, _ = left_padded()
         text = model.generate(batch, attention_mask=mask, eos_token_id=None, **fixed)[:, LENGTH:]
@@ -422,8 +423,8 @@ def test_a_cache_filled_under_one_plan_is_read_under_another():
             ("1+2 3+4", "", "1|2|3", "0+1+2+3+4"), (0, *lengths), lengths, strict=False
         ):
             with grouped(model, Plan.parse(plan, LAYERS)):
-                step = model(ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+                step = model(ids[:, start:stop], **{cache_name(model): cache}, use_cache=True)
+            cache = cache_of(step)
             assert [cache.get_seq_length(layer) for layer in range(LAYERS)] == [stop] * LAYERS
     assert step.logits.isfinite().all()
 
@@ -431,9 +432,9 @@ def test_a_cache_filled_under_one_plan_is_read_under_another():
 def test_cached_keys_lie_where_the_original_layers_would_put_them():
     model, ids = tiny("llama"), tokens(1, LENGTH)
     with torch.no_grad():
-        plain = model(ids, use_cache=True).past_key_values
+        plain = cache_of(model(ids, use_cache=True))
         with grouped(model, "1+2+3"):
-            cache = model(ids, use_cache=True).past_key_values
+            cache = cache_of(model(ids, use_cache=True))
     equal = [
         torch.equal(plain.layers[layer].keys, cache.layers[layer].keys) for layer in range(LAYERS)
     ]
@@ -447,7 +448,7 @@ def test_prefill(prefill):
     with grouped(model, "1+2 3|4", prefill=prefill), torch.no_grad():
         assert torch.equal(logits(model, ids), stock) == (prefill == "sequential")
         step = model(ids[:, :-1], use_cache=True)
-        last = model(ids[:, -1:], past_key_values=step.past_key_values, use_cache=True).logits
+        last = model(ids[:, -1:], **{cache_name(model): cache_of(step)}, use_cache=True).logits
         assert not close(last, stock[:, -1:], 1e-3)
     with pytest.raises(GroupingError, match="prefill"):
         apply(model, "1+2", prefill="both")  # type: ignore[arg-type]

@@ -26,7 +26,15 @@ from transformers import (
 
 from abreast.convert import inspect_model
 from abreast.families import FAMILIES
-from abreast.model import decoder_layers, grouped, load, program_of, run_programs
+from abreast.model import (
+    cache_name,
+    cache_of,
+    decoder_layers,
+    grouped,
+    load,
+    program_of,
+    run_programs,
+)
 from abreast.model.grouping import GroupingError, apply
 from abreast.plan import Plan
 
@@ -183,7 +191,7 @@ def test_through_the_cache_and_in_batches(case: str) -> None:
         pieces = [step.logits]
         for place in range(12, LENGTH):
             part = whole_ids[:, place : place + 1]
-            step = model(part, past_key_values=step.past_key_values, use_cache=True)
+            step = model(part, **{cache_name(model): cache_of(step)}, use_cache=True)
             pieces.append(step.logits)
         return float((torch.cat(pieces, 1) - whole).abs().max() / (whole.max() - whole.min()))
 
@@ -222,8 +230,8 @@ def test_prompts_in_order() -> None:
         stock = model(ids, use_cache=False).logits
         with grouped(model, "1+2 3+4", prefill="sequential"):
             assert torch.equal(model(ids, use_cache=False).logits, stock)
-            cache = model(ids[:, :-1], use_cache=True).past_key_values
-            last = model(ids[:, -1:], past_key_values=cache).logits
+            cache = cache_of(model(ids[:, :-1], use_cache=True))
+            last = model(ids[:, -1:], **{cache_name(model): cache}).logits
     assert not close(last[:, -1], stock[:, -1])
 
 

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from abreast.convert.rewrite import convert
+from abreast.model import cache_name, cache_of
 from abreast.model.grouping import apply, decoder_layers, grouped, load
 from abreast.plan import Plan
 
@@ -215,17 +216,17 @@ def test_a_conversation_goes_on_in_its_cache(model, original):
     first = model.generate(
         IDS, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, eos_token_id=None
     )
-    cached = first.past_key_values.get_seq_length()
+    cached = cache_of(first).get_seq_length()
     ids = torch.cat([first.sequences, tokens(1, 5, seed=3)], 1)
     prompt = torch.ones(ids.shape[1], dtype=torch.bool)
     prompt[IDS.shape[1] : cached] = False
     want = expected(original, ids, prompt=prompt)
     assert want != expected(original, ids)
-    assert text(model, ids, past_key_values=copy.deepcopy(first.past_key_values)) == want
+    assert text(model, ids, past_key_values=copy.deepcopy(cache_of(first))) == want
     only_new = model.generate(
         ids[:, cached:],
         attention_mask=torch.ones_like(ids),
-        past_key_values=first.past_key_values,
+        past_key_values=cache_of(first),
         max_new_tokens=NEW,
         do_sample=False,
         eos_token_id=None,
@@ -249,11 +250,11 @@ def test_passes_without_a_length(model, original):
     prompt = torch.arange(12) < 5
     want = reference(original, plan, prompt, input_ids=ids)
     first = model(ids[:, :5], use_cache=True)
-    then = model(ids[:, 5:], past_key_values=first.past_key_values)
+    then = model(ids[:, 5:], **{cache_name(model): cache_of(first)})
     assert close(torch.cat([first.logits, then.logits], 1), want)
     cache = DynamicCache(config=model.config)
-    pieces = [model(ids[:, :5], past_key_values=cache), None]
-    pieces[1] = model(ids[:, 5:], past_key_values=cache, prompt_tokens=7)
+    pieces = [model(ids[:, :5], **{cache_name(model): cache}), None]
+    pieces[1] = model(ids[:, 5:], **{cache_name(model): cache}, prompt_tokens=7)
     exact = reference(original, plan, whole, input_ids=ids)
     assert close(torch.cat([piece.logits for piece in pieces], 1), exact)
 
@@ -269,4 +270,4 @@ def test_a_pass_over_the_end_of_a_prompt(model, original):
     want = reference(original, plan, torch.arange(12) < 7, **given)
     assert close(out.logits[mask.bool()], want[mask.bool()])
     assert {state.shape[:2] for state in out.hidden_states} == {(2, 12)}
-    assert out.past_key_values is None
+    assert cache_of(out) is None

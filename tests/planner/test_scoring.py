@@ -15,6 +15,7 @@ import torch
 from abreast.cli.main import main
 from abreast.data import Part, TokenStream
 from abreast.errors import AbreastError
+from abreast.model import cache_name, cache_of
 from abreast.model.grouping import grouped, load
 from abreast.plan import Plan
 from abreast.planner import scoring
@@ -75,7 +76,7 @@ def teacher_forced(model, prompt, answer):
     """Log-probabilities of an answer's tokens, the prompt read first, then all of it at once."""
     with torch.inference_mode():
         first = model(prompt, use_cache=True)
-        rest = model(answer[:, :-1], past_key_values=first.past_key_values).logits
+        rest = model(answer[:, :-1], **{cache_name(model): cache_of(first)}).logits
     return torch.cat([first.logits[:, -1:], rest], 1).log_softmax(-1)
 
 

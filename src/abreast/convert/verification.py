@@ -32,7 +32,7 @@ from abreast.convert.refold import Refold, main_dtype
 from abreast.data import check_tokenizers
 from abreast.errors import CheckpointError
 from abreast.families import family_of, num_layers_of, sizes
-from abreast.model import device_of, grouped, load, load_tokenizer
+from abreast.model import cache_name, cache_of, device_of, grouped, load, load_tokenizer
 
 # The logits may differ by so many times what the noise of float32 arithmetic, put on the original's
 # weights at random, changes in them.
@@ -245,10 +245,10 @@ class _Outputs:
         whole = _logits(model, ids)
         length = ids.shape[1]
         first = max(length // 2, length - 32)
-        step = model(ids[:, :first], use_cache=True)
+        step, name = model(ids[:, :first], use_cache=True), cache_name(model)
         pieces = [step.logits[0]]
         for token in ids[:, first:].split(1, dim=1):
-            step = model(token, past_key_values=step.past_key_values, use_cache=True)
+            step = model(token, **{name: cache_of(step)}, use_cache=True)
             pieces.append(step.logits[0])
         prompt = ids[:, :16]
         text = model.generate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from abreast.errors import AbreastError, first_line
 from abreast.families import Family
-from abreast.model import Member, by_name
+from abreast.model import Member, by_name, cache_in
 from abreast.plan import Group
 
 MINUTES = 5.0  # that processes wait for each other at the start
@@ -182,7 +182,7 @@ class Dealt:
         """The attention branch of a member, None on ranks that do not compute it."""
         if self.local[index].attends:
             return self.member(index, arguments).attend(x)
-        cache = arguments.get("past_key_values")
+        cache = cache_in(arguments)
         if self.seen[index] and cache is not None:
             nothing = x[:, None, :, :1]
             cache.update(nothing, nothing, self.first + index)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         loaded_dtype,
         named_dtype,
     )
+    from abreast.model.forward import cache_in, cache_name, cache_of, keeps_last
     from abreast.model.grouping import (
         apply,
         branches_of,
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         device_of,
         grouped,
         inference,
-        keeps_last,
         load,
         load_tokenizer,
         remove,

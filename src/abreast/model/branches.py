@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from abreast.families import Branches
+from abreast.model.forward import parameters
 from abreast.plan import Norms
 
 
@@ -38,13 +37,8 @@ def is_parallel(layer: nn.Module, branches: Branches) -> bool:
 
 def by_name(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a layer's forward after the hidden states, all by name."""
-    names = _parameters(type(layer).forward)[2:]
+    names = parameters(type(layer).forward)[2:]
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-@cache  # asked for every member and token
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)
 
 
 def tensor_of(returned: Any) -> torch.Tensor:
@@ -130,7 +124,7 @@ class Member:
 @contextmanager
 def _silenced(module: nn.Module, in_tuple: bool) -> Iterator[None]:
     """Inside, a submodule computes nothing and gives zeros, or the residual that it adds to."""
-    names = _parameters(type(module).forward)[1:]
+    names = parameters(type(module).forward)[1:]
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}

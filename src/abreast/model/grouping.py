@@ -9,7 +9,6 @@ hooks and caches stay untouched.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from abreast.errors import AbreastError, CheckpointError, first_line, is_fault
 from abreast.families import FAMILIES, Branches, Family, as_ours
 from abreast.model.branches import Member, by_name, is_parallel, lacks
 from abreast.model.devices import as_converted, check_device, dequantised, named_dtype
+from abreast.model.forward import CACHES
 from abreast.plan import Group, Norms, Plan
 from abreast.targets import format_of
 
@@ -443,13 +443,14 @@ class _Forward:
         self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
         together, members = self.together, self.together.members
-        member, last = members[self.index], members[-1]
+        member: Any = members[self.index]
+        last: Any = members[-1]
         together.arguments = [*together.arguments[: self.index], by_name(member, args, kwargs)]
         # Where transformers checkpoints in the layer's `__call__` (5.22 and before), it would run
         # this again, without what the other members were handed. So the last is told not to.
         around = type(last).__call__ is not nn.Module.__call__
         if member is not last:
-            if around and members[self.index + 1] is last:
+            if around and self.index + 2 == len(members):
                 together.recompute = getattr(last, "gradient_checkpointing", False)
                 last.gradient_checkpointing = False
             return hidden_states
@@ -458,15 +459,15 @@ class _Forward:
             last.gradient_checkpointing, together.recompute = True, False
         if last.training and getattr(last, "gradient_checkpointing", False):
             run = partial(together.run, [_without_cache(kwargs) for kwargs in arguments])
-            checkpoint: Any = last._gradient_checkpointing_func
-            return checkpoint(run, hidden_states)
+            out: torch.Tensor = last._gradient_checkpointing_func(run, hidden_states)
+            return out
         return together.run(arguments, hidden_states)
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Recomputing a layer would write to the cache twice; stock layers leave it out as well."""
-    cache = {"past_key_values": None, "layer_past": None, "use_cache": False}
-    return {**kwargs, **{name: off for name, off in cache.items() if name in kwargs}}
+    off = {**dict.fromkeys(CACHES), "use_cache": False}
+    return {**kwargs, **{name: value for name, value in off.items() if name in kwargs}}
 
 
 def _plus(x: torch.Tensor, outputs: Sequence[torch.Tensor], sees: Sequence[bool]) -> torch.Tensor:
@@ -487,12 +488,3 @@ def inference(*models: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def keeps_last(model: PreTrainedModel, count: int) -> dict[str, int]:
-    """Arguments of a forward pass that make it compute logits of the last `count` positions only.
-
-    Empty for a model class that knows no `logits_to_keep`.
-    """
-    known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": count} if "logits_to_keep" in known else {}

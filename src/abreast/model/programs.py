@@ -9,7 +9,6 @@ stretch, the pairs that a longer stretch shares with a shorter one, and equal pr
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,6 +23,7 @@ from torch import nn
 
 from abreast.errors import AbreastError
 from abreast.model.branches import by_name, tensor_of
+from abreast.model.forward import parameters
 from abreast.model.grouping import branches_of, decoder_layers, device_of, grouped, returned
 from abreast.model.scores import token_scores
 from abreast.plan import WIRING_NAMES, Group, Norms, Plan
@@ -194,7 +194,7 @@ def _prompts_held(
     held: dict[nn.Module, torch.Tensor] = {}
 
     def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        name = [*inspect.signature(type(module).forward).parameters][1]  # families differ
+        name = parameters(type(module).forward)[1]  # families differ
         x = args[0] if args else kwargs[name]
         if module not in held:
             held[module] = x

@@ -19,7 +19,7 @@ from abreast.data import AUTO, CHAT, Part, TokenStream, beginning, prefix_of
 from abreast.errors import AbreastError, first_line
 from abreast.evaluate import find_tasks, ratio_of_means
 from abreast.families import positive
-from abreast.model import device_of, inference, keeps_last
+from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
 from abreast.planner.objective import Cost
 from abreast.planner.settings import CalibrationSettings
 from abreast.runs import (
@@ -367,13 +367,12 @@ def _answer(model: PreTrainedModel, tokenizer: Any, prompt: Sequence[int], most:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     inputs, cache = torch.tensor([prompt], device=device_of(model)), None
+    options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
     answer: list[int] = []
     with inference(model):
         while len(answer) < most and not ends.intersection(answer[-1:]):
-            out = model(
-                input_ids=inputs, past_key_values=cache, use_cache=True, **keeps_last(model, 1)
-            )
-            cache, logits = out.past_key_values, out.logits[0, -1]
+            out = model(input_ids=inputs, **{name: cache}, **options)
+            cache, logits = cache_of(out), out.logits[0, -1]
             if not logits.max().isfinite():
                 raise AbreastError(
                     "the model gives logits that are not finite; use --dtype bfloat16 or float32, "

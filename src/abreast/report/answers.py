@@ -22,7 +22,15 @@ from abreast.checkpoint import open_checkpoint
 from abreast.data import check_tokenizers, prefix_of
 from abreast.errors import AbreastError, first_line
 from abreast.evaluate import shared
-from abreast.model import device_of, fitting_dtype, grouped, keeps_last, load
+from abreast.model import (
+    cache_name,
+    cache_of,
+    device_of,
+    fitting_dtype,
+    grouped,
+    keeps_last,
+    load,
+)
 from abreast.plan import Plan
 from abreast.report.records import Choice, Choices
 
@@ -216,7 +224,7 @@ def _steps(
     models: Models, model: Any, plan: Plan | None, ids: Sequence[int], settings: Settings
 ) -> Iterator[Answer]:
     sampler = Sampler(settings)
-    last = keeps_last(model, 1)
+    last, name = keeps_last(model, 1), cache_name(model)
     answer, cache = Answer(), None
     inputs = torch.tensor([list(ids)], device=device_of(model))
     while len(answer.tokens) < settings.max_new_tokens and not answer.ended:
@@ -224,10 +232,10 @@ def _steps(
         under = grouped(model, plan) if plan is not None and plan.groups else nullcontext()
         with models.lock, torch.inference_mode(), under:
             start = time.perf_counter()
-            out = model(input_ids=inputs, past_key_values=cache, use_cache=True, **last)
+            out = model(input_ids=inputs, **{name: cache}, use_cache=True, **last)
             token = sampler.choose(out.logits[0, -1])  # waits for the device
             seconds = time.perf_counter() - start
-        cache, inputs = out.past_key_values, torch.tensor([[token]], device=device_of(model))
+        cache, inputs = cache_of(out), torch.tensor([[token]], device=device_of(model))
         answer = Answer(
             tokens=(*answer.tokens, token),
             prefill=answer.prefill if answer.tokens else seconds,

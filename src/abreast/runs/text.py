@@ -42,7 +42,7 @@ from abreast.data import (
     tokenized,
 )
 from abreast.errors import AbreastError, first_line
-from abreast.model import device_of, inference, keeps_last
+from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
 from abreast.runs.folder import TEXT_FOLDER, check_tokens
 
 if TYPE_CHECKING:
@@ -430,12 +430,11 @@ def _write(
         texts = [tokens[:1] for tokens in forced]
         inputs, done = torch.tensor(texts, device=device), 1
     cache, began = None, time.monotonic()
+    options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
     with inference(model):
         for at in range(done, steps):
-            out = model(
-                input_ids=inputs, past_key_values=cache, use_cache=True, **keeps_last(model, 1)
-            )
-            cache = out.past_key_values
+            out = model(input_ids=inputs, **{name: cache}, **options)
+            cache = cache_of(out)
             logits = out.logits[:, -1].float()
             if not logits.max(dim=-1).values.isfinite().all():
                 raise AbreastError(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from abreast.errors import AbreastError
-from abreast.model import device_of, inference, keeps_last
+from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
 from abreast.speed.timing import BenchResult, Footprint, Task, measure, timings
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ class Steps:
 
 def eager(model: PreTrainedModel, length: int, task: Task) -> Steps:
     """The model as it is, with the cache that it makes itself (sliding where it slides)."""
-    options = keeps_last(model, 1)
+    options, name = keeps_last(model, 1), cache_name(model)
 
     def prefill(prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
         output = model(input_ids=prompt, use_cache=True, **options)
-        return output.logits[:, -1:].argmax(-1), output.past_key_values
+        return output.logits[:, -1:].argmax(-1), cache_of(output)
 
     def step(token: torch.Tensor, cache: Any) -> torch.Tensor:
-        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        output = model(input_ids=token, **{name: cache}, use_cache=True)
         return output.logits[:, -1:].argmax(-1)
 
     return Steps(prefill, step)
@@ -63,12 +63,12 @@ def compiled(model: PreTrainedModel, length: int, task: Task) -> Steps:
     """
     from transformers import StaticCache
 
-    options = keeps_last(model, 1)
+    options, name = keeps_last(model, 1), cache_name(model)
     cache = StaticCache(config=model.config, max_cache_len=length)
     graphs = device_of(model).type == "cuda"
 
     def forward(token: torch.Tensor) -> torch.Tensor:
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, **options)
+        output = model(input_ids=token, **{name: cache}, use_cache=True, **options)
         return output.logits[:, -1:].argmax(-1)
 
     many = forward if task == "decode" else torch.compile(forward, dynamic=False)
