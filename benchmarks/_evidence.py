@@ -104,10 +104,14 @@ def choice(plan: str) -> str:
 
 
 def quality(rows: dict[str, Row], model: str) -> str:
-    lines = []
+    lines, texts = [], ""
     for depth in depths(model):
         row = rows.get(f"{model}-{depth}-rivals")
         if row and not lines:
+            texts = (
+                f"\nJudged on {row['tokens']:,} predictions. What other methods choose, and every "
+                f"refit, rests on {row['chosen_on']:,} tokens.\n"
+            )
             perplexity = f"{row['results']['original']['perplexity']:.2f}"
             lines.append([f"{MODELS[model][1]} original", perplexity])
         for entry in row["results"]["methods"] if row else []:
@@ -129,7 +133,7 @@ def quality(rows: dict[str, Row], model: str) -> str:
                 lines.append([f"{depth} planner, {kind}", *_healed(healed["results"][kind])])
     headings = ("left, method", "perplexity", "loss", "KL", "same, %")
     refitted = ("loss, refit", "KL, refit", "same, refit")
-    return table((*headings, *refitted, "choice"), lines) if lines else ""
+    return table((*headings, *refitted, "choice"), lines) + texts if lines else ""
 
 
 def _healed(result: Row) -> list[str]:
@@ -215,11 +219,11 @@ def texts(rows: dict[str, Row], model: str) -> str:
 SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "Predictions": (
         ("rivals", *HEALED),
-        "16,384 tokens of the second half of wikitext-2 (valid), windows of 256; the first half "
-        "was searched, chosen and refitted on. Loss and KL in nats per token over the original; "
+        "The second half of wikitext-2 (valid), windows of 256 tokens; the first half was "
+        "searched, chosen and refitted on. Loss and KL in nats per token over the original; "
         "*same*: per cent of tokens with the same prediction. What the "
         "[rivals](planning.md#what-people-would-do-instead) do stands there. On the right, all "
-        "with the same closed-form refit on 8,192 tokens of the first half. *Planner, refit* and "
+        "with the same closed-form refit. *Planner, refit* and "
         "*distilled*: after `heal` on its default text, with 60 minutes of training; "
         "*accelerated*: with a few minutes of training on a GPU, on other text (see the row).",
         quality,

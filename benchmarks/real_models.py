@@ -165,6 +165,7 @@ def take(setting: Setting, out: Path) -> list[str]:
     for key in ("model", "tokens"):
         if basis[key] != expected[key]:
             raise AbreastError(f"'{out}' rests on another {key} than --models and --data hold")
+    chosen = json.loads((out / "calibration" / "measure.json").read_text("utf-8"))["identity"]
     lines = read_journal(out / "rivals" / "held-out")
     program = next(name for name, _ in lines)
     nll = sum(sum(row[1] for row in line["sums"]) for (n, _), line in lines.items() if n == program)
@@ -188,7 +189,8 @@ def take(setting: Setting, out: Path) -> list[str]:
             if not entry["refit"]
         ]
         results = {"original": {"perplexity": math.exp(original)}, "methods": methods}
-        more = {"tokens": ours["tokens"], "full_forwards": baselines["full_forwards"]}
+        more = {"tokens": ours["tokens"], "chosen_on": chosen["num_windows"] * chosen["window"]}
+        more |= {"full_forwards": baselines["full_forwards"]}
         name = f"{model}-{depth}-rivals"
         save(setting, name, record(name, ours["plan"], rests_on, results, **more))
         if setting.rows == ROWS:  # else it only tries

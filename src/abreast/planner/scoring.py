@@ -204,12 +204,13 @@ def of_text(
         longest=config.get("max_position_embeddings"),
         vocabulary=positive(config, "vocab_size"),
     )[before:]
-    if len(tokens) < MIN_CALIBRATION_WINDOWS:
-        least = (before + MIN_CALIBRATION_WINDOWS) * window
+    if len(tokens) < settings.num_windows:
+        least = (before + settings.num_windows) * window
         behind = f" behind the {before} that were searched on" if before else ""
+        fewer = f", or ask for fewer --windows ({MIN_CALIBRATION_WINDOWS} at least)"
         raise AbreastError(
-            f"the data gives {len(tokens)} windows of {window} tokens{behind}, too few to tell "
-            f"plans apart; name a text of at least {least} tokens, or ask for fewer --windows"
+            f"the data gives {len(tokens)} windows of {window} tokens{behind}, and "
+            f"{settings.num_windows} were asked for; name a text of at least {least} tokens{fewer}"
         )
     texts = np.zeros(len(tokens), dtype=np.int64)
     if settings.scoring.texts == "worst" and len(stream.parts) > 1:
@@ -287,12 +288,12 @@ def _part(
     order = np.random.default_rng(settings.seed).permutation(len(every))
     begin = part[0] * settings.num_windows
     chosen = [every[index] for index in order[begin : begin + settings.num_windows]]
-    if len(chosen) < MIN_CALIBRATION_WINDOWS:
+    if len(chosen) < settings.num_windows:
         behind = f" behind the {begin} that were searched on" if begin else ""
         left_out = f" ({longer} do not fit --window {settings.window})" if longer else ""
         raise AbreastError(
-            f"there are {len(chosen)} {what}{behind}{left_out}, too few to tell plans apart; "
-            f"{remedy}, or ask for fewer --windows"
+            f"there are {len(chosen)} {what}{behind}{left_out}, and {settings.num_windows} were "
+            f"asked for; {remedy}, or ask for fewer --windows ({MIN_CALIBRATION_WINDOWS} at least)"
         )
     return chosen
 
