@@ -287,6 +287,7 @@ class LogitsProcessor(nn.Module):
 
 
 SWITCHES = {"pp": 1, "dp": False}
+SERVER_ARGS = SimpleNamespace(enable_lora=None, lora_paths=None, speculative_algorithm=None)
 MODULES: dict[str, dict[str, Any]] = {
     "distributed": {
         "get_pp_group": lambda: SimpleNamespace(world_size=SWITCHES["pp"]),
@@ -309,6 +310,7 @@ MODULES: dict[str, dict[str, Any]] = {
         "ParallelLMHead": ParallelLMHead,
         "VocabParallelEmbedding": VocabParallelEmbedding,
     },
+    "runtime_context": {"get_server_args": lambda: SERVER_ARGS},
 }
 
 

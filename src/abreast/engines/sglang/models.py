@@ -35,6 +35,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import get_rope
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.runtime_context import get_server_args
 from torch import nn
 
 from abreast.engines.members import HeadNorm, MemberLinear, biases, output_loader, visible
@@ -340,9 +341,12 @@ def _check(config: Any, family: Family) -> None:
     plan, degree = plan_of(config.abreast), get_tensor_model_parallel_world_size()
     for reason in refusals(SGLANG, config.to_dict(), family, plan, degree):
         raise AbreastError(reason)
+    arguments = get_server_args()
     for used, option in (
         (get_pp_group().world_size > 1, "--pp-size"),
         (is_dp_attention_enabled(), "--enable-dp-attention"),
+        (arguments.enable_lora or arguments.lora_paths, "--enable-lora"),
+        (arguments.speculative_algorithm, "--speculative-algorithm"),
     ):
         if used:
             raise AbreastError(f"SGLang runs no conversions with {option}; start it without")
