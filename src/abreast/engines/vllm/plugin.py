@@ -4,7 +4,7 @@ vLLM calls `register` through the entry point `vllm.general_plugins`, in its mai
 every worker, perhaps more than once, whatever model it serves. So nothing here may fail or cost
 much where no converted checkpoint is involved: classes are registered by name only.
 
-Six families have native classes, built of vLLM's own parallel layers (models.py). The others run
+Some families have native classes, built of vLLM's own parallel layers (models.py). The others run
 through vLLM's transformers backend (backend.py), on the model classes of modeling.py.
 """
 
