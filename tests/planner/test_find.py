@@ -13,6 +13,7 @@ from abreast.planner import (
     Budget,
     CalibrationSettings,
     Profile,
+    Search,
     calibrate,
     find_plan,
     score,
@@ -116,7 +117,7 @@ def test_plans_for_several_machines(tiny_checkpoint, tmp_path, run):
     model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
     command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
-    command += ("--max-group", 3, "--wirings", "lp,cqil", "--max-kl", 9, "--ranks", 2)
+    command += ("--max-group", 3, "--max-kl", 9, "--ranks", 2)
     status, out, err = run(*command, "--link", 1000, "--json")
     assert status == 0, err
     found = json.loads(out)
@@ -132,6 +133,23 @@ def test_plans_for_several_machines(tiny_checkpoint, tmp_path, run):
     status, _, err = run(*command, "--ranks", 1, "--link", 5)
     assert status == 2 and "--ranks 1 with --link 5.0 makes no sense" in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("search", "cqil"),
+    [
+        ({}, False),
+        ({"hardware": "H100"}, False),
+        ({"hardware": "2xM3Ultra-RDMA"}, True),
+        ({"ranks": 4}, True),
+        ({"ranks": 2, "link": 300.0}, True),
+    ],
+)
+def test_several_devices_are_offered_what_exchanges_least(search, cqil):
+    offered = Search(**search).wired(CalibrationSettings()).wirings
+    assert {*offered} - {"cqil"} == {"lp", "cqil-full", "ff"} and ("cqil" in offered) == cqil
+    named = CalibrationSettings(wirings=("lp",))
+    assert Search(**search).wired(named) == named
 
 
 def test_plans_are_screened_on_a_part_of_the_text(texts, tmp_path):
