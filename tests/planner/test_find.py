@@ -117,7 +117,7 @@ def test_plans_for_several_machines(tiny_checkpoint, tmp_path, run):
     model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
     command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
-    command += ("--max-group", 3, "--max-kl", 9, "--ranks", 2)
+    command += ("--max-group", 3, "--wirings", "lp,cqil", "--max-kl", 9, "--ranks", 2)
     status, out, err = run(*command, "--link", 1000, "--json")
     assert status == 0, err
     found = json.loads(out)
@@ -150,6 +150,18 @@ def test_several_devices_are_offered_what_exchanges_least(search, cqil):
     assert {*offered} - {"cqil"} == {"lp", "cqil-full", "ff"} and ("cqil" in offered) == cqil
     named = CalibrationSettings(wirings=("lp",))
     assert Search(**search).wired(named) == named
+
+
+def test_the_verb_offers_cqil_where_a_plan_is_for_several_devices(tiny_checkpoint, tmp_path, run):
+    command = ("plan", tiny_checkpoint(num_layers=LAYERS), "-o", tmp_path / "run", *SIZES)
+    command += ("--max-group", 2, "--depth", 6, "--dry-run", "--json")
+    counts = []
+    for machine in ((), ("--hardware", "H100"), ("--ranks", 2, "--link", 300)):
+        status, out, err = run(*command, *machine)
+        assert status == 0, err
+        counts.append(json.loads(out)["candidates"])
+    pairs = LAYERS - 3
+    assert counts == [3 * pairs, 3 * pairs, 4 * pairs]
 
 
 def test_plans_are_screened_on_a_part_of_the_text(texts, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 from agreement import MLX, answers_of_mlx, compare, free_port, in_mlx_ranks
 
-import abreast.convert as convert_chapter
+import abreast
 from abreast.convert import convert
 from abreast.demo import model_folder
 from abreast.model import load
@@ -148,7 +149,7 @@ for members, loads, costs in json.loads(sys.argv[1]):
 """
 
 
-def test_members_are_dealt_by_cost():
+def test_members_are_dealt_by_cost(tmp_path):
     """As torch_tp deals them (tests/engines/test_ranks.py)."""
     cases: list[tuple[int, list[int], list[int]]] = [
         (3, [0, 0], [1, 3]),
@@ -158,8 +159,8 @@ def test_members_are_dealt_by_cost():
         (6, [9, 0], [1, 3, 3]),
     ]
     command = [MLX / "python", "-c", DEAL, json.dumps(cases)]
-    environment = os.environ | {"PYTHONPATH": str(Path(convert_chapter.__file__).parent)}
-    made = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    shutil.copy(Path(abreast.__file__).parent / "convert" / "mlx_model.py", tmp_path)
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [json.loads(line) for line in made.stdout.splitlines()] == [
         [[2, 1], [8, 4]],
         [[1, 2], [12, 12]],

@@ -169,7 +169,7 @@ def test_the_device_with_a_member_more_repeats_no_attentions():
     two = on("2xA100-NVLink", unpaired="replicate")
     assert (two.repeated(own), two.repeated(before)) == (None, 0)
     assert stage_cost(CONFIG, before, two) == pytest.approx(stage_cost(CONFIG, own, two))
-    four = replace(before, layers=(18, 19, 20, 21))
+    four = Group(layers=(18, 19, 20, 21), wiring="cqil", bypass=1)
     assert two.repeated(four) == 1 and stage_cost(CONFIG, four, two) > stage_cost(
         CONFIG, before, two
     )
