@@ -279,9 +279,9 @@ class Stage:
         self.spread["mlp"] = "members" if members else "heads"
         self.spread["self_attn"] = "members" if attention else "" if replicate else "heads"
         if members:
-            costs = [_bytes(self.layers[0][name]) for name in ("self_attn", "mlp")]
-            costs[0] *= attention
-            self.own = deal(size, loads, *costs, self.bypass or 0)[group.rank()]
+            first = self.layers[0]
+            costs = attention * _bytes(first.self_attn), _bytes(first.mlp)
+            self.own = deal(size, loads, *costs, bypass=self.bypass or 0)[group.rank()]
         read = range(self.own.start - (self.bypass or 0), self.own.stop)
         for member, layer in enumerate(self.layers):
             if self.spread["self_attn"] == "heads":
