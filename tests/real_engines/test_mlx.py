@@ -175,7 +175,7 @@ def test_members_are_dealt_by_cost(tmp_path):
 def test_groups_of_three_are_balanced(tiny_checkpoint, tmp_path):
     source, out = tiny_checkpoint(num_layers=8, tokenizer=True), tmp_path / "out"
     convert(source, "1+2+3 4|5|6", out, form="mlx")
-    assert sums_of(out, 2, "replicate")["caches"] == 2 + 3
+    assert sums_of(out, 2, "replicate", tokens=8)["caches"] == 2 + 3
 
 
 def test_four_bits(tmp_path):
