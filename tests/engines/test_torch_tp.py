@@ -363,7 +363,8 @@ def test_two_machines_give_the_logits_of_one(tiny_checkpoint, tmp_path, machines
 def test_where_a_rank_dies_all_end(tiny_checkpoint, failing, machines, by_hand):
     starts = [[*machine, sys.executable] for machine in machines] if by_hand else None
     commands = [[*start, failing, tiny_checkpoint()] for start in starts or launchers(machines)]
-    with started(*commands, **BETWEEN) as (first, second):
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of addresses without names
+    with started(*commands, **BETWEEN, **quiet) as (first, second):
         assert second.wait(timeout=120) == (9 if by_hand else 1)
         out, shown = first.communicate(timeout=10)
     assert (first.returncode, out) == (2 if by_hand else 1, "")
