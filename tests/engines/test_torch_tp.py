@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+import abreast.modeling  # noqa: F401  registers the converted architectures
 from abreast.checkpoint.tensors import open_checkpoint
 from abreast.convert.rewrite import convert
 from abreast.engines.torch_tp import ParallelError, blocks_of, check_degree, load_parallel
@@ -53,7 +55,7 @@ for key, (folder, options) in job["runs"].items():
         counts = {name: calls.count(name) for name in set(calls)}
         assert not counts or model.link.exchanges - before == sum(counts.values())
         text = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=job["tokens"], do_sample=False,
             eos_token_id=None, pad_token_id=0,
         )
     results[key] = {
@@ -105,14 +107,23 @@ def torchrun(world: int) -> list[Any]:
 
 
 def results_of(
-    runs: Runs, ids: torch.Tensor, folder: Path, *launchers: Sequence[Any], **environment: str
+    runs: Runs,
+    ids: torch.Tensor,
+    folder: Path,
+    *launchers: Sequence[Any],
+    tokens: int = 64,
+    **environment: str,
 ) -> list[dict[str, Any]]:
-    """Run `ids` on checkpoints on the ranks that the launchers start; every rank's results."""
+    """Run `ids` on checkpoints on the ranks that the launchers start; every rank's results.
+
+    tokens: that are generated, greedily.
+    """
     worker, results = folder / "worker.py", folder / "results"
     worker.write_text(WORKER)
     job = {
         "runs": {name: (str(path), options) for name, (path, options) in runs.items()},
         "ids": ids.tolist(),
+        "tokens": tokens,
         "results": str(results),
     }
     commands = [[*launcher, worker, json.dumps(job)] for launcher in launchers]
@@ -126,11 +137,14 @@ def results_of(
 @pytest.fixture
 def on_ranks(tmp_path) -> Callable[..., list[dict[str, Any]]]:
     """Load checkpoints on `world` ranks and run `ids`; every rank's results, by run."""
-    return lambda runs, ids, world: results_of(runs, ids, tmp_path, torchrun(world))
+    return lambda runs, ids, world, **options: results_of(
+        runs, ids, tmp_path, torchrun(world), **options
+    )
 
 
-def expected(folder: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    model = load(folder, dtype="float32")[0]
+def expected(folder: Path, ids: torch.Tensor, tokens: int = 64) -> dict[str, torch.Tensor]:
+    """What transformers makes of `ids`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         step = model(ids[:, :-1], use_cache=True)
         return {
@@ -139,7 +153,7 @@ def expected(folder: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
             "text": model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=6,
+                max_new_tokens=tokens,
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
@@ -149,7 +163,7 @@ def expected(folder: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def check(runs: Runs, ranks: list[dict[str, Any]], ids: torch.Tensor) -> None:
     for name, (folder, _) in runs.items():
-        want = expected(folder, ids)
+        want = expected(folder, ids, ranks[0][name]["text"].shape[1] - ids.shape[1])
         extent = want["logits"].max() - want["logits"].min()
         last = want["cached"]
         for rank in ranks:
@@ -222,7 +236,7 @@ def test_two_ranks_run_prompts_in_order(tiny_checkpoint, tmp_path, on_ranks):
     ):
         convert(original, plan, tmp_path / name, prefill="sequential", force=True)
         runs[name] = tmp_path / name, options
-    ranks = on_ranks(runs, IDS, 2)
+    ranks = on_ranks(runs, IDS, 2, tokens=16)
     check(runs, ranks, IDS)
     for name in runs:  # the prompt's logits are the original's
         want = expected(original, IDS)["logits"]
@@ -254,7 +268,7 @@ def test_two_ranks_run_other_families(tiny_checkpoint, tmp_path, on_ranks):
             f"{family} converted": (tmp_path / family, {}),
             f"{family} replicated": (tmp_path / family, REPLICATE | {"neighbours": "repeat"}),
         }
-    ranks = on_ranks(runs, IDS, 2)
+    ranks = on_ranks(runs, IDS, 2, tokens=6)
     check(runs, ranks, IDS)
 
 
@@ -272,7 +286,7 @@ try:
     while True:
         model(torch.tensor([[3]]))
 except AbreastError as error:
-    print(f"rank {rank}: {error}", flush=True)
+    print(f"rank {rank}: {error}", file=sys.stderr, flush=True)
     dist.barrier() if len(folders) > 1 else None
     sys.exit(2)
 """
@@ -288,7 +302,7 @@ def failing(tmp_path) -> Path:
 def test_ranks_with_different_checkpoints_are_refused(tiny_checkpoint, failing):
     folders = tiny_checkpoint(), tiny_checkpoint(seed=1)
     with started([*torchrun(2), failing, *folders]) as [one]:
-        shown, _ = one.communicate(timeout=120)
+        _, shown = one.communicate(timeout=120)
     assert one.returncode != 0 and shown.count("rank 1 has another checkpoint as") == 2
     assert "copy the same one to every machine" in shown
 
@@ -349,12 +363,41 @@ def test_two_machines_give_the_logits_of_one(tiny_checkpoint, tmp_path, machines
 def test_where_a_rank_dies_all_end(tiny_checkpoint, failing, machines, by_hand):
     starts = [[*machine, sys.executable] for machine in machines] if by_hand else None
     commands = [[*start, failing, tiny_checkpoint()] for start in starts or launchers(machines)]
-    with started(*commands, **BETWEEN) as (first, second):
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of addresses without names
+    with started(*commands, **BETWEEN, **quiet) as (first, second):
         assert second.wait(timeout=120) == (9 if by_hand else 1)
-        shown, _ = first.communicate(timeout=10)
-    assert first.returncode == (2 if by_hand else 1)
-    assert shown.count("rank 0 lost the connection to the other processes") == 1
-    assert shown.count("\n") == 1
+        out, shown = first.communicate(timeout=10)
+    assert (first.returncode, out) == (2 if by_hand else 1, "")
+    lines = [line for line in shown.splitlines() if "rank 0: " in line]
+    assert len(lines) == 1 and "rank 0 lost the connection to the other processes" in lines[0]
+    if by_hand:  # torchrun adds a report of its own
+        assert shown.splitlines() == lines
+
+
+BENCH = """
+import os, sys
+import torch.distributed as dist
+from abreast.cli.main import main
+
+if os.environ["RANK"] == "1":
+    dist.barrier = lambda: os._exit(9)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_a_bench_is_one_line(tiny_checkpoint, tmp_path):
+    """Where all wait for each other before something is timed."""
+    (tmp_path / "bench.py").write_text(BENCH)
+    words = ("bench", tiny_checkpoint(), "--backend", "tp", "--task", "decode", "--context", 8)
+    here = BETWEEN | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    here["GLOO_SOCKET_IFNAME"] = "lo"
+    commands = [[sys.executable, tmp_path / "bench.py", *words]] * 2
+    with started(*commands, **here) as (first, second):
+        assert second.wait(timeout=120) == 9
+        out, shown = first.communicate(timeout=10)
+    assert (first.returncode, out, shown.count("\n")) == (2, "", 1)
+    assert "rank 0 lost the connection to the other processes" in shown
 
 
 def test_missing_peers_and_a_port_that_is_taken_are_one_line(tiny_checkpoint, monkeypatch, run):
@@ -386,8 +429,11 @@ def test_four_ranks(tiny_checkpoint, tmp_path, on_ranks):
         "four repeated": ("1|2|3|4:2", {"neighbours": "repeat"}, 4 + 1),
         # Those that share a member reduce its attention among themselves: a second one, of two.
         "pairs": ("1|2 3|4", {}, 4 + 2 * 2),
+        "ff": ("1~2~3~4", {}, 4 + 4 + 1),
         "bypass": ("1|2:1 3|4:1", {"neighbours": "exchange"}, 4 + 2 * 3),
         "replicate": ("1|2|3|4:2", REPLICATE | {"neighbours": "repeat"}, 0 + 1),
+        "sums whole": ("1+2+3+4", REPLICATE, 0 + 2),
+        "attentions whole": ("1~2~3~4", REPLICATE, 0 + 1),
     }
     runs: dict[str, tuple[Path, dict[str, Any]]] = {"original": (original, {})}
     for name, (plan, options, _) in plans.items():
@@ -438,10 +484,21 @@ def test_unknown_dtype_and_missing_gpu_are_one_line(tiny_checkpoint, monkeypatch
         load_parallel(tiny_checkpoint(), device="cuda")
 
 
-def test_one_process_loads_the_whole_model(tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("unpaired", ["shard", "replicate"])
+def test_one_process_writes_what_transformers_does(
+    tiny_checkpoint, tmp_path, monkeypatch, unpaired
+):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    convert(tiny_checkpoint(), "1|2", tmp_path / "out")
-    model = load_parallel(tmp_path / "out", dtype="float32")
-    with torch.inference_mode():
-        got = model(IDS, use_cache=False).logits
-    assert torch.equal(got, expected(tmp_path / "out", IDS)["logits"])
+    original, ids = tiny_checkpoint(), IDS
+    convert(original, "1+2 3|4:1", tmp_path / "out")
+    for folder in (original, tmp_path / "out"):
+        model, want = (
+            load_parallel(folder, dtype="float32", unpaired=unpaired),
+            expected(folder, ids),
+        )
+        with torch.inference_mode():
+            assert torch.equal(model(ids, use_cache=False).logits, want["logits"])
+        text = model.generate(
+            ids, max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert torch.equal(text, want["text"])

@@ -13,6 +13,7 @@ from abreast.planner import (
     Budget,
     CalibrationSettings,
     Profile,
+    Search,
     calibrate,
     find_plan,
     score,
@@ -132,6 +133,35 @@ def test_plans_for_several_machines(tiny_checkpoint, tmp_path, run):
     status, _, err = run(*command, "--ranks", 1, "--link", 5)
     assert status == 2 and "--ranks 1 with --link 5.0 makes no sense" in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("search", "cqil"),
+    [
+        ({}, False),
+        ({"hardware": "H100"}, False),
+        ({"hardware": "2xM3Ultra-RDMA"}, True),
+        ({"ranks": 4}, True),
+        ({"ranks": 2, "link": 300.0}, True),
+    ],
+)
+def test_several_devices_are_offered_what_exchanges_least(search, cqil):
+    offered = Search(**search).wired(CalibrationSettings()).wirings
+    assert {*offered} - {"cqil"} == {"lp", "cqil-full", "ff"} and ("cqil" in offered) == cqil
+    named = CalibrationSettings(wirings=("lp",))
+    assert Search(**search).wired(named) == named
+
+
+def test_the_verb_offers_cqil_where_a_plan_is_for_several_devices(tiny_checkpoint, tmp_path, run):
+    command = ("plan", tiny_checkpoint(num_layers=LAYERS), "-o", tmp_path / "run", *SIZES)
+    command += ("--max-group", 2, "--depth", 6, "--dry-run", "--json")
+    counts = []
+    for machine in ((), ("--hardware", "H100"), ("--ranks", 2, "--link", 300)):
+        status, out, err = run(*command, *machine)
+        assert status == 0, err
+        counts.append(json.loads(out)["candidates"])
+    pairs = LAYERS - 3
+    assert counts == [3 * pairs, 3 * pairs, 4 * pairs]
 
 
 def test_plans_are_screened_on_a_part_of_the_text(texts, tmp_path):

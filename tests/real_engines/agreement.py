@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,16 @@ def in_mlx_ranks(command: list[Any], folder: Path, ranks: int, **environment: st
 
 
 def answers_of_mlx(
-    folder: Path, prompts: list[list[int]], tokens: int, ranks: int = 1, unpaired: str = "shard"
+    folder: Path,
+    prompts: list[list[int]],
+    tokens: int,
+    ranks: int = 1,
+    unpaired: str = "shard",
+    alone: Sequence[int] = (0, -1),
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """What mlx_ranks.py makes of prompts together, then of the first and last alone; its counts."""
+    """What mlx_ranks.py makes of prompts together, then of some alone; its counts."""
     questions, answers = folder.parent / "questions.json", folder.parent / "answers.json"
-    asked = {"prompts": prompts, "tokens": tokens, "alone": [0, len(prompts) - 1]}
+    asked = {"prompts": prompts, "tokens": tokens, "alone": [*alone]}
     questions.write_text(json.dumps(asked))
     script = Path(__file__).with_name("mlx_ranks.py")
     command = [MLX / "python", script, folder, questions, answers]

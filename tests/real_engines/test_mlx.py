@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 from agreement import MLX, answers_of_mlx, compare, free_port, in_mlx_ranks
 
+import abreast
 from abreast.convert import convert
 from abreast.demo import model_folder
 from abreast.model import load
@@ -47,9 +50,10 @@ PROMPTS = [
 
 def sums_of(out: Path, ranks: int, unpaired: str, tokens: int = 64) -> dict[str, int]:
     """Check that the ranks write what transformers does; how many exchanges they need."""
-    prompts = PROMPTS if ranks < 3 else PROMPTS[4:6]  # each waits for the others, on two cores
-    answers, sums = answers_of_mlx(out, prompts, tokens, ranks, unpaired)
-    compare(out, [*prompts, prompts[0], prompts[-1]], answers)
+    # Three ranks and more wait for each other, on two cores.
+    prompts, alone = (PROMPTS, [0, -1]) if ranks < 3 else (PROMPTS[4:6], [])
+    answers, sums = answers_of_mlx(out, prompts, tokens, ranks, unpaired, alone)
+    compare(out, [*prompts, *(prompts[index] for index in alone)], answers)
     return sums
 
 
@@ -79,18 +83,19 @@ def test_same_tokens_and_logprobs(tiny_checkpoint, tmp_path, family):
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
 def test_the_bundled_model(tmp_path, ranks):
-    plan, out = "2+3 4|5 6~7 9|10|11|12:3" if ranks < 3 else "2+3+4+5 6|7|8|9:2", tmp_path / "out"
+    several, out = ranks > 1, tmp_path / "out"
+    plan = "2+3+4+5 6|7|8|9:2 10~11~12~13" if several else "2+3 4|5 6~7 9|10|11|12:3"
     convert(model_folder(), plan, out, form="mlx", dtype="float32")
-    sums = sums_of(out, ranks, "replicate", tokens=64 if ranks == 1 else 8)
-    assert sums["token"] == (3 if ranks > 1 else 0)
-    assert (sums["caches"] < 16) == (ranks > 1)
+    sums = sums_of(out, ranks, "replicate")
+    assert sums["token"] == (2 + 1 + 1 if several else 0)
+    assert (sums["caches"] < 16) == several
 
 
 def test_more_ranks_than_members(tiny_checkpoint, tmp_path):
     """Every rank has some heads of every member: cqil then needs a second exchange."""
     source = tiny_checkpoint(num_key_value_heads=4, tokenizer=True)
     convert(source, "1+2 3|4:1", tmp_path / "out", form="mlx")
-    assert sums_of(tmp_path / "out", 4, "shard", tokens=8)["token"] == 2 * 2 + 2 + 2
+    assert sums_of(tmp_path / "out", 4, "shard")["token"] == 2 * 2 + 2 + 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -116,6 +121,61 @@ def test_what_ranks_refuse(tiny_checkpoint, tmp_path):
         said = in_mlx_ranks(command, tmp_path, ranks, ABREAST_UNPAIRED=unpaired)
         assert [status for status, _ in said] == [2] * ranks
         assert said[0][1].splitlines()[-1].startswith(f"error: {reason}")
+
+
+def test_ranks_with_different_checkpoints_are_refused(tiny_checkpoint, tmp_path):
+    """Of one config, so that only the weights tell them apart."""
+    for rank in range(2):
+        source = tiny_checkpoint(tokenizer=True, seed=rank)
+        convert(source, "1+2", tmp_path / f"out{rank}", form="mlx")
+    script = Path(__file__).with_name("mlx_ranks.py")
+    started = f'"{MLX}/python" "{script}" "{tmp_path}/out$MLX_RANK" none none'
+    said = in_mlx_ranks(["sh", "-c", f"exec {started}"], tmp_path, 2)
+    assert [status for status, _ in said] == [2, 2]
+    assert re.fullmatch(
+        r"error: rank 1 has another checkpoint than rank 0 \(hashes (\w{8}) and (?!\1)\w{8}\); "
+        "copy the same one to every machine",
+        said[0][1].splitlines()[-1],
+    )
+    unlike = '[ "$MLX_RANK" = 0 ] || export ABREAST_UNPAIRED=replicate; exec '
+    said = in_mlx_ranks(["sh", "-c", unlike + started.replace("$MLX_RANK", "0")], tmp_path, 2)
+    assert "error: rank 1 has another ABREAST_UNPAIRED than rank 0" in said[0][1]
+
+
+DEAL = """
+import json, sys
+from mlx_model import deal
+
+for members, loads, costs in json.loads(sys.argv[1]):
+    print(json.dumps([[len(own) for own in deal(members, loads, *costs)], loads]))
+"""
+
+
+def test_members_are_dealt_by_cost(tmp_path):
+    """As torch_tp deals them (tests/engines/test_ranks.py)."""
+    cases: list[tuple[int, list[int], list[int]]] = [
+        (3, [0, 0], [1, 3]),
+        (3, [8, 4], [1, 3]),  # what the first has left
+        (3, [100, 0], [1, 3, 1]),
+        (5, [0, 0, 0], [1, 3, 1]),
+        (6, [9, 0], [1, 3, 3]),
+    ]
+    command = [MLX / "python", "-c", DEAL, json.dumps(cases)]
+    shutil.copy(Path(abreast.__file__).parent / "convert" / "mlx_model.py", tmp_path)
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert [json.loads(line) for line in made.stdout.splitlines()] == [
+        [[2, 1], [8, 4]],
+        [[1, 2], [12, 12]],
+        [[2, 1], [108, 5]],  # all wait for the slowest of a group, so that one counts first
+        [[2, 2, 1], [8, 9, 5]],
+        [[3, 3], [21, 15]],
+    ]
+
+
+def test_groups_of_three_are_balanced(tiny_checkpoint, tmp_path):
+    source, out = tiny_checkpoint(num_layers=8, tokenizer=True), tmp_path / "out"
+    convert(source, "1+2+3 4|5|6", out, form="mlx")
+    assert sums_of(out, 2, "replicate", tokens=8)["caches"] == 2 + 3
 
 
 def test_four_bits(tmp_path):

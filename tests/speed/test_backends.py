@@ -26,6 +26,7 @@ from abreast.speed.timing import (
     Failure,
     Job,
     Measurement,
+    Report,
     conclusion,
     timings,
 )
@@ -339,6 +340,24 @@ def test_conclusion_says_where_it_helps_and_where_not():
         assert last == f"abreast: {word} in whatever was measured: do not use this here"
     assert conclusion([result("decode", 1.2, rounds=3)]).endswith("too few rounds for a verdict")
     assert conclusion([]) == "nothing to compare with"
+
+
+def test_of_several_ways_to_hold_a_model_the_fastest_is_named():
+    one, names = result("decode", 1.2), ("original", "on one device", "m1", "m1, replicate")
+    jitter = np.linspace(0.99, 1.01, 8)
+    for shard, words in (
+        (1.2, "m1: faster by 1.20x [1.20, 1.20]"),
+        (1.0, "m1, replicate: no difference measured here: 1.00x [1.00, 1.00]"),
+    ):
+        seconds = {n: t * jitter for n, t in zip(names, (3, 2, shard, 1), strict=True)}
+        first = "m1, replicate" if shard > 1 else "m1"
+        held = replace(
+            one, seconds=seconds, timings=timings(Measurement(seconds, dict.fromkeys(seconds, 1)))
+        )
+        job = Job(unpaired=("shard", "replicate"))
+        last = f"fastest in decode, batch 1, context 8: {first} (against {words})"
+        assert Report(job, (held,), ()).to_dict()["verdict"][-1] == last
+        assert "fastest" not in Report(Job(), (held,), ()).verdict
 
 
 def test_device_falls_back_only_when_asked(monkeypatch):

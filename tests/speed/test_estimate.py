@@ -163,6 +163,18 @@ def test_members_that_devices_do_not_share_evenly():
     assert estimate(CONFIG, three, dealt).all_reduces[1] == 1
 
 
+def test_the_device_with_a_member_more_repeats_no_attentions():
+    """It is the first, so that with d = 1 two devices run two attentions and two or one FFNs."""
+    own, before = (Group(layers=(18, 19, 20), wiring="cqil", bypass=b) for b in (0, 1))
+    two = on("2xA100-NVLink", unpaired="replicate")
+    assert (two.repeated(own), two.repeated(before)) == (None, 0)
+    assert stage_cost(CONFIG, before, two) == pytest.approx(stage_cost(CONFIG, own, two))
+    four = Group(layers=(18, 19, 20, 21), wiring="cqil", bypass=1)
+    assert two.repeated(four) == 1 and stage_cost(CONFIG, four, two) > stage_cost(
+        CONFIG, before, two
+    )
+
+
 @pytest.mark.parametrize("devices", [2, 4])
 def test_a_bypass_is_repeated_where_exchanging_takes_longer(devices):
     """A layer's attention on A100s: 42 MB at 1.7 TB/s, 24 us, half of it on each of two devices."""
@@ -418,6 +430,23 @@ def test_verb(tmp_path):
         speedup(CONFIG, Plan.parse("14+15 16+17", 32), on("2xA100-NVLink", context=128))
     )
     assert read_config(tmp_path) == CONFIG
+
+
+def test_the_verb_says_which_way_to_hold_a_model_wins(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    arguments = ["estimate", str(tmp_path), "--plan", "14|15", "--batch", "8,1"]
+    two = [*arguments, "--hardware", "2xM3Ultra-Thunderbolt"]
+    found = json.loads(CliRunner().invoke(cli, [*two, "--json"]).stdout)
+    plan, setting = Plan.parse("14|15", 32), on("2xM3Ultra-Thunderbolt", batch=8)
+    expected = {way: entry.to_dict() for way, entry in ways(CONFIG, plan, setting).items()}
+    assert found["ways"] == json.loads(json.dumps(expected))
+    assert {*found["ways"]} == {"shard", "replicate", "on one device"}
+    assert found["fastest"] == min(expected, key=lambda way: expected[way]["converted"])
+    text = " ".join(CliRunner().invoke(cli, two).stdout.split())
+    assert f"fastest: {found['fastest']}" in text
+    assert f"shard {1e3 * expected['shard']['converted']:.2f} ms" in text
+    alone = CliRunner().invoke(cli, [*arguments, "--hardware", "M3Ultra", "--json"])
+    assert json.loads(alone.stdout)["ways"] == {}
 
 
 def test_verb_on_bad_input(tmp_path):

@@ -135,6 +135,7 @@ def plan(
 
     if known:
         return _take_known(model, Path(out), budget.depth, calibration.revision)
+    calibration = search.wired(calibration)
     if dry_run:
         expected = expect(model, calibration, depth=budget.depth or 1, per_group=search.per_group)
         return tables.print_expected(expected, as_json)
@@ -226,6 +227,7 @@ def optimize(
     healing = None
     if method is not None:
         healing = Healing(method, calibration.data, recipe=recipe, candidates=candidates)
+    calibration = search.wired(calibration)
     seed, loaded_tasks = calibration.seed, None
     if tasks is not None:
         names = tasks.split(",")

@@ -123,7 +123,7 @@ def estimate(
     the hardware, not from the hardware.
     """
     from abreast.plan import Plan
-    from abreast.speed import Setting, read_config, shape_of, typical_plan
+    from abreast.speed import Setting, fastest, read_config, shape_of, typical_plan, ways
     from abreast.speed import estimate as compute
 
     config = read_config(model)
@@ -133,6 +133,8 @@ def estimate(
         return _print_overview(config, _numbers(context, "--context")[0], as_json)
     num_layers = shape_of(config).num_layers
     parsed = Plan.read(plan, num_layers) if plan is not None else typical_plan(config)
+    batches, contexts = _numbers(batch, "--batch"), _numbers(context, "--context")
+    setting = replace(setting, batch=batches[0], context=contexts[0])
     estimates = [
         compute(
             config,
@@ -141,12 +143,19 @@ def estimate(
         )
         for runtime in ("graphs", "eager")
         for phase in ("prefill", "decode")
-        for size in _numbers(batch, "--batch")
-        for length in _numbers(context, "--context")
+        for size in batches
+        for length in contexts
     ]
     if as_json:
-        rows = [entry.to_dict() for entry in estimates]
-        return console.print_json({"model": model, "plan": parsed.shorthand, "estimates": rows})
+        by_way = ways(config, parsed, setting)
+        record = {
+            "model": model,
+            "plan": parsed.shorthand,
+            "estimates": [entry.to_dict() for entry in estimates],
+            "ways": {way: entry.to_dict() for way, entry in by_way.items()},
+            "fastest": fastest(by_way),
+        }
+        return console.print_json(record)
     _print_estimates(parsed, estimates, tables.compared(config, parsed, setting))
 
 
@@ -181,8 +190,6 @@ def _names(models: tuple[str, ...]) -> list[str]:
 
 
 def _print_bench(report: Report) -> None:
-    from abreast.speed import conclusion
-
     first = report.results[0]
     notes = []
     if first.memory:
@@ -198,7 +205,7 @@ def _print_bench(report: Report) -> None:
         left={"task", "model", ""},
         title=f"{first.backend}, {first.device}, {first.dtype}, {report.job.rounds} rounds; "
         "±: half the interquartile range; ratio: median of paired rounds, 95 % interval",
-        notes=[*notes, conclusion(report.results)],
+        notes=[*notes, report.verdict],
     )
 
 

@@ -145,17 +145,15 @@ def print_plan(model: str, planned: Planned, machine: Hardware | None) -> None:
 def compared(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str:
     """How long a pass takes and what memory, sharded, replicated and on one device, and which of
     those that fit wins; empty for one device."""
-    from abreast.speed import ways
+    from abreast.speed import fastest, ways
 
-    by_way = ways(config, plan, setting) if setting.devices > 1 else {}
+    by_way = ways(config, plan, setting)
     words = [
         f"{way} {1e3 * entry.converted:.2f} ms and {console.bytes_text(entry.weights)} per device"
         for way, entry in by_way.items()
     ]
-    fitting = {way: entry.converted for way, entry in by_way.items() if entry.fits}
-    if not fitting:
-        return ""
-    return f"{setting.phase}: {', '.join(words)}; fastest: {min(fitting, key=fitting.__getitem__)}"
+    first = fastest(by_way)
+    return f"{setting.phase}: {', '.join(words)}; fastest: {first}" if first else ""
 
 
 def print_optimized(result: Optimized, report: Path | None) -> None:

@@ -8,17 +8,21 @@ follows ABREAST_UNPAIRED: shard, the default, divides heads and FFN columns amon
 mlx-lm does with all layers; replicate has every rank run it whole and exchange nothing.
 """
 
+import hashlib
+import json
 import os
 import sys
-import zlib
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import combinations
 from operator import add
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace
+from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
@@ -170,6 +174,38 @@ class Layer(nn.Module):
         return self[f"{name}_layernorm"](x)
 
 
+def deal(members: int, loads: list, attention: int, ffn: int, bypass: int = 0) -> list:
+    """Every rank's range of the members of a group, one each at least.
+
+    Where members are no multiple of the ranks, the rank that has most to run of this group has as
+    little as possible, since all wait for it, and then the fullest ranks of all groups so far.
+    loads: bytes that every rank has of the groups before, to which this one's are added. attention,
+    ffn: bytes of a member's. bypass: how many attentions before its own a rank runs as well.
+    """
+    ranks = range(len(loads))
+
+    def owned(most: tuple) -> list:
+        counts = [members // len(loads) + (rank in most) for rank in ranks]
+        return [range(sum(counts[:rank]), sum(counts[: rank + 1])) for rank in ranks]
+
+    def added(most: tuple) -> list:
+        return [
+            (len(own) + min(bypass, own.start)) * attention + len(own) * ffn for own in owned(most)
+        ]
+
+    def judged(most: tuple) -> tuple:
+        new = added(most)
+        return max(new), sorted(map(add, loads, new), reverse=True)
+
+    chosen = min(combinations(ranks, members % len(loads)), key=judged)
+    loads[:] = map(add, loads, added(chosen))
+    return owned(chosen)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(module.parameters()))
+
+
 class Stage:
     """The members of a group, which read one input, or one layer by itself.
 
@@ -226,9 +262,9 @@ class Stage:
         part = reduce(add, own) if own else mx.zeros_like(x)
         return mx.distributed.all_sum(part, group=self.group)
 
-    def divide(self, group: mx.distributed.Group, replicate: bool) -> None:
-        """Keep this rank's part. Raises ValueError where there are too few parts."""
-        size, ranks, rank = len(self.layers), group.size(), group.rank()
+    def divide(self, group: mx.distributed.Group, replicate: bool, loads: list) -> None:
+        """Keep this rank's part. loads: see `deal`. Raises ValueError where parts are too few."""
+        size, ranks = len(self.layers), group.size()
         if replicate and size == 1:
             return
         if replicate and ranks > size:
@@ -243,7 +279,9 @@ class Stage:
         self.spread["mlp"] = "members" if members else "heads"
         self.spread["self_attn"] = "members" if attention else "" if replicate else "heads"
         if members:
-            self.own = range(rank * size // ranks, (rank + 1) * size // ranks)
+            first = self.layers[0]
+            costs = attention * _bytes(first.self_attn), _bytes(first.mlp)
+            self.own = deal(size, loads, *costs, bypass=self.bypass or 0)[group.rank()]
         read = range(self.own.start - (self.bypass or 0), self.own.stop)
         for member, layer in enumerate(self.layers):
             if self.spread["self_attn"] == "heads":
@@ -336,16 +374,48 @@ class Model(nn.Module):
         """Keep what this rank runs. Where that cannot be, every rank ends, with status 2: mlx-lm's
         server would go on without a model."""
         group = group or mx.distributed.init()
-        unpaired = os.environ.get("ABREAST_UNPAIRED", "shard")
+        unpaired, loads = os.environ.get("ABREAST_UNPAIRED", "shard"), [0] * group.size()
         try:
-            mark = mx.array([zlib.crc32(f"{unpaired} {self.args}".encode()) >> 1])
-            if (mx.distributed.all_gather(mark, group=group) != mark).any().item():
-                raise ValueError("the ranks have different checkpoints, or ABREAST_UNPAIRED")
+            for what, mark, advice in (
+                ("ABREAST_UNPAIRED", unpaired.encode(), "set the same on"),
+                ("checkpoint", _marked(self.args), "copy the same one to"),
+            ):
+                _check_same(what, hashlib.sha256(mark).hexdigest()[:8], advice, group)
             if unpaired not in ("shard", "replicate"):
                 raise ValueError(f"ABREAST_UNPAIRED is {unpaired!r}, not one of shard, replicate")
             for stage in self._stages if group.size() > 1 else ():
-                stage.divide(group, unpaired == "replicate")
+                stage.divide(group, unpaired == "replicate", loads)
         except ValueError as reason:
             if group.rank() == 0:
                 print(f"error: {reason}", file=sys.stderr, flush=True)
             os._exit(2)
+
+
+def _check_same(what: str, own: str, advice: str, group: mx.distributed.Group) -> None:
+    """Raise ValueError unless all ranks have the same hash, of 8 digits."""
+    mark = mx.array([int(own, 16)], mx.uint32)
+    hashes = [f"{one:08x}" for one in mx.distributed.all_gather(mark, group=group).tolist()]
+    for rank, one in enumerate(hashes):
+        if one != hashes[0]:
+            raise ValueError(
+                f"rank {rank} has another {what} than rank 0 (hashes {one} and {hashes[0]}); "
+                f"{advice} every machine"
+            )
+
+
+def _marked(args: ModelArgs) -> bytes:
+    """What tells this checkpoint from others: arguments, and of every tensor name, type, shape and
+    some values, read from the files, since arrays that are looked at stay in memory whole."""
+    samples = {}
+    for path in Path(__file__).parent.glob("model*.safetensors"):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+            entries.pop("__metadata__", None)
+            for name, entry in entries.items():
+                first, last = entry.pop("data_offsets")
+                samples[name] = [entry]
+                for start in (first, (first + last) // 2, max(first, last - 512)):
+                    file.seek(8 + length + start)
+                    samples[name].append(file.read(min(512, last - start)))
+    return repr((args, sorted(samples.items()))).encode()

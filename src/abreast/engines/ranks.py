@@ -6,6 +6,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -59,6 +60,38 @@ def meet(backend: str) -> None:
             f"{rank_and_world()[1]} with the address of the first and a free port there "
             f"({first_line(error)})"
         ) from None
+
+
+def deal(
+    members: int, loads: list[int], costs: tuple[int, int], band: int = 0
+) -> tuple[tuple[int, ...], ...]:
+    """The ranks of every member of a group, neighbours together, or one member's side by side.
+
+    Where members are no multiple of the ranks, the rank that has most to run of this group has as
+    little as possible, since all wait for it, and then the fullest ranks of all groups so far.
+    loads: what every rank has of the groups before, to which this one's is added. costs: of a
+    member's attention and FFN. band: how many attentions before its own a rank repeats.
+    """
+    world = len(loads)
+    if world > members:
+        share = world // members
+        return tuple(tuple(range(m * share, (m + 1) * share)) for m in range(members))
+
+    def counts(most: tuple[int, ...]) -> list[int]:
+        return [members // world + (rank in most) for rank in range(world)]
+
+    def added(most: tuple[int, ...]) -> list[int]:
+        own = counts(most)
+        repeated = [min(band, sum(own[:rank])) for rank in range(world)]
+        return [(n + more) * costs[0] + n * costs[1] for n, more in zip(own, repeated, strict=True)]
+
+    def judged(most: tuple[int, ...]) -> tuple[int, list[int]]:
+        new = added(most)
+        return max(new), sorted(map(int.__add__, loads, new), reverse=True)
+
+    chosen = min(combinations(range(world), members % world), key=judged)
+    loads[:] = map(int.__add__, loads, added(chosen))
+    return tuple((rank,) for rank, count in enumerate(counts(chosen)) for _ in range(count))
 
 
 class Link:

@@ -42,6 +42,7 @@ from abreast.engines.ranks import (
     ParallelError,
     SplitHead,
     Summed,
+    deal,
     meet,
     rank_and_world,
     together,
@@ -161,8 +162,8 @@ def lay_out(
     unpaired: Unpaired,
     repeat: bool,
 ) -> Layout:
-    """What `rank` of `world` holds; members go where least of all groups before lies."""
-    blocks = blocks_of(config)
+    """What `rank` of `world` holds; how members are dealt: see `deal`."""
+    blocks, costs = blocks_of(config), _costs(family, config)
     fed = {layer: index for index, block in enumerate(blocks) for layer in block.ffns}
     loads = [0] * world
     layers: list[Local] = []
@@ -175,12 +176,14 @@ def lay_out(
             layers.append(Local(index, index, None, True, True, *parts))
             continue
         first = group.layers[0]
+        band = 0 if family.parallel or group.shares_ffn_input else group.ffn_band or 0
         if first in block.attentions:
-            owners = _deal(len(group.layers), world, loads)
+            attention, ffn = (0 if group.is_in_order else costs[0]), costs[1]
+            repeated = band if repeat else 0
+            owners = deal(len(group.layers), loads, (attention, ffn), repeated)
             dealt[len(layers)] = group, owners
         share = len(owners[0]) if world > len(group.layers) else 1
         own = [member for member, ranks in enumerate(owners) if rank in ranks]
-        band = 0 if family.parallel or group.shares_ffn_input else group.ffn_band or 0
         lowest = max(0, own[0] - (band if repeat else 0))
         for layer in block.attentions:
             member = layer - first
@@ -190,16 +193,12 @@ def lay_out(
     return Layout(tuple(layers), dealt, repeat)
 
 
-def _deal(members: int, world: int, loads: list[int]) -> tuple[tuple[int, ...], ...]:
-    """The ranks of every member, neighbours together; more go to ranks with the least load."""
-    if world > members:
-        share = world // members
-        return tuple(tuple(range(m * share, (m + 1) * share)) for m in range(members))
-    most = sorted(range(world), key=lambda rank: (loads[rank], rank))[: members % world]
-    counts = [members // world + (rank in most) for rank in range(world)]
-    for rank, count in enumerate(counts):
-        loads[rank] += count
-    return tuple((rank,) for rank, count in enumerate(counts) for _ in range(count))
+def _costs(family: Family, config: Mapping[str, Any]) -> tuple[int, int]:
+    """How many weights the matrices of a layer's attention and of its FFN have."""
+    own, costs = layer_tensors(family, {**dict(family.defaults), **config}), [0, 0]
+    for matrix in family.matrices:
+        costs[family.is_ffn(matrix.name)] += math.prod(own[f"{matrix.name}.weight"])
+    return costs[0], costs[1]
 
 
 def _repeating_pays(
@@ -225,7 +224,8 @@ def _repeating_pays(
     exchanged = torch.zeros(1, config["hidden_size"], dtype=dtype, device=device)
     takes = [_seconds(attention, device) * furthest, _seconds(lambda: link.sum(exchanged), device)]
     slowest = torch.tensor(takes, device=device, dtype=torch.float32)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    with together():
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return bool(slowest[0] < slowest[1])
 
 

@@ -36,7 +36,7 @@ from abreast.planner.scoring import (
     of_text,
 )
 from abreast.planner.search import BEAM, COUNTED, PER_GROUP, additive
-from abreast.planner.settings import CalibrationSettings
+from abreast.planner.settings import WIRINGS, CalibrationSettings
 from abreast.runs import (
     Author,
     Journal,
@@ -438,7 +438,7 @@ def _candidates(
     return candidates(
         config,
         max_group=settings.max_group,
-        wirings=settings.wirings,
+        wirings=settings.wirings or WIRINGS,
         engines=settings.engines,
         force=settings.force,
         in_memory=in_memory,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from abreast.data import AUTO
 from abreast.planner.objective import Scoring
@@ -10,17 +10,20 @@ from abreast.runs import option
 from abreast.speed import Hardware, hardware_of
 from abreast.targets import Unpaired
 
+WIRINGS = ("lp", "cqil-full", "ff")  # tried unless others are named
+
 
 @dataclass(frozen=True)
 class CalibrationSettings:
     """How to measure groups of layers.
 
     window: in tokens, of which those of the text are scored, and without a prefix all but the
-    first. add_bos: see `prefix_of`. max_group, wirings, engines, force: see `candidates`. screen:
-    share of the text that candidates are measured on. larger: share of the stretches of more than
-    the fewest layers that are measured at all, those within which the smallest groups cost least.
-    keep: share of the stretches whose best wiring is then measured on the rest. batch_size: windows
-    at once, fewer where their hidden states and logits would exceed max_cache_bytes.
+    first. add_bos: see `prefix_of`. max_group, wirings (none: WIRINGS), engines, force: see
+    `candidates`. screen: share of the text that candidates are measured on. larger: share of the
+    stretches of more than the fewest layers that are measured at all, those within which the
+    smallest groups cost least. keep: share of the stretches whose best wiring is then measured on
+    the rest. batch_size: windows at once, fewer where their hidden states and logits would exceed
+    max_cache_bytes.
     Fields with a help text are options.
     """
 
@@ -34,7 +37,9 @@ class CalibrationSettings:
     window: int = option(256, "Tokens per window.")
     max_group: int = option(4, "Most layers in a group.")
     wirings: tuple[str, ...] = option(
-        ("lp", "cqil-full", "ff"), "Comma-separated, of lp, cqil, cqil-full and ff."
+        (),
+        "Comma-separated, of lp, cqil, cqil-full and ff. Default: lp,cqil-full,ff, "
+        "and for several devices cqil as well.",
     )
     engines: tuple[str, ...] = option(
         (), "Only plans that these load, of vllm, transformers and llama.cpp.", "--for"
@@ -88,3 +93,10 @@ class Search:
         if self.hardware is None and self.ranks is None and self.link is None:
             return None
         return hardware_of(self.hardware or "H100").joined(self.ranks, self.link)
+
+    def wired(self, settings: CalibrationSettings) -> CalibrationSettings:
+        """The settings with the wirings to try: on several devices by default cqil as well, whose
+        FFNs cost more than those of cqil-full, but need no exchange. Raises AbreastError."""
+        several = self.machine is not None and self.machine.count > 1
+        default = (*WIRINGS, "cqil") if several else WIRINGS
+        return replace(settings, wirings=settings.wirings or default)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Estimate,
         Setting,
         estimate,
+        fastest,
         forward_cost,
         stage_cost,
         stage_seconds,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
         Contender,
         Job,
         Report,
-        conclusion,
         verdict,
     )
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from abreast.checkpoint import open_checkpoint, plan_for, scratch
+from abreast.engines.ranks import together
 from abreast.engines.torch_tp import ParallelError, launched, load_parallel, open_for
 from abreast.engines.vllm import VllmFailure, latency
 from abreast.errors import AbreastError
@@ -347,9 +348,16 @@ def _as_rank(job: Job) -> Iterator[BenchResult | Failure]:
         )
         for contender in job.contenders
     }
-    yield from _time_cases(job, models, dist.barrier if dist.is_initialized() else lambda: None)
+    yield from _time_cases(job, models, _wait)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _wait() -> None:
+    """Until all ranks are here. Raises ParallelError where one ended."""
+    if dist.is_initialized():
+        with together():
+            dist.barrier()
 
 
 def _worker(job_file: str, results: str) -> None:

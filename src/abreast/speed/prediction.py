@@ -115,13 +115,15 @@ class Setting:
         whole = self.unpaired == "replicate" or not (width % devices and devices % width)
         return whole and not group.shares_ffn_input
 
-    def repeated(self, group: Group | None) -> float:
-        """How many layers' attentions the fullest device would repeat instead of exchanging."""
+    def repeated(self, group: Group | None) -> float | None:
+        """How many layers' attentions the last of the fullest devices would repeat, those with
+        a member more being the first; None where there is nothing to exchange instead."""
         if group is None or self.devices == 1 or not (group.ffn_band and self.deals(group)):
-            return 0.0
+            return None
         width = len(group.layers)
         share = max(1, self.devices // width)
-        return min(group.ffn_band, width - math.ceil(width / self.devices)) / share
+        full = width % self.devices or min(width, self.devices)
+        return min(group.ffn_band, (full - 1) * math.ceil(width / self.devices)) / share
 
 
 @dataclass(frozen=True)
@@ -267,11 +269,20 @@ def estimate(config: Mapping[str, Any], plan: Plan, setting: Setting) -> Estimat
 
 
 def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, Estimate]:
-    """The plan sharded, replicated and on one device, where each can be. Raises as `estimate`."""
+    """The plan sharded, replicated and on one device, where each can be; nothing for one device.
+    Raises as `estimate`."""
+    if setting.devices == 1:
+        return {}
     settings = {way: replace(setting, unpaired=way) for way in get_args(Unpaired)}
     settings["on one device"] = replace(setting, ranks=1, baseline_ranks=None, unpaired="shard")
     estimates = {way: estimate(config, plan, own) for way, own in settings.items()}
     return {way: entry for way, entry in estimates.items() if entry.refused is None}
+
+
+def fastest(by_way: Mapping[str, Estimate]) -> str | None:
+    """Which of the `ways` that fit into the devices' memory takes the least time, None for none."""
+    fitting = {way: entry.converted for way, entry in by_way.items() if entry.fits}
+    return min(fitting, key=fitting.__getitem__) if fitting else None
 
 
 def _refused(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str | None:
@@ -294,7 +305,7 @@ def _context_bytes(config: Mapping[str, Any], setting: Setting) -> int:
 
 def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "both") -> Cost:
     """With a bypass, whichever is faster: exchanging attentions or repeating the neighbours'."""
-    ways = (False, True) if part == "both" and setting.repeated(group) else (False,)
+    ways = (False, True) if part == "both" and setting.repeated(group) is not None else (False,)
     costs = [_stage_way(shape, group, setting, part, repeats) for repeats in ways]
     return min(costs, key=lambda cost: cost.seconds)
 
@@ -305,7 +316,7 @@ def _stage_way(
     kernels_of = table()["runtimes"][setting.runtime]["kernels"]
     width = len(group.layers) if group is not None else 1
     attentions, ffns = setting.held(group)
-    attentions += setting.repeated(group) * repeats
+    attentions += (setting.repeated(group) or 0.0) * repeats
     device, kernels = 0.0, 0
     steps = {"attention": width if shape.own_attentions else _attentions(group), "ffn": 1}
     for half, elements in (("attention", shape.attention * attentions), ("ffn", shape.ffn * ffns)):

@@ -223,13 +223,20 @@ class Report:
     failures: tuple[Failure, ...]
     hardware: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def verdict(self) -> str:
+        """What the results allow one to say, and where models were held in several ways, which of
+        all was the fastest."""
+        won = [fastest(result) for result in self.results] if len(self.job.unpaired) > 1 else []
+        return "\n".join([conclusion(self.results), *won])
+
     def to_dict(self, *, seconds: bool = False) -> dict[str, Any]:
         return {
             "contenders": [asdict(contender) for contender in self.job.contenders],
             "hardware": self.hardware,
             "results": [result.to_dict(seconds=seconds) for result in self.results],
             "failures": [asdict(failure) for failure in self.failures],
-            "verdict": conclusion(self.results).splitlines(),
+            "verdict": self.verdict.splitlines(),
         }
 
 
@@ -396,6 +403,14 @@ def verdict(result: BenchResult) -> str:
     if len(others) == 1:
         return "".join(claim(timing, result.rounds) for timing in others.values())
     return "\n".join(f"{name}: {claim(timing, result.rounds)}" for name, timing in others.items())
+
+
+def fastest(result: BenchResult) -> str:
+    """Which contender took least time, and what can be said of it against the next."""
+    first, second = sorted(result.timings, key=lambda name: result.timings[name].median)[:2]
+    pair = {name: result.seconds[name] for name in (second, first)}
+    against = timings(Measurement(pair, dict.fromkeys(pair, 1)))[first]
+    return f"fastest in {result.name}: {first} (against {second}: {claim(against, result.rounds)})"
 
 
 def conclusion(results: Sequence[BenchResult]) -> str:
