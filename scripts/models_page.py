@@ -67,8 +67,8 @@ def page() -> str:
         f"copied: {', '.join(WRAPPERS)}.\n\nOnly grouped in memory (`abreast.grouped`, `plan`, "
         "`eval --plan`), and why they are not converted:\n\n"
     )
-    lines += _by_reason({name: row.unfoldable for name, row in FAMILIES.items() if row.unfoldable})
-    lines.append(f"\nLikewise the decoders within {', '.join(HOLDERS)}.\n")
+    known = {**FAMILIES, **HOLDERS}
+    lines += _by_reason({name: row.unfoldable for name, row in known.items() if row.unfoldable})
     lines.append("\nRefused, and why:\n\n")
     lines += [*_by_reason(OTHERS), KNOWN_HEAD]
     lines += [f"| {' | '.join(cells)} |\n" for cells in checkpoints()]

@@ -467,7 +467,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; give a Hugging Face checkpoint")
     if (holder := config.get("within")) in HOLDERS:
-        raise FamilyError(f"a decoder within a {holder} cannot be converted, only run grouped")
+        reason = HOLDERS[holder].unfoldable
+        raise FamilyError(f"a {holder}'s decoder cannot be converted, only run grouped: {reason}")
     if (row := FAMILIES.get(model_type)) is not None and row.matrices:
         return row
     if model_type.startswith("abreast_"):
