@@ -10,7 +10,7 @@ from typing import Any
 
 from abreast.families.row import EXPERT_COUNTS, Branches, Family, Matrix
 
-_STATE = "carry a state of their own from token to token, which no wider layer holds"
+_STATE = "carry a state from token to token, which no wider layer holds"
 _MAMBA = f"its Mamba mixers {_STATE}"
 DELTA = f"its linear attentions {_STATE}"
 _HEADS = "its attention takes the size of a head from hidden_size, which a wider layer shares"

@@ -59,7 +59,7 @@ HOLDERS = {
         "deepseek_v3",
         once="kimi_k2",
         unfoldable="its vision encoder is stored with q, k and v fused (wqkv), which transformers "
-        "takes apart while it loads a kimi_k25, and not a conversion of one",
+        "splits only when it loads a kimi_k25",
     ),
     "qwen3_5": Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text", unfoldable=DELTA),
 }
