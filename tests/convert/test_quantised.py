@@ -64,6 +64,16 @@ def test_the_conversion_is_that_of_the_same_numbers(
 
 
 @pytest.mark.parametrize("family", MODELS)
+def test_it_is_written_in_another_dtype_on_request(made: Made, family: str, tmp_path: Path) -> None:
+    packed, plain = made(family)
+    for name, folder in (("ours", packed), ("theirs", plain)):
+        convert(folder, MODELS[family][2], tmp_path / name, dtype="float32")
+    weights, others = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    assert all(weights[name].equal(others[name]) for name in others)
+
+
+@pytest.mark.parametrize("family", MODELS)
 def test_it_is_inspected_and_verified(made: Made, family: str, tmp_path: Path) -> None:
     packed, _ = made(family)
     method, _, plan = MODELS[family]
