@@ -9,6 +9,8 @@ import pytest
 from agreement import PAGES, compare
 from test_vllm_parity import HEAD_DIM, PROMPTS, complete
 
+from abreast.checkpoint import open_checkpoint
+from abreast.convert.rules import obstacle
 from abreast.families import CONVERTIBLE
 
 COLUMNS = "model types", "lp", "cqil", "ff", "exact", "vLLM", "formats"
@@ -40,12 +42,14 @@ def test_the_page_claims_some() -> None:
 def test_a_family_runs_through_the_transformers_backend(
     in_engine, converted, tiny_checkpoint, family
 ):
-    row, in_order = CONVERTIBLE[family], CLAIMED[family]["ff"] != "-"
-    joined = "1+2" if CLAIMED[family]["lp"] != "-" else "1~2"
+    row, said = CONVERTIBLE[family], CLAIMED[family]
     sizes = {"hidden_size": 4 * HEAD_DIM, "head_dim": HEAD_DIM, "num_layers": 8}
     windows = WINDOW if row.window_period or row.slides else {}
     source = tiny_checkpoint(family, **sizes, **windows, **OWN.get(family, {}))
-    folder = converted(source, f"{joined} 3~4" if in_order else joined)
+    plan = "1+2" if said["lp"] != "-" else "1~2"
+    plan += " 3~4" if said["ff"] != "-" else ""
+    alike = obstacle(open_checkpoint(source).config, (5, 6)) is None
+    folder = converted(source, plan + (" 5|6" if said["cqil"] != "-" and alike else ""))
     given = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
     done = in_engine(folder, complete, 1, given, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
