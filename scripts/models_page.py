@@ -37,10 +37,10 @@ HEAD = """# Models
 
 ## Families
 
-*stock*: a group is one stock layer of another width. *members*: it keeps something apart for each
-member and needs the classes that travel in the checkpoint. *exact*: prompts may run in the original
-order (`--prefill sequential`). vLLM, for lp groups: *native* layers, or its transformers *backend*.
-Formats are those of `convert --format`, and *gguf* for `abreast export`.
+*stock*: a group is one stock layer of another width. *members*: it keeps parts of members apart and
+needs the classes that travel in the checkpoint. *exact*: prompts may run in the original order
+(`--prefill sequential`). vLLM, for lp and ff groups: *native* layers, or its transformers
+*backend*. Formats are those of `convert --format`, and *gguf* for `abreast export`.
 
 | model types | lp | cqil | ff | exact | vLLM | formats |
 |---|---|---|---|---|---|---|
