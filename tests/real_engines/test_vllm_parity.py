@@ -167,29 +167,6 @@ def test_native_family_with_experts(
     assert done["per_token"] == (expected(6, "1+2 3~4") if tensor_parallel > 1 else {})
 
 
-def complete_with_half(llm: Any, **given: Any) -> dict[str, Any]:
-    """As `complete`, and how many experts the layers of this rank hold."""
-    (held,) = llm.apply_model(
-        lambda model: {part.local_num_experts for part in model.modules() if is_experts(part)}
-    )
-    return {**complete(llm, **given), "held": held}
-
-
-def is_experts(part: Any) -> bool:
-    return hasattr(part, "local_num_experts")
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_split_by_their_number(in_engine, converted, tiny_checkpoint, family):
-    sizes = {"moe_intermediate_size": 64, "intermediate_size": 128, "num_layers": 6}
-    folder = converted(tiny_checkpoint(family, head_dim=HEAD_DIM, **sizes), "1+2 3~4")
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
-    options = {"skip_tokenizer_init": True, "enable_expert_parallel": True}
-    done = in_engine(folder, complete_with_half, 2, given, **options)
-    compare(folder, PROMPTS, done["answers"])
-    assert done["held"] == {2, 4}  # of 4 in a layer, 8 in a group
-
-
 @pytest.mark.parametrize(
     ("plan", "tensor_parallel", "joined"),
     [("1|2 3|4:1", 4, 2), ("1|2|3|4:2", 2, 0)],
