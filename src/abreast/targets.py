@@ -267,10 +267,7 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
     if model.family is None or not model.family.routes:
         return
     if engine != "vLLM":
-        yield (
-            f"{engine} does not run groups of layers with experts, whose members each choose among "
-            "their own; serve the checkpoint with transformers"
-        )
+        yield f"{engine} runs no groups of layers with experts; serve them with transformers"
     elif not model.family.vllm_layers:
         sinks = str(model.config.get("model_type")).removeprefix("abreast_") == "gpt_oss"
         parts = "attention sinks and clamped experts" if sinks else "experts"
