@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from abreast.cli.tables import by_reason
 from abreast.convert import known_models
 from abreast.convert.rules import check_format, check_plan
 from abreast.errors import AbreastError
@@ -30,17 +31,16 @@ EXPERTS = {
 WIRINGS = {"lp": "+", "cqil": "|", "ff": "~"}
 HEAD = """# Models
 
-`python scripts/models_page.py` makes this page from the table of families and the list of
-checkpoints. The tests convert and compare every family (`tests/convert/test_parity.py`,
-`tests/convert/test_wrappers.py`) and every checkpoint (`tests/convert/test_known.py`), as a tiny
-random one with the same keys in its config.json.
+`python scripts/models_page.py` makes this page. Tests convert and compare every family
+(`test_parity.py`, `test_wrappers.py`, run in vLLM by `test_vllm_backend.py`) and every checkpoint
+(`test_known.py`), as a tiny random one with the same keys in its config.json.
 
 ## Families
 
-*stock*: a group is one stock layer of another width. *members*: it keeps something apart for each
-member and needs the classes that travel in the checkpoint. *exact*: prompts may run in the original
-order (`--prefill sequential`). vLLM, for lp groups: *native* layers, or its transformers *backend*.
-Formats are those of `convert --format`, and *gguf* for `abreast export`.
+*stock*: a group is one stock layer of another width. *members*: it keeps parts of members apart and
+needs the classes that travel in the checkpoint. *exact*: prompts may run in the original order
+(`--prefill sequential`). vLLM, for lp and ff groups: *native* layers, or its transformers
+*backend*. Formats are those of `convert --format`, and *gguf* for `abreast export`.
 
 | model types | lp | cqil | ff | exact | vLLM | formats |
 |---|---|---|---|---|---|---|
@@ -48,11 +48,10 @@ Formats are those of `convert --format`, and *gguf* for `abreast export`.
 KNOWN_HEAD = """
 ## Known checkpoints
 
-As `abreast inspect --known` prints: a typical plan (five sixths of the layers left as stages), and
-what it would bring when decoding at batch 1 in bfloat16, as computed by `abreast estimate`. *no*:
-its layers cannot be joined in a checkpoint, see above. *refused*: no engine splits the plan over so
-many devices. *too large*: the weights do not fit. Configs and their sources are in
-`src/abreast/convert/known.yaml`.
+As `abreast inspect --known` prints: what a typical plan (five sixths of the layers left as stages)
+would bring when decoding at batch 1 in bfloat16, by `abreast estimate`. *no*: see above. *refused*:
+see below. *too large*: the weights do not fit. `src/abreast/convert/known.yaml` has the configs and
+their sources.
 
 | checkpoints, model type | pairs | 1 H100 | 8 H100 |
 |---|---|---|---|
@@ -63,24 +62,22 @@ def page() -> str:
     """The text of docs/models.md."""
     lines = [HEAD, *(f"| {' | '.join(cells)} |\n" for cells in families())]
     lines.append(
-        "\nDecoders within models that read images, converted where they are while all else is "
-        f"copied: {', '.join(WRAPPERS)}.\n\nOnly grouped in memory (`abreast.grouped`, `plan`, "
-        "`eval --plan`), and why they are not converted:\n\n"
+        "\nDecoders within models that read images, converted where they are: "
+        f"{', '.join(WRAPPERS)}.\n\nOnly grouped in memory (`abreast.grouped`, `plan`, "
+        "`eval --plan`), and why:\n\n"
     )
-    lines += _by_reason({name: row.unfoldable for name, row in FAMILIES.items() if row.unfoldable})
-    lines.append(f"\nLikewise the decoders within {', '.join(HOLDERS)}.\n")
+    known = {**FAMILIES, **HOLDERS}
+    lines += _lines({name: row.unfoldable for name, row in known.items() if row.unfoldable})
     lines.append("\nRefused, and why:\n\n")
-    lines += [*_by_reason(OTHERS), KNOWN_HEAD]
+    lines += [*_lines(OTHERS), KNOWN_HEAD]
     lines += [f"| {' | '.join(cells)} |\n" for cells in checkpoints()]
+    lines += ["\nRefused on 8, since:\n\n", *_lines(refused())]
     return "".join(lines)
 
 
-def _by_reason(reasons: Mapping[str, str]) -> list[str]:
-    """A line of Markdown per reason, with the model types that have it."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return [f"- {', '.join(same)}: {reason}.\n" for reason, same in names.items()]
+def _lines(reasons: Mapping[str, str]) -> list[str]:
+    """A line of Markdown per reason, with the names that have it."""
+    return [f"- {line}.\n" for line in by_reason(reasons)]
 
 
 def families() -> Iterator[tuple[str, ...]]:
@@ -113,6 +110,18 @@ def checkpoints() -> Iterator[tuple[str, ...]]:
         names.setdefault((model.config["model_type"], cells), []).append(model.name)
     for (model_type, cells), same in names.items():
         yield (f"{', '.join(same)}, `{model_type}`", *cells)
+
+
+def refused() -> dict[str, str]:
+    """Why no engine splits the typical plan of a known checkpoint over 8 devices, in short."""
+    on, reasons = Setting(hardware_of("8xH100")), {}
+    for model in known_models():
+        if model.reason is None:
+            entry = estimate(model.decoder, typical_plan(model.decoder), on)
+            if entry.refused is not None:
+                reason = entry.refused.partition(";")[0]
+                reasons[model.name] = reason.rpartition("fit this model: ")[2]
+    return reasons
 
 
 def _plan(config: dict[str, Any], wiring: str) -> Plan:

@@ -36,6 +36,7 @@ from documents import (
 
 import abreast
 from abreast.cli.main import cli
+from abreast.families import FAMILIES
 
 
 def test_pages_and_commands_were_found():
@@ -239,6 +240,23 @@ def test_every_chapter_is_in_the_tree_and_in_the_architecture():
     tree = set(re.findall(r"^      (\w+)/ ", read("README.md"), re.MULTILINE))
     assert tree == chapters
     assert chapters <= set(re.findall(r"\*\*(\w+)\*\*", read("docs/architecture.md")))
+
+
+def test_the_table_of_limits_has_every_family_where_it_belongs() -> None:
+    readme = read("README.md")
+    table = readme.split("| families | `lp` group")[1].split("\n\n")[0].splitlines()[2:]
+    first = [re.sub(r"\(.*?\)", "", row.split("|")[1]) for row in table]
+    named = [re.findall(r"\w+", cell) for cell in first]
+    only = [{"in memory only"} == {c.strip() for c in row.split("|")[2:4]} for row in table]
+    for in_memory in (False, True):
+        found = [n for names, o in zip(named, only, strict=True) if o == in_memory for n in names]
+        rows = (row for row in FAMILIES.values() if row.alone)
+        assert sorted(found) == sorted(
+            row.model_type for row in rows if bool(row.matrices) != in_memory
+        )
+    mixed = re.findall(r"^\| (.+) \| - \| - \| members \|", read("docs/models.md"), re.MULTILINE)
+    mixed = re.findall(r"`(\w+)`", " ".join(mixed))
+    assert f"{' and '.join(mixed)} alternate two kinds" in readme
 
 
 def test_readme_names_every_verb():

@@ -196,8 +196,8 @@ def refusals(
         return
     if "within" in config and target is not TRANSFORMERS:
         yield (
-            f"{target.name} does not load a converted decoder within a {config['within']}; serve "
-            "the checkpoint with transformers"
+            f"{target.name} does not load a converted decoder within a model that reads images; "
+            "serve the checkpoint with transformers"
         )
     yield from target.refuse(Model(config, family, plan, unpaired), degree)
 
@@ -266,11 +266,14 @@ def _in_order(model: Model, engine: str) -> Iterator[str]:
 def _experts(model: Model, engine: str) -> Iterator[str]:
     if model.family is None or not model.family.routes:
         return
-    native = engine == "vLLM" and model.family.vllm_layers
-    if not native:
+    if engine != "vLLM":
+        yield f"{engine} runs no groups of layers with experts; serve them with transformers"
+    elif not model.family.vllm_layers:
+        sinks = str(model.config.get("model_type")).removeprefix("abreast_") == "gpt_oss"
+        parts = "attention sinks and clamped experts" if sinks else "experts"
         yield (
-            f"{engine} does not run groups of layers with experts, whose members each choose among "
-            "their own; serve the checkpoint with transformers"
+            f"its {parts} have no vLLM layers here; vLLM's transformers backend gives groups no "
+            "more experts than single layers, so serve the checkpoint with transformers"
         )
     elif any(layer.band is not None for layer in model.layers):
         yield (

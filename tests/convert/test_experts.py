@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from abreast.checkpoint import as_loaded, open_checkpoint, read_rows
 from abreast.convert import convert, inspect_model, preview, verify
+from abreast.convert.rules import obstacle
 from abreast.errors import AbreastError
 from abreast.families import CONVERTIBLE, complete
 from abreast.heal import heal
 from abreast.model import decoder_layers, load
+from abreast.modeling_members import SCORES
 from abreast.planner.calibration import candidates
 from abreast.targets import LLAMACPP, TORCH_TP, TRANSFORMERS, VLLM, refusals
 
@@ -173,6 +175,39 @@ def test_layers_with_other_numbers_of_experts_are_refused(changed, tmp_path, key
         convert(folder, "1+2", tmp_path / "out")
 
 
+@pytest.mark.parametrize("key", ["scoring_func", "topk_method"])
+@pytest.mark.parametrize("family", ROUTED)
+def test_unknown_routing_is_refused(changed, tmp_path, family, key):
+    folder = changed(lambda weights: None, family=family, **OWN.get(family, {}))
+    path, known = folder / "config.json", dict(CONVERTIBLE[family].routing)[key]
+    config = json.loads(path.read_text())
+    for value in known:
+        path.write_text(json.dumps({**config, key: value}))
+        assert preview(folder, "1+2").depth == 5
+    for value in ("wild", "softmax" if "sigmoid" in known else "sigmoid", None, ["greedy"]):
+        path.write_text(json.dumps({**config, key: value}))
+        for plan in ("1+2", "1|2", "1~2"):
+            with pytest.raises(AbreastError, match=rf"routers have {key} .*known is") as caught:
+                convert(folder, plan, tmp_path / "out")
+            assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
+        facts = inspect_model(folder)
+        assert facts.stretches == () and all(key in row[2] for row in facts.refused)
+    per_layer = {**complete(config), "per_layer_config": {"2": {key: "wild"}}}
+    per_layer.pop(key, None)
+    said = obstacle(per_layer, (1, 2))
+    assert said is not None and f"the router of layer 2 has {key} 'wild'" in said
+    assert obstacle(per_layer, (3, 4)) is None
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_routing_is_named_as_the_router_computes_it(family):
+    row = CONVERTIBLE[family]
+    (scores,) = [
+        how for name, how in SCORES.items() if name.lower() == f"{row.class_name}TopKRouter".lower()
+    ]
+    assert dict(row.routing)["scoring_func"] == ("sigmoid" if scores == "sigmoid" else "softmax",)
+
+
 def test_experts_are_not_healed(tiny_checkpoint, tmp_path):
     with pytest.raises(AbreastError, match="a mixtral has experts, which cannot be healed"):
         heal(tiny_checkpoint("mixtral"), "1+2", tmp_path / "out")
@@ -189,7 +224,9 @@ def test_what_loads_them(tiny_checkpoint, tmp_path, family):
         assert "experts" in next(refusals(LLAMACPP, config, row))
         assert "experts" in next(refusals(TORCH_TP, config, row, degree=2))
         in_vllm = family in ("mixtral", "qwen3_moe") and plan == "1+2"
-        assert ("experts" in next(refusals(VLLM, config, row), "")) != in_vllm
+        said = next(refusals(VLLM, config, row), "")
+        assert ("experts" in said) != in_vllm
+        assert ("attention sinks" in said) == (family == "gpt_oss")
         sequential = {**config, "abreast_prefill": "sequential"}
         assert next(refusals(VLLM, sequential, row), None) is not None
         if in_vllm:

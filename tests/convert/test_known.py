@@ -146,6 +146,22 @@ def test_inspect_prints_them(run: Any) -> None:
         assert run("inspect", *arguments)[0] == 2
 
 
+def test_what_no_engine_splits_is_said_with_the_reason(run: Any) -> None:
+    status, out, _ = run("inspect", "--known", "--json")
+    entries = {r["name"]: r["estimates"]["8xH100"] for r in json.loads(out) if not r["reason"]}
+    refused = {name: entry["refused"] for name, entry in entries.items() if entry["refused"]}
+    assert status == 0 and len(refused) > 10
+    said = " ".join(run("inspect", "--known")[1].split())
+    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    for name, reason in refused.items():
+        assert any(name in line for line in said.split("8xH100: ")[1:] if reason in line)
+        lines = [line for line in page.splitlines() if line.startswith("- ") and name in line]
+        short = reason.partition(";")[0].rpartition(": ")[2]
+        assert lines and all(short in line for line in lines)
+    assert "layer 0 has 28 attention heads" in refused["Qwen2.5-7B"]
+    assert "attention sinks and clamped experts" in refused["gpt-oss-20b"]
+
+
 def test_the_page_is_what_table_and_list_say() -> None:
     sys.path.insert(0, str(ROOT / "scripts"))
     import models_page

@@ -27,6 +27,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     # transformers takes the last, partial block of a matrix for as large as the others
     "qwen3_moe": ("fp8", {"moe_intermediate_size": 32}, "1+2 3|4"),
 }
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 Made = Callable[[str], tuple[Path, Path]]
 
 
@@ -63,6 +64,16 @@ def test_the_conversion_is_that_of_the_same_numbers(
 
 
 @pytest.mark.parametrize("family", MODELS)
+def test_it_is_written_in_another_dtype_on_request(made: Made, family: str, tmp_path: Path) -> None:
+    packed, plain = made(family)
+    for name, folder in (("ours", packed), ("theirs", plain)):
+        convert(folder, MODELS[family][2], tmp_path / name, dtype="float32")
+    weights, others = (load_file(tmp_path / f / "model.safetensors") for f in ("ours", "theirs"))
+    assert {t.dtype for t in weights.values()} == {torch.float32}
+    assert all(weights[name].equal(others[name]) for name in others)
+
+
+@pytest.mark.parametrize("family", MODELS)
 def test_it_is_inspected_and_verified(made: Made, family: str, tmp_path: Path) -> None:
     packed, _ = made(family)
     method, _, plan = MODELS[family]
@@ -92,18 +103,20 @@ def test_rows_are_those_of_the_whole(made: Made, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "said"),
     [
-        {"quant_method": "awq"},
-        {"quant_method": "fp8"},
-        {"quant_method": "fp8", "weight_block_size": [0, 128]},
-        {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"},
-        {"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
-        ["fp8"],
+        ({"quant_method": "awq"}, "quant_method awq"),
+        ({"quant_method": "fp8"}, "weight_block_size None"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "weight_block_size [0, 128]"),
+        ({**BLOCKS, "fmt": "e5m2"}, "fmt e5m2"),
+        ({**BLOCKS, "scale_fmt": "ue8m0"}, "scale_fmt ue8m0"),
+        (["fp8"], "quant_method None"),
     ],
     ids=str,
 )
-def test_other_formats_are_refused_by_name(made: Made, settings: Any, tmp_path: Path) -> None:
+def test_other_formats_are_refused_by_name(
+    made: Made, settings: Any, said: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     for path in made("qwen3")[0].iterdir():
@@ -112,20 +125,20 @@ def test_other_formats_are_refused_by_name(made: Made, settings: Any, tmp_path: 
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     with pytest.raises(AbreastError, match="is quantised") as caught:
         convert(folder, "1+2", tmp_path / "out")
-    assert str(settings["quant_method"] if isinstance(settings, dict) else None) in str(
-        caught.value
-    )
+    method = settings["quant_method"] if isinstance(settings, dict) else None
+    assert f"({method}; quantization_config: {said})" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("change", ["gone", "short", "half"])
-def test_scales_that_do_not_fit(made: Made, change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3", "gpt_oss"])
+def test_scales_that_do_not_fit(made: Made, family: str, change: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for path in made("qwen3")[0].iterdir():
+    for path in made(family)[0].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     weights = load_file(folder / "model.safetensors")
-    name = next(name for name in weights if name.endswith("_scale_inv"))
+    name = next(name for name in weights if name.endswith(("_scale_inv", "_scales")))
     scale = weights.pop(name)
     if change != "gone":
         weights[name] = scale[:-1].clone() if change == "short" else scale.half()

@@ -189,6 +189,32 @@ def test_an_image_gets_the_answer_of_the_grouped_original(
     assert inspect_model(tmp_path / "out").plan == plan
 
 
+@pytest.mark.parametrize("model_type", MODELS)
+def test_text_alone_is_evaluated(
+    wrapper: Callable[[str], Path],
+    tiny_checkpoint: Callable[..., Path],
+    model_type: str,
+    tmp_path: Path,
+    run: Any,
+) -> None:
+    """`eval` of the conversion says what it says of the grouped original."""
+    original, plan = tmp_path / "original", MODELS[model_type][2]
+    shutil.copytree(wrapper(model_type), original)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_checkpoint(tokenizer=True) / name, original)
+    convert(original, plan, tmp_path / "out")
+    (tmp_path / "text.txt").write_text("what is in this picture, and who took it? " * 30)
+    options = ("--against", original, "--data", tmp_path / "text.txt", "--window", 64)
+    found = []
+    for model in ((tmp_path / "out",), (original, "--plan", plan)):
+        status, out, said = run("eval", *model, *options, "--stride", 32, "--json")
+        assert status == 0, said
+        found.append(json.loads(out))
+    ours, theirs = (f["result"] for f in found)
+    for key in ("kl", "nll_difference"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-3) and abs(theirs[key]) > 1e-3
+
+
 def test_the_rest_is_copied(wrapper: Callable[[str], Path], tmp_path: Path) -> None:
     original = tmp_path / "original"
     shutil.copytree(wrapper("gemma3"), original)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from made_in_memory import CASES, FULL, LINEAR, MLA, PARALLEL, SIZES, random_model
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -339,7 +340,13 @@ def test_a_decoder_within_a_model_that_reads_images(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     facts = inspect_model(tmp_path)
     assert facts.model_type == "kimi_k25" and not facts.fusable
-    assert facts.unfoldable.startswith("a decoder within a kimi_k25 cannot be converted")
+    reason = "a kimi_k25's decoder cannot be converted, only run grouped: its vision encoder is"
+    assert facts.unfoldable.startswith(reason) and "wqkv" in facts.unfoldable
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:  # as the reason says
+        stored = set(file.keys())
+    loaded = load(tmp_path)[0].state_dict()
+    assert any(".wqkv." in name for name in stored)
+    assert not any("wqkv" in name for name in loaded)
     ids = left_padded()[0]
     model, _ = load(tmp_path, plan="1+2")
     plain, _ = load(tmp_path)

@@ -18,7 +18,8 @@ from abreast.model.grouping import load
 
 TOLERANCE = 1e-3
 MLX = Path(__file__).resolve().parents[2] / ".venv-mlx" / "bin"
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+PAGES = Path(__file__).resolve().parents[2] / "docs"
+DOCS = PAGES / "serving.md"
 
 
 def command_in_docs(start: str) -> list[str]:

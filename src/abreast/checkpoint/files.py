@@ -221,20 +221,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def cannot_unpack(settings: Any) -> str | None:
     """Why weights that are quantised so (quantization_config) cannot be read, None if they can."""
-    known = isinstance(settings, dict)
-    method, block = (
-        settings.get(k) if known else None for k in ("quant_method", "weight_block_size")
-    )
-    defaults = {"fmt": "e4m3", "scale_fmt": "float", "expert_dtype": "fp8"}
-    if method == "mxfp4":
+    own = settings if isinstance(settings, dict) else {}
+    method, block = own.get("quant_method"), own.get("weight_block_size")
+    wrong: dict[str, Any] = {"quant_method": method}
+    if method == "fp8":
+        sizes = block if isinstance(block, list) and len(block) == 2 else [None]
+        plain = all(isinstance(size, int) and size > 0 for size in sizes)
+        wrong = {} if plain else {"weight_block_size": block}
+        defaults = {"fmt": "e4m3", "scale_fmt": "float", "expert_dtype": "fp8"}
+        wrong |= {key: own[key] for key, value in defaults.items() if own.get(key, value) != value}
+    if method == "mxfp4" or not wrong:
         return None
-    if method == "fp8" and isinstance(block, list) and len(block) == 2:
-        plain = all(isinstance(size, int) and size > 0 for size in block)
-        if plain and all(settings.get(key, value) == value for key, value in defaults.items()):
-            return None
+    said = ", ".join(f"{key} {value}" for key, value in wrong.items())
     return (
-        f"is quantised ({method}), its weights cannot be folded (mxfp4, and fp8 with a "
-        "weight_block_size, can); convert the unquantised original and quantise the result"
+        f"is quantised ({method}; quantization_config: {said}), its weights cannot be folded "
+        "(mxfp4, and fp8 with a weight_block_size, can); convert the unquantised original and "
+        "quantise the result"
     )
 
 

@@ -89,6 +89,7 @@ def _print_known(as_json: bool) -> None:
 
     records: list[dict[str, Any]] = []
     rows: list[tuple[str, ...]] = []
+    refused: dict[str, str] = {}
     for model in known_models():
         record: dict[str, Any] = {"name": model.name, "hub": model.hub, "source": model.source}
         record |= {"model_type": model.config["model_type"], "reason": model.reason}
@@ -100,20 +101,22 @@ def _print_known(as_json: bool) -> None:
             record["estimates"] = {name: entry.to_dict() for name, entry in brings.items()}
             pairs = f"{len(plan.groups)} {plan.groups[0].wiring} pairs"
             rows.append((model.name, pairs, *(entry.gain for entry in brings.values())))
+            if reason := brings["8xH100"].refused:
+                refused[model.name] = reason
         else:
             rows.append((model.name, "no", "", ""))
         records.append(record)
     if as_json:
         return console.print_json(records)
-    reasons = {r["name"]: r["reason"] for r in records if r["reason"]}
+    unfit = {r["name"]: r["reason"] for r in records if r["reason"]}
     console.print_columns(
         ("checkpoint", "convertible", "H100", "8xH100"),
         rows,
         left={"checkpoint", "convertible"},
-        title=f"{len(records) - len(reasons)} of {len(records)} can be converted; decoding at "
+        title=f"{len(records) - len(unfit)} of {len(records)} can be converted; decoding at "
         "batch 1 under a typical plan, computed",
         borders=False,
-        notes=[f"{name}: {reason}" for name, reason in reasons.items()],
+        notes=[*tables.by_reason(unfit), *(f"8xH100: {n}" for n in tables.by_reason(refused))],
     )
 
 

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 ELSEWHERE = "L40S"  # what plans are predicted for beside this machine
 
 
+def by_reason(reasons: Mapping[str, str]) -> list[str]:
+    """A line per reason, after the names that have it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{', '.join(same)}: {reason}" for reason, same in names.items()]
+
+
 def print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
     """A line per method and depth, and where layers abreast are the better buy."""
     from abreast.rivals import caption

@@ -156,12 +156,25 @@ def obstacle(
             return f"they norm what they add to ({key} {config[key]})"
     if in_order and family.parallel:
         return NOT_IN_ORDER
-    if family.routes and (reason := _unlike_experts(family, config, layers)):
-        return reason
+    for differ in (_unknown_routing, _unlike_experts) if family.routes else ():
+        if reason := differ(family, config, layers):
+            return reason
     for matrix in family.matrices if family.norm_bias and not family.grown_biases else ():
         joined = family.norm_of(matrix) and (family.is_ffn(matrix.name) or not in_order)
         if joined and not has_bias(matrix, config):
             return f"{matrix.name} has no bias to take up that of its norm"
+    return None
+
+
+def _unknown_routing(
+    family: Family, config: Mapping[str, Any], layers: Sequence[int]
+) -> str | None:
+    """The key that asks for another choice of experts than a group's router can make."""
+    own = layer_configs(config)
+    for layer, (key, known) in product(layers, family.routing):
+        if (value := own[layer].get(key, known[0])) not in known:
+            whose = "their routers have" if key in config else f"the router of layer {layer} has"
+            return f"{whose} {key} {value!r}, known is {' or '.join(known)}"
     return None
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from abreast.families.row import EXPERT_COUNTS, Branches, Family, Matrix
 
-_STATE = "carry a state of their own from token to token, which no wider layer holds"
+_STATE = "carry a state from token to token, which no wider layer holds"
 _MAMBA = f"its Mamba mixers {_STATE}"
-_DELTA = f"its linear attentions {_STATE}"
+DELTA = f"its linear attentions {_STATE}"
 _HEADS = "its attention takes the size of a head from hidden_size, which a wider layer shares"
 _BIASED = "all that its heads see of positions is a bias made once, for as many heads in all layers"
 # Only says that some layers have an FFN of their own instead of experts.
@@ -97,27 +97,27 @@ IN_MEMORY = (
         "KimiLinear",
         branches=Branches(mixers=("self_attn",), ffns=("mlp",)),
         defaults=(("first_k_dense_replace", 1),),
-        unfoldable=_DELTA,
+        unfoldable=DELTA,
         **_EXPERTS,
     ),
     Family(
         "qwen3_next",
         "Qwen3Next",
         branches=Branches(mixers=_MIXED, ffns=("mlp",)),
-        unfoldable=_DELTA,
+        unfoldable=DELTA,
         **_EXPERTS,
     ),
     Family(
         "qwen3_5_text",
         "Qwen3_5",
         branches=Branches(mixers=_MIXED, ffns=("mlp",)),
-        unfoldable=_DELTA,
+        unfoldable=DELTA,
     ),
     Family(
         "olmo_hybrid",
         "OlmoHybrid",
         branches=Branches(mixers=_MIXED, ffns=("mlp",)),
-        unfoldable=_DELTA,
+        unfoldable=DELTA,
     ),
     Family(
         "lfm2",

@@ -37,6 +37,10 @@ def shared_experts(name: str, bias: str = "") -> tuple[Matrix, ...]:
     )
 
 
+def routing(scores: str, *methods: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return (("scoring_func", (scores,)), ("topk_method", methods))
+
+
 def experts(router: str = "mlp.gate", width: str = "X") -> tuple[Stack, ...]:
     name = router.partition(".")[0] + ".experts"
     return (

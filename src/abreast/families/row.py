@@ -110,7 +110,8 @@ class Family:
     stacks: tensors of a layer with experts that are no matrices. dense: the FFN's matrices in
     layers without, if the family mixes both; the attention is that of `matrices`. expert_keys:
     config keys that grow p-fold where p layers with experts are joined. renames: patterns of names
-    in checkpoints, and what the model's own are.
+    in checkpoints, and what the model's own are. routing: config keys that say how routers score
+    and choose, with the values of each that a group's router computes; the first is the default.
 
     gain_offset: what a norm adds to its stored gain (Gemma stores gain - 1). norm_gains: the norms
     before a branch have gains, which fold into the matrices that read them. norm_bias: they are
@@ -146,6 +147,7 @@ class Family:
     stacks: tuple[Stack, ...] = ()
     dense: tuple[Matrix, ...] = ()
     expert_keys: tuple[str, ...] = ()
+    routing: tuple[tuple[str, tuple[str, ...]], ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     gain_offset: float = 0.0
     norm_gains: bool = True

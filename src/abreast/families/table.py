@@ -9,7 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from abreast.families.in_memory import IN_MEMORY, with_usual_names
-from abreast.families.parts import attention, experts, gated_ffn, plain_ffn, shared_experts
+from abreast.families.parts import (
+    attention,
+    experts,
+    gated_ffn,
+    plain_ffn,
+    routing,
+    shared_experts,
+)
 from abreast.families.row import (
     EXPERT_COUNTS,
     SHARED_COUNTS,
@@ -53,6 +60,9 @@ _NORM_AFTER = "it norms the output of its attention and FFN"
 _QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
 _ROTATION = "it rotates q and k in another order"
 _EXPERTS = "it has experts, which every member of a group would choose by itself"
+# What published configs call the routing that modeling_members.MemberRouter computes.
+_SOFTMAX = routing("softmax", "greedy")
+_SIGMOID = routing("sigmoid", "noaux_tc")
 _OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
 
 
@@ -287,6 +297,7 @@ _ROWS = (
         attention(),
         stacks=experts(width="F"),
         expert_keys=EXPERT_COUNTS,
+        routing=_SOFTMAX,
         renames=(
             (r"\.block_sparse_moe\.", ".mlp."),
             (r"(\.experts\.\d+)\.w1\.", r"\1.gate_proj."),
@@ -307,6 +318,7 @@ _ROWS = (
         ),
         dense=gated_ffn(),
         expert_keys=(*EXPERT_COUNTS, "shared_expert_intermediate_size"),
+        routing=_SOFTMAX,
         defaults=(("qkv_bias", True),),
         deci_lacks=_EXPERTS,
     ),
@@ -317,6 +329,7 @@ _ROWS = (
         stacks=experts(),
         dense=gated_ffn(),
         expert_keys=EXPERT_COUNTS,
+        routing=_SOFTMAX,
         head_norms=_QK_HEADS,
         vllm_layers=True,
         deci_lacks=_EXPERTS,
@@ -327,6 +340,7 @@ _ROWS = (
         _BIASED,
         stacks=experts(width="F"),
         expert_keys=EXPERT_COUNTS,
+        routing=_SOFTMAX,
         flat_norms=_QK_HEADS,
         deci_lacks=_EXPERTS,
     ),
@@ -337,6 +351,7 @@ _ROWS = (
         Branches(mlp="block_sparse_moe", scale="residual_multiplier"),
         experts("block_sparse_moe.router", "F"),
         expert_keys=EXPERT_COUNTS,
+        routing=_SOFTMAX,
         renames=(
             (r"\.input_linear\.weight$", ".experts.gate_up_proj"),
             (r"\.output_linear\.weight$", ".experts.down_proj"),
@@ -358,6 +373,7 @@ _ROWS = (
             Stack("mlp.experts.down_proj_bias", ("E", "D")),
         ),
         expert_keys=EXPERT_COUNTS,
+        routing=_SOFTMAX,
         defaults=(("attention_bias", True), ("head_dim", 64)),
         window_period=2,
         deci_lacks=_EXPERTS,
@@ -369,6 +385,7 @@ _ROWS = (
         stacks=(*experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
         dense=gated_ffn(),
         expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
+        routing=_SIGMOID,
         head_norms=_QK_HEADS,
         defaults=(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("use_qk_norm", False)),
         deci_lacks=_EXPERTS,
@@ -383,6 +400,7 @@ _ROWS = (
         ),
         dense=gated_ffn("use_bias"),
         expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
+        routing=routing("softmax", "noaux_tc"),
         renames=((r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics."),),
         head_bias="use_bias",
         defaults=(_TIED, ("moe_layer_start_index", 1), ("moe_num_shared_experts", 2)),
@@ -397,6 +415,7 @@ _ROWS = (
             *_LATENT_SIZES,
         ),
         code="deepseek",
+        routing=_SIGMOID,
         **_latent(),
     ),
     Family(
@@ -405,6 +424,7 @@ _ROWS = (
         stacks=experts(),
         defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *_LATENT_SIZES),
         code="deepseek",
+        routing=routing("softmax", "greedy", "group_limited_greedy"),
         **_latent("mlp_bias"),
     ),
     Family(
@@ -416,6 +436,7 @@ _ROWS = (
             *(("kv_lora_rank", 512), ("qk_nope_head_dim", 192), ("qk_rope_head_dim", 64)),
             ("v_head_dim", 256),
         ),
+        routing=_SIGMOID,
         **_latent(),
     ),
     # Decoders that exist within a wrapper only.
@@ -446,7 +467,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; give a Hugging Face checkpoint")
     if (holder := config.get("within")) in HOLDERS:
-        raise FamilyError(f"a decoder within a {holder} cannot be converted, only run grouped")
+        reason = HOLDERS[holder].unfoldable
+        raise FamilyError(f"a {holder}'s decoder cannot be converted, only run grouped: {reason}")
     if (row := FAMILIES.get(model_type)) is not None and row.matrices:
         return row
     if model_type.startswith("abreast_"):

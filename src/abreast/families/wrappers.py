@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from abreast.families.in_memory import DELTA
 from abreast.families.row import FamilyError
 
 # The decoder's tensors in the three layouts there are; all others belong to the rest.
@@ -26,7 +27,7 @@ _OF_THE_WHOLE = ("architectures", "auto_map", "dtype", "torch_dtype", "quantizat
 class Wrapper:
     """class_name: what the names of its classes in transformers begin with. decoder: model_type of
     the decoder where config.json names none, or calls it `once`. tied: whether its head is its
-    embedding where config.json does not say.
+    embedding where config.json does not say. unfoldable: why its decoder runs in memory only.
     """
 
     model_type: str
@@ -34,6 +35,7 @@ class Wrapper:
     decoder: str
     tied: bool = False
     once: str = ""
+    unfoldable: str = ""
 
 
 WRAPPERS = {
@@ -51,8 +53,15 @@ WRAPPERS = {
 
 # Those whose decoder runs abreast in memory only.
 HOLDERS = {
-    "kimi_k25": Wrapper("kimi_k25", "Kimi_K25", "deepseek_v3", once="kimi_k2"),
-    "qwen3_5": Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text"),
+    "kimi_k25": Wrapper(
+        "kimi_k25",
+        "Kimi_K25",
+        "deepseek_v3",
+        once="kimi_k2",
+        unfoldable="its vision encoder is stored with q, k and v fused (wqkv), which transformers "
+        "splits only when it loads a kimi_k25",
+    ),
+    "qwen3_5": Wrapper("qwen3_5", "Qwen3_5", "qwen3_5_text", unfoldable=DELTA),
 }
 # Why the layers of other well-known types cannot become one, nor run side by side as they are.
 OTHERS = {

@@ -1,8 +1,9 @@
 """Layers with experts in vLLM: those of all members of an lp group in one fused layer.
 
 Their routers are one matrix with the members' rows one below the other; each member chooses among
-its own experts, as `modeling_members.MemberRouter` does. vLLM splits experts over ranks as ever, by
-their width or, with expert parallelism, by their number.
+its own experts, as `modeling_members.MemberRouter` does. vLLM splits experts over ranks by their
+width. Expert parallelism, which splits them by number, has not run: on CPUs, where vLLM 0.32 leaves
+the map of experts unread, both ranks ended with a segmentation fault.
 """
 
 from __future__ import annotations
