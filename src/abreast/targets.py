@@ -315,15 +315,14 @@ def _sglang(model: Model, degree: int) -> Iterator[str]:
     yield from _degree(model, degree)
 
 
-def _degree(model: Model, degree: int, option: str = "") -> Iterator[str]:
-    """option: the engine's for `unpaired: replicate`, if it has one."""
+def _degree(model: Model, degree: int, replicate_by: str = "") -> Iterator[str]:
     if not (reason := undivided(model, degree)):
         return
     whole = replace(model, unpaired="replicate")
     degrees = range(1, _layer(model.config).heads + 1)
     possible = ", ".join(str(n) for n in degrees if not undivided(model, n))
-    if option and not undivided(whole, degree):
-        possible += f", or {degree} with {option}"
+    if replicate_by and not undivided(whole, degree):
+        possible += f", or {degree} with {replicate_by}"
     elif not any(_torch_tp(whole, degree)):
         possible += f", or {degree} in {REPLICATE}"
     yield f"tensor parallel size {degree} does not fit this model: {reason}; possible: {possible}"
@@ -337,12 +336,11 @@ def undivided(model: Model, degree: int) -> str | None:
     splits groups only. Both engines check the heads of a single layer in any case.
     """
     native, single = model.family is not None and model.family.vllm_layers, _layer(model.config)
-    if single.heads % degree:
-        return f"a single layer has {single.heads} attention heads"
-    layers = (single,) if _is_sequential(model) else model.layers
     replicate = model.unpaired == "replicate" and _is_native(model) and not _is_sequential(model)
     whole = single if replicate else Layer(0, 0, 0)
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate((single,) if _is_sequential(model) else model.layers):
+        if layer.heads % degree:
+            return f"layer {index} has {layer.heads} attention heads"
         if layer.heads > whole.heads and layer.kv_heads % degree and degree % layer.kv_heads:
             return f"layer {index} has {layer.kv_heads} key-value heads"
         if layer.intermediate > whole.intermediate and layer.intermediate % degree:
@@ -355,6 +353,8 @@ def undivided(model: Model, degree: int) -> str | None:
             return f"layer {index} keeps members of its group apart, which this family cannot split"
         if layer.band is not None and degree % layer.members and layer.members % degree:
             return f"layer {index} is a cqil group of {layer.members} members"
+    if single.heads % degree:
+        return f"the original has {single.heads} attention heads"
     return None
 
 

@@ -156,7 +156,9 @@ def test_config_that_is_refused(tiny_checkpoint, tmp_path, change, message):
     [
         ({"pp": 2}, 1, "no conversions with --pp-size; start it without"),
         ({"dp": True}, 1, "--enable-dp-attention"),
-        ({}, 3, "size 3 does not fit this model: a single layer has 4 .*; possible: 1, 2, 4"),
+        ({"lora_paths": ["adapter"]}, 1, "--enable-lora"),
+        ({"speculative_algorithm": "EAGLE3"}, 1, "--speculative-algorithm"),
+        ({}, 3, "size 3 does not fit this model: layer 0 has 4 attention heads; possible: 1, 2, 4"),
     ],
 )
 def test_options_that_are_refused(
@@ -165,7 +167,10 @@ def test_options_that_are_refused(
     convert(tiny_checkpoint(), "1+2", tmp_path / "out")
     config = config_of(tmp_path / "out")
     for name, value in switch.items():
-        monkeypatch.setitem(stand_in.SWITCHES, name, value)
+        if name in stand_in.SWITCHES:
+            monkeypatch.setitem(stand_in.SWITCHES, name, value)
+        else:
+            monkeypatch.setattr(stand_in.SERVER_ARGS, name, value)
     with pytest.raises(AbreastError, match=message):
         stand_in.on_ranks(size, lambda rank: models.AbreastLlamaForCausalLM(config))
 

@@ -23,7 +23,7 @@ OVERRIDE = r""", or 2 with --hf-overrides '\{"abreast_unpaired": "replicate"\}'"
 @pytest.mark.parametrize(
     ("family", "plan", "degree", "message"),
     [
-        ("llama", "1+2", 3, "a single layer has 4 attention heads; possible: 1, 2, 4"),
+        ("llama", "1+2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
         ("llama", "1|2|3", 2, f"layer 1 is a cqil group of 3 members; possible: 1{ELSEWHERE}"),
         ("granite", "1|2", 2, f"which this family cannot split; possible: 1{ELSEWHERE}"),
     ],
@@ -43,8 +43,8 @@ def test_degree_that_does_not_fit(tiny_checkpoint, tmp_path, family, plan, degre
         (6, 3, 96, "1+2 3|4", f"layer 0 has 3 key-value heads; possible: 1, 6{OVERRIDE}"),
         (8, 2, 95, "1+2 3~4", f"layer 0 has intermediate size 95; possible: 1{OVERRIDE}"),
         # vLLM itself divides these, whatever layers are made
-        (9, 3, 96, "1+2", f"a single layer has 9 attention heads; possible: 1, 3{ELSEWHERE}"),
-        (9, 3, 96, "0+1 2+3+4+5", f"a single layer has 9 .*; possible: 1, 3{ELSEWHERE}"),
+        (9, 3, 96, "1+2", f"layer 0 has 9 attention heads; possible: 1, 3{ELSEWHERE}"),
+        (9, 3, 96, "0+1 2+3+4+5", f"the original has 9 .*; possible: 1, 3{ELSEWHERE}"),
     ],
 )
 def test_what_replicate_lifts(tiny_checkpoint, tmp_path, heads, kv_heads, ffn, plan, message):

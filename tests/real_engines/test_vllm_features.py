@@ -313,7 +313,7 @@ def test_bad_degree_is_one_line_before_anything_is_loaded(in_engine, folder, tmp
         in_engine(tmp_path, refused, 3)
     assert str(failure.value).strip().splitlines()[-1] == (
         "RuntimeError: tensor parallel size 3 does not fit this model: "
-        "a single layer has 4 attention heads; possible: 1, 2, 4"
+        "layer 0 has 4 attention heads; possible: 1, 2, 4"
     )
 
 
