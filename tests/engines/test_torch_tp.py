@@ -353,12 +353,12 @@ def test_two_machines_time_a_conversion(tiny_checkpoint, tmp_path, machines, by_
     starts = [[*machine, sys.executable] for machine in machines] if by_hand else None
     words = ["-m", "abreast", "bench", original, tmp_path / "out", "--backend", "tp"]
     words += ["--unpaired", "shard,replicate", "--dtype", "float32", "--rounds", 2]
-    words += ["--task", "decode", "--context", 8, "--steps", 2]
+    words += ["--task", "decode", "--context", 8, "--steps", 2, "--json"]
     commands = [[*start, *words] for start in starts or launchers(machines)]
     with started(*commands, **BETWEEN) as running:
         shown = [one.communicate(timeout=300) for one in running]
     assert [one.returncode for one in running] == [0, 0], shown
-    assert "out, replicate" in shown[0][0] and shown[1][0] == ""
+    assert '"out, replicate"' in shown[0][0] and shown[1][0] == ""
 
 
 @pytest.mark.slow
