@@ -6,10 +6,10 @@ ours. Each has engines of its own, which stay up and take turns: round by round,
 rotates. What is reported is the median over rounds of the ratio within a round, and its quartiles.
 
 With two ranks the gain has two sources, fewer layers and fewer exchanges. To tell them apart, a
-second set of engines waits a given time in every exchange, as a slower connection would. With E
-exchanges per token and a wait of w, a token should take T + E w, with T measured at w = 0: that is
-the prediction next to the measurement. The wait itself is a call that costs something, hence the
-separate set and its own w = 0.
+second set of engines waits a given time in every exchange: a simulated link. With E exchanges per
+token and a wait of w, a token should take T + E w, with T measured at w = 0: that is the prediction
+next to the measurement. The wait itself is a call that costs something, hence the separate set and
+its own w = 0.
 
 Needs vLLM: run it in the environment of the engine tests, .venv-vllm (`make bench` does).
 """
@@ -242,7 +242,7 @@ def row(
     made: dict[str, Any] = {
         "tensor_parallel": size,
         "batch": batch,
-        "wait_us": wait if slowed else None,
+        "simulated_link_us": wait if slowed else None,
         "model": name,
         "exchanges": models[name][1] if size > 1 else 0,
     }
@@ -261,8 +261,8 @@ def row(
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| ranks | batch | wait µs | model | exchanges | ms per token | speed-up (quartiles) "
-        "| predicted | prefill ms | speed-up (quartiles) |",
+        "| ranks | batch | simulated link, µs | model | exchanges | ms per token "
+        "| speed-up (quartiles) | predicted | prefill ms | speed-up (quartiles) |",
         "|---" * 10 + "|",
     ]
     for r in rows:
@@ -270,7 +270,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "{1:.2f} ({0:.2f}-{2:.2f})".format(*r[f"{what}_speedup"])
             for what in ("token", "prefill")
         ]
-        wait = "" if r["wait_us"] is None else f"{r['wait_us']:g}"
+        wait = "" if r["simulated_link_us"] is None else f"{r['simulated_link_us']:g}"
         lines.append(
             f"| {r['tensor_parallel']} | {r['batch']} | {wait} | {r['model']} | {r['exchanges']} "
             f"| {r['token_ms']:.2f} | {spans[0]} | {r.get('predicted_speedup', '')} "
@@ -291,7 +291,9 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--ranks", type=numbers, default=[1, 2])
     parser.add_argument("--batches", type=numbers, default=[1, 8, 32])
-    parser.add_argument("--waits", type=numbers, default=[25, 100], help="microseconds")
+    parser.add_argument(
+        "--waits", type=numbers, default=[25, 100], help="simulated links, in microseconds"
+    )
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=12)

@@ -63,7 +63,7 @@ VLLM = "tests/real_engines/test_vllm_server.py"
 FEATURES = "tests/real_engines/test_vllm_features.py"
 LLAMACPP = "tests/real_engines/test_llamacpp.py::test_the_page_about_llama_cpp"
 SERVED = "the test machine has no GPU; the same server, started as a module, is run by "
-BETWEEN = "tests/engines/test_torch_tp.py::test_two_machines_give_the_logits_of_one"
+BETWEEN = "tests/engines/test_torch_tp.py::test_two_machines_time_a_conversion"
 ENVIRONMENT = "makes the environment that the tests run in"
 TARGET = "a target of the Makefile: `make -n` runs here"
 SERVES = "serves until it is stopped: tests/report/test_play_browser.py::"
@@ -141,10 +141,10 @@ ELSEWHERE = {
     "export GLOO_SOCKET_IFNAME=eth0": f"set by {BETWEEN}",
     "export MASTER_ADDR=FIRST_MACHINE MASTER_PORT=29500 WORLD_SIZE=2": f"set by {BETWEEN}",
     "RANK=0 abreast bench MODEL CONVERTED --backend tp --unpaired shard,replicate": (
-        f"several machines; what it loads: {BETWEEN}"
+        f"several machines: {BETWEEN}"
     ),
     "RANK=1 abreast bench MODEL CONVERTED --backend tp --unpaired shard,replicate": (
-        f"several machines; what it loads: {BETWEEN}"
+        f"several machines: {BETWEEN}"
     ),
     "abreast bench MODEL CONVERTED --backend tp --unpaired shard,replicate --link-delay 300": (
         "tests/speed/test_backends.py::test_slower_links_are_simulated_and_labelled"

@@ -41,6 +41,7 @@ def config_of(layers: list[Layer]) -> dict[str, object]:
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     return {
         **CONFIG,
+        "num_attention_heads": min(layer.heads for layer in layers),
         "num_hidden_layers": len(layers),
         "per_layer_config": [
             {

@@ -19,6 +19,7 @@ from abreast.plan import Block, Group, Plan
 Unpaired = Literal["shard", "replicate"]  # how several processes hold layers that are in no group
 
 SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": null}'"
+REPLICATE = "torch_tp (abreast bench --backend tp --unpaired replicate)"
 EXPERT_WIDTH = "moe_intermediate_size"
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
@@ -63,7 +64,7 @@ class Model:
     """A checkpoint as engines see it: its config.json, and its family's row, None if it has none.
 
     plan: config is an original's, and the question is about its conversion under this plan.
-    unpaired: how torch_tp shall hold single layers, see there.
+    unpaired: how torch_tp and vLLM shall hold single layers, see there.
     """
 
     config: Mapping[str, Any]
@@ -101,9 +102,8 @@ class Target:
         """Shell commands, one a line, that install the engine and serve the checkpoint `out`."""
         words = {"out": shlex.quote(out), "file": self.file, "degree": degree}
         serve = self.serve + (self.split if degree > 1 else "")
-        return "\n".join(
-            line.format(**words) for line in (self.install, self.export, serve) if line
-        )
+        lines = filter(None, (self.install, self.export, serve))
+        return "\n".join(line.format(**words) for line in lines)
 
 
 def format_of(config: Mapping[str, Any]) -> str:
@@ -219,9 +219,7 @@ def servers_of(config: Mapping[str, Any]) -> tuple[Target, ...]:
 
 def _mlx(model: Model, degree: int) -> Iterator[str]:
     config = model.config
-    heads, size, hidden = (
-        config.get(key) for key in ("num_attention_heads", "head_dim", "hidden_size")
-    )
+    heads, size, hidden = map(config.get, ("num_attention_heads", "head_dim", "hidden_size"))
     if format_of(config) == "deci-ff" and size and heads and heads * size != hidden:
         yield (
             f"its {heads} heads of {size} do not add up to the hidden size {hidden}, as mlx-lm "
@@ -265,11 +263,11 @@ def _in_order(model: Model, engine: str) -> Iterator[str]:
 
 def _experts(model: Model, engine: str) -> Iterator[str]:
     if model.family is None or not model.family.routes:
-        return
-    if engine != "vLLM":
+        pass
+    elif engine != "vLLM":
         yield f"{engine} runs no groups of layers with experts; serve them with transformers"
     elif not model.family.vllm_layers:
-        sinks = str(model.config.get("model_type")).removeprefix("abreast_") == "gpt_oss"
+        sinks = str(model.config.get("model_type")).endswith("gpt_oss")
         parts = "attention sinks and clamped experts" if sinks else "experts"
         yield (
             f"its {parts} have no vLLM layers here; vLLM's transformers backend gives groups no "
@@ -289,23 +287,20 @@ def _is_native(model: Model) -> bool:
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
     yield from _experts(model, "vLLM")
-    if _is_sequential(model):
-        if not _is_native(model):
-            yield (
-                "sequential prefill runs in vLLM for llama, mistral, qwen2 and qwen3 only; "
-                + SERVE_GROUPED
-            )
-        if any(layer.intermediate == 0 for layer in model.layers):
-            yield "sequential prefill of ff groups does not run in vLLM; " + SERVE_GROUPED
-    yield from _degree(model, degree)
+    sequential = _is_sequential(model)
+    only = "runs in vLLM for llama, mistral, qwen2 and qwen3 only"
+    if sequential and not _is_native(model):
+        yield f"sequential prefill {only}; {SERVE_GROUPED}"
+    if sequential and any(layer.intermediate == 0 for layer in model.layers):
+        yield f"sequential prefill of ff groups does not run in vLLM; {SERVE_GROUPED}"
+    if model.unpaired == "replicate" and not _is_native(model):
+        yield f"abreast_unpaired: replicate {only}; leave it out, or use {REPLICATE}"
+    yield from _degree(model, degree, '--hf-overrides \'{"abreast_unpaired": "replicate"}\'')
 
 
 def _sglang(model: Model, degree: int) -> Iterator[str]:
     if not _is_native(model):
-        yield (
-            "SGLang runs conversions of llama, mistral, qwen2 and qwen3 only; serve the checkpoint "
-            "with vLLM or transformers"
-        )
+        yield "SGLang runs only llama, mistral, qwen2 and qwen3; serve it with vLLM or transformers"
     if _is_sequential(model):
         yield (
             "the checkpoint runs prompts in the original order, which is not there for SGLang; "
@@ -314,38 +309,39 @@ def _sglang(model: Model, degree: int) -> Iterator[str]:
     if model.config.get("quantization_config") and any(
         layer.band is not None for layer in model.layers
     ):
-        yield (
-            "cqil groups with quantised weights do not run in SGLang; convert with an lp plan (5+6 "
-            "instead of 5|6), or serve the checkpoint with vLLM"
-        )
+        yield "SGLang runs no quantised cqil groups; convert with an lp plan, or serve it with vLLM"
     yield from _degree(model, degree)
 
 
-def _degree(model: Model, degree: int) -> Iterator[str]:
-    reason = undivided(model, degree)
-    if reason:
-        most = max(layer.heads for layer in model.layers)
-        possible = [str(n) for n in range(1, most + 1) if not undivided(model, n)]
-        yield (
-            f"tensor parallel size {degree} does not fit this model: {reason}; "
-            f"possible: {', '.join(possible)}"
-        )
+def _degree(model: Model, degree: int, replicate_by: str = "") -> Iterator[str]:
+    if not (reason := undivided(model, degree)):
+        return
+    whole = replace(model, unpaired="replicate")
+    degrees = range(1, _layer(model.config).heads + 1)
+    possible = ", ".join(str(n) for n in degrees if not undivided(model, n))
+    if replicate_by and not undivided(whole, degree):
+        possible += f", or {degree} with {replicate_by}"
+    elif not any(_torch_tp(whole, degree)):
+        possible += f", or {degree} in {REPLICATE}"
+    yield f"tensor parallel size {degree} does not fit this model: {reason}; possible: {possible}"
 
 
 def undivided(model: Model, degree: int) -> str | None:
     """What vLLM and SGLang cannot split over `degree` ranks, None if they can split every layer.
 
     A cqil group of p members splits over p or a multiple of p ranks, and over a divisor of p.
-    Under sequential prefill every member is split as an unconverted layer is.
+    Under sequential prefill every member is split as an unconverted layer is; else vLLM's replicate
+    splits groups only. Both engines check the heads of a single layer in any case.
     """
-    native = model.family is not None and model.family.vllm_layers
-    layers = (_layer(model.config),) if _is_sequential(model) else model.layers
-    for index, layer in enumerate(layers):
+    native, single = model.family is not None and model.family.vllm_layers, _layer(model.config)
+    replicate = model.unpaired == "replicate" and _is_native(model) and not _is_sequential(model)
+    whole = single if replicate else Layer(0, 0, 0)
+    for index, layer in enumerate((single,) if _is_sequential(model) else model.layers):
         if layer.heads % degree:
             return f"layer {index} has {layer.heads} attention heads"
-        if layer.kv_heads % degree and degree % layer.kv_heads:
+        if layer.heads > whole.heads and layer.kv_heads % degree and degree % layer.kv_heads:
             return f"layer {index} has {layer.kv_heads} key-value heads"
-        if layer.intermediate % degree:
+        if layer.intermediate > whole.intermediate and layer.intermediate % degree:
             return f"layer {index} has intermediate size {layer.intermediate}"
         if model.family and model.family.routes and (model.config.get(EXPERT_WIDTH) or 0) % degree:
             return f"its experts have {EXPERT_WIDTH} {model.config[EXPERT_WIDTH]}"
@@ -355,6 +351,8 @@ def undivided(model: Model, degree: int) -> str | None:
             return f"layer {index} keeps members of its group apart, which this family cannot split"
         if layer.band is not None and degree % layer.members and layer.members % degree:
             return f"layer {index} is a cqil group of {layer.members} members"
+    if single.heads % degree:
+        return f"the original has {single.heads} attention heads"
     return None
 
 

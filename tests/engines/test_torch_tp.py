@@ -360,6 +360,23 @@ def test_two_machines_give_the_logits_of_one(tiny_checkpoint, tmp_path, machines
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by_hand", [False, True])
+def test_two_machines_time_a_conversion(tiny_checkpoint, tmp_path, machines, by_hand):
+    """The commands of docs/two-machines.md, on CPUs."""
+    original = tiny_checkpoint()
+    convert(original, "1+2 3|4:1", tmp_path / "out")
+    starts = [[*machine, sys.executable] for machine in machines] if by_hand else None
+    words = ["-m", "abreast", "bench", original, tmp_path / "out", "--backend", "tp"]
+    words += ["--unpaired", "shard,replicate", "--dtype", "float32", "--rounds", 2]
+    words += ["--task", "decode", "--context", 8, "--steps", 2, "--json"]
+    commands = [[*start, *words] for start in starts or launchers(machines)]
+    with started(*commands, **BETWEEN) as running:
+        shown = [one.communicate(timeout=300) for one in running]
+    assert [one.returncode for one in running] == [0, 0], shown
+    assert '"out, replicate"' in shown[0][0] and shown[1][0] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_hand", [False, True])
 def test_where_a_rank_dies_all_end(tiny_checkpoint, failing, machines, by_hand):
     starts = [[*machine, sys.executable] for machine in machines] if by_hand else None
     commands = [[*start, failing, tiny_checkpoint()] for start in starts or launchers(machines)]

@@ -16,13 +16,16 @@ import abreast.modeling  # noqa: F401  registers the config classes
 from abreast.convert.rewrite import convert
 from abreast.engines.vllm.plugin import ServingError, check, default_streams, is_too_old, streams_of
 
+ELSEWHERE = r", or 2 in torch_tp \(abreast bench --backend tp --unpaired replicate\)"
+OVERRIDE = r""", or 2 with --hf-overrides '\{"abreast_unpaired": "replicate"\}'"""
+
 
 @pytest.mark.parametrize(
     ("family", "plan", "degree", "message"),
     [
         ("llama", "1+2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
-        ("llama", "1|2|3", 2, "layer 1 is a cqil group of 3 members; possible: 1"),
-        ("granite", "1|2", 2, "which this family cannot split; possible: 1"),
+        ("llama", "1|2|3", 2, f"layer 1 is a cqil group of 3 members; possible: 1{ELSEWHERE}"),
+        ("granite", "1|2", 2, f"which this family cannot split; possible: 1{ELSEWHERE}"),
     ],
 )
 def test_degree_that_does_not_fit(tiny_checkpoint, tmp_path, family, plan, degree, message):
@@ -32,6 +35,41 @@ def test_degree_that_does_not_fit(tiny_checkpoint, tmp_path, family, plan, degre
     with pytest.raises(ServingError, match=f"^tensor parallel size {degree} .*{message}$") as error:
         check(config, degree)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "ffn", "plan", "message"),
+    [
+        (6, 3, 96, "1+2 3|4", f"layer 0 has 3 key-value heads; possible: 1, 6{OVERRIDE}"),
+        (8, 2, 95, "1+2 3~4", f"layer 0 has intermediate size 95; possible: 1{OVERRIDE}"),
+        # vLLM itself divides these, whatever layers are made
+        (9, 3, 96, "1+2", f"layer 0 has 9 attention heads; possible: 1, 3{ELSEWHERE}"),
+        (9, 3, 96, "0+1 2+3+4+5", f"the original has 9 .*; possible: 1, 3{ELSEWHERE}"),
+    ],
+)
+def test_what_replicate_lifts(tiny_checkpoint, tmp_path, heads, kv_heads, ffn, plan, message):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 144}
+    source = tiny_checkpoint(head_dim=16, intermediate_size=ffn, **sizes)
+    convert(source, plan, tmp_path / "out", force=True)
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    with pytest.raises(ServingError, match=f"^tensor parallel size 2 .*: {message}$"):
+        check(config, 2)
+    config.abreast_unpaired = "replicate"
+    if OVERRIDE in message:
+        check(config, 2)
+    else:
+        with pytest.raises(ServingError, match=f"^tensor parallel size 2 .*: {message}$"):
+            check(config, 2)
+
+
+@pytest.mark.parametrize(("family", "plan"), [("granite", "1+2"), ("mixtral", "1+2")])
+def test_replicate_is_refused_where_no_layer_is_held_whole(tiny_checkpoint, tmp_path, family, plan):
+    convert(tiny_checkpoint(family), plan, tmp_path / "out")
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    check(config, 2)
+    config.abreast_unpaired = "replicate"
+    with pytest.raises(ServingError, match=r"replicate runs in vLLM for llama, .* only; leave it"):
+        check(config, 2)
 
 
 def test_sequential_prefill(tiny_checkpoint, tmp_path):

@@ -132,6 +132,26 @@ def test_every_native_family(in_engine, converted, tiny_checkpoint, family, tens
         check(source, folder, given["prompts"], answers)
 
 
+def whole(llm: Any, **given: Any) -> dict[str, Any]:
+    (heads,) = llm.apply_model(lambda model: model.model.layers[0].self_attn.num_heads)
+    return {**in_company(llm, **given), "heads": heads}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_beside_single_layers_whole_on_every_rank(in_engine, converted, tiny_checkpoint, family):
+    source = tiny_checkpoint(family, head_dim=32, num_layers=8)
+    folder = converted(source, "1+2 3|4 5|6:1")
+    prompts, others = [
+        [[i % 128 for i in ids[:40]] for ids in some] for some in (PROMPTS[1:5], OTHERS[:2])
+    ]
+    options = {"hf_overrides": {"abreast_unpaired": "replicate"}, "skip_tokenizer_init": True}
+    options |= {"max_num_batched_tokens": 24, "max_num_seqs": 8}
+    done = in_engine(folder, whole, 2, {"prompts": prompts, "others": others}, **options)
+    assert done.pop("heads") == 4
+    for answers in done.values():
+        check(source, folder, prompts, answers)
+
+
 def test_more_ranks_than_key_value_heads(in_engine, converted, tiny_checkpoint):
     source = tiny_checkpoint("qwen3", head_dim=32, num_key_value_heads=1)
     folder, prompts = converted(source, "1+2 3|4"), [list(range(3, 20)), [5, 99, 7]]

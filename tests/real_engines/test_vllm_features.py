@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +315,18 @@ def test_bad_degree_is_one_line_before_anything_is_loaded(in_engine, folder, tmp
         "RuntimeError: tensor parallel size 3 does not fit this model: "
         "layer 0 has 4 attention heads; possible: 1, 2, 4"
     )
+
+
+def test_replicate_is_refused_where_the_transformers_backend_runs_it(
+    converted, tiny_checkpoint, tmp_path, run
+):
+    folder = converted(tiny_checkpoint("granite", head_dim=32), "1+2")
+    config = json.loads((folder / "config.json").read_text()) | {"abreast_unpaired": "replicate"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    engine = ("--backend", "vllm", "--vllm", f"{sys.executable} -m abreast.engines.vllm.bench")
+    status, out, err = run("bench", tmp_path, *engine, "--ranks", 2, "--task", "decode")
+    assert (status, out) == (2, "")
+    assert "abreast_unpaired: replicate runs in vLLM for llama, mistral" in err.splitlines()[-1]
 
 
 def test_old_version_is_one_line(folder, tmp_path, run_apart):

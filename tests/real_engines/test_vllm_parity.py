@@ -22,6 +22,7 @@ PLANS = {
     "cqil-1": "8|9:1 10|11:1",
     "ff": "2~3 8~9~10",
 }
+THREE_KV_HEADS = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 192}
 PROMPTS = [list(range(3, 20)), [5, 99, 7], list(range(100, 60, -1))]
 TEXTS = ("def main():", "import os\nimport sys\n\n", "class Foo(object):\n    def __init__(self")
 
@@ -106,11 +107,13 @@ def test_bundled_model_is_the_one_of_transformers(in_engine, converted, plan, te
     assert done["per_token"] == (expected(16, PLANS[plan]) if tensor_parallel > 1 else {})
 
 
-def test_single_layers_whole_on_every_rank(in_engine, converted, tiny_checkpoint):
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("sizes", [{}, THREE_KV_HEADS], ids=["even heads", "3 KV heads"])
+def test_single_layers_whole_on_every_rank(in_engine, converted, tiny_checkpoint, family, sizes):
     """lp takes two exchanges, cqil one, with a bypass two, ff one; all else none."""
-    source = tiny_checkpoint("qwen3", head_dim=HEAD_DIM, num_layers=10, biases=True)
+    source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=10, biases=True, **sizes)
     folder = converted(source, MIXED)
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    given = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "native": True}
     options = {"hf_overrides": {"abreast_unpaired": "replicate"}, "skip_tokenizer_init": True}
     done = in_engine(folder, complete, 2, given, **options)
     compare(folder, PROMPTS, done["answers"])

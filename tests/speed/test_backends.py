@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -165,6 +168,8 @@ def test_tensor_parallel_refusal_is_one_line(tiny_checkpoint, tmp_path):
         run(replace(job, link_delay=-1))
     with pytest.raises(AbreastError, match="belong to --backend tp"):
         run(replace(job, backend="eager", link_delay=300))
+    with pytest.raises(AbreastError, match=r"vLLM on a simulated link: .*vllm_decode\.py .*waits"):
+        run(replace(job, backend="vllm", link_delay=300))
 
 
 def test_out_of_memory_keeps_what_is_there_and_names_the_knob(tiny_checkpoint, monkeypatch):
@@ -232,6 +237,19 @@ seconds = (length * 1e-3 + (new - 1) * 1e-2) / speed
 found = {"avg_latency": 9.0, "latencies": [seconds, seconds, 5.0]}
 json.dump(found, open(arguments["--output-json"], "w"))
 """
+
+
+def test_simulated_links_in_vllm_are_labelled(monkeypatch):
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0"))
+    with mock.patch.dict(os.environ):
+        import vllm_decode
+    found = {(wait, "original"): [{"token": 1e-3, "prefill": 1e-2}] for wait in (0.0, 25.0)}
+    models = {"original": (root, 66)}
+    row = vllm_decode.row(found, 25.0, "original", models, [25.0], 2, True, 1)
+    assert row["simulated_link_us"] == 25
+    assert "simulated link, µs" in vllm_decode.table([row])
 
 
 def test_vllm_is_asked_in_turns_and_its_times_are_taken_apart(tmp_path):

@@ -60,7 +60,10 @@ def run(job: Job, *, step: Step = lambda message: None) -> Report:
     if job.backend == "tp":
         job = replace(job, contenders=tuple(_held(job)))
     elif job.link_delay or job.unpaired != ("shard",):
-        raise AbreastError("--link-delay and --unpaired belong to --backend tp; leave them out")
+        raise AbreastError(
+            "--link-delay and --unpaired belong to --backend tp; leave them out (vLLM on a "
+            "simulated link: python benchmarks/vllm_decode.py --ranks 2 --waits 300)"
+        )
     if job.backend != "vllm":
         original = open_checkpoint(job.contenders[0].model)
         job = replace(job, dtype=fitting_dtype(original, job.dtype, job.device, step=step))
