@@ -157,7 +157,7 @@ def test_the_ledger_says_what_was_run_and_when():
     for text in (HERE / "ledger.jsonl").read_text().splitlines():
         line = json.loads(text)
         usual = {"date", "commit", "harness", "seed", "counts", "faults"}
-        assert line.keys() - {"killed", "survivors"} == usual
+        assert line.keys() - {"killed", "survivors", "memory", "seconds"} == usual
         assert all(isinstance(count, int) for count in line["counts"].values())
 
 
