@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,13 +128,13 @@ def prepare(origin: Path) -> None:
     (origin / "run/results.json").write_text(json.dumps({"plan": "1+2", "result": manifest}))
 
 
-def undamaged(origin: Path, place: Path) -> list[str]:
+def undamaged(targets: Mapping[str, Target], origin: Path, place: Path) -> list[str]:
     """The targets' commands that fail on what is whole: damage to it would show nothing.
 
     What they import is then imported here, so that later runs need not.
     """
     faults = []
-    for name, target in TARGETS.items():
+    for name, target in targets.items():
         file = place_of(target, origin, random.Random(0))
         data = (origin / file).read_bytes()
         for command in target.commands:
@@ -228,18 +228,19 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
     parser.add_argument("--replay", action="store_true", help="only run the corpus")
     options = parser.parse_args()
+    targets = {name: TARGETS[name] for name in options.targets.split(",")}
     warm_up()
     with tempfile.TemporaryDirectory() as place:
         origin = Path(place, "origin")
         prepare(origin)
-        failed = undamaged(origin, Path(place)) + replay(origin, Path(place))
+        failed = undamaged(targets, origin, Path(place)) + replay(origin, Path(place))
         for fault in failed:
             print(fault, flush=True)
         if options.replay:
             print(f"{len(failed)} of what is whole and of the corpus fail")
             return bool(failed)
         began = time.monotonic()
-        counts, faults = damage(origin, Path(place), options)
+        counts, faults = damage(targets, origin, Path(place), options)
         seconds = time.monotonic() - began
     succeeded = counts.pop("succeeded", 0)
     rate = round(60 * counts.total() / seconds)
@@ -252,10 +253,12 @@ def main() -> int:
     return bool(faults or failed)
 
 
-def damage(origin: Path, place: Path, options: argparse.Namespace) -> tuple[Counter[str], int]:
+def damage(
+    targets: Mapping[str, Target], origin: Path, place: Path, options: argparse.Namespace
+) -> tuple[Counter[str], int]:
     """Hand over inputs until the time is over, or somebody interrupts; counts by target, faults."""
-    chosen, chance = options.targets.split(","), random.Random(options.seed)
-    names = [name for name in chosen for _ in range(1 if name in SELDOM else 3)]
+    chance = random.Random(options.seed)
+    names = [name for name in targets for _ in range(1 if name in SELDOM else 3)]
     counts: Counter[str] = Counter()
     faults, seen = 0, set()
     before = contents(origin)
@@ -265,7 +268,7 @@ def damage(origin: Path, place: Path, options: argparse.Namespace) -> tuple[Coun
             if time.monotonic() > end:
                 break
             name = names[turn % len(names)]
-            target = TARGETS[name]
+            target = targets[name]
             file, command = place_of(target, origin, chance), chance.choice(target.commands)
             data = target.mutate((origin / file).read_bytes(), chance)
             plain = command[0] == "report" and chance.random() < 0.98

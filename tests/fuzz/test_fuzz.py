@@ -51,10 +51,10 @@ from forked import warm_up
 warm_up()
 origin = Path(sys.argv[1], "origin")
 fuzz.prepare(origin)
-fuzz.TARGETS = {"chat": fuzz.TARGETS["chat"]}
-print(len(fuzz.undamaged(origin, Path(sys.argv[1]))))
+chosen = {"chat": fuzz.TARGETS["chat"]}
+print(len(fuzz.undamaged(chosen, origin, Path(sys.argv[1]))))
 (origin / "chat.jsonl").write_text("{}")
-print(*fuzz.undamaged(origin, Path(sys.argv[1])))
+print(*fuzz.undamaged(chosen, origin, Path(sys.argv[1])))
 """
 
 
