@@ -106,6 +106,7 @@ _REDUCED: dict[str, Callable[[bytes], bytes]] = {
     "environment.json": _environment,
     "heal.csv": _log,
     "abreast.json": lambda data: _VARIES.sub(b"", _LOG_HASH.sub(b"", data)),
+    "report.html": lambda data: re.sub(rb"Report written [\d-]+ [\d:]+ UTC", b"", data),
     "README.md": lambda data: re.sub(rb"\nMade \S+ from", b"", data),
 }
 
