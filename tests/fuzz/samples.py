@@ -57,6 +57,7 @@ def make(folder: Path) -> None:
         ended = run(command, folder, limited=False)
         if ended.status:
             raise SystemExit(f"{command} fails: {ended.err}")
+    (folder / "tmp").rmdir()  # of the runs, who leave it empty
 
 
 def adapter(folder: Path) -> None:
