@@ -26,20 +26,26 @@ from typing import Any
 
 MEMORY = 2 << 30  # bytes beyond what this process holds
 CPU_SECONDS = 10
-WALL_SECONDS = 120  # for machines that are busy: the limit that counts is that of the CPU
+IDLE_SECONDS = 10  # neither running nor kept from it by other processes
+WALL_SECONDS = 120  # for machines that are busy: the limits that count are the two above
 _WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
 _FORBIDDEN = {"socket.connect", "socket.bind", "subprocess.Popen", "os.system", "os.exec"}
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended. status: minus the signal where one ended it; tried: what it must not do."""
+    """How a run ended.
+
+    status: minus the signal where one ended it. tried: what it must not do. idle: it was killed
+    because it waited too long for something else than a CPU.
+    """
 
     status: int
     out: str
     err: str
     seconds: float
     tried: tuple[str, ...]
+    idle: bool = False
 
     @property
     def fault(self) -> str | None:
@@ -48,6 +54,8 @@ class Ended:
             return f"it tried {self.tried[0]}"
         if "Traceback (most recent call last)" in self.err:
             return f"traceback: {self.err.strip().splitlines()[-1]}"
+        if self.idle:
+            return f"waited for more than {IDLE_SECONDS} s"
         if self.status == -signal.SIGXCPU or self.seconds > WALL_SECONDS:
             return f"ran for more than {CPU_SECONDS} s"
         if self.status not in (0, 1, 2) or "out of memory" in self.err:
@@ -96,14 +104,15 @@ def run(
     *,
     stop: tuple[int, float] | None = None,
     limited: bool = True,
-    memory_limit: bool = True,
+    addresses: bool = True,
     before: Callable[[], None] = lambda: None,
     learn: bool = False,
 ) -> Ended:
     """Run `abreast ARGUMENTS` in `folder`.
 
-    stop: a signal, and after how many seconds it comes. before: called in the fork. learn: import
-    here what the run imports, so that later ones need not.
+    stop: a signal, and after how many seconds it comes. addresses: limit those, else what may be
+    written to: V8, which draws a report's charts, sets aside more addresses than any limit leaves.
+    before: called in the fork. learn: import here what the run imports, for later ones.
     """
     with tempfile.TemporaryDirectory() as place:
         logs = [Path(place, name) for name in ("out", "err", "tried", "imported")]
@@ -114,19 +123,23 @@ def run(
         if child == 0:
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the command has its own
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-            if limited and memory_limit:
-                memory(MEMORY)
+            if limited:
+                memory(MEMORY, addresses)
             _child([str(word) for word in arguments], folder, logs, limited, before, learn)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         watch = os.pidfd_open(child)
-        deadline = began + WALL_SECONDS
+        waiting = False
         try:
             if stop is not None:
                 ended = select.select([watch], [], [], max(0.0, stop[1]))[0]
                 if not ended:
                     os.kill(child, stop[0])
-            if not select.select([watch], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                os.kill(child, signal.SIGKILL)
+            while not select.select([watch], [], [], 1.0)[0]:
+                passed = time.monotonic() - began
+                waiting = limited and passed - busy(child) > IDLE_SECONDS
+                if waiting or passed > WALL_SECONDS:
+                    os.kill(child, signal.SIGKILL)
+                    break
         finally:
             os.close(watch)
         _, status = os.waitpid(child, 0)
@@ -139,16 +152,23 @@ def run(
                 with suppress(Exception):  # what a run makes itself
                     importlib.import_module(name)
             keep()
-        return Ended(
-            os.waitstatus_to_exitcode(status), out, err, seconds, tuple(tried.splitlines())
-        )
+        code = os.waitstatus_to_exitcode(status)
+        return Ended(code, out, err, seconds, tuple(tried.splitlines()), waiting)
 
 
-def memory(most: int) -> None:
-    """Let this process take so many bytes more than it has."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    size = pages * resource.getpagesize() + most
-    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+def busy(process: int) -> float:
+    """Seconds in which a process ran, or would have if it had had a CPU."""
+    used = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]
+    waited = int(Path(f"/proc/{process}/schedstat").read_text().split()[1])
+    return sum(map(int, used)) / os.sysconf("SC_CLK_TCK") + waited / 1e9
+
+
+def memory(most: int, addresses: bool = True) -> None:
+    """Let this process take so many bytes more than it has, of addresses or of what is written."""
+    pages = Path("/proc/self/statm").read_text().split()[0 if addresses else 5]
+    size = int(pages) * resource.getpagesize() + most
+    kind = resource.RLIMIT_AS if addresses else resource.RLIMIT_DATA
+    resource.setrlimit(kind, (size, size))
 
 
 def _child(

@@ -2,8 +2,8 @@
 
 Every input runs in a fork of its own under limits (forked.py). It must end with status 0 and a
 result that reads back, or with status 2 and one line: no traceback, no more than 10 s of CPU, 2 GiB
-of memory, no write outside its folder, no code run, no connection, no process. Whatever fails is
-written to corpus/, which `test_fuzz.py` replays.
+of memory, no 10 s of waiting, no write outside its folder, no code run, no connection, no process.
+Whatever fails is written to corpus/, which `test_fuzz.py` replays.
 """
 
 from __future__ import annotations
@@ -19,28 +19,22 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from families import FAMILIES, families
 from forked import Ended, run, warm_up
 from ledger import add
 from mutate import either, json_file, raw_file, safetensors_file, template_file, yaml_file
 from mutate_gguf import gguf_file
-from samples import checkpoint, gguf_files
+from samples import PLAN, checkpoint, gguf_files, make
 
 from abreast.checkpoint import open_checkpoint
 
 CORPUS = Path(__file__).with_name("corpus")
-FEW = ["--data", "text.txt", "--window", "32", "--windows", "8"]
-SEARCH = [*FEW, "--max-group", "2", "--per-group", "1", "--no-plots", "--hardware", "A100"]
 SCORE = ["--data", "text.txt", "--max-tokens", "40", "--window", "16", "--stride", "16"]
-PLAN = ["plan", "model", *SEARCH, "--depth", "4", "-o", "run"]
-MADE = (  # what the targets are made with, in order
-    ["convert", "model", "--plan", "1+2 3|4", "-o", "converted"],
-    PLAN,
-)
 INSPECT, EVAL = ["inspect", "model"], ["eval", "model", *SCORE]
 CHAT = [*EVAL, "--chat", "chat.jsonl"]
 CONVERT = ["convert", "model", "--plan", "1+2 3|4", "-o", "out"]
@@ -60,10 +54,31 @@ class Target:
     commands: tuple[list[str], ...]
 
 
+def weights(folder: str) -> dict[str, Target]:
+    """The config, index and headers of a checkpoint, by name."""
+
+    def reading(*commands: list[str]) -> tuple[list[str], ...]:
+        return tuple(
+            [folder if word == "model" else word for word in command] for command in commands
+        )
+
+    kind = "" if folder == "model" else f"{folder} "
+    index = f"{folder}/model.safetensors.index.json"
+    return {
+        f"{kind}config": Target(
+            f"{folder}/config.json",
+            either(json_file),
+            reading(INSPECT, CONVERT, EVAL, ESTIMATE),
+        ),
+        f"{kind}index": Target(index, either(json_file), reading(INSPECT, CONVERT)),
+        f"{kind}header": Target(
+            f"{folder}/SHARD", either(safetensors_file), reading(INSPECT, CONVERT, EVAL)
+        ),
+    }
+
+
 TARGETS = {
-    "config": Target("model/config.json", either(json_file), (INSPECT, CONVERT, EVAL, ESTIMATE)),
-    "index": Target("model/model.safetensors.index.json", either(json_file), (INSPECT, CONVERT)),
-    "header": Target("model/SHARD", either(safetensors_file), (INSPECT, CONVERT, EVAL)),
+    **weights("model"),
     "tokenizer": Target("model/tokenizer.json", either(json_file), (EVAL, CONVERT)),
     "tokenizer config": Target("model/tokenizer_config.json", either(json_file), (CHAT, CONVERT)),
     "generation": Target("model/generation_config.json", either(json_file), (EVAL, CONVERT)),
@@ -89,6 +104,7 @@ TARGETS = {
     "gguf pieces": Target(
         "pieces.gguf", either(gguf_file), (["import", "pieces.gguf", "-o", "out"],)
     ),
+    **{name: target for kind in FAMILIES for name, target in weights(kind).items()},
 }
 
 # What takes long to read and does not come from strangers gets a third of the inputs of others.
@@ -99,6 +115,7 @@ def prepare(origin: Path) -> None:
     """Write everything that the targets name below `origin`."""
     checkpoint(origin)
     gguf_files(origin)
+    families(origin)
     template = json.loads((origin / "model/tokenizer_config.json").read_text())["chat_template"]
     (origin / "model/chat_template.jinja").write_text(template)
     chat = {"messages": [{"role": "user", "content": "one two three four"}]}
@@ -106,21 +123,18 @@ def prepare(origin: Path) -> None:
     plan = {"num_layers": 6, "groups": [{"layers": [1, 2], "wiring": "cqil", "bypass": 1}]}
     (origin / "plan.yaml").write_text(json.dumps(plan))
     (origin / "model/own.py").write_text("class Own: pass\n")
-    for command in MADE:
-        ended = run(command, origin, limited=False)
-        if ended.status:
-            raise SystemExit(f"{command} fails: {ended.err}")
+    make(origin)
     manifest = json.loads((origin / "converted/abreast.json").read_text())
     (origin / "run/results.json").write_text(json.dumps({"plan": "1+2", "result": manifest}))
 
 
-def undamaged(origin: Path, place: Path) -> list[str]:
+def undamaged(targets: Mapping[str, Target], origin: Path, place: Path) -> list[str]:
     """The targets' commands that fail on what is whole: damage to it would show nothing.
 
     What they import is then imported here, so that later runs need not.
     """
     faults = []
-    for name, target in TARGETS.items():
+    for name, target in targets.items():
         file = place_of(target, origin, random.Random(0))
         data = (origin / file).read_bytes()
         for command in target.commands:
@@ -131,8 +145,9 @@ def undamaged(origin: Path, place: Path) -> list[str]:
 
 
 def place_of(target: Target, origin: Path, chance: random.Random) -> str:
-    shards = sorted(path.name for path in (origin / "model").glob("*.safetensors"))
-    return target.file.replace("SHARD", chance.choice(shards))
+    folder = (origin / target.file).parent
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    return target.file.replace("SHARD", chance.choice(shards or [""]))
 
 
 def undrawn() -> None:
@@ -155,12 +170,15 @@ def tried(
     learn: bool = False,
 ) -> tuple[Ended, str | None]:
     """Run a command on a copy of `origin` in which one file holds other bytes; what is wrong."""
-    shutil.copytree(origin, folder, copy_function=os.link)
+    folder.mkdir()
+    for name in {"model", Path(file).parts[0], *command} & set(os.listdir(origin)):
+        if (origin / name).is_dir():
+            shutil.copytree(origin / name, folder / name, copy_function=os.link)
+        else:
+            os.link(origin / name, folder / name)
     (folder / file).unlink()
     (folder / file).write_bytes(data)
-    # V8, which draws the report's charts, sets aside more addresses than any limit leaves
-    limit = command[0] != "report"
-    ended = run(command, folder, memory_limit=limit, before=before, learn=learn)
+    ended = run(command, folder, addresses=command[0] != "report", before=before, learn=learn)
     fault = ended.fault or _result_fault(ended, folder, command)
     shutil.rmtree(folder)
     return ended, fault
@@ -210,31 +228,37 @@ def main() -> int:
     parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
     parser.add_argument("--replay", action="store_true", help="only run the corpus")
     options = parser.parse_args()
+    targets = {name: TARGETS[name] for name in options.targets.split(",")}
     warm_up()
     with tempfile.TemporaryDirectory() as place:
         origin = Path(place, "origin")
         prepare(origin)
-        failed = undamaged(origin, Path(place)) + replay(origin, Path(place))
+        failed = undamaged(targets, origin, Path(place)) + replay(origin, Path(place))
         for fault in failed:
             print(fault, flush=True)
         if options.replay:
             print(f"{len(failed)} of what is whole and of the corpus fail")
             return bool(failed)
-        counts, faults = damage(origin, Path(place), options)
+        began = time.monotonic()
+        counts, faults = damage(targets, origin, Path(place), options)
+        seconds = time.monotonic() - began
     succeeded = counts.pop("succeeded", 0)
+    rate = round(60 * counts.total() / seconds)
     print(
-        f"seed {options.seed}: {counts.total()} inputs, {succeeded} of them with a result, "
-        f"{faults} faults; {dict(counts)}"
+        f"seed {options.seed}: {counts.total()} inputs, {rate} a minute, {succeeded} of them "
+        f"with a result, {faults} faults; {dict(counts)}"
     )
     if options.record:
-        add("fuzz", options.seed, dict(counts), faults)
+        add("fuzz", options.seed, dict(counts), faults, seconds=round(seconds))
     return bool(faults or failed)
 
 
-def damage(origin: Path, place: Path, options: argparse.Namespace) -> tuple[Counter[str], int]:
+def damage(
+    targets: Mapping[str, Target], origin: Path, place: Path, options: argparse.Namespace
+) -> tuple[Counter[str], int]:
     """Hand over inputs until the time is over, or somebody interrupts; counts by target, faults."""
-    chosen, chance = options.targets.split(","), random.Random(options.seed)
-    names = [name for name in chosen for _ in range(1 if name in SELDOM else 3)]
+    chance = random.Random(options.seed)
+    names = [name for name in targets for _ in range(1 if name in SELDOM else 3)]
     counts: Counter[str] = Counter()
     faults, seen = 0, set()
     before = contents(origin)
@@ -244,7 +268,7 @@ def damage(origin: Path, place: Path, options: argparse.Namespace) -> tuple[Coun
             if time.monotonic() > end:
                 break
             name = names[turn % len(names)]
-            target = TARGETS[name]
+            target = targets[name]
             file, command = place_of(target, origin, chance), chance.choice(target.commands)
             data = target.mutate((origin / file).read_bytes(), chance)
             plain = command[0] == "report" and chance.random() < 0.98

@@ -1,44 +1,40 @@
 """Kill the verbs, starve them, and run them again; `make N=200 kill`.
 
 Every verb runs twice undisturbed, then in N runs, which give each verb as much time, three times
-in four, a signal comes after a random part of that time; else the disk is full, memory short, the
-folder read-only, or two run at once.
+in four, a signal comes after a random part of that time; else the disk is full, files are cut
+short, memory is short, the folder is read-only, or two run at once.
 After SIGINT, SIGTERM and SIGHUP nothing that a run stages may be left; after any signal the same
-command must succeed, with the files of an undisturbed run, and leave nothing. Left out of the
-comparison are times, counts of the work done, the order of journals, files that two undisturbed
-runs do not agree on, and what `plan` and `optimize` say about all plans measured: a resumed search
-knows more of them.
+command must succeed, with the files of an undisturbed run, and leave nothing. compared.py says what
+is left out of the comparison; so are files that two undisturbed runs do not agree on, which are
+printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import operator
 import os
 import random
-import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from compared import alike, content
 from forked import Ended, memory, run, warm_up
 from ledger import add
-from samples import checkpoint
+from samples import FEW, SEARCH, adapter, checkpoint, ending, gguf_files, make
 
 from abreast.checkpoint import LEAVING
 
-FEW = ["--data", "text.txt", "--window", "32", "--windows", "8"]
-SEARCH = [*FEW, "--max-group", "2", "--per-group", "1", "--no-plots", "--hardware", "A100"]
 HEAL = ["--data", "text.txt", "--window", "32", "--tokens", "2000", "--no-plots"]
 TRAIN = ["--steps", "4", "--batch-size", "2", "--micro-batch", "2", "--lora-rank", "2"]
 VERBS = {  # name -> its command, without --out
@@ -49,21 +45,24 @@ VERBS = {  # name -> its command, without --out
     "study": ["study", "model", *FEW, "--max-length", "2", "--no-plots"],
     "refit": ["heal", "model", "--plan", "1+2", "--method", "refit", *HEAL],
     "distill": ["heal", "model", "--plan", "1+2", "--method", "distill", *HEAL, *TRAIN],
+    "import": ["import", "bytes.gguf"],
+    "convert-adapter": ["convert-adapter", "adapter", "converted", "--base", "model"],
+    "eval": ["eval", "ending", "--tasks", "python_brackets", "--limit", "4", "--batch-size", "4"],
+    "report": ["report", "run"],
     "optimize": [
         *("optimize", "model", *SEARCH, "--depth", "4", "--rounds", "3", "--no-baselines"),
         *("--eval-data", "text.txt", "--max-tokens", "200", "--no-report"),
     ],
 }
-RESUMED = ("measure", "plan", "study", "optimize")  # the others name a new folder or file
-_VARIES = re.compile(
-    rb'"(created|date|seconds|cpu_seconds|evaluated|spent|full_forwards)": '
-    rb'("[^"]*"|[\d.e-]+|{[^}]*})'
+# the others name a new folder or file
+RESUMED = (
+    "measure",
+    "plan",
+    "study",
+    "eval",
+    "report",
+    "optimize",
 )
-_NUMBER = re.compile(rb"-?\d+\.\d+(?:e-?\d+)?")
-_LOOSE = {
-    "plan": ("front.json", "why.md"),
-    "optimize": ("front.json", "why.md", "results.json", "environment.json"),
-}
 _SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -73,46 +72,13 @@ def command(verb: str) -> list[str]:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Relative path -> content, without what may vary, of what a run wrote."""
+    tops = [top for top in folder.iterdir() if top.name != "tmp" and not top.is_symlink()]
     return {
         str(path.relative_to(folder)): content(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.relative_to(folder).parts[0] not in ("model", "text.txt", "tmp")
+        for top in tops
+        for path in (top, *sorted(top.rglob("*")))
+        if path.is_file()
     }
-
-
-def content(path: Path) -> bytes:
-    data = path.read_bytes()
-    if path.suffix == ".safetensors":
-        size = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:size])
-        header.pop("__metadata__", None)
-        return json.dumps(header).encode() + data[size:]
-    data = _VARIES.sub(b"", data)
-    return b"".join(sorted(data.splitlines())) if path.suffix == ".jsonl" else data
-
-
-def alike(made: bytes, expected: bytes) -> bool:
-    """Whether contents agree up to rounding: short of memory, torch multiplies another way."""
-    if made.startswith(b"{") and b'"data_offsets"' in made[:1000]:
-        (header, tensors), (other, others) = map(_tensors, (made, expected))
-        return header == other and all(map(_close, tensors, others))
-    numbers, others = (_NUMBER.findall(data) for data in (made, expected))
-    rest, other = (_NUMBER.sub(b"", data) for data in (made, expected))
-    return rest == other and _close(np.array(numbers, float), np.array(others, float))
-
-
-def _close(made: np.ndarray, expected: np.ndarray) -> bool:
-    return np.allclose(made, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def _tensors(data: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Header and tensors of a safetensors file as `content` leaves it."""
-    header, end = json.JSONDecoder().raw_decode(data.decode("latin-1"))
-    kinds = {"F64": "f8", "F32": "f4", "I64": "i8"}
-    return header, [
-        np.frombuffer(data[end:][slice(*entry["data_offsets"])], kinds[entry["dtype"]])
-        for entry in header.values()
-    ]
 
 
 def left_behind(folder: Path) -> list[str]:
@@ -122,9 +88,13 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def prepare(origin: Path, folder: Path) -> Path:
-    folder.mkdir()
-    os.symlink(origin / "model", folder / "model")
-    os.symlink(origin / "text.txt", folder / "text.txt")
+    """Links to what the verbs read, but for a run, which its report might alter."""
+    folder.mkdir(exist_ok=True)
+    for path in origin.iterdir():
+        if path.name == "run":
+            shutil.copytree(path, folder / "run")
+        else:
+            os.symlink(path, folder / path.name)
     return folder
 
 
@@ -142,11 +112,50 @@ def refusal(ended: Ended) -> str | None:
     return None if fine else f"status {ended.status}: {ended.err.strip()[-200:]}"
 
 
-def full_disk(verb: str, folder: Path, chance: random.Random) -> tuple[Ended, str | None]:
+def files_cut_short(verb: str, folder: Path, chance: random.Random) -> tuple[Ended, str | None]:
     """No file can be longer than so many bytes."""
     most = chance.randrange(8000, 60_000)
     limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most))
     ended = run(command(verb), folder, limited=False, before=limit)
+    return ended, refusal(ended)
+
+
+def mount(folder: Path, size: int) -> bool:
+    """Mount a disk of so many bytes; False where that is not allowed."""
+    words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "abreast-kill", str(folder)]
+    return not subprocess.run(words, capture_output=True).returncode
+
+
+def unmount(folder: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def mountable(place: Path) -> bool:
+    """Whether this process may mount disks, which takes root; those of a kill are in memory."""
+    folder = place / "mounted"
+    folder.mkdir()
+    if allowed := bool(shutil.which("mount")) and mount(folder, 1 << 20):
+        unmount(folder)
+    folder.rmdir()
+    return allowed
+
+
+def disk_full(verb: str, folder: Path, chance: random.Random) -> tuple[Ended, str | None]:
+    """A disk of its own, on which less is free than what the verb writes, for this run only."""
+    disk = folder.with_name(f"{folder.name}-disk")
+    disk.mkdir()
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    used = sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+    if not mount(disk, used + chance.randrange(16 << 10, 400 << 10)):
+        raise OSError(f"cannot mount {disk}")
+    try:
+        shutil.copytree(folder, disk, symlinks=True, dirs_exist_ok=True)
+        ended = run(command(verb), disk, limited=False)
+        shutil.rmtree(folder)
+        shutil.copytree(disk, folder, symlinks=True)
+    finally:
+        unmount(disk)
+        disk.rmdir()
     return ended, refusal(ended)
 
 
@@ -169,14 +178,17 @@ def read_only(verb: str, folder: Path, chance: random.Random) -> tuple[Ended, st
 
 
 def two_at_once(verb: str, folder: Path, chance: random.Random) -> tuple[Ended, str | None]:
-    """One ends well; the other says who holds the folder, or comes when the first has ended."""
+    """One ends well; the other says who holds the folder, or comes when the first has ended.
+
+    The status is that of the one that was refused, 0 if none was.
+    """
     first = os.fork()
     if first == 0:
         os._exit(run(command(verb), folder, limited=False).status & 255)
     time.sleep(chance.uniform(0, 0.2))
     ended = run(command(verb), folder, limited=False)
     other = os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])
-    one = replace(ended, status=min(ended.status, other))
+    one = replace(ended, status=max(ended.status, other))
     if sorted((ended.status, other)) not in ([0, 0], [0, 2]):
         return one, f"statuses {ended.status} and {other}: {ended.err.strip()[-200:]}"
     said = ("is working in", "is writing", "exists")
@@ -184,11 +196,73 @@ def two_at_once(verb: str, folder: Path, chance: random.Random) -> tuple[Ended, 
 
 
 TROUBLES = {
-    "disk full": full_disk,
+    "disk full": disk_full,
+    "files cut short": files_cut_short,
     "no memory": no_memory,
     "read-only": read_only,
     "two at once": two_at_once,
 }
+
+
+def undisturbed(verb: str, origin: Path, place: Path) -> tuple[dict[str, bytes], set[str], float]:
+    """What a verb writes, which of it two runs do not agree on, and how long a run takes."""
+    trees = []
+    for turn in range(2):
+        folder = prepare(origin, place / f"{verb}-{turn}")
+        ended = run(command(verb), folder, limited=False, learn=turn == 0)
+        if ended.status:
+            raise SystemExit(f"{verb} fails undisturbed: {ended.err.strip()[-500:]}")
+        trees.append(tree(folder))
+    first, second = trees
+    differ = {name for name, data in first.items() if data != second.get(name)}
+    print(
+        f"{verb}: {ended.seconds:.1f} s, {len(first)} files; differ by themselves: "
+        f"{sorted(differ) or 'none'}",
+        flush=True,
+    )
+    return first, differ, ended.seconds
+
+
+def disturbed(
+    verb: str, kind: str, folder: Path, chance: random.Random, lasting: float
+) -> tuple[Ended, str, str | None]:
+    """How a run in trouble ended, what kind it is counted as, and what is wrong."""
+    if kind == "signal":
+        number = chance.choices(_SIGNALS, (15, 1, 1, 1))[0]
+        stop = (number, chance.uniform(0, lasting))
+        stopped = run(command(verb), folder, stop=stop, limited=False)
+        fault = fault_of(stopped, number == signal.SIGKILL, folder)
+        return stopped, signal.Signals(number).name, fault
+    stopped, fault = TROUBLES[kind](verb, folder, chance)
+    return stopped, kind, fault or fault_of(stopped, False, folder)
+
+
+def counted(kind: str, stopped: Ended) -> str:
+    """The name under which a run is counted: a signal may come too late, and a disk suffice."""
+    return kind if stopped.status else f"{kind}, ended well"
+
+
+def rerun(
+    verb: str,
+    stopped: Ended,
+    folder: Path,
+    expected: dict[str, bytes],
+    differ: set[str],
+    same: Callable[..., bool],
+) -> str | None:
+    """Give the command again, if it has not done all; what is wrong with what lies there then."""
+    done = verb not in RESUMED and (folder / "out").exists()
+    if stopped.status and not done:
+        again = run(command(verb), folder, limited=False)
+        if again.status:
+            return f"the rerun fails: {again.err.strip()[-300:]}"
+    made = tree(folder)
+    names = sorted({*made, *expected} - differ)
+    wrong = [name for name in names if not same(made.get(name, b""), expected.get(name, b""))]
+    if wrong:
+        return f"other files than undisturbed: {wrong}"
+    left = left_behind(folder)
+    return f"the rerun left {left}" if left else None
 
 
 def main() -> int:
@@ -203,72 +277,42 @@ def main() -> int:
     warm_up()
     counts: Counter[str] = Counter()
     faults: list[str] = []
-    end = time.monotonic() + 60 * options.minutes
-    with tempfile.TemporaryDirectory() as place:
-        origin = Path(place, "origin")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        kinds = dict.fromkeys(TROUBLES, 1) | {"signal": 15}
+        if not mountable(place):
+            print("disk full: skipped, for only root may mount a small disk")
+            del kinds["disk full"]
+        origin = place / "origin"
         checkpoint(origin)
-        expected, lasting, unstable = {}, {}, {}
-        for verb in verbs:
-            trees = []
-            for turn in range(2):
-                folder = prepare(origin, Path(place, f"{verb}-{turn}"))
-                ended = run(command(verb), folder, limited=False, learn=turn == 0)
-                if ended.status:
-                    print(f"{verb} fails undisturbed: {ended.err.strip()[-500:]}", file=sys.stderr)
-                    return 1
-                trees.append(tree(folder))
-                lasting[verb] = ended.seconds
-            expected[verb], other = trees
-            differ = {name for name, data in expected[verb].items() if data != other.get(name)}
-            loose = {n for n in expected[verb] if n.endswith(_LOOSE.get(verb, ("/",)))}
-            unstable[verb] = differ | loose
-            print(
-                f"{verb}: {lasting[verb]:.1f} s, {len(trees[0])} files; differ by themselves: "
-                f"{sorted(unstable[verb]) or 'none'}",
-                flush=True,
-            )
+        gguf_files(origin)
+        adapter(origin)
+        ending(origin)
+        make(origin)
+        known = {verb: undisturbed(verb, origin, place) for verb in verbs}
+        lasting = {verb: seconds for verb, (_, _, seconds) in known.items()}
         for turn in range(options.n):
-            if time.monotonic() > end:
+            if time.monotonic() > began + 60 * options.minutes:
                 break
             (verb,) = chance.choices(verbs, [1 / lasting[verb] for verb in verbs])
-            folder = prepare(origin, Path(place, f"case-{turn}"))
-            kind = chance.choices([*TROUBLES, "signal"], (1, 1, 1, 1, 12))[0]
-            if kind == "signal":
-                number = chance.choices(_SIGNALS, (15, 1, 1, 1))[0]
-                after = chance.uniform(0, lasting[verb])
-                stopped = run(command(verb), folder, stop=(number, after), limited=False)
-                kind = f"{signal.Signals(number).name} after {after:.2f} s"
-                fault = fault_of(stopped, number == signal.SIGKILL, folder)
-            else:
-                stopped, fault = TROUBLES[kind](verb, folder, chance)
-                fault = fault or fault_of(stopped, False, folder)
+            folder = prepare(origin, place / f"case-{turn}")
+            (kind,) = chance.choices(list(kinds), list(kinds.values()))
+            stopped, kind, fault = disturbed(verb, kind, folder, chance, lasting[verb])
             if stopped.status == 0:
                 lasting[verb] = min(lasting[verb], stopped.seconds)
-            counts["ended well" if stopped.status == 0 else kind.split(" after")[0]] += 1
-            done = verb not in RESUMED and (folder / "out").exists()
-            if stopped.status and not done:
-                again = run(command(verb), folder, limited=False)
-                if again.status:
-                    fault = fault or f"the rerun fails: {again.err.strip()[-300:]}"
-            made = tree(folder)
-            names = {*made, *expected[verb]} - unstable[verb]
+            counts[counted(kind, stopped)] += 1
+            expected, differ, _ = known[verb]
             same = alike if kind == "no memory" else operator.eq
-            wrong = [
-                name
-                for name in sorted(names)
-                if not same(made.get(name, b""), expected[verb].get(name, b""))
-            ]
-            if not fault and wrong:
-                fault = f"other files than undisturbed: {wrong}"
-            if not fault and (left := left_behind(folder)):
-                fault = f"the rerun left {left}"
+            fault = fault or rerun(verb, stopped, folder, expected, differ, same)
             if fault:
-                faults.append(f"{verb}, {kind}: {fault}")
+                faults.append(f"{verb}, {kind}, {stopped.seconds:.2f} s: {fault}")
                 print(faults[-1], flush=True)
             shutil.rmtree(folder)
     print(f"seed {options.seed}: {dict(counts)}, {len(faults)} faults")
     if options.record:
-        add("kill", options.seed, dict(counts), len(faults))
+        spent = round(time.monotonic() - began)
+        add("kill", options.seed, dict(counts), len(faults), seconds=spent)
     return bool(faults)
 
 

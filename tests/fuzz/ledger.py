@@ -15,7 +15,8 @@ LEDGER = Path(__file__).with_name("ledger.jsonl")
 def add(harness: str, seed: int, counts: Mapping[str, int], faults: int, **more: Any) -> None:
     """Append a run: date, commit (with + where files differ from it), seed, counts, faults.
 
-    more: what else is to be kept, such as the survivors among mutants.
+    more: what else is to be kept: survivors among mutants, the server's memory early and late, the
+    seconds that inputs took.
     """
     git = ["git", "-C", str(LEDGER.parent)]
     words = ([*git, "rev-parse", "--short", "HEAD"], [*git, "status", "--porcelain", "-uno"])

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from forked import run
+
 from abreast.data import HELD_OUT, documents
+
+FEW = ["--data", "text.txt", "--window", "32", "--windows", "8"]
+SEARCH = [*FEW, "--max-group", "2", "--per-group", "1", "--no-plots", "--hardware", "A100"]
+PLAN = ["plan", "model", *SEARCH, "--depth", "4", "-o", "run"]
+MADE = (["convert", "model", "--plan", "1+2 3|4", "-o", "converted"], PLAN)
 
 
 def checkpoint(folder: Path) -> Path:
@@ -41,6 +49,43 @@ def checkpoint(folder: Path) -> Path:
     text = "".join(body for _, body in documents(HELD_OUT))[:20_000]
     (folder / "text.txt").write_text(text, encoding="utf-8")
     return model
+
+
+def make(folder: Path) -> None:
+    """Write FOLDER/converted and FOLDER/run with the command itself."""
+    for command in MADE:
+        ended = run(command, folder, limited=False)
+        if ended.status:
+            raise SystemExit(f"{command} fails: {ended.err}")
+    (folder / "tmp").rmdir()  # of the runs, who leave it empty
+
+
+def adapter(folder: Path) -> None:
+    """Write FOLDER/adapter, a random LoRA adapter of the model as peft saves it."""
+    import torch
+    from safetensors.torch import save_file
+
+    out = folder / "adapter"
+    out.mkdir()
+    names = [f"base_model.model.model.layers.{i}.mlp.up_proj.lora_" for i in range(6)]
+    shapes = {"A": (2, 32), "B": (48, 2)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        f"{name}{side}.weight": torch.randn(shape, generator=generator)
+        for name in names
+        for side, shape in shapes.items()
+    }
+    save_file(weights, out / "adapter_model.safetensors", {"format": "pt"})
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4}
+    settings |= {"target_modules": ["up_proj"], "base_model_name_or_path": "model"}
+    (out / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def ending(folder: Path) -> None:
+    """Write FOLDER/ending: the model with a token that ends texts, which tasks need."""
+    shutil.copytree(folder / "model", folder / "ending")
+    about = folder / "ending/tokenizer_config.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), "eos_token": "~"}))
 
 
 def gguf_files(folder: Path) -> None:

@@ -12,11 +12,14 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from datetime import date
 from pathlib import Path
 
+import kill
 import numpy as np
 import pytest
-from kill import alike
+from compared import alike, content
 from made_gguf import write_file
 from mutants import every_change, wilson
 from mutate_gguf import gguf_file
@@ -31,7 +34,8 @@ def harness(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_a_minute_of_damaged_files_and_all_that_ever_failed():
-    harness("fuzz.py", "--minutes", "3", "--seed", "1", "--inputs", "112")
+    """Other ones every day. What fails is printed with the seed, which `fuzz.py --seed` takes."""
+    harness("fuzz.py", "--minutes", "1", "--seed", str(date.today().toordinal()))
 
 
 @pytest.mark.slow
@@ -47,10 +51,10 @@ from forked import warm_up
 warm_up()
 origin = Path(sys.argv[1], "origin")
 fuzz.prepare(origin)
-fuzz.TARGETS = {"chat": fuzz.TARGETS["chat"]}
-print(len(fuzz.undamaged(origin, Path(sys.argv[1]))))
+chosen = {"chat": fuzz.TARGETS["chat"]}
+print(len(fuzz.undamaged(chosen, origin, Path(sys.argv[1]))))
 (origin / "chat.jsonl").write_text("{}")
-print(*fuzz.undamaged(origin, Path(sys.argv[1])))
+print(*fuzz.undamaged(chosen, origin, Path(sys.argv[1])))
 """
 
 
@@ -82,6 +86,131 @@ def test_numbers_are_compared_up_to_rounding_and_everything_else_exactly():
     stored = header + tensor.tobytes()
     assert alike(stored, header + (tensor * (1 + 1e-6)).astype("<f4").tobytes())
     assert not alike(stored, header + (tensor + 1).astype("<f4").tobytes())
+
+
+def front(other: str, kl: float, forwards: float = 1.0) -> dict:
+    rows = [{"plan": "1+2", "kl": kl}, {"plan": other, "kl": 0.5}]
+    held_out = [{"plan": "1+2", "kl": 0.2}]
+    return {"full_forwards": {"4": forwards}, "plans": rows, "held_out": held_out}
+
+
+def why(count: int, alone: str, without: str) -> str:
+    head = "| group | KL alone | best plan without it | KL of that |\n|---|---|---|---|"
+    row = f"| 1+2 | {alone} | {without} | 1 |"
+    return f"It is the best of {count} plans of this depth.\n{head}\n{row}"
+
+
+def results(plan: str, kl: float, without: str, seconds: float) -> dict:
+    reason = {"group": "1+2", "kl": kl, "without": without, "extra_kl": seconds}
+    speed = {"decode": {"rounds": 3, "timings": {"original": {"median": seconds}}}}
+    planned = {"plan": plan, "reasons": [reason], "full_forwards": seconds}
+    return {"plan": plan, "planned": planned, "quality": {"kl": kl}, "speed": speed}
+
+
+def environment(cpu: str, folder: str) -> dict:
+    return {"date": folder, "folder": folder, "hardware": {"cpu": cpu}}
+
+
+LOG = "step,loss,seconds\n0,{},{}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "same", "others"),
+    [
+        (
+            *("front.json", front("2+3", 0.1), front("3+4", 0.1, 2.0)),
+            [front("2+3", 0.2), {**front("2+3", 0.1), "held_out": []}],
+        ),
+        ("why.md", why(2, "0.1", "2+3"), why(3, "0.1", "3+4"), [why(2, "0.2", "2+3")]),
+        (
+            *("results.json", results("1+2", 0.1, "2+3", 1.0), results("1+2", 0.1, "3+4", 2.0)),
+            [results("2+3", 0.1, "2+3", 1.0), results("1+2", 0.2, "2+3", 1.0)],
+        ),
+        ("environment.json", environment("a", "x"), environment("a", "y"), [environment("b", "x")]),
+        ("heal.csv", LOG.format(1, 2), LOG.format(1, 3), [LOG.format(2, 2)]),
+    ],
+    ids=("front", "why", "results", "environment", "log"),
+)
+def test_of_what_a_search_says_its_choice_is_compared(name, value, same, others, tmp_path):
+    def read(written):
+        text = written if isinstance(written, str) else json.dumps(written)
+        (tmp_path / name).write_text(text)
+        return content(tmp_path / name)
+
+    assert read(value) == read(same)
+    assert all(read(value) != read(other) for other in others)
+
+
+LIMITS = """
+import json, sys, time
+from pathlib import Path
+import forked
+forked.IDLE_SECONDS = 2
+
+def waits():
+    time.sleep(60)
+
+def works():
+    while time.process_time() < 4:
+        pass
+    raise SystemExit(0)
+
+def takes():
+    bytearray(3 << 30)
+    raise SystemExit(0)
+
+for before, addresses in ((waits, True), (works, True), (takes, True), (takes, False)):
+    ended = forked.run([], Path(sys.argv[1]), before=before, addresses=addresses)
+    print(json.dumps([ended.status, ended.idle, ended.seconds < 30, ended.fault]))
+"""
+
+
+def test_a_fork_may_not_wait_for_long_nor_take_memory(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITS, tmp_path], cwd=HERE, capture_output=True, text=True
+    )
+    waits, works, *takes = map(json.loads, done.stdout.splitlines())
+    assert waits == [-9, True, True, "waited for more than 2 s"], done.stderr
+    assert works == [0, False, True, None]
+    assert takes == [[1, False, True, "traceback: MemoryError"]] * 2
+
+
+def test_two_at_once_are_counted_also_if_one_is_refused(monkeypatch, tmp_path):
+    def ended(mine, other):
+        monkeypatch.setattr(kill, "run", lambda *_, **__: kill.Ended(mine, "", refused, 1.0, ()))
+        monkeypatch.setattr(kill.os, "fork", lambda: 1)
+        monkeypatch.setattr(kill.os, "waitpid", lambda *_: (1, other << 8))
+        return kill.disturbed("plan", "two at once", tmp_path, random.Random(0), 1.0)
+
+    refused = "abreast: process 7 is working in out"
+    counts: Counter[str] = Counter()
+    for mine, other, wrong in ((0, 0, False), (2, 0, False), (0, 2, False), (2, 2, True)):
+        stopped, kind, fault = ended(mine, other)
+        counts[kill.counted(kind, stopped)] += 1
+        assert bool(fault) == wrong
+    assert counts == {"two at once": 3, "two at once, ended well": 1}
+
+
+def test_a_full_disk_is_one_on_which_nothing_is_free(monkeypatch, tmp_path):
+    if not kill.mountable(tmp_path):
+        pytest.skip("only root may mount a disk")
+    folder = tmp_path / "case"
+    folder.mkdir()
+    (folder / "before").write_text("x")
+
+    def write(words, place, **_):
+        (place / "out").mkdir()
+        try:
+            for number in range(1000):
+                (place / "out" / str(number)).write_bytes(bytes(4096))
+        except OSError as error:
+            return kill.Ended(2, "", f"abreast: {error.strerror}", 1.0, ())
+
+    monkeypatch.setattr(kill, "run", write)
+    ended, fault = kill.disk_full("convert", folder, random.Random(0))
+    assert (ended.err, fault) == ("abreast: No space left on device", None)
+    assert (folder / "before").exists() and 1 < len(list((folder / "out").iterdir())) < 200
+    assert not folder.with_name("case-disk").exists()
 
 
 CODE = """
@@ -157,7 +286,7 @@ def test_the_ledger_says_what_was_run_and_when():
     for text in (HERE / "ledger.jsonl").read_text().splitlines():
         line = json.loads(text)
         usual = {"date", "commit", "harness", "seed", "counts", "faults"}
-        assert line.keys() - {"killed", "survivors"} == usual
+        assert line.keys() - {"killed", "survivors", "memory", "seconds"} == usual
         assert all(isinstance(count, int) for count in line["counts"].values())
 
 

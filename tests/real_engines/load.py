@@ -304,7 +304,8 @@ def main() -> int:
         sys.path.append(str(Path(__file__).parents[1] / "fuzz"))
         from ledger import add
 
-        add("load", options.seed, counts, len(seen.faults))
+        memory = {"early_mib": round(early), "late_mib": round(late)}
+        add("load", options.seed, counts, len(seen.faults), memory=memory)
     return bool(seen.faults)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import signal
@@ -417,6 +418,24 @@ def test_the_guard_lets_through_what_the_page_asks_for(changes, status):
     headers = [(name.encode(), value.encode()) for name, value in request.items()]
     scope = {"type": "http", "path": path, "method": method, "headers": headers}
     assert Guard(None).refusal(scope) == status
+
+
+@pytest.mark.parametrize(
+    ("kind", "reached"), [("websocket", False), ("lifespan", True), ("http", True)]
+)
+def test_the_guard_lets_no_websocket_reach_the_page(kind, reached):
+    calls, sent = [], []
+
+    async def page(scope, receive, send):
+        calls.append(scope["type"])
+
+    async def send(message):
+        sent.append(message["type"])
+
+    headers = [(b"host", b"127.0.0.1:7860")]
+    scope = {"type": kind, "path": "/", "method": "GET", "headers": headers}
+    asyncio.run(Guard(page)(scope, None, send))
+    assert (calls, sent) == (([kind], []) if reached else ([], ["websocket.close"]))
 
 
 @pytest.mark.parametrize("chat", [False, True])
