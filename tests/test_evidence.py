@@ -101,11 +101,13 @@ def test_a_page_of_every_kind_of_row() -> None:
             if kind == "tasks" and name != "smollm2-25-tasks"
         }
     )
+    sizes = {"tokens": 4080, "chosen_on": 2048}
     rows = {
-        name: {"date": "2026-11-26", "results": made_up(kind)}
+        name: {"date": "2026-11-26", "results": made_up(kind), **sizes}
         for name, (_, _, kind) in _evidence.every_row().items()
     }
     full = _evidence.page(rows)
+    assert "Judged on 4,080 predictions" in full and "rests on 2,048 tokens" in full
     assert _evidence.MISSING not in full and "refused: it has ff groups" in full
     for line in full.splitlines():  # every line of a table has as many cells as its headings
         if line.startswith("| left"):
@@ -217,6 +219,8 @@ def test_rows_and_plans_taken_from_rivals(setting: Any) -> None:
         data=str(setting.half(1)), num_windows=8, window=32, dtype="float32"
     )
     identity = calibrate(setting.models / "tiny", out / "judge", settings).identity
+    chosen = replace(settings, data=str(setting.half(0)), num_windows=16)
+    calibrate(setting.models / "tiny", out / "calibration", chosen)
     numbers = {"kl": 0.2, "kl_stderr": 0.01, "loss_increase": 0.1, "loss_stderr": 0.02}
     numbers |= {"tokens": 248, "agreement": 0.7, "agreement_stderr": 0.01, "depth": 5}
     plans = [
@@ -237,6 +241,7 @@ def test_rows_and_plans_taken_from_rivals(setting: Any) -> None:
     assert (ours["method"], ours["refit_kl"]) == ("planner", [0.15, 0.01])
     assert ours["perplexity"] == pytest.approx(np.exp(1.1), abs=1e-4) and rival["refit_kl"] is None
     assert set(row["rests_on"]) == {"model", WIKITEXT}
+    assert (row["tokens"], row["chosen_on"]) == (248, 16 * 32)
     assert Plan.load(setting.data / "tiny-5.yaml").shorthand == "2|3:1"  # not the package's rows
     (setting.data / WIKITEXT).write_text(WORDS.upper() * 100, "utf-8")
     real_models.hash_of.cache_clear()

@@ -135,7 +135,7 @@ def test_replicate_has_a_member_for_every_process():
     [
         (VLLM, {"abreast_prefill": "sequential"}, "1~2", "prefill of ff groups .*--hf-overrides"),
         (SGLANG, {"abreast_prefill": "sequential"}, "1+2", "without --prefill sequential"),
-        (SGLANG, {"quantization_config": {"bits": 8}}, "1|2", "cqil groups with quantised"),
+        (SGLANG, {"quantization_config": {"bits": 8}}, "1|2", "no quantised cqil groups"),
         (SGLANG, {"quantization_config": {"bits": 8}}, "1+2", None),
     ],
 )

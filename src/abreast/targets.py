@@ -300,7 +300,7 @@ def _vllm(model: Model, degree: int) -> Iterator[str]:
 
 def _sglang(model: Model, degree: int) -> Iterator[str]:
     if not _is_native(model):
-        yield "SGLang runs only llama, mistral, qwen2 and qwen3; serve it with vLLM or transformers"
+        yield "SGLang runs llama, mistral, qwen2 and qwen3 only; serve it with vLLM or transformers"
     if _is_sequential(model):
         yield (
             "the checkpoint runs prompts in the original order, which is not there for SGLang; "
