@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from datetime import date
 from pathlib import Path
 
 import kill
@@ -34,8 +33,9 @@ def harness(*arguments: str) -> None:
 
 @pytest.mark.slow
 def test_a_minute_of_damaged_files_and_all_that_ever_failed():
-    """Other ones every day. What fails is printed with the seed, which `fuzz.py --seed` takes."""
-    harness("fuzz.py", "--minutes", "1", "--seed", str(date.today().toordinal()))
+    """The same ones every time, so that a change that breaks nothing does not fail; `make fuzz`
+    tries others in every run."""
+    harness("fuzz.py", "--minutes", "1", "--inputs", "1000", "--seed", "1")
 
 
 @pytest.mark.slow
