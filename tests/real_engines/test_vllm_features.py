@@ -324,7 +324,8 @@ def test_replicate_is_refused_where_the_transformers_backend_runs_it(
     config = json.loads((folder / "config.json").read_text()) | {"abreast_unpaired": "replicate"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     engine = ("--backend", "vllm", "--vllm", f"{sys.executable} -m abreast.engines.vllm.bench")
-    status, out, err = run("bench", tmp_path, *engine, "--ranks", 2, "--task", "decode")
+    few = ("--context", 32, "--new-tokens", 4)
+    status, out, err = run("bench", tmp_path, *engine, *few, "--ranks", 2, "--task", "decode")
     assert (status, out) == (2, "")
     assert "abreast_unpaired: replicate runs in vLLM for llama, mistral" in err.splitlines()[-1]
 

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 
 from abreast.cli.main import cli
 from abreast.convert.rewrite import convert
+from abreast.engines.vllm.bench import _last_error
 from abreast.errors import AbreastError
 from abreast.plan import Plan
 from abreast.speed import backends
@@ -460,3 +461,15 @@ def test_bad_input_is_one_line(tiny_checkpoint, monkeypatch, arguments, message)
 )
 def test_the_error_that_ended_torchrun_is_found(stderr, reason):
     assert backends._reason(stderr) == reason
+
+
+def test_the_error_that_ended_vllm_is_found():
+    stderr = (
+        "pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+        "  Value error, max_model_len (516) is greater than 512 [type=value_error, input_type=X]\n"
+        "    For further information visit a page\n"
+    )
+    assert _last_error(stderr).startswith("Value error, max_model_len (516) is greater")
+    assert _last_error("RuntimeError: shapes differ\nEngine core failed") == (
+        "RuntimeError: shapes differ"
+    )

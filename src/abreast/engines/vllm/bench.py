@@ -17,6 +17,7 @@ from abreast.checkpoint import scratch
 from abreast.errors import AbreastError
 
 ITERATIONS, WARMUP = 5, 2
+_ERROR = r"\w(Error|Exception): |out of memory|^Value error, "  # the last is how pydantic goes on
 
 
 class VllmFailure(AbreastError):
@@ -83,7 +84,7 @@ def latency(
 def _last_error(stderr: str) -> str:
     """The last error that is not just a report of another process's; out of memory comes first."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"\w(Error|Exception): |out of memory", line)]
+    errors = [line for line in lines if re.search(_ERROR, line)]
     memory = [line for line in errors if "memory" in line.lower()]
     causes = [line for line in errors if "Engine core" not in line]
     return (memory[-1:] or causes[-1:] or lines[-1:] or ["it did not say why"])[0]
