@@ -17,6 +17,7 @@ import torch
 from abreast.model.grouping import load
 
 TOLERANCE = 1e-3
+TIE = 1e-5  # nats: float32 sums in another order differ by as much
 MLX = Path(__file__).resolve().parents[2] / ".venv-mlx" / "bin"
 PAGES = Path(__file__).resolve().parents[2] / "docs"
 DOCS = PAGES / "serving.md"
@@ -42,7 +43,7 @@ def compare(
     tolerance: float = TOLERANCE,
     plan: str | None = None,
 ) -> None:
-    """Greedy tokens equal, top-5 log probabilities within tolerance.
+    """Greedy tokens equal but for ties in float32, top-5 log probabilities within tolerance.
 
     Fed what vLLM wrote, transformers must predict just that, token by token, with the prompt in the
     original order where the checkpoint asks for it. A looser tolerance is for arithmetic that
@@ -57,7 +58,8 @@ def compare(
         with torch.inference_mode():
             scores = model(ids, **apart).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         if tolerance == TOLERANCE:
-            assert scores.argmax(-1).tolist() == answer["ids"]
+            behind = scores.max(-1).values - scores[range(len(scores)), answer["ids"]]
+            assert (behind <= TIE).all()
         for row, step, token in zip(scores, answer["logprobs"], answer["ids"], strict=True):
             assert row.max() - row[token] <= tolerance
             top = row.topk(5).values
