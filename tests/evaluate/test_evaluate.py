@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.cli.main import main
@@ -24,7 +25,7 @@ from abreast.evaluate import statistics
 from abreast.evaluate.statistics import bootstrap, mcnemar, ratio_of_means, sign_flips
 from abreast.evaluate.text import compare, perplexity, sliding_windows
 from abreast.model import scores as scoring
-from abreast.model.scores import token_scores
+from abreast.model.scores import Reference, token_scores
 
 VOCABULARY = 128
 
@@ -220,6 +221,19 @@ def test_tokens_the_reference_rules_out_add_nothing(model: LlamaForCausalLM) -> 
     targets = torch.full((1, 7), 9)
     scores = token_scores(masked(logits), targets, masked(logits))
     assert (scores[..., 2] == 0).all()
+
+
+def test_scores_against_a_prepared_reference_and_with_ties_are_those_of_argmax() -> None:
+    logits, theirs = (torch.randn(3, 7, VOCABULARY).mul(4).round() for _ in range(2))  # many ties
+    targets = torch.randint(0, VOCABULARY, (3, 7))
+    scores = token_scores(logits, targets, theirs)
+    assert (scores == token_scores(logits, targets, Reference.of(theirs))).all()
+    same = logits.log_softmax(-1).argmax(-1) == theirs.log_softmax(-1).argmax(-1)
+    assert (scores[..., 3] == same.numpy()).all()
+    kl = functional.kl_div(
+        logits.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+    )
+    assert scores[..., 2] == pytest.approx(kl.sum(-1).numpy(), abs=1e-5)
 
 
 def test_stderr_of_single_token_clusters_is_the_ordinary_one() -> None:
