@@ -80,7 +80,7 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; a line that is shorter than the headings is filled up."""
     filled = [[*line, *[""] * (len(headings) - len(line))] for line in lines]
     marks = ["---"] * len(headings)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *filled))
+    return "".join(f"|{'|'.join(line)}|\n" for line in (headings, marks, *filled))
 
 
 def short(method: str) -> str:
@@ -100,7 +100,7 @@ def choice(plan: str) -> str:
         else:
             runs.append([layer])
     named = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"without {', '.join(named)}"
+    return f"without {','.join(named)}"
 
 
 def quality(rows: dict[str, Row], model: str) -> str:

@@ -110,7 +110,7 @@ def test_a_page_of_every_kind_of_row() -> None:
     assert "Judged on 4,080 predictions" in full and "rests on 2,048 tokens" in full
     assert _evidence.MISSING not in full and "refused: it has ff groups" in full
     for line in full.splitlines():  # every line of a table has as many cells as its headings
-        if line.startswith("| left"):
+        if line.startswith("|left"):
             cells = len(re.findall(r"(?<!\\)\|", line))
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == cells, line
