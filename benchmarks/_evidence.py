@@ -169,7 +169,8 @@ def missing(rows: dict[str, Row], *kinds: str) -> str:
 
 def task_cells(result: Row) -> list[str]:
     share_kept = interval(result.get("above_chance"), 3)
-    return [share_kept, *(f"{100 * result['accuracy'][task]:.1f}" for task in TASKS)]
+    accuracy = (f"{100 * result['accuracy'][task]:.1f}" for task in TASKS)
+    return [result["dtype"], share_kept, *accuracy]
 
 
 def long_cells(result: Row) -> list[str]:
@@ -232,7 +233,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         ("tasks",),
         "400 items of each task in lm-eval; per cent right, and how much of the accuracy above "
         "chance is kept, summed over tasks, with the paired 95 % interval.",
-        lambda rows, model: by_variant(rows, model, "tasks", ("kept", *TASKS), task_cells),
+        lambda rows, model: by_variant(rows, model, "tasks", ("dtype", "kept", *TASKS), task_cells),
     ),
     "Sums and copying": (
         ("answers",),

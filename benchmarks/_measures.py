@@ -74,7 +74,8 @@ class Setting:
     """Where models, texts and unfinished work are. rows: where finished ones go.
 
     text, minutes: what a model is trained on with an accelerator, files of text or of token ids
-    (.npy), and for how long.
+    (.npy), and for how long. dtype: of models in rows `tasks`, whose answers are counted; losses
+    are always measured in float32.
     """
 
     models: Path
@@ -86,6 +87,7 @@ class Setting:
     text: tuple[Path, ...] = ()
     minutes: float = 10
     device: str = "cuda"
+    dtype: str = "float32"
 
     def half(self, number: int) -> Path:
         """The first (0) or second (1) half of the text, cut at a line's end."""
@@ -279,11 +281,12 @@ def tasks(subject: Subject, theirs: Result | None) -> Result:
         plan=subject.plan if subject.variant == "plan" else None,
         against=subject.original if theirs is not None else None,
         out=subject.setting.work / "answers",
-        batch_size=8,
-        dtype="float32",
+        batch_size=32,
+        dtype=subject.setting.dtype,
         step=say,
     )
-    result: Result = {"accuracy": {n: score.converted for n, score in evaluation.tasks.items()}}
+    accuracy = {name: score.converted for name, score in evaluation.tasks.items()}
+    result: Result = {"accuracy": accuracy, "dtype": subject.setting.dtype}
     if evaluation.above_chance_kept is not None and evaluation.above_chance_interval is not None:
         result["above_chance"] = [evaluation.above_chance_kept, *evaluation.above_chance_interval]
     return result

@@ -54,7 +54,7 @@ def made_up(kind: str) -> dict[str, Any]:
     of = {"perplexity": [9.0, 0.1], "loss": pair, "kl": pair, "agreement": [0.75, 0.01]}
     method = {"method": "planner", "plan": "1|2:1", **of, "perplexity": 9.5}
     refit = {"refit_loss": pair, "refit_kl": pair, "refit_agreement": None}
-    accuracy = {"accuracy": dict.fromkeys(_evidence.TASKS, 0.5)}
+    accuracy = {"accuracy": dict.fromkeys(_evidence.TASKS, 0.5), "dtype": "float32"}
     long = {"repeated": pair}
     return {
         "rivals": {
