@@ -18,18 +18,16 @@ from abreast.errors import AbreastError
 from abreast.optimize import Checks, Healing, optimize, original_of
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate
-from abreast.planner.find import (
-    Planned,
-    ProfileSettings,
-    estimated_profile,
-    find_plan,
-    keep_accuracy,
-    measured_profile,
-    profile_here,
-)
+from abreast.planner.find import Planned, find_plan, keep_accuracy
 from abreast.planner.front import Budget, Front, Profile, Stats, explain, kind_of, reasons
 from abreast.planner.measuring import full_forwards
 from abreast.planner.objective import Cost
+from abreast.planner.profiling import (
+    ProfileSettings,
+    estimated_profile,
+    measured_profile,
+    profile_here,
+)
 from abreast.planner.settings import CalibrationSettings
 from abreast.report.records import read_run
 from abreast.speed import bench
@@ -287,7 +285,7 @@ def test_profile_of_other_hardware(folder):
 @pytest.fixture
 def timed(folder, tmp_path, monkeypatch):
     """`measured_profile` of a model of 8 layers, from these seconds per token."""
-    module = import_module("abreast.planner.find")
+    module = import_module("abreast.planner.profiling")
     loaded = {"config": SimpleNamespace(model_type="none")}
     monkeypatch.setattr(module, "load", lambda *_, **__: (SimpleNamespace(**loaded), None))
     monkeypatch.setattr(module, "decoder_layers", lambda _: [None] * LAYERS)
@@ -325,7 +323,7 @@ def test_a_profile_of_noise_is_refused(timed, seconds, kind):
 
 
 def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_path, monkeypatch):
-    module, made = import_module("abreast.planner.find"), []
+    module, made = import_module("abreast.planner.profiling"), []
 
     def measure(_, groups, *__, **___):
         made.append({kind_of(group) for group in groups})
@@ -348,7 +346,7 @@ def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_
 
 @pytest.mark.slow
 def test_a_conversion_of_every_kind_is_timed(folder, tmp_path, monkeypatch):
-    module = import_module("abreast.planner.find")
+    module = import_module("abreast.planner.profiling")
 
     def time_layers(models, **options):
         bench(models, **options)  # they run; how long they take is made up, for machines are noisy

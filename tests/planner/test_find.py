@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
+from abreast.model import load, pace_of
 from abreast.planner import (
     Budget,
     CalibrationSettings,
@@ -65,7 +67,8 @@ def test_a_plan_costs_what_it_costs_on_held_out_text(texts, tmp_path):
     assert f"{searched.kl - expected.kl:+.5f} against held-out text" in page
     found = read_run(tmp_path)
     assert [row.cost for row in found.front] == [planned.front.held_out[p] for p in best.values()]
-    assert "full forward passes over 256 tokens down to 6 stages, " in messages[0]
+    ahead = r"full forward passes over 256 tokens down to 6 stages, (about \d+|less than a) minute"
+    assert re.search(ahead, messages[0])
     find_plan(calibration, tmp_path, Budget(depth=6), held_out=held_out, step=messages.append)
     assert any("of which earlier calls made" in message for message in messages)
 
@@ -186,8 +189,11 @@ def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
     command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
     options = ("--max-group", 2, "--wirings", "lp", "--depth", 7)
-    status, out, _ = run(*command, *options, "--dry-run")
-    assert status == 0 and "full forward passes" in out and not (tmp_path / "run").exists()
+    status, out, _ = run(*command, *options, "--dry-run", "--baselines", "--repeat", 2)
+    assert status == 0 and not (tmp_path / "run").exists()
+    assert re.search(r"2 searches, each about \d+ full .*, down to 7 stages", out)
+    assert re.search(r"here +less than a minute, by a window that was timed now", out)
+    assert re.search(r"baselines +at most \d+ full .* to judge, less than a minute", out)
     status, out, err = run(*command, *options, "--repeat", 2, "--json")
     assert status == 0, err
     first, second = json.loads(out)["searches"]
@@ -203,6 +209,17 @@ def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
     assert status == 0 and "search 2" in out and "differ by" in out
     status, _, err = run(*command, *options, "--repeat", 100)
     assert status == 2 and "name a text of at least" in err and "\n" not in err.strip()
+
+
+def test_minutes_are_those_of_all_searches_and_of_a_window_here(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    command = ("plan", model, "-o", tmp_path / "run", *SIZES, "--depth", 6, "--dry-run", "--json")
+    found = json.loads(run(*command, "--repeat", 1000)[1])
+    assert found["searches"] == 1000 and found["least_depth"] == 6
+    pace = pace_of(load(model)[0], WINDOW)
+    seconds = 1000 * pace.seconds(WINDOWS, found["likely"], found["scored"])
+    assert found["minutes"] == pytest.approx(seconds / 60, rel=5)  # both are timed, on a busy machine
+    assert pace.seconds(3, 2, 1) == pytest.approx(6 * pace.layers + 3 * pace.logits)
 
 
 def test_an_engine_that_loads_none_is_refused_before_anything_is_measured(

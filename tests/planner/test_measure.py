@@ -157,6 +157,8 @@ def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
     assert 0.6 * foretold.full_forwards < stats.full_forwards <= foretold.full_forwards
     assert stats.full_forwards == pytest.approx(sum(full_forwards(calibration).values()))
     assert foretold.candidates == len(stats.groups) == 7
+    lines = _lines(tmp_path / "run") / WINDOWS
+    assert foretold.scored == pytest.approx(lines + 1, rel=0.05)  # and the original
     calls = 0
 
     def count(*_):

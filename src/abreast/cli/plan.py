@@ -72,12 +72,15 @@ def measure(
     Also how the layers depend on each other. Writes OUT/calibration/stats.safetensors. An
     interrupted run resumes.
     """
-    from abreast.planner import calibrate, expect
+    from abreast.planner import calibrate, expect, expected_work
     from abreast.planner import measure as run
 
     if dry_run:
-        return tables.print_expected(expect(model, calibration), as_json)
+        from abreast.cli.forecast import searching
+
+        return tables.print_expected(searching(model, calibration), as_json)
     opened = calibrate(model, Path(out) / "calibration", calibration, step=console.say)
+    console.say(expected_work(opened, expect(opened.checkpoint, opened.settings)))
     with console.progress_bar("measure", as_json) as progress:
         stats = run(opened, progress=progress)
     if as_json:
@@ -131,13 +134,17 @@ def plan(
     Writes OUT/plan.yaml, OUT/why.md and OUT/front.json. Reuses earlier measurements in OUT.
     """
     from abreast.checkpoint import write
-    from abreast.planner import expect, explain
+    from abreast.planner import explain
 
     if known:
         return _take_known(model, Path(out), budget.depth, calibration.revision)
     calibration = search.wired(calibration)
     if dry_run:
-        expected = expect(model, calibration, depth=budget.depth or 1, per_group=search.per_group)
+        from abreast.cli.forecast import searching
+
+        expected = searching(
+            model, calibration, search, depth=budget.depth, baselines=baselines, repeat=repeat
+        )
         return tables.print_expected(expected, as_json)
     planned, rivals = _find(
         model, Path(out), budget, calibration, search, baselines, as_json, repeat=repeat

@@ -11,7 +11,7 @@ from abreast.cli import console
 if TYPE_CHECKING:
     from abreast.optimize import Optimized
     from abreast.plan import Plan
-    from abreast.planner import Expected, Objective, Planned
+    from abreast.planner import Objective, Planned
     from abreast.rivals import Measured
     from abreast.speed import Hardware, Setting
 
@@ -54,17 +54,27 @@ def print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
     )
 
 
-def print_expected(expected: Expected, as_json: bool) -> None:
+def print_expected(record: Mapping[str, Any], as_json: bool) -> None:
+    """What `forecast.searching` foretells."""
+    from abreast.model import minutes_text
+
     if as_json:
-        return console.print_json(expected.__dict__)
-    console.print_table(
-        {
-            "candidates": str(expected.candidates),
-            "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
-            "weights": console.bytes_text(expected.weights),
-            "kept states": console.bytes_text(expected.activations),
-        }
-    )
+        return console.print_json(record)
+    least, minutes, searches = record["least_depth"], record["minutes"], record["searches"]
+    each = f"{searches} searches, each " if searches > 1 else ""
+    down = "" if least is None else f", down to {least} stages"
+    rows = {
+        "candidates": str(record["candidates"]),
+        "takes": f"{each}about {record['likely']:.0f} full forward passes over the text, at most "
+        f"{record['full_forwards']:.1f}{down}",
+        "here": "unknown before the weights are here"
+        if minutes is None
+        else f"{minutes_text(60 * minutes)}, by a window that was timed now",
+        "weights": console.bytes_text(record["weights"]),
+        "kept states": console.bytes_text(record["activations"]),
+    }
+    rows |= {"baselines": record["baselines"]} if "baselines" in record else {}
+    console.print_table(rows)
 
 
 def print_searches(searches: Sequence[Planned]) -> None:

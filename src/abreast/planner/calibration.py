@@ -35,7 +35,6 @@ from abreast.planner.scoring import (
     of_tasks,
     of_text,
 )
-from abreast.planner.search import BEAM, COUNTED, PER_GROUP, additive
 from abreast.planner.settings import WIRINGS, CalibrationSettings
 from abreast.runs import (
     Author,
@@ -119,21 +118,6 @@ class Calibration:
     @property
     def batches(self) -> range:
         return range(math.ceil(self.sample.num_items / self.size))
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Cost of a calibration run: full forward passes, at most, and bytes held at once.
-
-    likely: passes where the groups chosen are like the others, instead of those that take longest.
-    activations: hidden states and logits that are kept; a layer's working memory comes on top.
-    """
-
-    candidates: int
-    full_forwards: float
-    likely: float
-    weights: int
-    activations: int
 
 
 def candidates(
@@ -237,8 +221,8 @@ def calibrate(
         checkpoint, settings.dtype, settings.device, recorded=recorded, step=step
     )
     settings = replace(settings, dtype=fitting)
-    groups = _candidates(config, settings)
-    at_once = windows_at_once(_window_cache(checkpoint, settings), settings.max_cache_bytes)
+    groups = candidates_of(config, settings)
+    at_once = windows_at_once(window_cache(checkpoint, settings), settings.max_cache_bytes)
     check_window(window, config.get("max_position_embeddings"))
     check_run(run, KIND)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
@@ -335,88 +319,7 @@ def task_questions(
     return calibrate(model, Path(out) / "questions", settings, role="judge", author=author)
 
 
-def expect(
-    model: str | Path,
-    settings: CalibrationSettings,
-    *,
-    depth: int | None = None,
-    per_group: int = PER_GROUP,
-    beam: int = BEAM,
-) -> Expected:
-    """Cost of `measure` with these settings, from config and headers, reading no weights.
-
-    depth: that of a search as well, down to this depth, and of judging the best plan of each.
-    """
-    checkpoint = open_checkpoint(model, revision=settings.revision, weights=False)
-    groups = _candidates(checkpoint.config, settings)
-    num_layers, cache = num_layers_of(checkpoint.config), _window_cache(checkpoint, settings)
-    num_windows, at_once = settings.num_windows, windows_at_once(cache, settings.max_cache_bytes)
-    size = min(num_windows, settings.batch_size, at_once)
-    batches = math.ceil(num_windows / size)
-    depths = list[int]()
-    if depth is not None:
-        free = dict.fromkeys(groups, 0.0)
-        depths = [
-            reached for reached in additive(num_layers, free) if depth <= reached < num_layers
-        ]
-    most, likely = (
-        _alone(groups, num_layers, batches, settings, likely=likely)
-        + _searched(depths, num_layers, per_group, beam, likely=likely)
-        for likely in (False, True)
-    )
-    return Expected(
-        candidates=len(groups),
-        full_forwards=most,
-        likely=likely,
-        weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        * loaded_dtype(checkpoint, settings.dtype).itemsize,
-        activations=size * cache,
-    )
-
-
-def _alone(
-    groups: Sequence[Group],
-    num_layers: int,
-    batches: int,
-    settings: CalibrationSettings,
-    *,
-    likely: bool,
-) -> float:
-    """Passes of the groups alone: those that take longest are chosen, or such as take the mean."""
-    share = share_of(range(batches), settings.screen) / batches
-    wirings = len({group.kind for group in groups if len(group.layers) == 2}) or 1
-    smallest = min(len(group.layers) for group in groups)
-
-    def chosen(layers: Sequence[float], part: float) -> list[float]:
-        count = math.ceil(part * len(layers))
-        ranked = sorted(layers, reverse=True)
-        return [sum(layers) / len(layers)] * count if likely else ranked[:count]
-
-    screened = list[float]()
-    for size in sorted({len(group.layers) for group in groups}):
-        # A candidate shares the layers before it with the original.
-        layers = {num_layers - group.layers[0] for group in groups if len(group.layers) == size}
-        screened += chosen([*layers], 1.0 if size == smallest else settings.larger)
-    measured = sum(chosen(screened, settings.keep))
-    dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
-    layers_run = 2 * num_layers + dependency + (1 - share) * measured
-    return (layers_run + share * wirings * sum(screened)) / num_layers
-
-
-def _searched(
-    depths: Sequence[int], num_layers: int, per_group: int, beam: int, *, likely: bool
-) -> float:
-    """Passes of the plans of these depths, the judging included."""
-    passes = float(bool(depths))
-    for number, depth in enumerate(depths, start=1):
-        # a plan shares the layers before its first group; so many groups, spread over the model
-        whole = number / (number + 1) * depth / num_layers if likely else 1.0
-        plans = per_group * min(COUNTED, number) * PLAN_SCREEN + beam * (1 - PLAN_SCREEN) + 1
-        passes += whole * plans
-    return passes
-
-
-def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
+def window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     """Bytes of the states and logits kept of one window."""
     config, itemsize = checkpoint.config, loaded_dtype(checkpoint, settings.dtype).itemsize
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
@@ -426,15 +329,13 @@ def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     return window_bytes(settings.window, states, hidden, itemsize, vocabulary)
 
 
-def run_in_memory(calibration: Calibration) -> tuple[Group, ...]:
-    """The candidates and those that mix kinds of attention, which no checkpoint could hold."""
-    config = open_checkpoint(calibration.checkpoint).config
-    return _candidates(config, calibration.settings, in_memory=True)
-
-
-def _candidates(
+def candidates_of(
     config: dict[str, Any], settings: CalibrationSettings, *, in_memory: bool = False
 ) -> tuple[Group, ...]:
+    """The candidates that the settings ask for.
+
+    in_memory: also those that mix kinds of attention, which no checkpoint could hold.
+    """
     return candidates(
         config,
         max_group=settings.max_group,
