@@ -21,9 +21,10 @@ from abreast.planner import (
     score,
     search_texts,
 )
-from abreast.planner.find import best_per_engine
+from abreast.planner.engines import ENGINES
+from abreast.planner.find import per_engine
 from abreast.planner.front import explain
-from abreast.planner.measuring import full_forwards
+from abreast.planner.measuring import full_forwards, measured_plans
 from abreast.report.records import read_run
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
@@ -218,7 +219,9 @@ def test_minutes_are_those_of_all_searches_and_of_a_window_here(tiny_checkpoint,
     assert found["searches"] == 1000 and found["least_depth"] == 6
     pace = pace_of(load(model)[0], WINDOW)
     seconds = 1000 * pace.seconds(WINDOWS, found["likely"], found["scored"])
-    assert found["minutes"] == pytest.approx(seconds / 60, rel=5)  # both are timed, on a busy machine
+    assert found["minutes"] == pytest.approx(
+        seconds / 60, rel=5
+    )  # both are timed, on a busy machine
     assert pace.seconds(3, 2, 1) == pytest.approx(6 * pace.layers + 3 * pace.logits)
 
 
@@ -251,18 +254,49 @@ def test_every_engine_is_told_the_best_plan_that_it_loads(tiny_checkpoint, tmp_p
             for number in range(2)
         ]
         planned = find_plan(texts[0], tmp_path, Budget(depth=6), held_out=texts[1], per_group=1)
-        return planned, texts, best_per_engine(planned, *texts)
+        return per_engine(planned, *texts), texts
 
-    planned, (calibration, held_out), engines = searched("ff", "lp")
-    assert {*engines} == {"vLLM", "transformers", "llama.cpp"}
-    assert engines["transformers"] == (planned.plan, planned.expected)
-    plan, cost = engines["llama.cpp"]
-    assert plan.depth == 6 and {group.wiring for group in plan.groups} == {"lp"}
-    assert score(held_out, [plan]) == [cost]
-    loaded = [p for p in planned.front.plans if {group.wiring for group in p.groups} == {"lp"}]
-    costs = [cost.kl for cost in score(calibration, [p for p in loaded if p.depth == 6])]
-    assert score(calibration, [plan])[0].kl <= min(costs, default=np.inf)
-    assert searched("cqil-full")[2]["llama.cpp"] is None
+    planned, (calibration, held_out) = searched("ff", "lp")
+    best = planned.front.best()
+    for name in ("vllm", "transformers", "sglang", "torch_tp", "vllm:deci", "mlx-lm:mlx"):
+        assert planned.engines[name] == tuple((p, planned.front.judged(p)) for p in best.values())
+    stock, in_order = planned.engines["llama.cpp"], planned.engines["vllm:deci-ff"]
+    assert planned.engines["mlx-lm:openelm"] == stock and not planned.not_for
+    for plans, wiring in ((stock, "lp"), (in_order, "ff")):
+        assert [plan.depth for plan, _ in plans] == [*best] == [7, 6]
+        assert {group.wiring for plan, _ in plans for group in plan.groups} == {wiring}
+        assert [score(held_out, [plan])[0] for plan, _ in plans] == [cost for _, cost in plans]
+        few = calibration.batches[:1]  # a quarter of the text
+        for plan, _ in plans:
+            loaded = [p for p in measured_plans(calibration, least=1) if p.depth == plan.depth]
+            loaded = [p for p in loaded if {group.wiring for group in p.groups} == {wiring}]
+            costs = [cost.kl for cost in score(calibration, loaded, batches=few)]
+            assert score(calibration, [plan], batches=few)[0].kl == min(costs)
+    other = searched("cqil-full")[0]
+    assert "llama.cpp" not in other.engines and "cqil wiring" in other.not_for["llama.cpp"]
+    assert set(other.engines) | set(other.not_for) == set(ENGINES)
+
+
+def test_the_verb_shows_the_best_plan_of_each_depth_per_engine(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
+    command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
+    command += ("--max-group", 2, "--depth", 6)
+    status, out, err = run(*command, "--json")
+    assert status == 0, err
+    engines = json.loads(out)["engines"]
+    assert set(engines) == set(ENGINES)
+    assert all([row["depth"] for row in rows] == [7, 6] for rows in engines.values())
+    assert all("~" in row["plan"] and "+" not in row["plan"] for row in engines["vllm:deci-ff"])
+    status, out, _ = run(*command)
+    table = out.split("the best plan of each depth that each engine loads")[1]
+    for name, rows in engines.items():
+        assert name in table and all(row["plan"] in table for row in rows)
+    status, out, _ = run(*command, "--for", "mlx-lm:openelm,vllm:deci")
+    assert status == 0 and "that each engine loads" not in out
+    assert re.search(r"^plan +\d\+\d \d\+\d$", out, re.MULTILINE)
+    status, _, err = run(*command, "--for", "vllm:deci,onnx")
+    assert status == 2 and "engine 'onnx' is unknown; choose from vllm, transformers" in err
 
 
 def test_both_texts_of_a_search_share_one_model(tiny_checkpoint, tmp_path):

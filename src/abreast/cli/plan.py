@@ -351,12 +351,12 @@ def _find(
     """Calibrate, profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
         NoisyTiming,
-        best_per_engine,
         check_depth,
         estimated_profile,
         find_plan,
         keep_accuracy,
         kind_of,
+        per_engine,
         profile_here,
         search_texts,
         task_questions,
@@ -409,8 +409,9 @@ def _find(
             share = budget.keep_quality
             planned = keep_accuracy(planned, questions, share, step=console.say, progress=progress)
         if not settings.engines:
-            engines = best_per_engine(planned, calibration, held_out, progress=progress)
-            planned = replace(planned, engines=engines)
+            planned = per_engine(
+                planned, calibration, held_out, step=console.say, progress=progress
+            )
         if (timed or compare_baselines) and planned.profile is None:
             chosen = planned.front.best().values()
             kinds = {kind_of(group) for plan in chosen for group in plan.groups}

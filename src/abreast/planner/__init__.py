@@ -12,13 +12,14 @@ if TYPE_CHECKING:
         search_texts,
         task_questions,
     )
+    from abreast.planner.engines import ENGINES, Engine, loaded_by
     from abreast.planner.expected import Expected, expect, expected_work, likely_depth
     from abreast.planner.find import (
         Planned,
-        best_per_engine,
         check_depth,
         find_plan,
         keep_accuracy,
+        per_engine,
     )
     from abreast.planner.front import (
         DEFAULT_KL,

@@ -25,7 +25,8 @@ from abreast.data import AUTO, OWN, TokenStream
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.model import fitting_dtype, load, load_tokenizer, loaded_dtype
-from abreast.plan import WIRING_NAMES, Group, Plan
+from abreast.plan import WIRING_NAMES, Group
+from abreast.planner.engines import loaded_by
 from abreast.planner.objective import Objective
 from abreast.planner.scoring import (
     MIN_CALIBRATION_WINDOWS,
@@ -51,7 +52,7 @@ from abreast.runs import (
     window_bytes,
     windows_at_once,
 )
-from abreast.targets import SERVERS, refusals
+from abreast.targets import Unpaired
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,6 +127,8 @@ def candidates(
     max_group: int = 2,
     wirings: Sequence[str] = ("lp",),
     engines: Sequence[str] = (),
+    degree: int = 1,
+    unpaired: Unpaired = "shard",
     force: bool = False,
     in_memory: bool = False,
 ) -> tuple[Group, ...]:
@@ -133,8 +136,9 @@ def candidates(
 
     Left out: groups with the first or last layer unless force is set, groups that cannot be fused
     (see `obstacle`; with in_memory, those that cannot even run), groups that one of the engines
-    does not load, and, in families whose FFN reads the layer's input, wirings other than lp, which
-    are the same there. Raises AbreastError for unknown wirings and engines and when none is left.
+    does not load (degree, unpaired: see `refusals`), and, in families whose FFN reads the layer's
+    input, wirings other than lp, which are the same there. Raises AbreastError for unknown wirings
+    and engines and when none is left.
     """
     unknown = [wiring for wiring in wirings if wiring not in WIRING_NAMES]
     if unknown or not wirings:
@@ -160,26 +164,7 @@ def candidates(
             ]
     if not groups:
         raise AbreastError("no group of this model can be formed; see `abreast inspect`")
-    for name in engines:
-        groups = _loaded_by(name, groups, config)
-    return tuple(groups)
-
-
-def _loaded_by(name: str, groups: Sequence[Group], config: dict[str, Any]) -> list[Group]:
-    """The groups that an engine loads. Raises AbreastError where it loads none, with its reason."""
-    servers = {server.name.lower(): server for server in SERVERS}
-    if name.lower() not in servers:
-        raise AbreastError(f"engine '{name}' is unknown; choose from {', '.join(servers)}")
-    server, family = servers[name.lower()], FAMILIES.get(str(config.get("model_type")))
-    count = num_layers_of(config)
-    reasons = {
-        group: next(refusals(server, config, family, Plan(num_layers=count, groups=(group,))), None)
-        for group in groups
-    }
-    loaded = [group for group, reason in reasons.items() if reason is None]
-    if not loaded:
-        raise AbreastError(f"{server.name} loads no such group: {next(iter(reasons.values()))}")
-    return loaded
+    return tuple(loaded_by(engines, groups, config, degree, unpaired))
 
 
 def calibrate(
@@ -341,6 +326,8 @@ def candidates_of(
         max_group=settings.max_group,
         wirings=settings.wirings or WIRINGS,
         engines=settings.engines,
+        degree=settings.degree,
+        unpaired=settings.unpaired,
         force=settings.force,
         in_memory=in_memory,
     )

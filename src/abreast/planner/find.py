@@ -12,9 +12,9 @@ from typing import Any
 
 from abreast.checkpoint import open_checkpoint, write
 from abreast.errors import AbreastError
-from abreast.families import FAMILIES
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import PLAN_SCREEN, Calibration, share_of
+from abreast.planner.engines import ENGINES, loaded_by
 from abreast.planner.expected import expect, expected_work, likely_depth
 from abreast.planner.front import (
     FRONT_FILE,
@@ -35,7 +35,6 @@ from abreast.planner.measuring import (
 )
 from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
-from abreast.targets import SERVERS, Target, refusals
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Planned:
     """The plan chosen within a budget.
 
     others: the next best plans of its depth, as many as requested. searched: the plan's cost on the
-    text that it was searched on; expected: on held-out text, where it was measured there. engines:
-    see `best_per_engine`. on_tasks: see `keep_accuracy`.
+    text that it was searched on; expected: on held-out text, where it was measured there. engines,
+    not_for: see `per_engine`. on_tasks: see `keep_accuracy`.
     """
 
     plan: Plan
@@ -53,7 +52,8 @@ class Planned:
     searched: Cost
     front: Front
     profile: Profile | None
-    engines: Mapping[str, tuple[Plan, Cost] | None] = field(default_factory=dict)
+    engines: Mapping[str, tuple[tuple[Plan, Cost], ...]] = field(default_factory=dict)
+    not_for: Mapping[str, str] = field(default_factory=dict)
     on_tasks: Cost | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -77,9 +77,13 @@ class Planned:
             ],
             "reasons": reasons(self.plan, front),
             "engines": {
-                name: best and {"plan": best[0].shorthand, **asdict(best[1])}
-                for name, best in self.engines.items()
+                name: [
+                    {"plan": plan.shorthand, "depth": plan.depth, **asdict(cost)}
+                    for plan, cost in plans
+                ]
+                for name, plans in self.engines.items()
             },
+            "not_for": dict(self.not_for),
             **({} if self.on_tasks is None else {"on_tasks": asdict(self.on_tasks)}),
         }
 
@@ -228,44 +232,51 @@ def _screened(
     ]
 
 
-def best_per_engine(
+def per_engine(
     planned: Planned,
     calibration: Calibration,
     held_out: Calibration | None = None,
     *,
+    step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
-) -> dict[str, tuple[Plan, Cost] | None]:
-    """For each engine the best plan of the chosen one's depth that it loads, and what that costs.
+) -> Planned:
+    """With the best plan of each depth that each engine loads, and with why others load none.
 
-    Where an engine does not load the chosen plan: the best of those measured that it loads, and of
-    the best as predicted of groups that it loads; None where it loads none of this depth. A search
-    for that engine alone (`engines` in the settings) may find a better one.
+    Where an engine does not load the best of all: the best, on a part of the text, of those
+    measured that it loads, and of the best as predicted of groups that it loads. A search for that
+    engine alone (`engines` in the settings) may find a better one.
     """
+    settings, front, num_layers = calibration.settings, planned.front, calibration.num_layers
     config = open_checkpoint(calibration.checkpoint, weights=False).config
-    family = FAMILIES.get(str(config.get("model_type")))
-    front, depth = planned.front, planned.plan.depth
     costs = candidate_costs(calibration, front.objective)
-    rows: dict[str, tuple[Plan, Cost] | None] = {}
-    for server in SERVERS:
-
-        def loads(*groups: Group, server: Target = server) -> bool:
-            plan = Plan(num_layers=calibration.num_layers, groups=groups)
-            return next(refusals(server, config, family, plan), None) is None
-
-        rows[server.name] = (planned.plan, planned.expected)
-        if loads(*planned.plan.groups):
-            continue
-        measured = [p for p in front.plans if p.depth == depth and loads(*p.groups)]
-        alone = {g: c for g, c in zip(costs.groups, costs.costs, strict=True) if loads(g)}
-        optima = additive(calibration.num_layers, alone, best=BEAM).get(depth, [])
-        if len(optima) > 1:
-            screened = _screened(calibration, front.objective, progress, optima)
-            optima = [optima[screened.index(min(screened))]]
-        plans = [*dict.fromkeys([*measured, *optima])]
-        scores = dict(zip(plans, score(calibration, plans, progress=progress), strict=True))
-        best = min(plans, key=lambda plan: front.objective.value(scores[plan]), default=None)
-        if best is None:
-            rows[server.name] = None
-        else:
-            rows[server.name] = best, score(held_out or calibration, [best], progress=progress)[0]
-    return rows
+    alone = dict(zip(costs.groups, costs.costs, strict=True))
+    loads, reasons = dict[str, frozenset[Group]](), dict[str, str]()
+    for name in ENGINES:
+        try:
+            loads[name] = frozenset(
+                loaded_by([name], costs.groups, config, settings.degree, settings.unpaired)
+            )
+        except AbreastError as error:
+            reasons[name] = str(error).partition(": ")[2]
+    few = share_of(calibration.batches, PLAN_SCREEN)
+    measured, found = measured_plans(calibration, least=few), dict[Any, tuple[Plan, Cost]]()
+    for some in dict.fromkeys(loads.values()):
+        optima = additive(num_layers, {g: alone[g] for g in alone if g in some}, best=BEAM)
+        for depth, best in front.best().items():
+            if some.issuperset(best.groups):
+                found[some, depth] = best, front.judged(best)
+                continue
+            own = [p for p in measured if p.depth == depth and some.issuperset(p.groups)]
+            if plans := [*dict.fromkeys([*own, *optima.get(depth, [])])]:
+                if not any(key[0] == some for key in found):
+                    names = ", ".join(name for name in loads if loads[name] == some)
+                    step(f"measure the best plans for {names}")
+                values = _screened(calibration, front.objective, progress, plans)
+                chosen = plans[values.index(min(values))]
+                (cost,) = score(held_out or calibration, [chosen], progress=progress)
+                found[some, depth] = chosen, cost
+    engines = {
+        name: tuple(found[some, depth] for depth in front.best() if (some, depth) in found)
+        for name, some in loads.items()
+    }
+    return replace(planned, engines=engines, not_for=reasons)
