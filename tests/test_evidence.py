@@ -37,7 +37,7 @@ def test_the_page_is_what_its_rows_say() -> None:
 
 
 def test_rows_say_what_they_rest_on() -> None:
-    for file in _evidence.ROWS.glob("*.json"):
+    for file in _evidence.ROWS.glob("*-*-*.json"):
         row = json.loads(file.read_text("utf-8"))
         model, depth, _ = file.stem.split("-")
         assert row["row"] == file.stem and row["command"].endswith(f"real_models.py {file.stem}")
@@ -59,7 +59,10 @@ def made_up(kind: str) -> dict[str, Any]:
     return {
         "rivals": {
             "original": {"perplexity": 8.0},
-            "methods": [{**method, **refit}, {**method, **refit, "method": "sleb"}],
+            "methods": [
+                {**method, **refit},
+                {**method, **refit, "method": "sleb", "kl": [0.5, 0.01]},
+            ],
         },
         "refit": {"refit": of},
         "distilled": {"distilled": of},
@@ -70,13 +73,6 @@ def made_up(kind: str) -> dict[str, Any]:
             "plan": {"loss": pair, "copied": pair, "increase": pair, "copied_sequential": pair},
         },
         "long": {"original": long, "plan": {**long, "own_kl": pair, "kl": [pair] * 8}},
-        "speed": {
-            "plan": {
-                "eager": {"original": 10.0, "converted": 12.0, "ratio": [1.2, 1.1, 1.3]},
-                "compile": {"original": 10.0, "converted": 12.0, "ratio": [1.2, 1.1, 1.3]},
-                "vllm": {"refused": "it has ff groups"},
-            }
-        },
         "llamacpp": {
             "plan": {
                 "refused": "cqil",
@@ -91,6 +87,20 @@ def made_up(kind: str) -> dict[str, Any]:
     }[kind]
 
 
+def bought(model: str) -> dict[str, Any]:
+    """What benchmarks/buy.py leaves of a model whose layers are all its time."""
+    times = {}
+    for depth in _evidence.depths(model):
+        cut = 10 * depth / _evidence.MODELS[model][1]
+        times[str(depth)] = {
+            **{"plan": "1|2:1", "cut": "without 3"},
+            **{"original_ms": 10.0, "ours_ms": cut + 0.1, "cut_ms": cut},
+            **{f"{name}_ratio": [10 / ms] * 3 for name, ms in (("ours", cut + 0.1), ("cut", cut))},
+        }
+    refused = {depth: {"plan": "1|2:1", "refused": "it has cqil"} for depth in times}
+    return {"date": "2026-11-27", "engines": {"eager": times, "llama.cpp": refused}}
+
+
 def test_a_page_of_every_kind_of_row() -> None:
     empty = _evidence.page({})
     assert all(f"`{kinds[0]}` (" in empty for kinds, _, _ in _evidence.SECTIONS.values())
@@ -103,12 +113,26 @@ def test_a_page_of_every_kind_of_row() -> None:
     )
     sizes = {"tokens": 4080, "chosen_on": 2048}
     rows = {
-        name: {"date": "2026-11-26", "results": made_up(kind), **sizes}
-        for name, (_, _, kind) in _evidence.every_row().items()
+        name: {"date": "2026-11-26", "depth": depth, "results": made_up(kind), **sizes}
+        for name, (_, depth, kind) in _evidence.every_row().items()
     }
+    rows |= {f"{model}-buy": bought(model) for model in _evidence.MODELS}
     full = _evidence.page(rows)
     assert "Judged on 4,080 predictions" in full and "rests on 2,048 tokens" in full
-    assert _evidence.MISSING not in full and "refused: it has ff groups" in full
+    assert _evidence.MISSING not in full and "| refused: cqil;" in full
+    assert (
+        "## Quality at equal speed" in full
+        and "llama.cpp runs none of these plans: it has cqil" in full
+    )
+    words = "At equal decode speed, layers abreast are the better buy at depths 28, 25, 22, 20: "
+    assert words + "KL 0.123 against 0.5 of greedy (SLEB) at 1.48x, depth 20" in full
+    assert (
+        "| 25 | 8.43, 1.19 [1.19, 1.19]x | 8.33, 1.20 [1.20, 1.20]x | 0.1234 | 0.5000 SLEB |"
+        in full
+    )
+    of = rows["smollm2-buy"]["engines"]["eager"]["25"]
+    of["plan"] = "3|4:1"  # not the plan whose loss is known by now
+    assert "at depths 28, 22, 20: KL" in _evidence.page(rows)
     for line in full.splitlines():  # every line of a table has as many cells as its headings
         if line.startswith("| left"):
             cells = len(re.findall(r"(?<!\\)\|", line))
@@ -141,7 +165,7 @@ def setting(
     for name in _evidence.TASKS:
         item = {"question": "The _ is", "choices": ["lamp", "house"], "answer": 1}
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(item) + "\n") * 3, "utf-8")
-    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, 32, _measures.LITTLE)
+    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, _measures.LITTLE)
     return _measures.Setting(
         tmp_path / "models", tmp_path, tmp_path / "work", sizes=sizes, rows=tmp_path / "rows"
     )
