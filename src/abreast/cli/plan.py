@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,6 +17,7 @@ from abreast.errors import AbreastError
 if TYPE_CHECKING:
     from abreast.planner import (
         Budget,
+        Calibration,
         CalibrationSettings,
         Planned,
         Search,
@@ -55,6 +56,14 @@ effort_option = click.option(
     callback=_take_effort,
     help="How much text and search; options that you give yourself stand. night heals as well.",
 )
+
+
+class Texts(NamedTuple):
+    """Of each search the text that it sees and that which plans are judged on; and the questions
+    that they are judged on, where a budget asks for them."""
+
+    pairs: list[tuple[Calibration, Calibration]]
+    questions: Calibration | None
 
 
 @console.verb()
@@ -146,13 +155,14 @@ def plan(
             model, calibration, search, depth=budget.depth, baselines=baselines, repeat=repeat
         )
         return tables.print_expected(expected, as_json)
+    texts = _open(model, Path(out), budget, calibration, search, repeat)
     planned, rivals = _find(
-        model, Path(out), budget, calibration, search, baselines, as_json, repeat=repeat
+        model, Path(out), budget, calibration, search, texts, baselines, as_json
     )
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
     planned.front.stats.on_record(planned.plan).save(plan_file)
     write(reasons, explain(planned.plan, planned.front))
-    searches = _repeated(model, Path(out), budget, calibration, search, planned, repeat, as_json)
+    searches = _repeated(budget, search, texts, planned, as_json)
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}
         record["searches"] = [run.to_dict() for run in searches]
@@ -278,6 +288,7 @@ def optimize(
         return
     if (earlier := resumed(out)) is not None:
         console.say(earlier)
+    texts = _open(model, Path(out), budget, calibration, search, author=None if earlier else author)
     evaluation_text(model, out, checks, None if earlier else author, step=console.say)
     if not earlier:
         author()  # where nothing had to be written
@@ -288,13 +299,13 @@ def optimize(
         budget,
         calibration,
         search,
+        texts,
         baselines,
         as_json,
         best=candidates,
         timed=True,
         rounds=rounds,
         command=command,
-        author=None if earlier else author,
     )
     with console.progress_bar("optimize", as_json) as progress:
         result = run(
@@ -332,55 +343,73 @@ def _take_known(model: str, out: Path, depth: int | None, revision: str | None) 
     console.print_table({"plan": plans[depth].label, "plan file": str(out / "plan.yaml")})
 
 
+def _open(
+    model: str,
+    out: Path,
+    budget: Budget,
+    settings: CalibrationSettings,
+    search: Search,
+    repeat: int = 1,
+    author: Callable[[], Any] | None = None,
+) -> Texts:
+    """The texts of all searches, one loaded model for all; what is wrong with them is said here."""
+    from abreast.planner import check_depth, search_texts, task_questions
+    from abreast.report import check_drawing
+
+    if search.plots:
+        check_drawing()
+    pairs: list[tuple[Calibration, Calibration]] = []
+    for number in range(repeat):
+        pairs.append(
+            search_texts(
+                model,
+                out,
+                settings,
+                search.held_out_data,
+                repeat=repeat,
+                number=number,
+                author=pairs[0][0].load if pairs else author,
+                step=console.say,
+            )
+        )
+        check_depth(pairs[0][0], budget.depth)
+    questions = None
+    if budget.keep_quality is not None:
+        questions = task_questions(model, out, settings, search.questions, pairs[0][0].load)
+    return Texts(pairs, questions)
+
+
 def _find(
     model: str,
     out: Path,
     budget: Budget,
     settings: CalibrationSettings,
     search: Search,
+    texts: Texts,
     compare_baselines: bool,
     as_json: bool,
     *,
     best: int = 1,
     timed: bool = False,
     rounds: int = 12,
-    repeat: int = 1,
     command: Sequence[str] | None = None,
-    author: Callable[[], Any] | None = None,
 ) -> tuple[Planned, tuple[Measured, ...]]:
-    """Calibrate, profile where speed matters, search, compare with rivals, draw."""
+    """Profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
         NoisyTiming,
-        check_depth,
         estimated_profile,
         find_plan,
         keep_accuracy,
         kind_of,
         per_engine,
         profile_here,
-        search_texts,
-        task_questions,
     )
-    from abreast.report import check_drawing, draw_front
+    from abreast.report import draw_front
     from abreast.rivals import compare
     from abreast.runs import record_environment
 
-    machine = search.machine
-    if search.plots:
-        check_drawing()
-    calibration, held_out = search_texts(
-        model,
-        out,
-        settings,
-        search.held_out_data,
-        repeat=repeat,
-        author=author,
-        step=console.say,
-    )
-    check_depth(calibration, budget.depth)
-    questions = None
-    if budget.keep_quality is not None:
-        questions = task_questions(model, out, settings, search.questions, calibration.load)
+    machine, questions = search.machine, texts.questions
+    calibration, held_out = texts.pairs[0]
     words = budget.text if machine is None else budget.text.replace("deepest cut", "fastest plan")
     console.say(f"budget: {words}")
     if command is not None:
@@ -441,30 +470,18 @@ def _find(
 
 
 def _repeated(
-    model: str,
-    out: Path,
     budget: Budget,
-    settings: CalibrationSettings,
     search: Search,
+    texts: Texts,
     planned: Planned,
-    repeat: int,
     as_json: bool,
 ) -> list[Planned]:
     """The first search and the others, on other texts, all judged on the same."""
-    from abreast.planner import find_plan, search_texts
+    from abreast.planner import find_plan
 
     searches, timed = [planned], budget.speedup is not None
-    for number in range(1, repeat):
-        console.say(f"search {number + 1} of {repeat}, on another text")
-        calibration, held_out = search_texts(
-            model,
-            out,
-            settings,
-            search.held_out_data,
-            repeat=repeat,
-            number=number,
-            step=console.say,
-        )
+    for number, (calibration, held_out) in enumerate(texts.pairs[1:], start=2):
+        console.say(f"search {number} of {len(texts.pairs)}, on another text")
         with console.progress_bar("plan", as_json) as progress:
             again = find_plan(
                 calibration,

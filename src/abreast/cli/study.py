@@ -80,11 +80,12 @@ def study(
         check_drawing()
     if sweep:
         return _sweep(model, out, grid, settings, timed, extra, no_plots, as_json)
+    texts = _texts(model, out, settings) if depths else None  # what is wrong with them comes first
     with console.progress_bar("study", as_json) as progress:
         result = run(model, out, changes, settings, step=console.say, progress=progress)
     if not no_plots:
         draw_study(result.rows, result.num_layers, out)
-    rivals = _rivals(_texts(model, out, settings), out, depths, as_json) if depths else ()
+    rivals = _rivals(texts, out, depths, as_json) if texts else ()
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if depths else {}
         return console.print_json({**result.to_dict(), **record})

@@ -261,34 +261,43 @@ def search_texts(
 ) -> tuple[Calibration, Calibration]:
     """The text of one of `repeat` searches, and that which plans are judged on; none is in both.
 
-    held_out_data: names the latter; without it, a text that has none of its own for judging gives a
-    part of itself. out: the run folder. author: gives the loaded model, None to load it here.
-    Raises as `calibrate`.
+    held_out_data: names the latter, which is then opened first, for the model may write the other;
+    without it, a text that has none of its own for judging gives a part of itself. out: the run
+    folder. author: gives the loaded model, None to load it here. Raises as `calibrate`.
     """
     out, other = Path(out), held_out_data or settings.data
     by_role = settings.scoring.score == "kl" and other in (AUTO, OWN)
     another = other != settings.data or by_role
     parts, first = repeat + (not another), out / "calibration"
-    calibration = calibrate(
-        model,
-        out / f"repeat-{number + 1}" / "calibration" if number else first,
-        settings,
-        part=(number, parts),
-        text=first,
-        author=author,
-        step=step,
-    )
-    held_out = calibrate(
-        model,
-        out / "judge",
-        replace(settings, data=other),
-        part=(0, 1) if another else (repeat, parts),
-        role="judge",
-        author=calibration.load,
-        option="--held-out-data",
-        step=step,
-    )
-    return calibration, held_out
+
+    def searched(author: Author | None) -> Calibration:
+        return calibrate(
+            model,
+            out / f"repeat-{number + 1}" / "calibration" if number else first,
+            settings,
+            part=(number, parts),
+            text=first,
+            author=author,
+            step=step,
+        )
+
+    def judged(author: Author | None) -> Calibration:
+        return calibrate(
+            model,
+            out / "judge",
+            replace(settings, data=other),
+            part=(0, 1) if another else (repeat, parts),
+            role="judge",
+            author=author,
+            option="--held-out-data",
+            step=step,
+        )
+
+    if held_out_data is not None:
+        held_out = judged(author)
+        return searched(held_out.load), held_out
+    calibration = searched(author)
+    return calibration, judged(calibration.load)
 
 
 def task_questions(

@@ -200,7 +200,7 @@ def cost_text(
 ) -> str:
     """What running so many changed models takes; in minutes as well where a window was timed.
 
-    passes: full forward passes over all windows.
+    passes: full forward passes over all windows, of which there are num_windows in the settings.
     """
     text = (
         f"{changed} changed models, {passes:.1f} full forward passes over {settings.num_windows} "
@@ -237,7 +237,8 @@ def run_all(
         passes = layers / len(run.original) / len(run.batches)
         changed = {program for _, program in todo} - {run.original}
         pace = pace_of(run.model, run.settings.window, run.size) if run.model else None
-        step(cost_text(passes, len(changed), run.settings, pace))
+        there = replace(run.settings, num_windows=len(run.tokens))  # a text may have fewer
+        step(cost_text(passes, len(changed), there, pace))
     total = len(names) * len(run.batches)
     _run_shares(shares, progress, total - len(todo), total)
     done = run.journal()
