@@ -358,10 +358,9 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
 
 BUY = (
     "What [layers left out](planning.md#what-people-would-do-instead) lose where they decode as "
-    "fast as our plans. Batch 1, float32, milliseconds per token and the paired ratio to the "
-    "original with its 95 % interval; KL from above, of the best way to leave layers out at this "
-    "depth, and, between its depths, at our speed. On two cores it is fewer layers that show, not "
-    "fewer exchanges. `python benchmarks/buy.py` times it, in each engine's environment."
+    "fast as our plans: batch 1, float32, milliseconds per token, paired ratio to the original "
+    "with its 95 % interval. On two cores fewer layers show, not fewer exchanges. "
+    "`python benchmarks/buy.py` times it."
 )
 
 

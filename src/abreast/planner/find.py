@@ -270,7 +270,8 @@ def per_engine(
             if plans := [*dict.fromkeys([*own, *optima.get(depth, [])])]:
                 if not any(key[0] == some for key in found):
                     names = ", ".join(name for name in loads if loads[name] == some)
-                    step(f"measure the best plans for {names}")
+                    most = len(front.best()) * (BEAM * PLAN_SCREEN + 1)
+                    step(f"at most {most:.0f} full forward passes for the plans of {names}")
                 values = _screened(calibration, front.objective, progress, plans)
                 chosen = plans[values.index(min(values))]
                 (cost,) = score(held_out or calibration, [chosen], progress=progress)
