@@ -18,6 +18,7 @@ from abreast.planner import (
     Search,
     calibrate,
     find_plan,
+    measuring,
     score,
     search_texts,
 )
@@ -305,3 +306,56 @@ def test_both_texts_of_a_search_share_one_model(tiny_checkpoint, tmp_path):
     settings = CalibrationSettings("stdlib", num_windows=WINDOWS, window=WINDOW)
     calibration, held_out = search_texts(model, tmp_path, settings)
     assert calibration.model is held_out.model
+
+
+def test_an_interrupted_run_goes_on_with_everything_asked_for(
+    tiny_checkpoint, tmp_path, run, monkeypatch
+):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
+    real = measuring.run_programs
+
+    def found(name, stop=None):
+        left = [stop]
+
+        def until(*args, **options):
+            for each in real(*args, **options):
+                if left[0] is not None:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise AbreastError("stopped")
+                yield each
+
+        monkeypatch.setattr(measuring, "run_programs", until)
+        command = ("plan", model, "-o", tmp_path / name, "--data", tmp_path / "text.txt", *SIZES)
+        command += ("--max-group", 2, "--depth", 7, "--repeat", 2, "--baselines", "--for", "vllm")
+        status, out, err = run(*command, "--json")
+        if stop is not None:
+            assert status == 2 and "stopped" in err
+            return None
+        assert status == 0, err
+        record = json.loads(out)
+        rows = [(r["method"], r["plan"], r["refit"], r["kl"]) for r in record["baselines"]]
+        return [(s["plan"], s["expected"], s["searched"]) for s in record["searches"]], rows
+
+    whole = found("whole")
+    for stop in (3, 20, 60, 60):
+        found("parts", stop)
+    searches, rows = found("parts")
+    assert searches == whole[0]
+    assert [row[:3] for row in rows] == [row[:3] for row in whole[1]]
+    assert [row[3] for row in rows] == pytest.approx([row[3] for row in whole[1]], rel=1e-4)
+
+
+def test_all_texts_of_repeated_searches_are_looked_at_first(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    letters = "".join(chr(97 + i * i % 26) for i in range(2000))
+    (tmp_path / "text.txt").write_text(letters[:400])
+    (tmp_path / "other.txt").write_text(letters)
+    command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
+    command += ("--held-out-data", tmp_path / "other.txt", "--max-group", 2, "--depth", 7)
+    status, _, err = run(*command, "--repeat", 3)
+    assert status == 2 and "behind the 8 that were searched on" in err
+    assert not [*(tmp_path / "run").rglob("journal*")]
+    status, _, err = run(*command)
+    assert status == 0, err

@@ -262,20 +262,22 @@ def per_engine(
     measured, found = measured_plans(calibration, least=few), dict[Any, tuple[Plan, Cost]]()
     for some in dict.fromkeys(loads.values()):
         optima = additive(num_layers, {g: alone[g] for g in alone if g in some}, best=BEAM)
+        depths = [d for d, best in front.best().items() if not some.issuperset(best.groups)]
+        if depths:
+            names = ", ".join(name for name in loads if loads[name] == some)
+            passes = len(depths) * (BEAM * PLAN_SCREEN + 1)
+            step(f"at most {passes:.0f} full forward passes for the plans of {names}")
         for depth, best in front.best().items():
-            if some.issuperset(best.groups):
-                found[some, depth] = best, front.judged(best)
-                continue
-            own = [p for p in measured if p.depth == depth and some.issuperset(p.groups)]
-            if plans := [*dict.fromkeys([*own, *optima.get(depth, [])])]:
-                if not any(key[0] == some for key in found):
-                    names = ", ".join(name for name in loads if loads[name] == some)
-                    most = len(front.best()) * (BEAM * PLAN_SCREEN + 1)
-                    step(f"at most {most:.0f} full forward passes for the plans of {names}")
+            chosen = best
+            if depth in depths:
+                own = [p for p in measured if p.depth == depth and some.issuperset(p.groups)]
+                plans = [*dict.fromkeys([*own, *optima.get(depth, [])])]
+                if not plans:
+                    continue
                 values = _screened(calibration, front.objective, progress, plans)
                 chosen = plans[values.index(min(values))]
-                (cost,) = score(held_out or calibration, [chosen], progress=progress)
-                found[some, depth] = chosen, cost
+            (cost,) = score(held_out or calibration, [chosen], progress=progress)
+            found[some, depth] = chosen, cost
     engines = {
         name: tuple(found[some, depth] for depth in front.best() if (some, depth) in found)
         for name, some in loads.items()
