@@ -64,9 +64,10 @@ def searches(
             if before is not None and new:
                 shutil.copy(before.folder / JOURNAL.format(0), calibration.folder)
             say(f"text {number + 1} of {options.repeat}, {count} windows")
-            found[count, number] = find_plan(
-                calibration, folder.with_suffix(".found"), Budget(depth=min(depths)), step=say
-            )
+            place = Path(options.out) / "found" / folder.name
+            place.mkdir(parents=True, exist_ok=True)
+            budget = Budget(depth=min(depths))
+            found[count, number] = find_plan(calibration, place, budget, step=say)
             before = calibration
     return found
 
@@ -88,7 +89,9 @@ def main() -> None:
         sorted(map(int, text.split(","))) for text in (options.windows, options.depths)
     )
     model, _ = load(options.model, dtype="float32")
-    settings = CalibrationSettings(num_windows=options.judge_windows, dtype="float32")
+    settings = CalibrationSettings(
+        num_windows=options.judge_windows, window=WINDOW, dtype="float32"
+    )
     judge = calibrate(
         options.model,
         Path(options.out) / "judge",

@@ -330,3 +330,38 @@ def test_engines_of_torch_time_every_contender(setting: Any, engine: str) -> Non
     folders = {"original": folder, "ours": buy.checkpoint(folder, "2|3:1 4~5", setting.data)}
     found = buy.ENGINES[engine][0](folders, 2, 8)
     assert {name: len(times) for name, times in found.items()} == {"original": 2, "ours": 2}
+
+
+def test_searches_on_more_windows_go_on_from_those_on_fewer(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import windows
+
+    from abreast.planner import measuring
+
+    monkeypatch.setattr(windows, "WINDOW", 32)
+    (setting.data / "a.txt").write_text(WORDS * 200, "utf-8")
+    (setting.data / "b.txt").write_text(WORDS.upper() * 100, "utf-8")
+    ran, real = [], measuring.run_programs
+
+    def counted(model: Any, ids: Any, programs: Any, **options: Any) -> Any:
+        ran.append((len(ids), len(programs)))
+        return real(model, ids, programs, **options)
+
+    monkeypatch.setattr(measuring, "run_programs", counted)
+    command = ["windows", str(setting.models / "tiny"), "--data", str(setting.data / "a.txt")]
+    command += ["--judge-data", str(setting.data / "b.txt"), "--windows", "8,16", "--repeat", "2"]
+    command += ["--judge-windows", "8", "--depths", "5", "-o", str(setting.data / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    windows.main()
+    table = capsys.readouterr().out
+    assert re.search(r"^\| 5 \| 8 \| [\d.]+ [\d.]+ \| [\d.]+ \| [\d.]+ \|", table, re.MULTILINE)
+    journals = [
+        (setting.data / "out" / f"0-{count}" / "journal-0.jsonl").read_text().splitlines()
+        for count in (8, 16)
+    ]
+    assert journals[1][: len(journals[0])] == journals[0]
+    assert {json.loads(line)["batch"] for line in journals[1]} == {0, 1, 2, 3}
+    ran.clear()
+    windows.main()
+    assert not ran and capsys.readouterr().out == table
