@@ -288,8 +288,11 @@ def optimize(
         return
     if (earlier := resumed(out)) is not None:
         console.say(earlier)
-    texts = _open(model, Path(out), budget, calibration, search, author=None if earlier else author)
-    evaluation_text(model, out, checks, None if earlier else author, step=console.say)
+    writer = None if earlier else author
+    if eval_data != "auto":  # a file is looked at before a model writes for minutes
+        evaluation_text(model, out, checks, writer)
+    texts = _open(model, Path(out), budget, calibration, search, author=writer)
+    evaluation_text(model, out, checks, writer, step=console.say)
     if not earlier:
         author()  # where nothing had to be written
     command = ["abreast", *sys.argv[1:]]
@@ -470,11 +473,7 @@ def _find(
 
 
 def _repeated(
-    budget: Budget,
-    search: Search,
-    texts: Texts,
-    planned: Planned,
-    as_json: bool,
+    budget: Budget, search: Search, texts: Texts, planned: Planned, as_json: bool
 ) -> list[Planned]:
     """The first search and the others, on other texts, all judged on the same."""
     from abreast.planner import find_plan
