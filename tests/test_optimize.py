@@ -188,6 +188,15 @@ def test_dry_runs_say_how_long_it_takes_and_write_nothing(tiny_checkpoint, tmp_p
     assert status == 2 and len(err.strip().splitlines()) == 1
 
 
+def test_a_short_text_is_refused_before_the_model_writes_one(tiny_checkpoint, tmp_path, run):
+    model, out = tiny_checkpoint(num_layers=LAYERS, tokenizer=True), tmp_path / "out"
+    (tmp_path / "short.txt").write_text("layers abreast")
+    command = ("optimize", model, "-o", out, "--data", tmp_path / "short.txt", "--window", 32)
+    status, _, err = run(*command, "--windows", 8, "--depth", 7, "--no-report", "--no-plots")
+    assert status == 2 and re.search("gives 0 windows|less than one window", err)
+    assert not [*out.rglob("*.safetensors")] and len(err.strip().splitlines()) == 1
+
+
 def test_a_speed_up_needs_a_profile_that_knows_the_groups():
     with pytest.raises(AbreastError, match="needs a latency profile"):
         front().choose(Budget(speedup=1.1))
