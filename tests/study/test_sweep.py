@@ -20,7 +20,7 @@ from abreast.cli.main import cli
 from abreast.data import TokenStream
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
-from abreast.model import grouped, load
+from abreast.model import Pace, grouped, load
 from abreast.plan import Plan
 from abreast.speed.hardware import hardware_of
 from abreast.speed.prediction import Setting, speedup
@@ -129,7 +129,12 @@ def test_what_it_takes_is_known_before(folder, tmp_path):
     expected = study_cost(folder, grid, SETTINGS)
     assert expected.changed == 5  # one group: min_depth leaves no second one
     result = sweep(folder, tmp_path / "out", grid, SETTINGS, stream=stream(), step=said.append)
-    assert said == [expected.text]
+    assert said == [f"{expected.text}, less than a minute here"]
+    for devices in (("cpu",), ("cpu", "cpu")):  # two workers share the cores
+        foretold = study_cost(folder, grid, replace(SETTINGS, devices=devices), Pace(30.0, 6.0))
+        seconds = SETTINGS.num_windows * (30.0 * expected.full_forwards + 6.0 * 6)
+        assert foretold.seconds == pytest.approx(seconds)
+        assert foretold.text == f"{expected.text}, about {round(seconds / 60)} minutes here"
     batches = 2
     # the reference runs once more at the head of every batch's programs, and is shared
     assert result.spent / LAYERS / batches == pytest.approx(expected.full_forwards)
