@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -209,6 +210,8 @@ def test_only_groups_that_an_engine_loads(tiny_checkpoint, tmp_path):
     with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from vllm, ") as told:
         candidates(config, engines=["mxnet"])
     assert str(told.value).endswith(", ".join(ENGINES))
+    (option,) = [entry for entry in fields(CalibrationSettings) if entry.name == "engines"]
+    assert all(name in option.metadata["help"] for name in ENGINES)
 
 
 ALL = ("lp", "cqil", "cqil-full", "ff")
