@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from abreast.rivals import METHODS
+from abreast.planner import KL, Cost
+from abreast.rivals import LEFT_OUT, METHODS, Measured, at_equal_speed, caption
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "real_models"
@@ -22,7 +24,7 @@ SHARES = (0.93, 0.83, 0.73, 0.67)
 # the shares at which models are trained on two cores, and on an accelerator
 DISTILLED, ACCELERATED = 0.83, (0.83, 0.67)
 HEALED = ("refit", "distilled", "accelerated")
-KINDS = ("rivals", *HEALED, "tasks", "answers", "long", "speed", "llamacpp", "text")
+KINDS = ("rivals", *HEALED, "tasks", "answers", "long", "llamacpp", "text")
 TASKS = ("arc_easy", "arc_challenge", "openbookqa", "piqa", "winogrande", "hellaswag")
 VARIANTS = {
     "original": "original",
@@ -31,7 +33,12 @@ VARIANTS = {
     "distilled": "+ refit and distillation",
     "accelerated": "+ refit and distillation on a GPU",
 }
-ENGINES = {"eager": "transformers", "compile": "torch.compile", "vllm": "vLLM"}
+ENGINES = {
+    "eager": "transformers",
+    "compile": "torch.compile",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp",
+}
 MISSING = "not measured yet"
 Row = dict[str, Any]
 
@@ -178,14 +185,78 @@ def long_cells(result: Row) -> list[str]:
     return [*kl, percent(result["repeated"]), with_error(result.get("own_kl"), 3)]
 
 
-def speed_cells(result: Row) -> list[str]:
-    """Tokens per second of both and their ratio, or the engine's one line of refusal."""
+def rows_of(rows: dict[str, Row], model: str) -> list[Measured]:
+    """What the rows "rivals" of a model hold, refits as rows of their own."""
+    found = []
+    for name, row in rows.items():
+        if name.startswith(f"{model}-") and name.endswith("-rivals"):
+            for entry in row["results"]["methods"]:
+                for prefix in ("", "refit_"):
+                    if (kl := entry[f"{prefix}kl"]) is not None:
+                        cost = Cost(*kl, *entry[f"{prefix}loss"], row["tokens"])
+                        of = (entry["method"], row["depth"], entry["plan"], cost)
+                        found.append(Measured(*of, refit=bool(prefix)))
+    return found
+
+
+def buy_rows(rows: Iterable[Measured], times: Row) -> list[Measured]:
+    """Our plans and layers left out, with speeds as benchmarks/buy.py timed them in one engine.
+
+    times: by depth. Any so many layers left take as long as those that were timed.
+    """
+    timed = []
+    for row in rows:
+        name = "ours" if row.method == "planner" else "cut" if row.method in LEFT_OUT else None
+        entry = times.get(str(row.depth), {})
+        if name is None or f"{name}_ms" not in entry:
+            continue
+        if name == "ours" and entry["plan"] != row.plan:  # another plan by now
+            continue
+        speed = {"seconds": entry[f"{name}_ms"] / 1000, "speedup": entry[f"{name}_ratio"][0]}
+        timed.append(replace(row, **speed))
+    return timed
+
+
+def buy_text(rows: Sequence[Measured], record: Row) -> str:
+    """A table per engine, and in words where layers abreast are the better buy."""
+    parts = []
+    for engine, times in record["engines"].items():
+        timed = buy_rows(rows, times)
+        plain = [row for row in timed if not row.refit]
+        pairs = {str(pair.ours.depth): pair for pair in at_equal_speed(plain, KL)}
+        reasons = [entry["refused"] for entry in times.values() if "refused" in entry]
+        if not pairs:
+            why = f"none of these plans: {reasons[0]}" if reasons else "other plans by now"
+            parts.append(f"{ENGINES[engine]} runs {why}.\n")
+            continue
+        lines = []
+        for depth, entry in sorted(times.items(), key=lambda item: -int(item[0])):
+            if "refused" in entry:
+                lines.append([depth, f"refused: {entry['refused']}".replace("|", "\\|")])
+            elif pair := pairs.get(depth):
+                lines.append([depth, *_bought(entry, pair, plain)])
+        made = table(("left", *BOUGHT), lines)
+        parts.append(f"{ENGINES[engine]}:\n\n{made}\n{caption(timed, KL)}\n")
+    return "\n".join(parts)
+
+
+BOUGHT = ("abreast, ms", "left out, ms", "KL", "KL, left out", "KL, left out, at our speed")
+
+
+def _bought(entry: Row, pair: Any, rows: Sequence[Measured]) -> list[str]:
+    cuts = [r for r in rows if r.depth == pair.ours.depth and r.method in LEFT_OUT]
+    cut = min(cuts, key=lambda row: row.cost.kl)
     return [
-        f"refused: {cell['refused']}"
-        if "refused" in cell
-        else f"{cell['original']:.1f} → {cell['converted']:.1f}, {interval(cell['ratio'])}x"
-        for cell in (result[engine] for engine in ENGINES)
+        *(f"{entry[f'{n}_ms']:.2f}, {interval(entry[f'{n}_ratio'])}x" for n in ("ours", "cut")),
+        f"{pair.ours.cost.kl:.4f}",
+        f"{cut.cost.kl:.4f} {short(cut.method)}",
+        f"{pair.value:.4f} {short(pair.rival)}" if pair.rival else "none as fast",
     ]
+
+
+def buy(rows: dict[str, Row], model: str) -> str:
+    record = rows.get(f"{model}-buy")
+    return buy_text(rows_of(rows, model), record) if record else ""
 
 
 def llamacpp_cells(result: Row) -> list[str]:
@@ -266,13 +337,6 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
             long_cells,
         ),
     ),
-    "Decode speed": (
-        ("speed",),
-        "Tokens per second, original → converted, batch 1, context 512, float32, and the paired "
-        "ratio with its 95 % interval; or why the engine refuses. llama.cpp: see below. Two cores: "
-        "what it shows is fewer layers, not fewer exchanges.",
-        lambda rows, model: by_variant(rows, model, "speed", ENGINES.values(), speed_cells),
-    ),
     "Four bits in llama.cpp": (
         ("llamacpp",),
         "Q4_K_M by llama.cpp's quantiser. KL to the original in float32: quantised alone, grouped "
@@ -293,6 +357,14 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
 }
 
 
+BUY = (
+    "What [layers left out](planning.md#what-people-would-do-instead) lose where they decode as "
+    "fast as our plans: batch 1, float32, milliseconds per token, paired ratio to the original "
+    "with its 95 % interval. On two cores fewer layers show, not fewer exchanges. "
+    "`python benchmarks/buy.py` times it."
+)
+
+
 def page(rows: dict[str, Row]) -> str:
     """docs/evidence.md."""
     made = sorted({row["date"] for row in rows.values()})
@@ -306,6 +378,9 @@ def page(rows: dict[str, Row]) -> str:
         "lists what is missing, and `python benchmarks/real_models.py --page` writes this page. "
         + (f"Measured {made[0]} to {made[-1]}.\n" if made else "Nothing is measured yet.\n"),
     ]
+    bought = [f"{name}:\n\n{text}" for m, (name, _) in MODELS.items() if (text := buy(rows, m))]
+    if bought:
+        parts += [f"## Quality at equal speed\n\n{BUY}\n", *bought]
     unmeasured, every = [], every_row()
     for heading, (kinds, about, section) in SECTIONS.items():
         if not any(every[name][2] in kinds for name in rows):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,9 +34,7 @@ from abreast.model import (
 )
 from abreast.plan import FOLDER as PLANS
 from abreast.plan import Group, Plan
-from abreast.speed import Case, Contender, Job
-from abreast.speed import run as time_job
-from abreast.targets import LLAMACPP, VLLM, refusals
+from abreast.targets import LLAMACPP, refusals
 
 WIKITEXT, SUMS, WINDOW = "wikitext2-valid.txt", "gsm8k.jsonl", 256
 NORMED = {"arc_challenge", "openbookqa", "piqa", "hellaswag"}  # judged by acc_norm, as is usual
@@ -58,7 +55,6 @@ class Sizes:
     stories: int = 8
     new_tokens: int = 512
     rounds: int = 20
-    context: int = 512
     heal: tuple[tuple[str, Any], ...] = ()
 
 
@@ -66,7 +62,7 @@ LITTLE = (
     *(("data", "stdlib-train"), ("tokens", 6000), ("window", 64)),
     ("recipe", Recipe(steps=2, batch_size=2, micro_batch=2)),
 )
-SMALL = Sizes(1024, 20, 4, 4, 1, 512, 2, 24, 6, 64, LITTLE)
+SMALL = Sizes(1024, 20, 4, 4, 1, 512, 2, 24, 6, LITTLE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,6 @@ class Setting:
     models: Path
     data: Path
     work: Path
-    vllm: str = ""
     sizes: Sizes = Sizes()
     rows: Path = ROWS
     text: tuple[Path, ...] = ()
@@ -410,28 +405,6 @@ def converted(subject: Subject, plan: Plan, name: str) -> Path:
     return out
 
 
-def speed(subject: Subject, _: Result | None) -> Result:
-    """Each engine that runs the plan; what it shows of quality is in the other rows."""
-    out, sizes, command = converted(subject, subject.plan, "plan"), subject.setting.sizes, ()
-    models = (Contender("original", str(subject.original)), Contender("converted", str(out)))
-    job = Job(models, (Case("decode", 1, sizes.context, 8),), rounds=sizes.rounds, dtype="float32")
-    result: Result = {}
-    for engine in ("eager", "compile", "vllm"):
-        if engine == "vllm" and (reason := refused(subject, VLLM, subject.plan)):
-            result[engine] = {"refused": reason}
-            continue
-        if engine == "vllm" and not (command := tuple(shlex.split(subject.setting.vllm))):
-            raise AbreastError("no vLLM here: `make .venv-vllm/.ready`, or name it with --vllm")
-        (comparison,) = time_job(replace(job, backend=engine, vllm=command), step=say).results
-        ours, theirs = comparison.timings["converted"], comparison.timings["original"]
-        result[engine] = {
-            "original": theirs.tokens_per_second,
-            "converted": ours.tokens_per_second,
-            "ratio": [ours.ratio, ours.ratio_low, ours.ratio_high],
-        }
-    return result
-
-
 def llamacpp(subject: Subject, _: Result | None) -> Result:
     """Four bits with and without groups; the groups wired lp where llama.cpp refuses the plan."""
     reason, plan = refused(subject, LLAMACPP, subject.plan), subject.plan
@@ -498,7 +471,6 @@ KINDS = {
     "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 15, original=True),
     "answers": Kind(answers, (SUMS,), 4, original=True),
     "long": Kind(long, (WIKITEXT,), 6, original=True),
-    "speed": Kind(speed, (), 6, variants=("plan",)),
     "llamacpp": Kind(llamacpp, (WIKITEXT,), 6, variants=("plan",)),
     "text": Kind(text, (), 0.3, original=True),
 }

@@ -246,9 +246,6 @@ def main() -> None:
     parser.add_argument("--models", default=os.environ.get("ABREAST_REAL_MODELS", ".real-models"))
     parser.add_argument("--data", default=os.environ.get("ABREAST_EVAL_DATA", "."))
     parser.add_argument("--work", default=".real-models/work", help="unfinished rows, checkpoints")
-    local = ROOT / ".venv-vllm" / "bin" / "python"
-    default = f"{local} -m abreast.engines.vllm.bench" if local.is_file() else ""
-    parser.add_argument("--vllm", default=default, help="command of vLLM, as of `abreast bench`")
     parser.add_argument(
         "--text",
         type=Path,
@@ -267,7 +264,6 @@ def main() -> None:
         Path(options.models),
         Path(options.data),
         Path(options.work),
-        options.vllm,
         text=tuple(options.text),
         minutes=options.minutes,
         device=options.device,

@@ -22,9 +22,10 @@ from abreast.demo import model_folder
 from abreast.model import geometry, load_tokenizer
 from abreast.plan import Plan
 from abreast.planner.calibration import calibrate
-from abreast.planner.find import find_plan, profile_here
+from abreast.planner.find import find_plan
 from abreast.planner.front import Budget, kind_of
 from abreast.planner.objective import KL
+from abreast.planner.profiling import profile_here
 from abreast.planner.settings import CalibrationSettings
 from abreast.rivals import METHODS, caption, compare
 

@@ -37,7 +37,7 @@ def test_the_page_is_what_its_rows_say() -> None:
 
 
 def test_rows_say_what_they_rest_on() -> None:
-    for file in _evidence.ROWS.glob("*.json"):
+    for file in _evidence.ROWS.glob("*-*-*.json"):
         row = json.loads(file.read_text("utf-8"))
         model, depth, _ = file.stem.split("-")
         assert row["row"] == file.stem and row["command"].endswith(f"real_models.py {file.stem}")
@@ -59,7 +59,10 @@ def made_up(kind: str) -> dict[str, Any]:
     return {
         "rivals": {
             "original": {"perplexity": 8.0},
-            "methods": [{**method, **refit}, {**method, **refit, "method": "sleb"}],
+            "methods": [
+                {**method, **refit},
+                {**method, **refit, "method": "sleb", "kl": [0.5, 0.01]},
+            ],
         },
         "refit": {"refit": of},
         "distilled": {"distilled": of},
@@ -70,13 +73,6 @@ def made_up(kind: str) -> dict[str, Any]:
             "plan": {"loss": pair, "copied": pair, "increase": pair, "copied_sequential": pair},
         },
         "long": {"original": long, "plan": {**long, "own_kl": pair, "kl": [pair] * 8}},
-        "speed": {
-            "plan": {
-                "eager": {"original": 10.0, "converted": 12.0, "ratio": [1.2, 1.1, 1.3]},
-                "compile": {"original": 10.0, "converted": 12.0, "ratio": [1.2, 1.1, 1.3]},
-                "vllm": {"refused": "it has ff groups"},
-            }
-        },
         "llamacpp": {
             "plan": {
                 "refused": "cqil",
@@ -91,6 +87,20 @@ def made_up(kind: str) -> dict[str, Any]:
     }[kind]
 
 
+def bought(model: str) -> dict[str, Any]:
+    """What benchmarks/buy.py leaves of a model whose layers are all its time."""
+    times = {}
+    for depth in _evidence.depths(model):
+        cut = 10 * depth / _evidence.MODELS[model][1]
+        times[str(depth)] = {
+            **{"plan": "1|2:1", "cut": "without 3"},
+            **{"original_ms": 10.0, "ours_ms": cut + 0.1, "cut_ms": cut},
+            **{f"{name}_ratio": [10 / ms] * 3 for name, ms in (("ours", cut + 0.1), ("cut", cut))},
+        }
+    refused = {depth: {"plan": "1|2:1", "refused": "it has cqil"} for depth in times}
+    return {"date": "2026-11-27", "engines": {"eager": times, "llama.cpp": refused}}
+
+
 def test_a_page_of_every_kind_of_row() -> None:
     empty = _evidence.page({})
     assert all(f"`{kinds[0]}` (" in empty for kinds, _, _ in _evidence.SECTIONS.values())
@@ -103,12 +113,26 @@ def test_a_page_of_every_kind_of_row() -> None:
     )
     sizes = {"tokens": 4080, "chosen_on": 2048}
     rows = {
-        name: {"date": "2026-11-26", "results": made_up(kind), **sizes}
-        for name, (_, _, kind) in _evidence.every_row().items()
+        name: {"date": "2026-11-26", "depth": depth, "results": made_up(kind), **sizes}
+        for name, (_, depth, kind) in _evidence.every_row().items()
     }
+    rows |= {f"{model}-buy": bought(model) for model in _evidence.MODELS}
     full = _evidence.page(rows)
     assert "Judged on 4,080 predictions" in full and "rests on 2,048 tokens" in full
-    assert _evidence.MISSING not in full and "refused: it has ff groups" in full
+    assert _evidence.MISSING not in full and "| refused: cqil;" in full
+    assert (
+        "## Quality at equal speed" in full
+        and "llama.cpp runs none of these plans: it has cqil" in full
+    )
+    words = "At equal decode speed, layers abreast are the better buy at depths 28, 25, 22, 20: "
+    assert words + "KL 0.123 against 0.5 of greedy (SLEB) at 1.48x, depth 20" in full
+    assert (
+        "| 25 | 8.43, 1.19 [1.19, 1.19]x | 8.33, 1.20 [1.20, 1.20]x | 0.1234 | 0.5000 SLEB |"
+        in full
+    )
+    of = rows["smollm2-buy"]["engines"]["eager"]["25"]
+    of["plan"] = "3|4:1"  # not the plan whose loss is known by now
+    assert "at depths 28, 22, 20: KL" in _evidence.page(rows)
     for line in full.splitlines():  # every line of a table has as many cells as its headings
         if line.startswith("|left"):
             cells = len(re.findall(r"(?<!\\)\|", line))
@@ -141,7 +165,7 @@ def setting(
     for name in _evidence.TASKS:
         item = {"question": "The _ is", "choices": ["lamp", "house"], "answer": 1}
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(item) + "\n") * 3, "utf-8")
-    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, 32, _measures.LITTLE)
+    sizes = _measures.Sizes(512, 3, 2, 2, 2, 64, 2, 8, 6, _measures.LITTLE)
     return _measures.Setting(
         tmp_path / "models", tmp_path, tmp_path / "work", sizes=sizes, rows=tmp_path / "rows"
     )
@@ -247,3 +271,97 @@ def test_rows_and_plans_taken_from_rivals(setting: Any) -> None:
     real_models.hash_of.cache_clear()
     with pytest.raises(AbreastError, match="rests on another tokens"):
         real_models.take(setting, out)
+
+
+def test_decode_speed_is_timed_once_per_engine_and_drawn(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import buy
+
+    from abreast.model import load
+
+    model, out = setting.models / "tiny", setting.data / "out"
+    numbers = {"kl_stderr": 0.01, "loss_increase": 0.1, "loss_stderr": 0.02, "tokens": 248}
+    found = [("planner", 5, "2+3", 0.1), ("sleb", 5, "without 3", 0.3)]
+    found += [("shortgpt", 5, "without 2", 0.2), ("planner", 4, "1|2 3+4", 0.2)]
+    found += [("sleb", 4, "without 1 3", 0.5), ("contiguous", 4, "1+2 3+4", 0.4)]
+    plans = [
+        {"method": method, "depth": depth, "plan": plan, "kl": kl, **numbers}
+        for method, depth, plan, kl in found
+    ]
+    file = setting.data / "baselines.json"
+    file.write_text(json.dumps({"plans": plans}))
+    seconds = {"original": 0.006, "ours": 0.005, "cut": 0.0048}
+    timed: list[list[int]] = []
+
+    def time_in(folders: Any, rounds: int, context: int) -> Any:
+        models = {name: load(folder)[0] for name, folder in folders.items()}
+        assert {str(each.dtype) for each in models.values()} == {"torch.float32"}
+        timed.append([len(each.model.layers) for each in models.values()])
+        if len(timed) == 1:  # the better of two ways to leave a layer out
+            left, whole = models["cut"].model.layers, models["original"].model.layers
+            for mine, theirs in zip(left, [*whole[:2], *whole[3:]], strict=True):
+                assert torch.equal(mine.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+        return {name: np.full(rounds, seconds[name]) for name in folders}
+
+    monkeypatch.setitem(buy.ENGINES, "eager", (time_in, True, "transformers"))
+    monkeypatch.setitem(buy.ENGINES, "llama.cpp", (time_in, True, "llama.cpp"))
+    command = ["buy", str(model), "-o", str(out), "--results", str(file), "--rounds", "6"]
+    monkeypatch.setattr(sys, "argv", [*command, "--engines", "eager,llama.cpp"])
+    buy.main()
+    assert timed == [[6, 5, 5], [6, 4, 4], [6, 5, 5]]  # llama.cpp has no cqil
+    shown = capsys.readouterr().out
+    assert "| 5 | 5.00, 1.20 [1.20, 1.20]x | 4.80, 1.25 [1.25, 1.25]x | 0.1000 | 0.2000" in shown
+    assert "| 4 | refused: " in shown and shown.count("layers abreast are the better buy") == 2
+    assert all((out / f"buy-{e}.png").read_bytes()[1:4] == b"PNG" for e in ("eager", "llama.cpp"))
+    buy.main()
+    assert len(timed) == 3 and capsys.readouterr().out == shown
+    monkeypatch.setattr(sys, "argv", [*command[:4]])
+    with pytest.raises(SystemExit, match="no results: name "):
+        buy.main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["eager", "compile"])
+def test_engines_of_torch_time_every_contender(setting: Any, engine: str) -> None:
+    import buy
+
+    folder = setting.models / "tiny"
+    folders = {"original": folder, "ours": buy.checkpoint(folder, "2|3:1 4~5", setting.data)}
+    found = buy.ENGINES[engine][0](folders, 2, 8)
+    assert {name: len(times) for name, times in found.items()} == {"original": 2, "ours": 2}
+
+
+def test_searches_on_more_windows_go_on_from_those_on_fewer(
+    setting: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import windows
+
+    from abreast.planner import measuring
+
+    monkeypatch.setattr(windows, "WINDOW", 32)
+    (setting.data / "a.txt").write_text(WORDS * 200, "utf-8")
+    (setting.data / "b.txt").write_text(WORDS.upper() * 100, "utf-8")
+    ran, real = [], measuring.run_programs
+
+    def counted(model: Any, ids: Any, programs: Any, **options: Any) -> Any:
+        ran.append((len(ids), len(programs)))
+        return real(model, ids, programs, **options)
+
+    monkeypatch.setattr(measuring, "run_programs", counted)
+    command = ["windows", str(setting.models / "tiny"), "--data", str(setting.data / "a.txt")]
+    command += ["--judge-data", str(setting.data / "b.txt"), "--windows", "8,16", "--repeat", "2"]
+    command += ["--judge-windows", "8", "--depths", "5", "-o", str(setting.data / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    windows.main()
+    table = capsys.readouterr().out
+    assert re.search(r"^\| 5 \| 8 \| [\d.]+ [\d.]+ \| [\d.]+ \| [\d.]+ \|", table, re.MULTILINE)
+    journals = [
+        (setting.data / "out" / f"0-{count}" / "journal-0.jsonl").read_text().splitlines()
+        for count in (8, 16)
+    ]
+    assert journals[1][: len(journals[0])] == journals[0]
+    assert {json.loads(line)["batch"] for line in journals[1]} == {0, 1, 2, 3}
+    ran.clear()
+    windows.main()
+    assert not ran and capsys.readouterr().out == table

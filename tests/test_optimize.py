@@ -18,18 +18,16 @@ from abreast.errors import AbreastError
 from abreast.optimize import Checks, Healing, optimize, original_of
 from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate
-from abreast.planner.find import (
-    Planned,
-    ProfileSettings,
-    estimated_profile,
-    find_plan,
-    keep_accuracy,
-    measured_profile,
-    profile_here,
-)
+from abreast.planner.find import Planned, find_plan, keep_accuracy
 from abreast.planner.front import Budget, Front, Profile, Stats, explain, kind_of, reasons
 from abreast.planner.measuring import full_forwards
 from abreast.planner.objective import Cost
+from abreast.planner.profiling import (
+    ProfileSettings,
+    estimated_profile,
+    measured_profile,
+    profile_here,
+)
 from abreast.planner.settings import CalibrationSettings
 from abreast.report.records import read_run
 from abreast.speed import bench
@@ -190,6 +188,15 @@ def test_dry_runs_say_how_long_it_takes_and_write_nothing(tiny_checkpoint, tmp_p
     assert status == 2 and len(err.strip().splitlines()) == 1
 
 
+def test_a_short_text_is_refused_before_the_model_writes_one(tiny_checkpoint, tmp_path, run):
+    model, out = tiny_checkpoint(num_layers=LAYERS, tokenizer=True), tmp_path / "out"
+    (tmp_path / "short.txt").write_text("layers abreast")
+    command = ("optimize", model, "-o", out, "--data", tmp_path / "short.txt", "--window", 32)
+    status, _, err = run(*command, "--windows", 8, "--depth", 7, "--no-report", "--no-plots")
+    assert status == 2 and re.search("gives 0 windows|less than one window", err)
+    assert not [*out.rglob("*.safetensors")] and len(err.strip().splitlines()) == 1
+
+
 def test_a_speed_up_needs_a_profile_that_knows_the_groups():
     with pytest.raises(AbreastError, match="needs a latency profile"):
         front().choose(Budget(speedup=1.1))
@@ -287,7 +294,7 @@ def test_profile_of_other_hardware(folder):
 @pytest.fixture
 def timed(folder, tmp_path, monkeypatch):
     """`measured_profile` of a model of 8 layers, from these seconds per token."""
-    module = import_module("abreast.planner.find")
+    module = import_module("abreast.planner.profiling")
     loaded = {"config": SimpleNamespace(model_type="none")}
     monkeypatch.setattr(module, "load", lambda *_, **__: (SimpleNamespace(**loaded), None))
     monkeypatch.setattr(module, "decoder_layers", lambda _: [None] * LAYERS)
@@ -325,7 +332,7 @@ def test_a_profile_of_noise_is_refused(timed, seconds, kind):
 
 
 def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_path, monkeypatch):
-    module, made = import_module("abreast.planner.find"), []
+    module, made = import_module("abreast.planner.profiling"), []
 
     def measure(_, groups, *__, **___):
         made.append({kind_of(group) for group in groups})
@@ -348,7 +355,7 @@ def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_
 
 @pytest.mark.slow
 def test_a_conversion_of_every_kind_is_timed(folder, tmp_path, monkeypatch):
-    module = import_module("abreast.planner.find")
+    module = import_module("abreast.planner.profiling")
 
     def time_layers(models, **options):
         bench(models, **options)  # they run; how long they take is made up, for machines are noisy

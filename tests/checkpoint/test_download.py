@@ -20,8 +20,9 @@ from abreast.checkpoint import hash_entry, open_checkpoint, resolve, sha256_of
 from abreast.cli.main import cli
 from abreast.convert import convert, inspect_model, preview, verify
 from abreast.errors import CheckpointError
+from abreast.model import pace_here
 from abreast.planner import CalibrationSettings
-from abreast.planner.calibration import expect
+from abreast.planner.expected import expect
 
 COMMIT, NAME = "1" * 40, "org/name"
 SMALL = {"config.json", "generation_config.json", "tokenizer.json", "LICENSE", "README.md"}
@@ -172,6 +173,13 @@ def test_a_look_reads_headers_and_downloads_no_weights(hub, look, monkeypatch):
     assert hub.asked() == shards_of(hub)
     hub.ranges.clear()
     assert look() == far and not hub.ranges  # what is here already is read here
+
+
+def test_minutes_are_unknown_before_the_weights_are_here(hub):
+    assert pace_here(NAME, 32, dtype="auto", device="cpu") is None
+    assert not hub.asked() & shards_of(hub)
+    resolve(NAME)
+    assert pace_here(NAME, 32, dtype="auto", device="cpu").layers > 0
 
 
 def test_a_conversion_has_the_commit_on_record(hub, tmp_path):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
+from abreast.model import load, pace_of
 from abreast.planner import (
     Budget,
     CalibrationSettings,
@@ -16,12 +18,14 @@ from abreast.planner import (
     Search,
     calibrate,
     find_plan,
+    measuring,
     score,
     search_texts,
 )
-from abreast.planner.find import best_per_engine
+from abreast.planner.engines import ENGINES
+from abreast.planner.find import per_engine
 from abreast.planner.front import explain
-from abreast.planner.measuring import full_forwards
+from abreast.planner.measuring import full_forwards, measured_plans
 from abreast.report.records import read_run
 
 WINDOW, WINDOWS, LAYERS = 32, 8, 8
@@ -65,7 +69,8 @@ def test_a_plan_costs_what_it_costs_on_held_out_text(texts, tmp_path):
     assert f"{searched.kl - expected.kl:+.5f} against held-out text" in page
     found = read_run(tmp_path)
     assert [row.cost for row in found.front] == [planned.front.held_out[p] for p in best.values()]
-    assert "full forward passes over 256 tokens down to 6 stages, " in messages[0]
+    ahead = r"full forward passes over 256 tokens down to 6 stages, (about \d+|less than a) minute"
+    assert re.search(ahead, messages[0])
     find_plan(calibration, tmp_path, Budget(depth=6), held_out=held_out, step=messages.append)
     assert any("of which earlier calls made" in message for message in messages)
 
@@ -149,7 +154,8 @@ def test_several_devices_are_offered_what_exchanges_least(search, cqil):
     offered = Search(**search).wired(CalibrationSettings()).wirings
     assert {*offered} - {"cqil"} == {"lp", "cqil-full", "ff"} and ("cqil" in offered) == cqil
     named = CalibrationSettings(wirings=("lp",))
-    assert Search(**search).wired(named) == named
+    wired = Search(**search).wired(named)
+    assert wired.wirings == named.wirings and (wired.degree > 1) == cqil
 
 
 def test_the_verb_offers_cqil_where_a_plan_is_for_several_devices(tiny_checkpoint, tmp_path, run):
@@ -186,8 +192,11 @@ def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
     command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
     options = ("--max-group", 2, "--wirings", "lp", "--depth", 7)
-    status, out, _ = run(*command, *options, "--dry-run")
-    assert status == 0 and "full forward passes" in out and not (tmp_path / "run").exists()
+    status, out, _ = run(*command, *options, "--dry-run", "--baselines", "--repeat", 2)
+    assert status == 0 and not (tmp_path / "run").exists()
+    assert re.search(r"2 searches, each about \d+ full .*, down to 7 stages", out)
+    assert re.search(r"here +less than a minute, by a window that was timed now", out)
+    assert re.search(r"baselines +at most \d+ full .* to judge, less than a minute", out)
     status, out, err = run(*command, *options, "--repeat", 2, "--json")
     assert status == 0, err
     first, second = json.loads(out)["searches"]
@@ -203,6 +212,19 @@ def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
     assert status == 0 and "search 2" in out and "differ by" in out
     status, _, err = run(*command, *options, "--repeat", 100)
     assert status == 2 and "name a text of at least" in err and "\n" not in err.strip()
+
+
+def test_minutes_are_those_of_all_searches_and_of_a_window_here(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    command = ("plan", model, "-o", tmp_path / "run", *SIZES, "--depth", 6, "--dry-run", "--json")
+    found = json.loads(run(*command, "--repeat", 1000)[1])
+    assert found["searches"] == 1000 and found["least_depth"] == 6
+    pace = pace_of(load(model)[0], WINDOW)
+    seconds = 1000 * pace.seconds(WINDOWS, found["likely"], found["scored"])
+    assert found["minutes"] == pytest.approx(
+        seconds / 60, rel=5
+    )  # both are timed, on a busy machine
+    assert pace.seconds(3, 2, 1) == pytest.approx(6 * pace.layers + 3 * pace.logits)
 
 
 def test_an_engine_that_loads_none_is_refused_before_anything_is_measured(
@@ -234,18 +256,49 @@ def test_every_engine_is_told_the_best_plan_that_it_loads(tiny_checkpoint, tmp_p
             for number in range(2)
         ]
         planned = find_plan(texts[0], tmp_path, Budget(depth=6), held_out=texts[1], per_group=1)
-        return planned, texts, best_per_engine(planned, *texts)
+        return per_engine(planned, *texts), texts
 
-    planned, (calibration, held_out), engines = searched("ff", "lp")
-    assert {*engines} == {"vLLM", "transformers", "llama.cpp"}
-    assert engines["transformers"] == (planned.plan, planned.expected)
-    plan, cost = engines["llama.cpp"]
-    assert plan.depth == 6 and {group.wiring for group in plan.groups} == {"lp"}
-    assert score(held_out, [plan]) == [cost]
-    loaded = [p for p in planned.front.plans if {group.wiring for group in p.groups} == {"lp"}]
-    costs = [cost.kl for cost in score(calibration, [p for p in loaded if p.depth == 6])]
-    assert score(calibration, [plan])[0].kl <= min(costs, default=np.inf)
-    assert searched("cqil-full")[2]["llama.cpp"] is None
+    planned, (calibration, held_out) = searched("ff", "lp")
+    best = planned.front.best()
+    for name in ("vllm", "transformers", "sglang", "torch_tp", "vllm:deci", "mlx-lm:mlx"):
+        assert planned.engines[name] == tuple((p, planned.front.judged(p)) for p in best.values())
+    stock, in_order = planned.engines["llama.cpp"], planned.engines["vllm:deci-ff"]
+    assert planned.engines["mlx-lm:openelm"] == stock and not planned.not_for
+    for plans, wiring in ((stock, "lp"), (in_order, "ff")):
+        assert [plan.depth for plan, _ in plans] == [*best] == [7, 6]
+        assert {group.wiring for plan, _ in plans for group in plan.groups} == {wiring}
+        assert [score(held_out, [plan])[0] for plan, _ in plans] == [cost for _, cost in plans]
+        few = calibration.batches[:1]  # a quarter of the text
+        for plan, _ in plans:
+            loaded = [p for p in measured_plans(calibration, least=1) if p.depth == plan.depth]
+            loaded = [p for p in loaded if {group.wiring for group in p.groups} == {wiring}]
+            costs = [cost.kl for cost in score(calibration, loaded, batches=few)]
+            assert score(calibration, [plan], batches=few)[0].kl == min(costs)
+    other = searched("cqil-full")[0]
+    assert "llama.cpp" not in other.engines and "cqil wiring" in other.not_for["llama.cpp"]
+    assert set(other.engines) | set(other.not_for) == set(ENGINES)
+
+
+def test_the_verb_shows_the_best_plan_of_each_depth_per_engine(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
+    command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
+    command += ("--max-group", 2, "--depth", 6)
+    status, out, err = run(*command, "--json")
+    assert status == 0, err
+    engines = json.loads(out)["engines"]
+    assert set(engines) == set(ENGINES)
+    assert all([row["depth"] for row in rows] == [7, 6] for rows in engines.values())
+    assert all("~" in row["plan"] and "+" not in row["plan"] for row in engines["vllm:deci-ff"])
+    status, out, _ = run(*command)
+    table = out.split("the best plan of each depth that each engine loads")[1]
+    for name, rows in engines.items():
+        assert name in table and all(row["plan"] in table for row in rows)
+    status, out, _ = run(*command, "--for", "mlx-lm:openelm,vllm:deci")
+    assert status == 0 and "that each engine loads" not in out
+    assert re.search(r"^plan +\d\+\d \d\+\d$", out, re.MULTILINE)
+    status, _, err = run(*command, "--for", "vllm:deci,onnx")
+    assert status == 2 and "engine 'onnx' is unknown; choose from vllm, transformers" in err
 
 
 def test_both_texts_of_a_search_share_one_model(tiny_checkpoint, tmp_path):
@@ -253,3 +306,56 @@ def test_both_texts_of_a_search_share_one_model(tiny_checkpoint, tmp_path):
     settings = CalibrationSettings("stdlib", num_windows=WINDOWS, window=WINDOW)
     calibration, held_out = search_texts(model, tmp_path, settings)
     assert calibration.model is held_out.model
+
+
+def test_an_interrupted_run_goes_on_with_everything_asked_for(
+    tiny_checkpoint, tmp_path, run, monkeypatch
+):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
+    real = measuring.run_programs
+
+    def found(name, stop=None):
+        left = [stop]
+
+        def until(*args, **options):
+            for each in real(*args, **options):
+                if left[0] is not None:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise AbreastError("stopped")
+                yield each
+
+        monkeypatch.setattr(measuring, "run_programs", until)
+        command = ("plan", model, "-o", tmp_path / name, "--data", tmp_path / "text.txt", *SIZES)
+        command += ("--max-group", 2, "--depth", 7, "--repeat", 2, "--baselines", "--for", "vllm")
+        status, out, err = run(*command, "--json")
+        if stop is not None:
+            assert status == 2 and "stopped" in err
+            return None
+        assert status == 0, err
+        record = json.loads(out)
+        rows = [(r["method"], r["plan"], r["refit"], r["kl"]) for r in record["baselines"]]
+        return [(s["plan"], s["expected"], s["searched"]) for s in record["searches"]], rows
+
+    whole = found("whole")
+    for stop in (3, 20, 60, 60):
+        found("parts", stop)
+    searches, rows = found("parts")
+    assert searches == whole[0]
+    assert [row[:3] for row in rows] == [row[:3] for row in whole[1]]
+    assert [row[3] for row in rows] == pytest.approx([row[3] for row in whole[1]], rel=1e-4)
+
+
+def test_all_texts_of_repeated_searches_are_looked_at_first(tiny_checkpoint, tmp_path, run):
+    model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
+    letters = "".join(chr(97 + i * i % 26) for i in range(2000))
+    (tmp_path / "text.txt").write_text(letters[:400])
+    (tmp_path / "other.txt").write_text(letters)
+    command = ("plan", model, "-o", tmp_path / "run", "--data", tmp_path / "text.txt", *SIZES)
+    command += ("--held-out-data", tmp_path / "other.txt", "--max-group", 2, "--depth", 7)
+    status, _, err = run(*command, "--repeat", 3)
+    assert status == 2 and "behind the 8 that were searched on" in err
+    assert not [*(tmp_path / "run").rglob("journal*")]
+    status, _, err = run(*command)
+    assert status == 0, err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -17,11 +19,9 @@ from abreast.evaluate.text import compare
 from abreast.model.grouping import load
 from abreast.plan import Group, Plan
 from abreast.planner import measuring
-from abreast.planner.calibration import (
-    calibrate,
-    candidates,
-    expect,
-)
+from abreast.planner.calibration import calibrate, candidates
+from abreast.planner.engines import ENGINES
+from abreast.planner.expected import expect
 from abreast.planner.front import Stats
 from abreast.planner.measuring import candidate_costs, full_forwards, measure, score
 from abreast.planner.settings import CalibrationSettings
@@ -157,6 +157,8 @@ def test_what_it_takes_is_counted_and_foretold(tiny_checkpoint, tmp_path):
     assert 0.6 * foretold.full_forwards < stats.full_forwards <= foretold.full_forwards
     assert stats.full_forwards == pytest.approx(sum(full_forwards(calibration).values()))
     assert foretold.candidates == len(stats.groups) == 7
+    lines = _lines(tmp_path / "run") / WINDOWS
+    assert foretold.scored == pytest.approx(lines + 1, rel=0.05)  # and the original
     calls = 0
 
     def count(*_):
@@ -205,8 +207,66 @@ def test_only_groups_that_an_engine_loads(tiny_checkpoint, tmp_path):
     assert set(candidates(config, engines=["vllm", "llama.cpp"], **options)) == stock
     with pytest.raises(AbreastError, match=r"llama.cpp loads no such group: .* cqil wiring"):
         candidates(config, engines=["llama.cpp"], wirings=["cqil-full"])
-    with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from vllm, "):
+    with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from vllm, ") as told:
         candidates(config, engines=["mxnet"])
+    assert str(told.value).endswith(", ".join(ENGINES))
+    (option,) = [entry for entry in fields(CalibrationSettings) if entry.name == "engines"]
+    assert all(name in option.metadata["help"] for name in ENGINES)
+
+
+ALL = ("lp", "cqil", "cqil-full", "ff")
+LP, FF, BOTH = ("lp",), ("ff",), ("lp", "ff")
+
+
+@pytest.mark.parametrize(
+    ("family", "loads"),
+    [
+        (
+            "llama",
+            {
+                **dict.fromkeys(("vllm", "transformers", "sglang", "torch_tp", "mlx-lm:mlx"), ALL),
+                **{"llama.cpp": LP, "vllm:deci": BOTH, "vllm:deci-ff": FF},
+                **{"mlx-lm:openelm": LP, "mlx-lm:deci-ff": FF},
+            },
+        ),
+        ("gemma2", dict.fromkeys(("vllm", "transformers", "torch_tp"), ALL)),
+        ("mixtral", {"vllm": BOTH, "transformers": ALL, "torch_tp": ALL}),
+        ("gpt_neox", {"transformers": ALL}),
+    ],
+)
+def test_every_engine_and_format_is_a_name(family, loads):
+    config = {
+        "model_type": family,
+        "num_hidden_layers": 6,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 128,
+        "layer_types": ["full_attention"] * 6,
+    }
+    config |= {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
+    found = {}
+    for name in ENGINES:
+        with suppress(AbreastError):
+            groups = candidates(config, wirings=ALL, engines=[name])
+            left = {"cqil-full" if g.bypass else g.wiring for g in groups}
+            found[name] = tuple(wiring for wiring in ALL if wiring in left)
+    assert found == loads
+
+
+def test_engines_of_several_devices_are_asked_for_them():
+    config = {"model_type": "llama", "num_hidden_layers": 6, "hidden_size": 64}
+    config |= {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 192}
+    for degree, unpaired, loads in ((1, "shard", True), (2, "shard", False), (3, "shard", True)):
+        options = {"engines": ["torch_tp"], "degree": degree, "unpaired": unpaired}
+        if loads:
+            assert candidates(config, **options)
+        else:
+            with pytest.raises(AbreastError, match="torch_tp loads no such group: 2 processes"):
+                candidates(config, **options)
+    assert candidates(config, engines=["torch_tp"], degree=2, unpaired="replicate")
+    with pytest.raises(AbreastError, match="transformers loads no such group: it runs in one"):
+        candidates(config, engines=["vllm", "transformers"], degree=3)
 
 
 def test_parts_of_a_text_have_no_window_in_common(tiny_checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -548,7 +549,7 @@ def test_what_it_takes_is_said_before_and_is_what_it_takes(folder, tmp_path):
     what = Changes(("2-parallel", "prune"))
     expected = study_cost(folder(), what, how)
     result = study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
-    assert said == [expected.text]
+    assert said == [f"{expected.text}, less than a minute here"]
     assert expected.full_forwards == result.evaluations.spent / LAYERS / 2
     assert f"{expected.full_forwards:.1f} full forward passes over 3 windows" in expected.text
     study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
@@ -581,3 +582,15 @@ def test_published_methods_are_measured_beside_the_interventions(
     assert {row["method"] for row in rows} == {*METHODS} - {"planner"}
     assert {row["depth"] for row in rows} == {4} and any(row["refit"] for row in rows)
     assert all(math.isfinite(row["kl"]) for row in rows)
+
+
+def test_what_is_wrong_with_the_text_of_rivals_comes_first(tiny_checkpoint, tmp_path, run):
+    """A study takes what there is; published methods need eight windows."""
+    (tmp_path / "text.txt").write_text("layers abreast " * 10)
+    command = ("study", tiny_checkpoint(tokenizer=True), "-o", tmp_path / "out", "--no-plots")
+    command += ("--data", tmp_path / "text.txt", "--window", 16, "--windows", 9)
+    status, _, err = run(*command, "--baselines", "4")
+    assert status == 2 and "9 were asked for" in err and len(err.strip().splitlines()) == 1
+    assert not [*(tmp_path / "out").rglob("journal*")]
+    status, _, err = run(*command, "--interventions", "prune")
+    assert status == 0 and re.search(r"full forward passes over [1-8] windows of 16 tokens, ", err)

@@ -20,7 +20,7 @@ from abreast.cli.main import cli
 from abreast.data import TokenStream
 from abreast.demo import model_folder
 from abreast.errors import AbreastError
-from abreast.model import grouped, load
+from abreast.model import Pace, grouped, load
 from abreast.plan import Plan
 from abreast.speed.hardware import hardware_of
 from abreast.speed.prediction import Setting, speedup
@@ -129,7 +129,12 @@ def test_what_it_takes_is_known_before(folder, tmp_path):
     expected = study_cost(folder, grid, SETTINGS)
     assert expected.changed == 5  # one group: min_depth leaves no second one
     result = sweep(folder, tmp_path / "out", grid, SETTINGS, stream=stream(), step=said.append)
-    assert said == [expected.text]
+    assert said == [f"{expected.text}, less than a minute here"]
+    for devices in (("cpu",), ("cpu", "cpu")):  # two workers share the cores
+        foretold = study_cost(folder, grid, replace(SETTINGS, devices=devices), Pace(30.0, 6.0))
+        seconds = SETTINGS.num_windows * (30.0 * expected.full_forwards + 6.0 * 6)
+        assert foretold.seconds == pytest.approx(seconds)
+        assert foretold.text == f"{expected.text}, about {round(seconds / 60)} minutes here"
     batches = 2
     # the reference runs once more at the head of every batch's programs, and is shared
     assert result.spent / LAYERS / batches == pytest.approx(expected.full_forwards)
@@ -260,7 +265,13 @@ def test_the_command_says_what_it_takes_and_shows_the_best(tiny_checkpoint, tmp_
     common = ["study", str(folder), "-o", str(tmp_path / "out"), "--sweep", "--data", str(text)]
     common += ["--sizes", "2", "--wirings", "cqil", "--windows", "2", "--window", "16"]
     told = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
-    assert told.startswith("9 changed models, ") and "over 2 windows of 16 tokens" in told
+    assert (
+        told.startswith("9 changed models, ")
+        and "over 2 windows of 16 tokens, less than a minute here" in told
+    )
+    plain = [*common[:4], "--baselines", "5,4", "--dry-run"]
+    both = CliRunner().invoke(cli, plain, catch_exceptions=False).output
+    assert "\nrivals: at most " in both and both.endswith("to judge, less than a minute\n")
     assert not (tmp_path / "out").exists()
     shown = CliRunner().invoke(cli, common, catch_exceptions=False)
     assert told.strip() in shown.stderr

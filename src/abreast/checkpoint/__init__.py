@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         finite,
         hash_entry,
         left_behind,
+        locate,
         model_hash,
         own_file,
         read_json,

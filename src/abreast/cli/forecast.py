@@ -1,24 +1,31 @@
-"""What `optimize` and `heal` will take, said before they begin."""
+"""What a search, `optimize` and `heal` will take, said before they begin."""
 
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from abreast.checkpoint import open_checkpoint, plan_for
 from abreast.cli.console import bytes_text
 from abreast.convert import preview
 from abreast.families import num_layers_of
 from abreast.heal import REFIT_TOKENS, Recipe, memory_needed, step_seconds
-from abreast.model import load, logits_of, scores_under
-from abreast.plan import Plan
-from abreast.planner import PROFILED_TOKENS, CalibrationSettings, expect, likely_depth
+from abreast.model import Pace, load, pace_here, pace_of
+from abreast.plan import Group
+from abreast.planner import (
+    PROFILED_TOKENS,
+    CalibrationSettings,
+    Search,
+    candidates_of,
+    expect,
+    likely_depth,
+)
+from abreast.rivals import METHODS, work_of
 from abreast.runs import JOURNAL, ROWS, Role, share_written
 from abreast.speed import bench
 
@@ -26,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from abreast.optimize import Checks
+    from abreast.study import StudySettings
 
 
 def resumed(out: str | Path) -> str | None:
@@ -76,7 +84,7 @@ def forecast(
     """
     num_layers = num_layers_of(original.config.to_dict())
     least = depth or likely_depth(num_layers)
-    passes = expect(model, settings, depth=least, per_group=per_group).likely
+    work = expect(model, settings, depth=least, per_group=per_group)
     window, calibrated = settings.window, settings.num_windows * settings.window
     texts: tuple[tuple[str, Role, int], ...] = (
         (settings.data, "calibrate", calibrated),
@@ -84,15 +92,6 @@ def forecast(
         (checks.data, "judge", checks.max_tokens),
     )
     written = [tokens * share_written(data, role, Path(out)) for data, role, tokens in texts]
-
-    def score(size: int) -> tuple[float, float]:
-        """Seconds to run a window, and to run and score it."""
-        ids = torch.zeros(1, size, dtype=torch.int64)
-        begin = time.perf_counter()
-        reference = logits_of(original, ids, 1)
-        middle = time.perf_counter()
-        scores_under(original, Plan(num_layers=num_layers), ids, reference)
-        return middle - begin, time.perf_counter() - middle
 
     def decode(batch_size: int) -> float:
         """Seconds of a step."""
@@ -107,18 +106,77 @@ def forecast(
         )
         return timed.timings["original"].median / 4
 
-    score(16)
-    run, scored = score(window)
+    pace = pace_of(original, window)
     step = decode(1)
-    decoded = checks.new_tokens * step + 2 * checks.context / window * run
-    profiled = 4 * (PROFILED_TOKENS * step + checks.context / window * run)
+    decoded = checks.new_tokens * step + 2 * checks.context / window * pace.layers
+    profiled = 4 * (PROFILED_TOKENS * step + checks.context / window * pace.layers)
     batches = [math.ceil(tokens / ROWS / window) * window for tokens in written]
     return Forecast(
         text=sum(batches) * decode(ROWS) if any(batches) else 0.0,
-        search=passes * settings.num_windows * scored,
-        checks=checks.max_tokens / window * (run + scored),
+        search=pace.seconds(settings.num_windows, work.likely, work.scored),
+        checks=checks.max_tokens / window * 2 * (pace.layers + pace.logits),
         timing=2 * checks.rounds * (decoded + profiled),
     )
+
+
+def searching(
+    model: str | Path,
+    settings: CalibrationSettings,
+    search: Search | None = None,
+    *,
+    depth: int | None = None,
+    baselines: bool = False,
+    repeat: int = 1,
+) -> dict[str, Any]:
+    """What measuring takes, and with `search` so many searches down to a depth: JSON-ready values.
+
+    depth: None for a budget of quality. minutes rest on one window of random tokens timed here;
+    None where the weights are not here. baselines: what comparing with rivals takes.
+    """
+    config = open_checkpoint(model, revision=settings.revision, weights=False).config
+    num_layers, per_group, least = num_layers_of(config), 0, None
+    if search is not None:
+        per_group, least = search.per_group, depth or likely_depth(num_layers)
+    expected = expect(model, settings, depth=least, per_group=per_group)
+    pace = pace_with(model, settings)
+    count = settings.num_windows
+    seconds = pace and repeat * pace.seconds(count, expected.likely, expected.scored)
+    record = {**asdict(expected), "least_depth": least, "searches": repeat}
+    record["minutes"] = seconds and seconds / 60
+    if baselines and least is not None:
+        groups, depths = candidates_of(config, settings, in_memory=True), range(least, num_layers)
+        record["baselines"] = comparing(groups, depths, [*METHODS], settings, num_layers, pace)
+    return record
+
+
+def pace_with(
+    model: str | Path, settings: CalibrationSettings | StudySettings, device: str = "cpu"
+) -> Pace | None:
+    """The pace of a model loaded as the settings say; None where its weights are not here."""
+    return pace_here(
+        model,
+        settings.window,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=getattr(settings, "device", device),
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
+def comparing(
+    groups: Sequence[Group],
+    depths: Sequence[int],
+    methods: Sequence[str],
+    settings: CalibrationSettings,
+    num_layers: int,
+    pace: Pace | None,
+) -> str:
+    """What it takes to compare with rivals at these depths, in words."""
+    count = settings.num_windows
+    tokens = count * settings.window
+    work = work_of(num_layers, groups, depths, methods, refit=True, tokens=tokens)
+    words = work.text(tokens, tokens)
+    return words if pace is None else f"{words}, {work.minutes(pace, count, count)}"
 
 
 def healing(

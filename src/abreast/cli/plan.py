@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -17,6 +17,7 @@ from abreast.errors import AbreastError
 if TYPE_CHECKING:
     from abreast.planner import (
         Budget,
+        Calibration,
         CalibrationSettings,
         Planned,
         Search,
@@ -57,6 +58,14 @@ effort_option = click.option(
 )
 
 
+class Texts(NamedTuple):
+    """Of each search the text that it sees and that which plans are judged on; and the questions
+    that they are judged on, where a budget asks for them."""
+
+    pairs: list[tuple[Calibration, Calibration]]
+    questions: Calibration | None
+
+
 @console.verb()
 @click.argument("model")
 @click.option("--dry-run", is_flag=True, help="Only print what it would take.")
@@ -72,12 +81,15 @@ def measure(
     Also how the layers depend on each other. Writes OUT/calibration/stats.safetensors. An
     interrupted run resumes.
     """
-    from abreast.planner import calibrate, expect
+    from abreast.planner import calibrate, expect, expected_work
     from abreast.planner import measure as run
 
     if dry_run:
-        return tables.print_expected(expect(model, calibration), as_json)
+        from abreast.cli.forecast import searching
+
+        return tables.print_expected(searching(model, calibration), as_json)
     opened = calibrate(model, Path(out) / "calibration", calibration, step=console.say)
+    console.say(expected_work(opened, expect(opened.checkpoint, opened.settings)))
     with console.progress_bar("measure", as_json) as progress:
         stats = run(opened, progress=progress)
     if as_json:
@@ -131,21 +143,26 @@ def plan(
     Writes OUT/plan.yaml, OUT/why.md and OUT/front.json. Reuses earlier measurements in OUT.
     """
     from abreast.checkpoint import write
-    from abreast.planner import expect, explain
+    from abreast.planner import explain
 
     if known:
         return _take_known(model, Path(out), budget.depth, calibration.revision)
     calibration = search.wired(calibration)
     if dry_run:
-        expected = expect(model, calibration, depth=budget.depth or 1, per_group=search.per_group)
+        from abreast.cli.forecast import searching
+
+        expected = searching(
+            model, calibration, search, depth=budget.depth, baselines=baselines, repeat=repeat
+        )
         return tables.print_expected(expected, as_json)
+    texts = _open(model, Path(out), budget, calibration, search, repeat)
     planned, rivals = _find(
-        model, Path(out), budget, calibration, search, baselines, as_json, repeat=repeat
+        model, Path(out), budget, calibration, search, texts, baselines, as_json
     )
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
     planned.front.stats.on_record(planned.plan).save(plan_file)
     write(reasons, explain(planned.plan, planned.front))
-    searches = _repeated(model, Path(out), budget, calibration, search, planned, repeat, as_json)
+    searches = _repeated(budget, search, texts, planned, as_json)
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}
         record["searches"] = [run.to_dict() for run in searches]
@@ -271,7 +288,11 @@ def optimize(
         return
     if (earlier := resumed(out)) is not None:
         console.say(earlier)
-    evaluation_text(model, out, checks, None if earlier else author, step=console.say)
+    writer = None if earlier else author
+    if eval_data != "auto":  # a file is looked at before a model writes for minutes
+        evaluation_text(model, out, checks, writer)
+    texts = _open(model, Path(out), budget, calibration, search, author=writer)
+    evaluation_text(model, out, checks, writer, step=console.say)
     if not earlier:
         author()  # where nothing had to be written
     command = ["abreast", *sys.argv[1:]]
@@ -281,13 +302,13 @@ def optimize(
         budget,
         calibration,
         search,
+        texts,
         baselines,
         as_json,
         best=candidates,
         timed=True,
         rounds=rounds,
         command=command,
-        author=None if earlier else author,
     )
     with console.progress_bar("optimize", as_json) as progress:
         result = run(
@@ -325,55 +346,73 @@ def _take_known(model: str, out: Path, depth: int | None, revision: str | None) 
     console.print_table({"plan": plans[depth].label, "plan file": str(out / "plan.yaml")})
 
 
+def _open(
+    model: str,
+    out: Path,
+    budget: Budget,
+    settings: CalibrationSettings,
+    search: Search,
+    repeat: int = 1,
+    author: Callable[[], Any] | None = None,
+) -> Texts:
+    """The texts of all searches, one loaded model for all; what is wrong with them is said here."""
+    from abreast.planner import check_depth, search_texts, task_questions
+    from abreast.report import check_drawing
+
+    if search.plots:
+        check_drawing()
+    pairs: list[tuple[Calibration, Calibration]] = []
+    for number in range(repeat):
+        pairs.append(
+            search_texts(
+                model,
+                out,
+                settings,
+                search.held_out_data,
+                repeat=repeat,
+                number=number,
+                author=pairs[0][0].load if pairs else author,
+                step=console.say,
+            )
+        )
+        check_depth(pairs[0][0], budget.depth)
+    questions = None
+    if budget.keep_quality is not None:
+        questions = task_questions(model, out, settings, search.questions, pairs[0][0].load)
+    return Texts(pairs, questions)
+
+
 def _find(
     model: str,
     out: Path,
     budget: Budget,
     settings: CalibrationSettings,
     search: Search,
+    texts: Texts,
     compare_baselines: bool,
     as_json: bool,
     *,
     best: int = 1,
     timed: bool = False,
     rounds: int = 12,
-    repeat: int = 1,
     command: Sequence[str] | None = None,
-    author: Callable[[], Any] | None = None,
 ) -> tuple[Planned, tuple[Measured, ...]]:
-    """Calibrate, profile where speed matters, search, compare with rivals, draw."""
+    """Profile where speed matters, search, compare with rivals, draw."""
     from abreast.planner import (
         NoisyTiming,
-        best_per_engine,
-        check_depth,
         estimated_profile,
         find_plan,
         keep_accuracy,
         kind_of,
+        per_engine,
         profile_here,
-        search_texts,
-        task_questions,
     )
-    from abreast.report import check_drawing, draw_front
+    from abreast.report import draw_front
     from abreast.rivals import compare
     from abreast.runs import record_environment
 
-    machine = search.machine
-    if search.plots:
-        check_drawing()
-    calibration, held_out = search_texts(
-        model,
-        out,
-        settings,
-        search.held_out_data,
-        repeat=repeat,
-        author=author,
-        step=console.say,
-    )
-    check_depth(calibration, budget.depth)
-    questions = None
-    if budget.keep_quality is not None:
-        questions = task_questions(model, out, settings, search.questions, calibration.load)
+    machine, questions = search.machine, texts.questions
+    calibration, held_out = texts.pairs[0]
     words = budget.text if machine is None else budget.text.replace("deepest cut", "fastest plan")
     console.say(f"budget: {words}")
     if command is not None:
@@ -402,8 +441,9 @@ def _find(
             share = budget.keep_quality
             planned = keep_accuracy(planned, questions, share, step=console.say, progress=progress)
         if not settings.engines:
-            engines = best_per_engine(planned, calibration, held_out, progress=progress)
-            planned = replace(planned, engines=engines)
+            planned = per_engine(
+                planned, calibration, held_out, step=console.say, progress=progress
+            )
         if (timed or compare_baselines) and planned.profile is None:
             chosen = planned.front.best().values()
             kinds = {kind_of(group) for plan in chosen for group in plan.groups}
@@ -433,30 +473,14 @@ def _find(
 
 
 def _repeated(
-    model: str,
-    out: Path,
-    budget: Budget,
-    settings: CalibrationSettings,
-    search: Search,
-    planned: Planned,
-    repeat: int,
-    as_json: bool,
+    budget: Budget, search: Search, texts: Texts, planned: Planned, as_json: bool
 ) -> list[Planned]:
     """The first search and the others, on other texts, all judged on the same."""
-    from abreast.planner import find_plan, search_texts
+    from abreast.planner import find_plan
 
     searches, timed = [planned], budget.speedup is not None
-    for number in range(1, repeat):
-        console.say(f"search {number + 1} of {repeat}, on another text")
-        calibration, held_out = search_texts(
-            model,
-            out,
-            settings,
-            search.held_out_data,
-            repeat=repeat,
-            number=number,
-            step=console.say,
-        )
+    for number, (calibration, held_out) in enumerate(texts.pairs[1:], start=2):
+        console.say(f"search {number} of {len(texts.pairs)}, on another text")
         with console.progress_bar("plan", as_json) as progress:
             again = find_plan(
                 calibration,

@@ -15,7 +15,7 @@ from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.plan import Group, Plan
-    from abreast.planner import Calibration
+    from abreast.planner import Calibration, CalibrationSettings
     from abreast.rivals import Measured
     from abreast.study import Changes, Grid, StudySettings, Sweep
 
@@ -68,7 +68,6 @@ def study(
     from abreast.planner import KL
     from abreast.report import check_drawing, draw_study
     from abreast.study import study as run
-    from abreast.study import study_cost
 
     extra = {name: value for name, value in task_options.items() if value is not None}
     _check_kind(sweep, changes, grid, [*extra, *(["timed"] if timed else [])])
@@ -76,19 +75,17 @@ def study(
         raise AbreastError("--baselines goes without --sweep; leave one of them out")
     depths = _depths(model, baselines, settings.revision) if baselines else []
     if dry_run:
-        expected = study_cost(model, grid if sweep else changes, settings)
-        if as_json:
-            return console.print_json(expected.__dict__)
-        return click.echo(expected.text)
+        return _print_expected(model, grid if sweep else changes, settings, depths, as_json)
     if not no_plots:
         check_drawing()
     if sweep:
         return _sweep(model, out, grid, settings, timed, extra, no_plots, as_json)
+    texts = _texts(model, out, settings) if depths else None  # what is wrong with them comes first
     with console.progress_bar("study", as_json) as progress:
         result = run(model, out, changes, settings, step=console.say, progress=progress)
     if not no_plots:
         draw_study(result.rows, result.num_layers, out)
-    rivals = _rivals(_texts(model, out, settings), out, depths, as_json) if depths else ()
+    rivals = _rivals(texts, out, depths, as_json) if texts else ()
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if depths else {}
         return console.print_json({**result.to_dict(), **record})
@@ -104,17 +101,56 @@ def study(
     )
 
 
+def _print_expected(
+    model: str, work: Changes | Grid, settings: StudySettings, depths: list[int], as_json: bool
+) -> None:
+    """What a study takes, and comparing published methods at these depths."""
+    from abreast.checkpoint import open_checkpoint
+    from abreast.cli.forecast import comparing, pace_with
+    from abreast.families import num_layers_of
+    from abreast.planner import candidates_of
+    from abreast.study import study_cost
+
+    study_cost(model, work, settings)  # what it refuses comes before the model is loaded
+    pace = pace_with(model, settings, settings.devices[0])
+    expected = study_cost(model, work, settings, pace)
+    rivals = {}
+    if depths:
+        config = open_checkpoint(model, revision=settings.revision, weights=False).config
+        calibration = _calibration(settings)
+        groups = candidates_of(config, calibration, in_memory=True)
+        methods, num_layers = _methods(), num_layers_of(config)
+        rivals = {"baselines": comparing(groups, depths, methods, calibration, num_layers, pace)}
+    if as_json:
+        return console.print_json(expected.__dict__ | rivals)
+    click.echo("\n".join([expected.text, *(f"rivals: {words}" for words in rivals.values())]))
+
+
 def _texts(model: str, out: str, settings: StudySettings) -> tuple[Calibration, Calibration]:
     """The study's kind of text: that on which published methods choose, and another to judge on."""
+    from abreast.planner import search_texts
+
+    folder = Path(out) / "baselines"
+    return search_texts(model, folder, _calibration(settings), step=console.say)
+
+
+def _calibration(settings: StudySettings) -> CalibrationSettings:
+    """The settings with which published methods choose."""
     from abreast.plan import WIRING_NAMES
-    from abreast.planner import MIN_CALIBRATION_WINDOWS, CalibrationSettings, search_texts
+    from abreast.planner import MIN_CALIBRATION_WINDOWS, CalibrationSettings
 
     names = {field.name for field in fields(CalibrationSettings)}
     common = {name: value for name, value in vars(settings).items() if name in names}
     common |= {"device": settings.devices[0], "wirings": tuple(WIRING_NAMES)}
     common["num_windows"] = max(settings.num_windows, MIN_CALIBRATION_WINDOWS)
-    folder = Path(out) / "baselines"
-    return search_texts(model, folder, CalibrationSettings(**common), step=console.say)
+    return CalibrationSettings(**common)
+
+
+def _methods() -> list[str]:
+    """The published ones."""
+    from abreast.rivals import METHODS
+
+    return [method for method in METHODS if method != "planner"]
 
 
 def _rivals(
@@ -122,7 +158,7 @@ def _rivals(
 ) -> tuple[Measured, ...]:
     """What published methods choose at these depths."""
     from abreast.model import geometry
-    from abreast.rivals import METHODS, compare
+    from abreast.rivals import compare
 
     text = texts[0]
     with console.progress_bar("study", as_json) as progress:
@@ -131,7 +167,7 @@ def _rivals(
             geometry(text.model, text.tokens, text.size, 1, text.prefix),
             *(*texts, Path(out) / "baselines"),
             depths=depths,
-            methods=[method for method in METHODS if method != "planner"],
+            methods=_methods(),
             step=console.say,
             progress=progress,
         )

@@ -11,7 +11,7 @@ from abreast.cli import console
 if TYPE_CHECKING:
     from abreast.optimize import Optimized
     from abreast.plan import Plan
-    from abreast.planner import Expected, Objective, Planned
+    from abreast.planner import Cost, Objective, Planned
     from abreast.rivals import Measured
     from abreast.speed import Hardware, Setting
 
@@ -54,17 +54,27 @@ def print_rivals(rows: Sequence[Measured], objective: Objective) -> None:
     )
 
 
-def print_expected(expected: Expected, as_json: bool) -> None:
+def print_expected(record: Mapping[str, Any], as_json: bool) -> None:
+    """What `forecast.searching` foretells."""
+    from abreast.model import minutes_text
+
     if as_json:
-        return console.print_json(expected.__dict__)
-    console.print_table(
-        {
-            "candidates": str(expected.candidates),
-            "takes": f"at most {expected.full_forwards:.1f} full forward passes over the text",
-            "weights": console.bytes_text(expected.weights),
-            "kept states": console.bytes_text(expected.activations),
-        }
-    )
+        return console.print_json(record)
+    least, minutes, searches = record["least_depth"], record["minutes"], record["searches"]
+    each = f"{searches} searches, each " if searches > 1 else ""
+    down = "" if least is None else f", down to {least} stages"
+    rows = {
+        "candidates": str(record["candidates"]),
+        "takes": f"{each}about {record['likely']:.0f} full forward passes over the text, at most "
+        f"{record['full_forwards']:.1f}{down}",
+        "here": "unknown before the weights are here"
+        if minutes is None
+        else f"{minutes_text(60 * minutes)}, by a window that was timed now",
+        "weights": console.bytes_text(record["weights"]),
+        "kept states": console.bytes_text(record["activations"]),
+    }
+    rows |= {"baselines": record["baselines"]} if "baselines" in record else {}
+    console.print_table(rows)
 
 
 def print_searches(searches: Sequence[Planned]) -> None:
@@ -120,11 +130,42 @@ def print_front(model: str, planned: Planned, machine: Hardware | None) -> None:
     )
 
 
+def print_engines(planned: Planned) -> None:
+    """The best plan of each depth that each engine loads, a line per plan."""
+    objective = planned.front.objective
+    lines: dict[Plan, tuple[Cost, list[str]]] = {}
+    for name, plans in planned.engines.items():
+        for plan, cost in plans:
+            lines.setdefault(plan, (cost, []))[1].append(name)
+    if not planned.engines:
+        return
+    best = [*planned.front.best().values()]
+    console.print_columns(
+        ("stages", "plan", objective.name, "engines"),
+        [
+            (
+                str(plan.depth),
+                plan.shorthand,
+                f"{objective.value(cost):.4f} ± {objective.stderr(cost):.4f}",
+                ", ".join(names),
+            )
+            for plan, (cost, names) in sorted(
+                lines.items(), key=lambda item: (-item[0].depth, item[0] not in best)
+            )
+        ],
+        left=("plan", "engines"),
+        title="the best plan of each depth that each engine loads, on held-out text",
+        borders=False,
+        notes=[f"not for {line}" for line in by_reason(planned.not_for)],
+    )
+
+
 def print_plan(model: str, planned: Planned, machine: Hardware | None) -> None:
     from abreast.speed import Setting, read_config
 
     cost, objective = planned.expected, planned.front.objective
     print_front(model, planned, machine)
+    print_engines(planned)
     name, value, searched = objective.name, objective.value(cost), objective.value(planned.searched)
     rows = {
         "plan": planned.plan.label,
@@ -138,10 +179,6 @@ def print_plan(model: str, planned: Planned, machine: Hardware | None) -> None:
         rows["accuracy kept"] = (
             f"{tasks.accuracy_kept:.1%} ± {tasks.kept_stderr:.1%} of that above chance"
         )
-    for engine, best in planned.engines.items():
-        plan = "none of this depth" if best is None else best[0].label
-        costs = "" if best is None else f": {objective.name} {objective.value(best[1]):.5f}"
-        rows[f"best for {engine}"] = f"{plan}{costs}"
     if machine is not None and machine.count > 1:
         config = read_config(model, revision=planned.front.stats.revision)
         rows |= {f"on {machine.name}": compared(config, planned.plan, Setting(machine))}

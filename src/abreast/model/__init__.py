@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         load_tokenizer,
         remove,
     )
+    from abreast.model.pace import Pace, minutes_text, pace_here, pace_of
     from abreast.model.programs import (
         INTERVENTIONS,
         Mapped,

@@ -7,26 +7,19 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.planner.calibration import (
         Calibration,
-        Expected,
         calibrate,
-        expect,
-        run_in_memory,
+        candidates_of,
         search_texts,
         task_questions,
     )
+    from abreast.planner.engines import ENGINES, Engine, loaded_by
+    from abreast.planner.expected import Expected, expect, expected_work, likely_depth
     from abreast.planner.find import (
-        PROFILED_TOKENS,
-        NoisyTiming,
         Planned,
-        ProfileSettings,
-        best_per_engine,
         check_depth,
-        estimated_profile,
         find_plan,
         keep_accuracy,
-        likely_depth,
-        profile_here,
-        saved_profile,
+        per_engine,
     )
     from abreast.planner.front import (
         DEFAULT_KL,
@@ -42,6 +35,14 @@ if TYPE_CHECKING:
     )
     from abreast.planner.measuring import measure, score, score_programs
     from abreast.planner.objective import KL, OBJECTIVES, OF_TASKS, Cost, Objective, Scoring
+    from abreast.planner.profiling import (
+        PROFILED_TOKENS,
+        NoisyTiming,
+        ProfileSettings,
+        estimated_profile,
+        profile_here,
+        saved_profile,
+    )
     from abreast.planner.scoring import MIN_CALIBRATION_WINDOWS
     from abreast.planner.search import Costs, additive, contiguous
     from abreast.planner.settings import CalibrationSettings, Search

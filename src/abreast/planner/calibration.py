@@ -25,7 +25,8 @@ from abreast.data import AUTO, OWN, TokenStream
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, num_layers_of, positive
 from abreast.model import fitting_dtype, load, load_tokenizer, loaded_dtype
-from abreast.plan import WIRING_NAMES, Group, Plan
+from abreast.plan import WIRING_NAMES, Group
+from abreast.planner.engines import loaded_by
 from abreast.planner.objective import Objective
 from abreast.planner.scoring import (
     MIN_CALIBRATION_WINDOWS,
@@ -35,7 +36,6 @@ from abreast.planner.scoring import (
     of_tasks,
     of_text,
 )
-from abreast.planner.search import BEAM, COUNTED, PER_GROUP, additive
 from abreast.planner.settings import WIRINGS, CalibrationSettings
 from abreast.runs import (
     Author,
@@ -52,7 +52,7 @@ from abreast.runs import (
     window_bytes,
     windows_at_once,
 )
-from abreast.targets import SERVERS, refusals
+from abreast.targets import Unpaired
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -121,27 +121,14 @@ class Calibration:
         return range(math.ceil(self.sample.num_items / self.size))
 
 
-@dataclass(frozen=True)
-class Expected:
-    """Cost of a calibration run: full forward passes, at most, and bytes held at once.
-
-    likely: passes where the groups chosen are like the others, instead of those that take longest.
-    activations: hidden states and logits that are kept; a layer's working memory comes on top.
-    """
-
-    candidates: int
-    full_forwards: float
-    likely: float
-    weights: int
-    activations: int
-
-
 def candidates(
     config: dict[str, Any],
     *,
     max_group: int = 2,
     wirings: Sequence[str] = ("lp",),
     engines: Sequence[str] = (),
+    degree: int = 1,
+    unpaired: Unpaired = "shard",
     force: bool = False,
     in_memory: bool = False,
 ) -> tuple[Group, ...]:
@@ -149,8 +136,9 @@ def candidates(
 
     Left out: groups with the first or last layer unless force is set, groups that cannot be fused
     (see `obstacle`; with in_memory, those that cannot even run), groups that one of the engines
-    does not load, and, in families whose FFN reads the layer's input, wirings other than lp, which
-    are the same there. Raises AbreastError for unknown wirings and engines and when none is left.
+    does not load (degree, unpaired: see `refusals`), and, in families whose FFN reads the layer's
+    input, wirings other than lp, which are the same there. Raises AbreastError for unknown wirings
+    and engines and when none is left.
     """
     unknown = [wiring for wiring in wirings if wiring not in WIRING_NAMES]
     if unknown or not wirings:
@@ -176,26 +164,7 @@ def candidates(
             ]
     if not groups:
         raise AbreastError("no group of this model can be formed; see `abreast inspect`")
-    for name in engines:
-        groups = _loaded_by(name, groups, config)
-    return tuple(groups)
-
-
-def _loaded_by(name: str, groups: Sequence[Group], config: dict[str, Any]) -> list[Group]:
-    """The groups that an engine loads. Raises AbreastError where it loads none, with its reason."""
-    servers = {server.name.lower(): server for server in SERVERS}
-    if name.lower() not in servers:
-        raise AbreastError(f"engine '{name}' is unknown; choose from {', '.join(servers)}")
-    server, family = servers[name.lower()], FAMILIES.get(str(config.get("model_type")))
-    count = num_layers_of(config)
-    reasons = {
-        group: next(refusals(server, config, family, Plan(num_layers=count, groups=(group,))), None)
-        for group in groups
-    }
-    loaded = [group for group, reason in reasons.items() if reason is None]
-    if not loaded:
-        raise AbreastError(f"{server.name} loads no such group: {next(iter(reasons.values()))}")
-    return loaded
+    return tuple(loaded_by(engines, groups, config, degree, unpaired))
 
 
 def calibrate(
@@ -237,8 +206,8 @@ def calibrate(
         checkpoint, settings.dtype, settings.device, recorded=recorded, step=step
     )
     settings = replace(settings, dtype=fitting)
-    groups = _candidates(config, settings)
-    at_once = windows_at_once(_window_cache(checkpoint, settings), settings.max_cache_bytes)
+    groups = candidates_of(config, settings)
+    at_once = windows_at_once(window_cache(checkpoint, settings), settings.max_cache_bytes)
     check_window(window, config.get("max_position_embeddings"))
     check_run(run, KIND)
     options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
@@ -292,34 +261,43 @@ def search_texts(
 ) -> tuple[Calibration, Calibration]:
     """The text of one of `repeat` searches, and that which plans are judged on; none is in both.
 
-    held_out_data: names the latter; without it, a text that has none of its own for judging gives a
-    part of itself. out: the run folder. author: gives the loaded model, None to load it here.
-    Raises as `calibrate`.
+    held_out_data: names the latter, which is then opened first, for the model may write the other;
+    without it, a text that has none of its own for judging gives a part of itself. out: the run
+    folder. author: gives the loaded model, None to load it here. Raises as `calibrate`.
     """
     out, other = Path(out), held_out_data or settings.data
     by_role = settings.scoring.score == "kl" and other in (AUTO, OWN)
     another = other != settings.data or by_role
     parts, first = repeat + (not another), out / "calibration"
-    calibration = calibrate(
-        model,
-        out / f"repeat-{number + 1}" / "calibration" if number else first,
-        settings,
-        part=(number, parts),
-        text=first,
-        author=author,
-        step=step,
-    )
-    held_out = calibrate(
-        model,
-        out / "judge",
-        replace(settings, data=other),
-        part=(0, 1) if another else (repeat, parts),
-        role="judge",
-        author=calibration.load,
-        option="--held-out-data",
-        step=step,
-    )
-    return calibration, held_out
+
+    def searched(author: Author | None) -> Calibration:
+        return calibrate(
+            model,
+            out / f"repeat-{number + 1}" / "calibration" if number else first,
+            settings,
+            part=(number, parts),
+            text=first,
+            author=author,
+            step=step,
+        )
+
+    def judged(author: Author | None) -> Calibration:
+        return calibrate(
+            model,
+            out / "judge",
+            replace(settings, data=other),
+            part=(0, 1) if another else (repeat, parts),
+            role="judge",
+            author=author,
+            option="--held-out-data",
+            step=step,
+        )
+
+    if held_out_data is not None:
+        held_out = judged(author)
+        return searched(held_out.load), held_out
+    calibration = searched(author)
+    return calibration, judged(calibration.load)
 
 
 def task_questions(
@@ -335,88 +313,7 @@ def task_questions(
     return calibrate(model, Path(out) / "questions", settings, role="judge", author=author)
 
 
-def expect(
-    model: str | Path,
-    settings: CalibrationSettings,
-    *,
-    depth: int | None = None,
-    per_group: int = PER_GROUP,
-    beam: int = BEAM,
-) -> Expected:
-    """Cost of `measure` with these settings, from config and headers, reading no weights.
-
-    depth: that of a search as well, down to this depth, and of judging the best plan of each.
-    """
-    checkpoint = open_checkpoint(model, revision=settings.revision, weights=False)
-    groups = _candidates(checkpoint.config, settings)
-    num_layers, cache = num_layers_of(checkpoint.config), _window_cache(checkpoint, settings)
-    num_windows, at_once = settings.num_windows, windows_at_once(cache, settings.max_cache_bytes)
-    size = min(num_windows, settings.batch_size, at_once)
-    batches = math.ceil(num_windows / size)
-    depths = list[int]()
-    if depth is not None:
-        free = dict.fromkeys(groups, 0.0)
-        depths = [
-            reached for reached in additive(num_layers, free) if depth <= reached < num_layers
-        ]
-    most, likely = (
-        _alone(groups, num_layers, batches, settings, likely=likely)
-        + _searched(depths, num_layers, per_group, beam, likely=likely)
-        for likely in (False, True)
-    )
-    return Expected(
-        candidates=len(groups),
-        full_forwards=most,
-        likely=likely,
-        weights=sum(math.prod(t.shape) for t in checkpoint.tensors.values())
-        * loaded_dtype(checkpoint, settings.dtype).itemsize,
-        activations=size * cache,
-    )
-
-
-def _alone(
-    groups: Sequence[Group],
-    num_layers: int,
-    batches: int,
-    settings: CalibrationSettings,
-    *,
-    likely: bool,
-) -> float:
-    """Passes of the groups alone: those that take longest are chosen, or such as take the mean."""
-    share = share_of(range(batches), settings.screen) / batches
-    wirings = len({group.kind for group in groups if len(group.layers) == 2}) or 1
-    smallest = min(len(group.layers) for group in groups)
-
-    def chosen(layers: Sequence[float], part: float) -> list[float]:
-        count = math.ceil(part * len(layers))
-        ranked = sorted(layers, reverse=True)
-        return [sum(layers) / len(layers)] * count if likely else ranked[:count]
-
-    screened = list[float]()
-    for size in sorted({len(group.layers) for group in groups}):
-        # A candidate shares the layers before it with the original.
-        layers = {num_layers - group.layers[0] for group in groups if len(group.layers) == size}
-        screened += chosen([*layers], 1.0 if size == smallest else settings.larger)
-    measured = sum(chosen(screened, settings.keep))
-    dependency = num_layers * (num_layers - 1) / 2 / DEPENDENCY_SHARE
-    layers_run = 2 * num_layers + dependency + (1 - share) * measured
-    return (layers_run + share * wirings * sum(screened)) / num_layers
-
-
-def _searched(
-    depths: Sequence[int], num_layers: int, per_group: int, beam: int, *, likely: bool
-) -> float:
-    """Passes of the plans of these depths, the judging included."""
-    passes = float(bool(depths))
-    for number, depth in enumerate(depths, start=1):
-        # a plan shares the layers before its first group; so many groups, spread over the model
-        whole = number / (number + 1) * depth / num_layers if likely else 1.0
-        plans = per_group * min(COUNTED, number) * PLAN_SCREEN + beam * (1 - PLAN_SCREEN) + 1
-        passes += whole * plans
-    return passes
-
-
-def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
+def window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     """Bytes of the states and logits kept of one window."""
     config, itemsize = checkpoint.config, loaded_dtype(checkpoint, settings.dtype).itemsize
     hidden, vocabulary = positive(config, "hidden_size"), positive(config, "vocab_size")
@@ -426,20 +323,20 @@ def _window_cache(checkpoint: Checkpoint, settings: CalibrationSettings) -> int:
     return window_bytes(settings.window, states, hidden, itemsize, vocabulary)
 
 
-def run_in_memory(calibration: Calibration) -> tuple[Group, ...]:
-    """The candidates and those that mix kinds of attention, which no checkpoint could hold."""
-    config = open_checkpoint(calibration.checkpoint).config
-    return _candidates(config, calibration.settings, in_memory=True)
-
-
-def _candidates(
+def candidates_of(
     config: dict[str, Any], settings: CalibrationSettings, *, in_memory: bool = False
 ) -> tuple[Group, ...]:
+    """The candidates that the settings ask for.
+
+    in_memory: also those that mix kinds of attention, which no checkpoint could hold.
+    """
     return candidates(
         config,
         max_group=settings.max_group,
         wirings=settings.wirings or WIRINGS,
         engines=settings.engines,
+        degree=settings.degree,
+        unpaired=settings.unpaired,
         force=settings.force,
         in_memory=in_memory,
     )

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from abreast.checkpoint import open_checkpoint, read_json, scratch, write
-from abreast.convert import convert
+from abreast.checkpoint import open_checkpoint, write
 from abreast.errors import AbreastError
-from abreast.families import CONVERTIBLE, FAMILIES, num_layers_of
-from abreast.model import decoder_layers, load, logits_of
 from abreast.plan import Group, Plan
-from abreast.planner.calibration import PLAN_SCREEN, Calibration, expect, share_of
+from abreast.planner.calibration import PLAN_SCREEN, Calibration, share_of
+from abreast.planner.engines import ENGINES, loaded_by
+from abreast.planner.expected import expect, expected_work, likely_depth
 from abreast.planner.front import (
     FRONT_FILE,
     MOST_KL,
     Budget,
     Front,
     Profile,
-    kind_of,
     reasons,
     unreachable,
 )
@@ -40,19 +35,6 @@ from abreast.planner.measuring import (
 )
 from abreast.planner.objective import Cost, Objective
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
-from abreast.speed import Setting, bench, hardware_of, read_config, stage_cost, stage_seconds
-from abreast.targets import SERVERS, Target, Unpaired, refusals
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from abreast.speed import Hardware
-
-PROFILED_TOKENS = 16  # decoded per round of a profile
-
-
-class NoisyTiming(AbreastError):
-    """Timings that tell nothing about the speed of a stage."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +42,8 @@ class Planned:
     """The plan chosen within a budget.
 
     others: the next best plans of its depth, as many as requested. searched: the plan's cost on the
-    text that it was searched on; expected: on held-out text, where it was measured there. engines:
-    see `best_per_engine`. on_tasks: see `keep_accuracy`.
+    text that it was searched on; expected: on held-out text, where it was measured there. engines,
+    not_for: see `per_engine`. on_tasks: see `keep_accuracy`.
     """
 
     plan: Plan
@@ -70,7 +52,8 @@ class Planned:
     searched: Cost
     front: Front
     profile: Profile | None
-    engines: Mapping[str, tuple[Plan, Cost] | None] = field(default_factory=dict)
+    engines: Mapping[str, tuple[tuple[Plan, Cost], ...]] = field(default_factory=dict)
+    not_for: Mapping[str, str] = field(default_factory=dict)
     on_tasks: Cost | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,9 +77,13 @@ class Planned:
             ],
             "reasons": reasons(self.plan, front),
             "engines": {
-                name: best and {"plan": best[0].shorthand, **asdict(best[1])}
-                for name, best in self.engines.items()
+                name: [
+                    {"plan": plan.shorthand, "depth": plan.depth, **asdict(cost)}
+                    for plan, cost in plans
+                ]
+                for name, plans in self.engines.items()
             },
+            "not_for": dict(self.not_for),
             **({} if self.on_tasks is None else {"on_tasks": asdict(self.on_tasks)}),
         }
 
@@ -145,7 +132,11 @@ def find_plan(
     objective = objective or calibration.objective
     deepest = check_depth(calibration, budget.depth)
     least_depth = budget.depth or deepest
-    step(_expected_work(calibration, budget.depth, per_group, beam))
+    least = budget.depth or likely_depth(calibration.num_layers)
+    work = expect(
+        calibration.checkpoint, calibration.settings, depth=least, per_group=per_group, beam=beam
+    )
+    step(expected_work(calibration, work, least=least))
     step("measure groups alone")
     stats = measure(calibration, objective=objective, depth=budget.depth, progress=progress)
     screened = partial(_screened, calibration, objective, progress)
@@ -156,9 +147,12 @@ def find_plan(
             f"no group is faster than its layers ({timed and timed.about}); allow others "
             "(--wirings, --max-group), or keep the model as it is"
         )
-    least = -math.inf if timed else least_depth
     for depth, values in refine(
-        candidates, screened, least_depth=least, per_group=per_group, beam=beam
+        candidates,
+        screened,
+        least_depth=-math.inf if timed else least_depth,
+        per_group=per_group,
+        beam=beam,
     ):
         best_few = sorted(values, key=lambda plan: (values[plan], plan.shorthand))[:beam]
         measured = dict(zip(best_few, score(calibration, best_few, progress=progress), strict=True))
@@ -238,262 +232,54 @@ def _screened(
     ]
 
 
-def best_per_engine(
+def per_engine(
     planned: Planned,
     calibration: Calibration,
     held_out: Calibration | None = None,
     *,
+    step: Callable[[str], None] = lambda message: None,
     progress: Progress | None = None,
-) -> dict[str, tuple[Plan, Cost] | None]:
-    """For each engine the best plan of the chosen one's depth that it loads, and what that costs.
+) -> Planned:
+    """With the best plan of each depth that each engine loads, and with why others load none.
 
-    Where an engine does not load the chosen plan: the best of those measured that it loads, and of
-    the best as predicted of groups that it loads; None where it loads none of this depth. A search
-    for that engine alone (`engines` in the settings) may find a better one.
+    Where an engine does not load the best of all: the best, on a part of the text, of those
+    measured that it loads, and of the best as predicted of groups that it loads. A search for that
+    engine alone (`engines` in the settings) may find a better one.
     """
+    settings, front, num_layers = calibration.settings, planned.front, calibration.num_layers
     config = open_checkpoint(calibration.checkpoint, weights=False).config
-    family = FAMILIES.get(str(config.get("model_type")))
-    front, depth = planned.front, planned.plan.depth
     costs = candidate_costs(calibration, front.objective)
-    rows: dict[str, tuple[Plan, Cost] | None] = {}
-    for server in SERVERS:
-
-        def loads(*groups: Group, server: Target = server) -> bool:
-            plan = Plan(num_layers=calibration.num_layers, groups=groups)
-            return next(refusals(server, config, family, plan), None) is None
-
-        rows[server.name] = (planned.plan, planned.expected)
-        if loads(*planned.plan.groups):
-            continue
-        measured = [p for p in front.plans if p.depth == depth and loads(*p.groups)]
-        alone = {g: c for g, c in zip(costs.groups, costs.costs, strict=True) if loads(g)}
-        optima = additive(calibration.num_layers, alone, best=BEAM).get(depth, [])
-        if len(optima) > 1:
-            screened = _screened(calibration, front.objective, progress, optima)
-            optima = [optima[screened.index(min(screened))]]
-        plans = [*dict.fromkeys([*measured, *optima])]
-        scores = dict(zip(plans, score(calibration, plans, progress=progress), strict=True))
-        best = min(plans, key=lambda plan: front.objective.value(scores[plan]), default=None)
-        if best is None:
-            rows[server.name] = None
-        else:
-            rows[server.name] = best, score(held_out or calibration, [best], progress=progress)[0]
-    return rows
-
-
-def likely_depth(num_layers: int) -> int:
-    """How deep a search without a depth probably goes, the depth that is too much included.
-
-    DEFAULT_KL is reached at 28 of SmolLM2's 30 layers, see benchmarks/RESULTS.md.
-    """
-    return num_layers - max(2, round(num_layers / 10))
-
-
-def _expected_work(calibration: Calibration, depth: int | None, per_group: int, beam: int) -> str:
-    """What a search takes; in minutes as well where it begins, from a pass over a few windows."""
-    least = depth or likely_depth(calibration.num_layers)
-    expected = expect(
-        calibration.checkpoint, calibration.settings, depth=least, per_group=per_group, beam=beam
-    )
-    work = (
-        f"about {expected.likely:.0f} full forward passes over {calibration.tokens.size:,} tokens "
-        f"down to {least} stages"
-    )
-    if (done := sum(full_forwards(calibration).values())) > 0:
-        return f"{work}, of which earlier calls made {done:.0f}"
-    ids = torch.from_numpy(calibration.tokens[: calibration.size])
-    begin = time.perf_counter()
-    logits_of(calibration.model, ids, len(ids))
-    seconds = (time.perf_counter() - begin) * len(calibration.batches) * expected.likely
-    return f"{work}, {seconds / 60:.0f} minutes here"
-
-
-def profile_here(
-    calibration: Calibration,
-    kinds: Set[str],
-    out: str | Path,
-    *,
-    rounds: int = 12,
-    context: int = 128,
-    step: Callable[[str], None] = lambda message: None,
-) -> Profile:
-    """As `saved_profile`, of these kinds of groups, packed from the candidates of a calibration."""
-    settings = calibration.settings
-    timing = ProfileSettings(settings.dtype, settings.device, rounds, context, settings.seed)
-    return saved_profile(
-        calibration.checkpoint,
-        [group for group in calibration.candidates if kind_of(group) in kinds],
-        Path(out),
-        timing,
-        trust_remote_code=settings.trust_remote_code,
-        step=step,
-    )
-
-
-def saved_profile(
-    folder: Path,
-    groups: Sequence[Group],
-    out: Path,
-    timing: ProfileSettings,
-    *,
-    trust_remote_code: bool = False,
-    step: Callable[[str], None] = lambda message: None,
-) -> Profile:
-    """The profile in out/profile.json, measured now (see `measured_profile`) where it has none.
-
-    One of more rounds and with more kinds of stage than are needed will do.
-    """
-    path = out / "profile.json"
-    kinds = {kind_of(group) for group in groups}
-    record = read_json(path) if path.is_file() else {}
-    about = record.get("rests_on", {})
-    rounds = max(timing.rounds, about.get("rounds", 0))
-    if kinds <= {*about.get("kinds", ())} and about == {
-        **about,
-        **asdict(timing),
-        "rounds": rounds,
-    }:
-        saved = Profile(**record["profile"])
-        if saved.impossible() is None:
-            return saved
-    step("time each kind of stage")
-    profile = measured_profile(folder, groups, out, timing, trust_remote_code=trust_remote_code)
-    rests_on = {"kinds": sorted(kinds), **asdict(timing)}
-    write(path, json.dumps({"rests_on": rests_on, "profile": asdict(profile)}, indent=1) + "\n")
-    return profile
-
-
-def estimated_profile(
-    model: str | Path,
-    groups: Sequence[Group],
-    hardware: str | Hardware,
-    *,
-    unpaired: Unpaired = "shard",
-    batch: int = 1,
-    context: int = 1024,
-    revision: str | None = None,
-) -> Profile:
-    """Predicted seconds of decoding per kind of stage on other hardware (see `estimate`).
-
-    hardware: or a name such as "2xA100-NVLink". unpaired: as in `torch_tp`; under replicate groups
-    with fewer members than devices take for ever. Raises AbreastError for unknown hardware.
-    """
-    config = read_config(model, revision=revision)
-    hardware = hardware_of(hardware) if isinstance(hardware, str) else hardware
-    setting = Setting(hardware, batch=batch, context=context, unpaired=unpaired)
-    kinds = {kind_of(group): group for group in groups}
-    *_, rest = stage_seconds(config, Plan(num_layers=num_layers_of(config)), setting)
-    return Profile(
-        about=f"estimate for {hardware.name}, {unpaired}, decode at batch {batch}, "
-        f"context {context}",
-        single=stage_cost(config, None, setting),
-        groups={
-            kind: math.inf
-            if unpaired == "replicate" and len(group.layers) < hardware.count
-            else stage_cost(config, group, setting)
-            for kind, group in kinds.items()
-        },
-        rest=rest,
-    )
-
-
-@dataclass(frozen=True)
-class ProfileSettings:
-    """How decoding is timed for a profile; context in tokens."""
-
-    dtype: str
-    device: str
-    rounds: int = 12
-    context: int = 128
-    seed: int = 0
-
-
-def measured_profile(
-    folder: Path,
-    groups: Sequence[Group],
-    work: Path,
-    settings: ProfileSettings,
-    *,
-    trust_remote_code: bool = False,
-) -> Profile:
-    """Time decoding here and solve for the seconds per kind of stage.
-
-    Timed in turn against the model: the model with half of its layers, and for each kind among
-    `groups` a conversion (grouped in memory for families that cannot be converted) with as many
-    groups of that kind as fit one after another; one of them is in memory at a time. work: folder
-    for the conversions. Raises NoisyTiming where noise leaves no time for a kind of stage, and as
-    `convert`, `load` and `bench` do.
-    """
-
-    seconds: dict[str, float] = {}
-
-    def loaded(checkpoint: Path, plan: Plan | None = None) -> PreTrainedModel:
-        model, _ = load(
-            checkpoint,
-            plan=plan,
-            dtype=settings.dtype,
-            device=settings.device,
-            trust_remote_code=trust_remote_code,
-        )
-        return model
-
-    def timed(kind: str, model: PreTrainedModel) -> tuple[float, float]:
-        timings = bench(
-            {"whole": whole, kind: model},
-            task="decode",
-            rounds=settings.rounds,
-            context=settings.context,
-            new_tokens=PROFILED_TOKENS,
-            seed=settings.seed,
-        ).timings
-        return timings["whole"].median, timings[kind].median
-
-    whole, shorter = loaded(folder), loaded(folder)
-    layers = decoder_layers(shorter)
-    count, half = len(layers), len(layers) // 2
-    del layers[half:]
-    original, seconds["half"] = timed("half", shorter)
-    seconds["whole"] = original
-    del shorter, layers
-    plans = _plans_by_kind(groups, count)
-    for kind, plan in plans.items():
-        with scratch(".profile.partial-", work) as staging:
-            target, converted = staging / "converted", None
-            if whole.config.model_type in CONVERTIBLE:
-                convert(folder, plan, target, force=True)
-                converted = loaded(target)
-            # what the machine does at the time slows both
-            beside, own = timed(kind, converted or loaded(folder, plan))
-            seconds[kind] = own * original / beside
-    seconds = {name: median / PROFILED_TOKENS for name, median in seconds.items()}
-    # What lies outside the layers takes no less than nothing; the layers then take all there is.
-    rest = max(0.0, (count * seconds["half"] - half * seconds["whole"]) / (count - half))
-    single = (seconds["whole"] - rest) / count
-    profile = Profile(
-        about=f"decode at context {settings.context}, {settings.dtype}, {settings.device}, "
-        f"median of {settings.rounds} rounds",
-        single=single,
-        groups={
-            kind: (seconds[kind] - rest - (plan.depth - len(plan.groups)) * single)
-            / len(plan.groups)
-            for kind, plan in plans.items()
-        },
-        rest=rest,
-    )
-    if (stage := profile.impossible()) is not None:
-        raise NoisyTiming(
-            f"the timing is too noisy to predict speed: {stage} would take no time; "
-            "try again when this machine is quiet, or name one with --hardware"
-        )
-    return profile
-
-
-def _plans_by_kind(groups: Sequence[Group], num_layers: int) -> dict[str, Plan]:
-    """For each kind of group, a plan with as many of them as fit one after another."""
-    plans: dict[str, Plan] = {}
-    for group in groups:
-        plan = plans.get(kind_of(group), Plan(num_layers=num_layers))
-        if not plan.groups or plan.groups[-1].layers[-1] < group.layers[0]:
-            longer = Plan(num_layers=num_layers, groups=(*plan.groups, group))
-            plans[kind_of(group)] = longer
-    return plans
+    alone = dict(zip(costs.groups, costs.costs, strict=True))
+    loads, reasons = dict[str, frozenset[Group]](), dict[str, str]()
+    for name in ENGINES:
+        try:
+            loads[name] = frozenset(
+                loaded_by([name], costs.groups, config, settings.degree, settings.unpaired)
+            )
+        except AbreastError as error:
+            reasons[name] = str(error).partition(": ")[2]
+    few = share_of(calibration.batches, PLAN_SCREEN)
+    measured, found = measured_plans(calibration, least=few), dict[Any, tuple[Plan, Cost]]()
+    for some in dict.fromkeys(loads.values()):
+        optima = additive(num_layers, {g: alone[g] for g in alone if g in some}, best=BEAM)
+        depths = [d for d, best in front.best().items() if not some.issuperset(best.groups)]
+        if depths:
+            names = ", ".join(name for name in loads if loads[name] == some)
+            passes = len(depths) * (BEAM * PLAN_SCREEN + 1)
+            step(f"at most {passes:.0f} full forward passes for the plans of {names}")
+        for depth, best in front.best().items():
+            chosen = best
+            if depth in depths:
+                own = [p for p in measured if p.depth == depth and some.issuperset(p.groups)]
+                plans = [*dict.fromkeys([*own, *optima.get(depth, [])])]
+                if not plans:
+                    continue
+                values = _screened(calibration, front.objective, progress, plans)
+                chosen = plans[values.index(min(values))]
+            (cost,) = score(held_out or calibration, [chosen], progress=progress)
+            found[some, depth] = chosen, cost
+    engines = {
+        name: tuple(found[some, depth] for depth in front.best() if (some, depth) in found)
+        for name, some in loads.items()
+    }
+    return replace(planned, engines=engines, not_for=reasons)

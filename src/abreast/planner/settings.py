@@ -18,12 +18,12 @@ class CalibrationSettings:
     """How to measure groups of layers.
 
     window: in tokens, of which those of the text are scored, and without a prefix all but the
-    first. add_bos: see `prefix_of`. max_group, wirings (none: WIRINGS), engines, force: see
-    `candidates`. screen: share of the text that candidates are measured on. larger: share of the
-    stretches of more than the fewest layers that are measured at all, those within which the
-    smallest groups cost least. keep: share of the stretches whose best wiring is then measured on
-    the rest. batch_size: windows at once, fewer where their hidden states and logits would exceed
-    max_cache_bytes.
+    first. add_bos: see `prefix_of`. max_group, wirings (none: WIRINGS), engines, degree, unpaired,
+    force: see `candidates`. screen: share of the text that candidates are measured on. larger:
+    share of the stretches of more than the fewest layers that are measured at all, those within
+    which the smallest groups cost least. keep: share of the stretches whose best wiring is then
+    measured on the rest. batch_size: windows at once, fewer where their hidden states and logits
+    would exceed max_cache_bytes.
     Fields with a help text are options.
     """
 
@@ -42,7 +42,11 @@ class CalibrationSettings:
         "and for several devices cqil as well.",
     )
     engines: tuple[str, ...] = option(
-        (), "Only plans that these load, of vllm, transformers and llama.cpp.", "--for"
+        (),
+        "Only plans that these load: vllm, transformers, llama.cpp, sglang, torch_tp; "
+        "in a format of convert vllm:deci, vllm:deci-ff, mlx-lm:mlx, mlx-lm:openelm, "
+        "mlx-lm:deci-ff.",
+        "--for",
     )
     screen: float = option(0.125, "Fraction of the text that every group is measured on.")
     keep: float = option(0.1, "Fraction of the groups measured on the rest of the text.")
@@ -59,6 +63,8 @@ class CalibrationSettings:
         "cpu", "cpu, cuda, cuda:1, ..., or auto: all devices, then memory and disk."
     )
     seed: int = option(0, "Random seed.")
+    degree: int = 1
+    unpaired: Unpaired = "shard"
     scoring: Scoring = field(default=Scoring(), metadata={"options": True})
 
 
@@ -95,8 +101,9 @@ class Search:
         return hardware_of(self.hardware or "H100").joined(self.ranks, self.link)
 
     def wired(self, settings: CalibrationSettings) -> CalibrationSettings:
-        """The settings with the wirings to try: on several devices by default cqil as well, whose
-        FFNs cost more than those of cqil-full, but need no exchange. Raises AbreastError."""
-        several = self.machine is not None and self.machine.count > 1
-        default = (*WIRINGS, "cqil") if several else WIRINGS
-        return replace(settings, wirings=settings.wirings or default)
+        """The settings with the devices that engines share, and the wirings to try: on several
+        devices by default cqil as well, whose FFNs cost more than those of cqil-full, but need no
+        exchange. Raises AbreastError."""
+        count = 1 if self.machine is None else self.machine.count
+        wirings = settings.wirings or ((*WIRINGS, "cqil") if count > 1 else WIRINGS)
+        return replace(settings, wirings=wirings, degree=count, unpaired=self.unpaired)

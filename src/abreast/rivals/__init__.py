@@ -6,6 +6,14 @@ from abreast.lazy import attach
 
 if TYPE_CHECKING:
     from abreast.rivals.compare import compare
-    from abreast.rivals.measured import BASELINES_FILE, METHODS, Measured, caption
+    from abreast.rivals.measured import (
+        BASELINES_FILE,
+        LEFT_OUT,
+        METHODS,
+        Measured,
+        at_equal_speed,
+        caption,
+    )
+    from abreast.rivals.work import Work, work_of
 
 attach(__name__)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from abreast.checkpoint import write
+from abreast.checkpoint import open_checkpoint, write
 from abreast.errors import AbreastError
-from abreast.model import Mapped, Program, name_of, program_of
+from abreast.model import Mapped, Program, name_of, pace_of, program_of
 from abreast.plan import Group, Plan
 from abreast.planner import (
     KL,
@@ -26,22 +26,20 @@ from abreast.planner import (
     Cost,
     Objective,
     Profile,
+    candidates_of,
     contiguous,
     kind_of,
-    run_in_memory,
     score_programs,
 )
 from abreast.rivals.choose import at_random, by_similarity, least_influence, least_turn
 from abreast.rivals.measured import BASELINES_FILE, METHODS, Measured
 from abreast.rivals.repair import Streams, marked
+from abreast.rivals.work import FINALISTS, REFIT_TOKENS, SCREEN, work_of
 from abreast.runs import open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SCREEN = 8  # every candidate is tried on one window in so many
-FINALISTS = 2  # and so many of a choice on all
-REFIT_TOKENS = 8192
 MAPS_BYTES = 2**28  # of fitted programs, before they are scored
 Step = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -189,8 +187,17 @@ def compare(
     out, model, depths = Path(out), calibration.model, sorted({*ours, *depths}, reverse=True)
     text = _Text(calibration, model, out / "rivals" / "calibration")
     judge = _Text(held_out, model, out / "rivals" / "held-out")
-    groups = run_in_memory(calibration)
-    step(f"rivals: {_work(calibration, held_out, groups, depths, methods, refit)}")
+    config = open_checkpoint(calibration.checkpoint).config
+    groups = candidates_of(config, calibration.settings, in_memory=True)
+    size = calibration.tokens.size
+    work = work_of(calibration.num_layers, groups, depths, methods, refit=refit, tokens=size)
+    count, window = calibration.tokens.shape
+    ahead = f"rivals: {work.text(size, held_out.tokens.size)}"
+    if text.run.journal() or judge.run.journal():
+        step(f"{ahead}, less what earlier calls did")
+    else:
+        pace = pace_of(model, window, min(count, calibration.size))
+        step(f"{ahead}, {work.minutes(pace, count, len(held_out.tokens))} here")
     choices = _Choices(text, geometry, groups, objective.value, progress)
     chosen: dict[Way, Program] = {("planner", depth): program_of(p) for depth, p in ours.items()}
     for method in methods:
@@ -324,38 +331,3 @@ def _speed(program: Program, num_layers: int, profile: Profile | None) -> dict[s
         seconds += profile.groups[kind]
     original = profile.rest + num_layers * profile.single
     return {"seconds": seconds, "speedup": original / seconds}
-
-
-def _work(
-    calibration: Calibration,
-    held_out: Calibration,
-    groups: Sequence[Group],
-    depths: Sequence[int],
-    methods: Sequence[str],
-    refit: bool,
-) -> str:
-    """At most how many full forward passes of each text are ahead, where nothing is journaled."""
-    count = calibration.num_layers
-    costs = dict.fromkeys(groups, 0.0)
-    layers = 0.0  # run on all of the calibration text
-    if "sleb" in methods:
-        for left in range(count, min(depths), -1):
-            # Leaving out layer i reruns what follows it.
-            layers += left * left / 2 / SCREEN + FINALISTS * left
-    if "contiguous" in methods:
-        for depth in depths:
-            stretches = contiguous(count, depth, costs)
-            layers += sum(count - p.groups[0].layers[0] for p in stretches) / SCREEN
-            layers += FINALISTS * count
-    if "similarity" in methods:
-        layers += len(depths) * FINALISTS * count
-    judged = sum(
-        depth * (1 + (refit and method != "random")) for method in methods for depth in depths
-    )
-    fits = judged / 2 if refit else sum(depths) * ("replaceme" in methods)
-    share = min(1.0, REFIT_TOKENS / calibration.tokens.size)
-    return (
-        f"at most {(layers + fits * share) / count:.0f} full forward passes of "
-        f"{calibration.tokens.size:,} tokens to choose and refit, and {judged / count:.0f} of "
-        f"{held_out.tokens.size:,} tokens to judge"
-    )

@@ -179,7 +179,7 @@ def _depths(pairs: Sequence[AtSpeed]) -> str:
 
 
 def _example(pairs: Sequence[AtSpeed], objective: Objective) -> str:
-    """The shallowest of the pairs in numbers."""
+    """The deepest cut of the pairs in numbers."""
     pair = pairs[-1]
     ours = objective.value(pair.ours.cost)
     return (

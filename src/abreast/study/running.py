@@ -17,13 +17,16 @@ from abreast.checkpoint import open_checkpoint, resolve
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.model import (
+    Pace,
     Program,
     check_device,
     check_norms,
     decoder_layers,
     fitting_dtype,
     load,
+    minutes_text,
     name_of,
+    pace_of,
     planned,
     run_programs,
     split,
@@ -192,12 +195,26 @@ def start(
     return StudyRun(opened, folder, loaded, tokens, size, reference, identity, settings)
 
 
-def cost_text(passes: float, changed: int, settings: StudySettings) -> str:
-    """What running so many changed models takes. passes: full forward passes over all windows."""
-    return (
+def cost_text(
+    passes: float, changed: int, settings: StudySettings, pace: Pace | None = None
+) -> str:
+    """What running so many changed models takes; in minutes as well where a window was timed.
+
+    passes: full forward passes over all windows, of which there are num_windows in the settings.
+    """
+    text = (
         f"{changed} changed models, {passes:.1f} full forward passes over {settings.num_windows} "
         f"windows of {settings.window} tokens"
     )
+    if pace is None:
+        return text
+    return f"{text}, {minutes_text(seconds_of(pace, passes, changed, settings))} here"
+
+
+def seconds_of(pace: Pace, passes: float, changed: int, settings: StudySettings) -> float:
+    """Of the work of `cost_text`, shared by the devices; workers on the CPU share its cores."""
+    alone = pace.seconds(settings.num_windows, passes, changed + 1)
+    return alone / len(set(settings.devices))
 
 
 def run_all(
@@ -219,7 +236,9 @@ def run_all(
         layers = sum(planned(work) for share in shares for _, work in share.work)
         passes = layers / len(run.original) / len(run.batches)
         changed = {program for _, program in todo} - {run.original}
-        step(cost_text(passes, len(changed), run.settings))
+        pace = pace_of(run.model, run.settings.window, run.size) if run.model else None
+        there = replace(run.settings, num_windows=len(run.tokens))  # a text may have fewer
+        step(cost_text(passes, len(changed), there, pace))
     total = len(names) * len(run.batches)
     _run_shares(shares, progress, total - len(todo), total)
     done = run.journal()

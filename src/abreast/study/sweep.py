@@ -21,7 +21,7 @@ from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate import evaluate_tasks
 from abreast.families import num_layers_of
-from abreast.model import planned, program_of
+from abreast.model import Pace, planned, program_of
 from abreast.plan import WIRING_NAMES, Group, Plan
 from abreast.runs import check_least, to_csv
 from abreast.speed import Setting, forward_cost, hardware_of
@@ -38,6 +38,7 @@ from abreast.study.running import (
     check_settings,
     cost_text,
     run_all,
+    seconds_of,
     start,
 )
 from abreast.study.settings import Changes, Grid, StudySettings
@@ -111,12 +112,13 @@ class Sweep:
 class StudyCost:
     """What a study takes before it begins: changed models, and full forward passes over the text.
 
-    text: in a sentence.
+    text: in a sentence. seconds: where a window was timed.
     """
 
     changed: int
     full_forwards: float
     text: str
+    seconds: float | None = None
 
 
 def plans_of(grid: Grid, num_layers: int) -> list[tuple[str, int, Plan]]:
@@ -147,10 +149,13 @@ def plans_of(grid: Grid, num_layers: int) -> list[tuple[str, int, Plan]]:
     return plans
 
 
-def study_cost(model: str | Path, work: Changes | Grid, settings: StudySettings) -> StudyCost:
+def study_cost(
+    model: str | Path, work: Changes | Grid, settings: StudySettings, pace: Pace | None = None
+) -> StudyCost:
     """What `study` or `sweep` would take, from config and headers, reading no weights or text.
 
-    Raises AbreastError for settings that make no sense, and as `open_checkpoint` does.
+    pace: of the model, where it is known. Raises AbreastError for settings that make no sense, and
+    as `open_checkpoint` does.
     """
     check_settings(settings)
     _, num_layers = _headers(model, settings)
@@ -161,8 +166,13 @@ def study_cost(model: str | Path, work: Changes | Grid, settings: StudySettings)
         changed = changed_models(work, num_layers, settings.seed)
         programs = {program for several in changed.values() for program in several}
     original = tuple(range(num_layers))
-    passes = planned({original, *programs}) / num_layers
-    return StudyCost(len(programs), passes, cost_text(passes, len(programs), settings))
+    passes, count = planned({original, *programs}) / num_layers, len(programs)
+    return StudyCost(
+        changed=count,
+        full_forwards=passes,
+        text=cost_text(passes, count, settings, pace),
+        seconds=None if pace is None else seconds_of(pace, passes, count, settings),
+    )
 
 
 def sweep(
