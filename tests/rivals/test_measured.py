@@ -29,6 +29,9 @@ def test_a_rival_at_our_speed_lies_between_its_measured_depths():
 def test_a_plan_slower_than_the_original_loses_to_it():
     (pair,) = at_equal_speed([row("planner", 7, 0.3, 0.9), *RIVALS], KL)
     assert (pair.value, pair.verdict) == (0.0, "worse")
+    slow = row("sleb", 9, 0.2, 0.95)  # noise has bent the line
+    (pair,) = at_equal_speed([row("planner", 7, 0.1, 0.9), *RIVALS, slow], KL)
+    assert (pair.value, pair.verdict) == (0.0, "worse")
 
 
 def test_the_best_rival_counts_and_other_plans_abreast_are_none():

@@ -135,15 +135,18 @@ def _point(row: Measured, objective: Objective) -> tuple[float, float, float]:
 
 
 def _between(line: Sequence[tuple[float, float, float]], time: float) -> tuple[float, float] | None:
-    """Value and error of a line at this time; None where all its points are slower."""
-    faster = max((point for point in line if point[0] <= time), default=None)
-    slower = min((point for point in line if point[0] > time), default=None)
-    if faster is None:
+    """Least value, with its error, that a line reaches in this time; None where all its points are
+    slower. A point that is faster counts by itself, for noise may bend the line."""
+    faster = [point for point in line if point[0] <= time]
+    if not faster:
         return None
-    share = 0.0 if slower is None else (time - faster[0]) / (slower[0] - faster[0])
-    near, far = faster, slower or faster
-    value = (1 - share) * near[1] + share * far[1]
-    return value, math.hypot((1 - share) * near[2], share * far[2])
+    reached = [point[1:] for point in faster]
+    if slower := min((point for point in line if point[0] > time), default=None):
+        near = max(faster)
+        share = (time - near[0]) / (slower[0] - near[0])
+        value = (1 - share) * near[1] + share * slower[1]
+        reached.append((value, math.hypot((1 - share) * near[2], share * slower[2])))
+    return min(reached)
 
 
 def caption(rows: Sequence[Measured], objective: Objective) -> str:
