@@ -252,15 +252,6 @@ def _one_process(model: Model, degree: int) -> Iterator[str]:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
 
 
-def _in_order(model: Model, engine: str) -> Iterator[str]:
-    if any(layer.intermediate == 0 for layer in model.layers):
-        yield (
-            "the checkpoint has ff groups, whose attentions are layers without FFN, which "
-            f"{engine} cannot run yet; convert with an lp plan (5+6 instead of 5~6), or serve it "
-            "with transformers"
-        )
-
-
 def _experts(model: Model, engine: str) -> Iterator[str]:
     if model.family is None or not model.family.routes:
         pass
@@ -435,7 +426,8 @@ def _llamacpp(model: Model, degree: int) -> Iterator[str]:
             "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
             "convert again without --prefill sequential"
         )
-    yield from _in_order(model, "llama.cpp")
+    if any(layer.intermediate == 0 for layer in model.layers):
+        yield "ff groups do not run in llama.cpp yet; convert with an lp plan (5+6 instead of 5~6)"
     if any(layer.band is not None for layer in model.layers):
         yield (
             "the checkpoint has groups with cqil wiring, which is no stock layer of llama.cpp; "
@@ -494,5 +486,13 @@ STOCK_VLLM = replace(  # the code that reads these formats' configuration comes 
     install="pip install vllm",
     serve="vllm serve {out} --trust-remote-code",
     formats=("deci", "deci-ff"),
+)
+STOCK_SGLANG = replace(
+    SGLANG,
+    refuse=STOCK_VLLM.refuse,
+    install="pip install sglang",
+    export="",
+    serve=f"{SGLANG.serve} --trust-remote-code",
+    formats=("deci-ff",),  # all layers need one number of key-value heads there
 )
 SERVERS = (VLLM, TRANSFORMERS, LLAMACPP)
