@@ -96,6 +96,9 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
         (VLLM, "llama", "1|2", 2, None),
         (VLLM, "llama", "1|2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
         (VLLM, "gemma2", "1+2", 2, "which this family cannot split"),
+        (VLLM, "granite", "1|2", 2, "which this family cannot split"),
+        (VLLM, "seed_oss", "1|2 3|4:1", 2, None),
+        (SGLANG, "seed_oss", "1+2", 1, "llama, mistral, qwen2 and qwen3 only"),
         (TORCH_TP, "llama", "1+2", 2, None),
         (TORCH_TP, "gemma2", "1+2", 2, None),
         (TORCH_TP, "llama", "1|2|3", 2, None),
@@ -140,8 +143,11 @@ def test_replicate_has_a_member_for_every_process():
     [
         (VLLM, {"abreast_prefill": "sequential"}, "1~2", "prefill of ff groups .*--hf-overrides"),
         (SGLANG, {"abreast_prefill": "sequential"}, "1+2", "without --prefill sequential"),
-        (SGLANG, {"quantization_config": {"bits": 8}}, "1|2", "no quantised cqil groups"),
-        (SGLANG, {"quantization_config": {"bits": 8}}, "1+2", None),
+        (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1|2", "by fp8; use an lp plan"),
+        (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1+2", None),
+        (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1|2", "awq; use compressed-tens"),
+        (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1+2 3~4", None),
+        (VLLM, {"quantization_config": {"quant_method": "torchao"}}, "1|2", None),
     ],
 )
 def test_reasons_of_one_config(target, more, plan, reason):
