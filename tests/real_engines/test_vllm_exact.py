@@ -13,6 +13,7 @@ import pytest
 import test_vllm_serving as serving
 from agreement import compare
 from test_vllm_features import compiled, generate, ids_of
+from test_vllm_parity import SLIDING
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
@@ -118,6 +119,8 @@ FAMILIES = {
     "mistral": {"sliding_window": 8, "tied": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
     "qwen3": {},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING[1:-1]},
+    "seed_oss": {"attention_bias": True, "mlp_bias": False},
 }
 
 
@@ -283,7 +286,7 @@ def test_other_families_are_refused_or_served_grouped(in_engine, tiny_checkpoint
     convert(source, "1+2", tmp_path / "grouped")
     prompts = [list(range(3, 20))]
     given = {"prompts": prompts, "new_tokens": 4}
-    with pytest.raises(RuntimeError, match="for llama, mistral, qwen2 and qwen3 only; serve it gr"):
+    with pytest.raises(RuntimeError, match="qwen2, qwen3 and seed_oss only; serve it gr"):
         in_engine(tmp_path / "exact", generate, given=given, skip_tokenizer_init=True)
     override = {"skip_tokenizer_init": True, "hf_overrides": {"abreast_prefill": None}}
     done = in_engine(tmp_path / "exact", generate, given=given, **override)
