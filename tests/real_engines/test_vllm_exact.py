@@ -119,7 +119,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 8, "tied": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
     "qwen3": {},
-    "ministral": {"sliding_window": 8, "layer_types": SLIDING[1:-1]},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING[:8]},
     "seed_oss": {"attention_bias": True, "mlp_bias": False},
 }
 
