@@ -11,12 +11,16 @@ token and a wait of w, a token should take T + E w, with T measured at w = 0: th
 next to the measurement. The wait itself is a call that costs something, hence the separate set and
 its own w = 0.
 
+In bfloat16, the default, and in float32 members' matrices have other forms (abreast's engines/vllm/
+packed.py): which ones they had is said below the table.
+
 Needs vLLM: run it in the environment of the engine tests, .venv-vllm (`make bench` does).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
 import json
 import multiprocessing
@@ -132,7 +136,8 @@ def rank_main(
             seed=0,
             **options,
         )
-        end.send("ready")
+        (held,) = llm.apply_model(forms)
+        end.send(held)
         while (job := end.recv()) is not None:
             WAIT[0] = job.pop("wait")
             gc.collect()
@@ -140,6 +145,18 @@ def rank_main(
     except BaseException:
         end.send(traceback.format_exc())
     os._exit(0)
+
+
+def forms(model: Any) -> dict[str, int]:
+    """How many matrices of members that stand apart are held in which form."""
+    from abreast.engines.vllm.packed import PackedLinear
+
+    parts = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    names = [
+        "packed" if part.each else "weights first" if part.weights_first else "batched"
+        for part in parts
+    ]
+    return dict(collections.Counter(names))
 
 
 def measure(llm: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
@@ -174,12 +191,11 @@ class Engine:
         ]
         for process in self.ranks:
             process.start()
-        for end in self.ends:
-            self.answer(end)
+        self.forms, *_ = [self.answer(end) for end in self.ends]
 
     def answer(self, end: Any) -> Any:
         got = end.recv()
-        if isinstance(got, str) and got != "ready":
+        if isinstance(got, str):
             raise SystemExit(got)
         return got
 
@@ -223,6 +239,8 @@ def compare(
                 for wait in waits
                 for name in models
             ]
+        for made in rows:
+            made["forms"] = engines[made["model"]].forms
     finally:
         for engine in engines.values():
             engine.stop()
@@ -276,6 +294,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['token_ms']:.2f} | {spans[0]} | {r.get('predicted_speedup', '')} "
             f"| {r['prefill_ms']:.1f} | {spans[1]} |"
         )
+    found = {f"{count} {form}" for r in rows for form, count in r.get("forms", {}).items()}
+    lines += ["", f"Members' matrices: {', '.join(sorted(found)) or 'none stand apart'}."]
     return "\n".join(lines)
 
 

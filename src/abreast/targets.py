@@ -21,6 +21,8 @@ Unpaired = Literal["shard", "replicate"]  # how several processes hold layers th
 SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": null}'"
 REPLICATE = "torch_tp (abreast bench --backend tp --unpaired replicate)"
 EXPERT_WIDTH = "moe_intermediate_size"
+_SGLANGS = ("llama", "mistral", "qwen2", "qwen3")
+_QUANTISED = ("compressed-tensors", "torchao")  # vLLM's backend has the first only
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
@@ -252,15 +254,6 @@ def _one_process(model: Model, degree: int) -> Iterator[str]:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
 
 
-def _in_order(model: Model, engine: str) -> Iterator[str]:
-    if any(layer.intermediate == 0 for layer in model.layers):
-        yield (
-            "the checkpoint has ff groups, whose attentions are layers without FFN, which "
-            f"{engine} cannot run yet; convert with an lp plan (5+6 instead of 5~6), or serve it "
-            "with transformers"
-        )
-
-
 def _experts(model: Model, engine: str) -> Iterator[str]:
     if model.family is None or not model.family.routes:
         pass
@@ -281,36 +274,44 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
 
 
 def _is_native(model: Model) -> bool:
-    """Whether it is one of llama, mistral, qwen2 and qwen3."""
+    """Whether it is one of llama, mistral, ministral, qwen2, qwen3 and seed_oss."""
     return model.family is not None and model.family.vllm_layers and not model.family.routes
 
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
     yield from _experts(model, "vLLM")
     sequential = _is_sequential(model)
-    only = "runs in vLLM for llama, mistral, qwen2 and qwen3 only"
+    only = "runs in vLLM for llama, mistral, ministral, qwen2, qwen3 and seed_oss only"
     if sequential and not _is_native(model):
         yield f"sequential prefill {only}; {SERVE_GROUPED}"
     if sequential and any(layer.intermediate == 0 for layer in model.layers):
         yield f"sequential prefill of ff groups does not run in vLLM; {SERVE_GROUPED}"
     if model.unpaired == "replicate" and not _is_native(model):
         yield f"abreast_unpaired: replicate {only}; leave it out, or use {REPLICATE}"
+    if not (model.family and model.family.routes):
+        yield from _quantised(model, "vLLM", *_QUANTISED[: 1 + _is_native(model)])
     yield from _degree(model, degree, '--hf-overrides \'{"abreast_unpaired": "replicate"}\'')
 
 
 def _sglang(model: Model, degree: int) -> Iterator[str]:
-    if not _is_native(model):
+    if str(model.config.get("model_type")).removeprefix("abreast_") not in _SGLANGS:
         yield "SGLang runs llama, mistral, qwen2 and qwen3 only; serve it with vLLM or transformers"
     if _is_sequential(model):
         yield (
             "the checkpoint runs prompts in the original order, which is not there for SGLang; "
             "convert again without --prefill sequential, or serve it with vLLM"
         )
-    if model.config.get("quantization_config") and any(
-        layer.band is not None for layer in model.layers
-    ):
-        yield "SGLang runs no quantised cqil groups; convert with an lp plan, or serve it with vLLM"
+    yield from _quantised(model, "SGLang")
     yield from _degree(model, degree)
+
+
+def _quantised(model: Model, engine: str, *methods: str) -> Iterator[str]:
+    how = (model.config.get("quantization_config") or {}).get("quant_method")
+    if how and how not in methods and any(layer.members > 1 for layer in model.layers):
+        yield (
+            f"{engine} runs no groups whose members stay apart with weights quantised by {how}; "
+            f"use {' or '.join((*methods, 'an lp plan'))}"
+        )
 
 
 def _degree(model: Model, degree: int, replicate_by: str = "") -> Iterator[str]:
@@ -425,22 +426,14 @@ def _llamacpp(model: Model, degree: int) -> Iterator[str]:
         )
     if config.get("quantization_config"):
         yield "the checkpoint is quantised already; export the unquantised one with --quantize"
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        yield (
-            f"its FFN is gated by {config['hidden_act']}, llama.cpp's deci only by silu; "
-            "serve it with vLLM or transformers"
-        )
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        yield f"its FFN is gated by {act}, llama.cpp's deci only by silu; use vLLM or transformers"
     if _is_sequential(model):
-        yield (
-            "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
-            "convert again without --prefill sequential"
-        )
-    yield from _in_order(model, "llama.cpp")
+        yield "llama.cpp has no prompts in original order; convert without --prefill sequential"
+    if any(layer.intermediate == 0 for layer in model.layers):
+        yield "ff groups do not run in llama.cpp yet; convert with an lp plan (5+6 instead of 5~6)"
     if any(layer.band is not None for layer in model.layers):
-        yield (
-            "the checkpoint has groups with cqil wiring, which is no stock layer of llama.cpp; "
-            "convert with an lp plan (5+6 instead of 5|6), or serve it with vLLM or transformers"
-        )
+        yield "cqil groups are no layers of llama.cpp; convert with an lp plan (5+6 instead of 5|6)"
 
 
 TRANSFORMERS = Target(
@@ -494,5 +487,13 @@ STOCK_VLLM = replace(  # the code that reads these formats' configuration comes 
     install="pip install vllm",
     serve="vllm serve {out} --trust-remote-code",
     formats=("deci", "deci-ff"),
+)
+STOCK_SGLANG = replace(
+    SGLANG,
+    refuse=STOCK_VLLM.refuse,
+    install="pip install sglang",
+    export="",
+    serve=f"{SGLANG.serve} --trust-remote-code",
+    formats=("deci-ff",),  # all layers need one number of key-value heads there
 )
 SERVERS = (VLLM, TRANSFORMERS, LLAMACPP)

@@ -84,7 +84,7 @@ def test_sequential_prefill(tiny_checkpoint, tmp_path):
         check(config, 2)
     convert(tiny_checkpoint("granite"), "1+2", tmp_path / "other", prefill="sequential")
     config = AutoConfig.from_pretrained(tmp_path / "other")
-    with pytest.raises(ServingError, match=r"llama, mistral, qwen2 and qwen3 only; .*hf-overrides"):
+    with pytest.raises(ServingError, match=r"qwen2, qwen3 and seed_oss only; .*hf-overrides"):
         check(config, 1)
     config.abreast_prefill = None  # what the override that the message names does
     check(config, 1)

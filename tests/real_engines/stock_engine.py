@@ -55,7 +55,10 @@ def in_mlx(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str,
     from mlx_lm import load
     from mlx_lm.models.cache import make_prompt_cache
 
-    model, _ = load(folder, tokenizer_config={"trust_remote_code": False})
+    # transformers reads the tokenizer, and stops at a scaled RoPE in a configuration unknown to it;
+    # docs/serving.md says so.
+    scaled = bool(json.loads(Path(folder, "config.json").read_text()).get("rope_scaling"))
+    model, _ = load(folder, tokenizer_config={"trust_remote_code": scaled})
     answers = []
     # Prompts of one length are a batch.
     for length in sorted({len(ids) for ids in prompts}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from functools import partial
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_vllm_serving as serving
 from agreement import compare
 from test_vllm_features import compiled, generate, ids_of
+from test_vllm_parity import SLIDING
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
@@ -116,6 +119,8 @@ FAMILIES = {
     "mistral": {"sliding_window": 8, "tied": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
     "qwen3": {},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING[:8]},
+    "seed_oss": {"attention_bias": True, "mlp_bias": False},
 }
 
 
@@ -190,6 +195,78 @@ def test_few_shot_copying_is_right_as_often_as_in_transformers(in_engine, conver
     assert sum(answered(model, tokenizer, tasks)) < sum(right)
 
 
+def speculated(llm: Any, prompts: list[list[int]], others: list[list[int]]) -> dict[str, Any]:
+    """Among others in small chunks, so that prompts and several drafts of a request share steps."""
+    done = serving.generate(llm, prompts + others)
+    again = serving.generate(llm, prompts)["answers"]
+    return {**done, "answers": done["answers"][: len(prompts)], "again": again}
+
+
+DRAFTS = {
+    "lookup": {"method": "ngram", "prompt_lookup_max": 3},
+    "original": {"method": "draft_model", "model": str(model_folder())},
+    "eagle": {"method": "eagle3"},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_drafts_are_checked_abreast(in_engine, converted, tmp_path, drafts, plan):
+    """Whoever drafts, the answers are those without drafts: several tokens of a request in a step,
+    of which none is its prompt's."""
+    folder, settings = converted(model_folder(), PLANS[plan]), dict(DRAFTS[drafts])
+    if drafts == "eagle":
+        streams = {"eagle_aux_hidden_state_layer_ids": [4, 10, 13]}
+        head = serving.eagle_head(folder, tmp_path / "head", **streams)
+        settings["model"] = str(head)
+    prompts = [ids_of(11, 5) * 4, *PROMPTS[4:7]]
+    done = in_engine(
+        folder,
+        speculated,
+        given={"prompts": prompts, "others": OTHERS[:6]},
+        speculative_config={**settings, "num_speculative_tokens": 3},
+        disable_log_stats=False,
+        max_num_batched_tokens=64,
+        block_size=32,
+    )
+    assert serving.drafted(done, "draft") > 0
+    assert serving.drafted(done) > 0 or drafts == "eagle"  # whose head is random
+    check(model_folder(), folder, prompts, done["answers"])
+    check(model_folder(), folder, prompts, done["again"])
+
+
+def test_a_conversion_drafts_for_its_original(in_engine, converted):
+    """Its drafts are checked by the original, whose answers these are."""
+    folder = converted(model_folder(), PLANS["lp and cqil"])
+    done = in_engine(
+        model_folder(),
+        serving.generate,
+        given={"prompts": PROMPTS[2:6]},
+        speculative_config={
+            "method": "draft_model",
+            "model": str(folder),
+            "num_speculative_tokens": 3,
+        },
+        disable_log_stats=False,
+    )
+    compare(model_folder(), PROMPTS[2:6], done["answers"])
+    assert serving.drafted(done) > 0.2 * serving.drafted(done, "draft")
+
+
+def test_structured_output(in_engine, converted):
+    folder = converted(model_folder(), PLANS["lp and cqil"])
+    prompt = load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]
+    choice, number, text = in_engine(
+        folder,
+        serving.constrained,
+        given={"prompt": prompt},
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+    )
+    assert choice in ("none of it", "all of it")
+    assert len(number) == 6 and number[3] == "-" and number.replace("-", "").isdigit()
+    assert isinstance(json.loads(text)["b"], bool)
+
+
 REFUSED = {
     "LoRA adapters": {"enable_lora": True},
     "quantised weights": {"quantization": "fp8"},
@@ -209,7 +286,7 @@ def test_other_families_are_refused_or_served_grouped(in_engine, tiny_checkpoint
     convert(source, "1+2", tmp_path / "grouped")
     prompts = [list(range(3, 20))]
     given = {"prompts": prompts, "new_tokens": 4}
-    with pytest.raises(RuntimeError, match="for llama, mistral, qwen2 and qwen3 only; serve it gr"):
+    with pytest.raises(RuntimeError, match="qwen2, qwen3 and seed_oss only; serve it gr"):
         in_engine(tmp_path / "exact", generate, given=given, skip_tokenizer_init=True)
     override = {"skip_tokenizer_init": True, "hf_overrides": {"abreast_prefill": None}}
     done = in_engine(tmp_path / "exact", generate, given=given, **override)

@@ -126,11 +126,14 @@ def test_two_layers_in_a_row_need_four_exchanges(in_engine):
     assert done["per_token"] == expected(16, "") == {"all_reduce": 33, "all_gather": 1}
 
 
+SLIDING = ["full_attention"] * 5 + ["sliding_attention"] * 5
 FAMILIES = {
     "llama": {"biases": True},
     "mistral": {"sliding_window": 8, "tied": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
     "qwen3": {"biases": True},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING},
+    "seed_oss": {"biases": True},
 }
 HEAD_DIM = 32  # vLLM's attention on a CPU knows no 16
 # Of layers 0 to 9: an lp pair, a cqil pair, one with a bypass (in Qwen 2 past its sliding window),

@@ -100,7 +100,7 @@ _ROWS = (
         vllm_layers=True,
         deci_lacks=None,
     ),
-    Family("ministral", "Ministral", attention() + gated_ffn()),
+    Family("ministral", "Ministral", attention() + gated_ffn(), vllm_layers=True),
     Family("qwen2", "Qwen2", attention("always") + gated_ffn(), vllm_layers=True, deci_lacks=None),
     Family(
         "qwen3",
@@ -116,6 +116,7 @@ _ROWS = (
         "SeedOss",
         attention("attention_bias", "attention_out_bias") + gated_ffn("mlp_bias"),
         defaults=(("attention_bias", True), ("head_dim", 128)),
+        vllm_layers=True,
         deci_lacks=None,
     ),
     Family(
