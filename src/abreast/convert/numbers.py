@@ -68,7 +68,7 @@ def _wrong_blocks(tensor: TensorInfo, start: int, values: np.ndarray) -> np.ndar
     return (made != np.rint(parts / step) * step) | np.repeat(other, columns)[: values.shape[1]]
 
 
-def spans(first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+def row_spans(first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
     return ((start, min(last, start + step)) for start in range(first, last, step))
 

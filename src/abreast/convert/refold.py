@@ -17,7 +17,7 @@ import torch
 
 from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json
 from abreast.convert import fp8
-from abreast.convert.numbers import in_blocks, read, spans, wrong
+from abreast.convert.numbers import in_blocks, read, row_spans, wrong
 from abreast.families import (
     FORMATS,
     Family,
@@ -316,7 +316,7 @@ def _stacked(
     def rows() -> Iterator[tuple[np.ndarray, None]]:
         for first, last in spans or [(0, tensors[0].rows)]:
             for index, tensor in enumerate(tensors):
-                for start, stop in spans(first, last, tensor.row_bytes):
+                for start, stop in row_spans(first, last, tensor.row_bytes):
                     values = read(tensor, start, stop)
                     yield (
                         values if gains is None else values * gains[index].astype(values.dtype),
@@ -336,7 +336,7 @@ def _counted(tensors: list[TensorInfo], stack: Stack, gains: list[np.ndarray]) -
             yield np.concatenate([read(tensor) for tensor in tensors], stack.axis), None
             return
         for tensor, gain in zip(tensors, gains, strict=True):
-            for start, stop in spans(0, tensor.rows, tensor.row_bytes):
+            for start, stop in row_spans(0, tensor.rows, tensor.row_bytes):
                 values = read(tensor, start, stop)
                 if stack.gain == -1:
                     values = values * gain.astype(values.dtype)
@@ -352,7 +352,7 @@ def _side_by_side(tensors: list[TensorInfo]) -> Fold:
     rows, columns = tensors[0].shape
 
     def chunks() -> Iterator[tuple[np.ndarray, None]]:
-        for start, stop in spans(0, rows, sum(tensor.row_bytes for tensor in tensors)):
+        for start, stop in row_spans(0, rows, sum(tensor.row_bytes for tensor in tensors)):
             yield np.concatenate([read(tensor, start, stop) for tensor in tensors], 1), None
 
     return Fold((rows, len(tensors) * columns), _common_dtype(tensors), chunks)
@@ -385,7 +385,7 @@ def _shifted(weights: list[TensorInfo], shifts: list[TensorInfo], biases: list[T
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for index, (weight, shift) in enumerate(zip(weights, shifts, strict=True)):
             beta = read(shift).astype(np.float64)
-            for start, stop in spans(0, rows, weight.row_bytes):
+            for start, stop in row_spans(0, rows, weight.row_bytes):
                 matrix = read(weight, start, stop).astype(np.float64)
                 bias = read(biases[index], start, stop) if biases else np.zeros(stop - start)
                 size = abs(matrix) @ abs(beta) + abs(bias)
@@ -427,7 +427,7 @@ def _filled_up(fold: Fold, axis: int, blocks: int, to: int) -> Fold:
                 yield piece, None
                 done += len(piece)
                 if done % size == 0 and len(piece):
-                    for start, stop in spans(0, room - size, 4 * fold.shape[1]):
+                    for start, stop in row_spans(0, room - size, 4 * fold.shape[1]):
                         yield np.zeros((stop - start, fold.shape[1]), np.float32), None
 
     return Fold(shape, fold.dtype, rows)
