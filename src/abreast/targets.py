@@ -36,6 +36,8 @@ class FamilyFacts(Protocol):
     @property
     def flat_norms(self) -> tuple[tuple[str, str], ...]: ...
     @property
+    def transformers_only(self) -> bool: ...
+    @property
     def routes(self) -> bool: ...
     @property
     def vllm_layers(self) -> bool: ...
@@ -151,8 +153,7 @@ def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -
             heads=len(block.attentions) * single.heads,
             kv_heads=len(block.attentions) * single.kv_heads,
             # experts stay as wide as they are, and become more
-            intermediate=min(len(block.ffns), 1 if family.routes else len(block.ffns))
-            * single.intermediate,
+            intermediate=len(block.ffns[: 1 if family.routes else None]) * single.intermediate,
             members=members_of(family, block),
             band=band_of(family, block),
         )
@@ -229,12 +230,11 @@ def _mlx(model: Model, degree: int) -> Iterator[str]:
 
 def _mlx_model(model: Model, degree: int) -> Iterator[str]:
     """Of the format mlx, under ABREAST_UNPAIRED=shard: replicate needs no even division."""
-    config = model.config
-    heads = _size(config, "num_attention_heads")
+    single = _layer(model.config)
     for name, count in (
-        ("attention heads", heads),
-        ("KV heads", config.get("num_key_value_heads") or heads),
-        ("FFN columns", _size(config, "intermediate_size")),
+        ("attention heads", single.heads),
+        ("KV heads", single.kv_heads),
+        ("FFN columns", single.intermediate),
     ):
         if count % degree:
             yield (
@@ -261,7 +261,9 @@ def _in_order(model: Model, engine: str) -> Iterator[str]:
         )
 
 
-def _experts(model: Model, engine: str) -> Iterator[str]:
+def _layers(model: Model, engine: str) -> Iterator[str]:
+    if model.family is not None and model.family.transformers_only:
+        yield f"{engine} has no converted layers of its family; run them with transformers"
     if model.family is None or not model.family.routes:
         pass
     elif engine != "vLLM":
@@ -286,7 +288,7 @@ def _is_native(model: Model) -> bool:
 
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
-    yield from _experts(model, "vLLM")
+    yield from _layers(model, "vLLM")
     sequential = _is_sequential(model)
     only = "runs in vLLM for llama, mistral, qwen2 and qwen3 only"
     if sequential and not _is_native(model):
@@ -387,7 +389,7 @@ def is_dealt(
 def _torch_tp(model: Model, degree: int) -> Iterator[str]:
     if degree == 1:
         return
-    yield from _experts(model, "torch_tp")
+    yield from _layers(model, "torch_tp")
     plan = model.plan or recorded_plan(model.config)
     if model.unpaired == "replicate":
         for members in sorted({len(group.layers) for group in plan.groups} if plan else ()):

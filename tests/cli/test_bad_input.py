@@ -94,7 +94,7 @@ def craft(folder: Path, header: Any, data: bytes, length: int | None = None) -> 
     ("changes", "fault"),
     [
         ({"model_type": "gptj"}, "model_type 'gptj' is not supported"),
-        ({"model_type": "gpt_neox"}, "cannot be written as wide layers"),
+        ({"model_type": "gpt2"}, "cannot be written as wide layers"),
         ({"model_type": None}, "no model_type"),
         ({"model_type": "abreast_llama"}, "converted already"),
         ({"num_hidden_layers": "6"}, "num_hidden_layers"),

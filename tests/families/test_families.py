@@ -187,8 +187,8 @@ def test_defaults() -> None:
         ({"model_type": ["llama"]}, "no model_type"),
         ({"model_type": "gptj"}, "model_type 'gptj' is not supported; supported are llama"),
         ({"model_type": "abreast_llama"}, "converted already"),
-        ({"model_type": "gpt_neox"}, "a gpt_neox cannot be written as wide layers"),
-        ({"model_type": "gpt2"}, "its attention takes the size of a head from hidden_size"),
+        ({"model_type": "bloom"}, "a bloom cannot be written as wide layers"),
+        ({"model_type": "gpt2"}, "its matrices are stored transposed"),
         ({"model_type": "mixtral"}, "how many experts (num_local_experts)"),
         ({"model_type": "mixtral", "num_local_experts": [4, 8]}, "num_local_experts"),
         (

@@ -47,7 +47,7 @@ def converted_config(
     width = _common_width(blocks)
     if (
         width
-        and not (apart or family.grown_biases)
+        and not (apart or family.grown_biases or family.derived_head_size)
         and config["hidden_size"] % (width * config["num_attention_heads"]) == 0
     ):
         new.update({key: width * value for key, value in base.items()})

@@ -10,9 +10,14 @@ from typing import Any
 
 from abreast.families.in_memory import IN_MEMORY, with_usual_names
 from abreast.families.parts import (
+    LATENT_SIZES,
+    NORMED_AFTER,
+    ONE_NORM,
+    SANDWICHED,
     attention,
     experts,
     gated_ffn,
+    latent,
     plain_ffn,
     routing,
     shared_experts,
@@ -40,19 +45,6 @@ _GEMMA3_HEADS = (("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_
 _GEMMA3_DEFAULTS = (_TIED, *_GEMMA3_HEADS, ("vocab_size", 262_208))
 _GLM_DEFAULTS = (("attention_bias", True), ("head_dim", 128))
 
-_SANDWICHED = Branches(
-    after_attention=("post_attention_layernorm",),
-    before_mlp=("pre_feedforward_layernorm",),
-    after_mlp=("post_feedforward_layernorm",),
-)
-_NORMED_AFTER = Branches(
-    before_attention=(),
-    after_attention=("post_attention_layernorm",),
-    before_mlp=(),
-    after_mlp=("post_feedforward_layernorm",),
-)
-_ONE_NORM = Branches(before_mlp=("input_layernorm",), parallel=True)
-
 # What deci lacks.
 _LAYER_NORM = "its norms subtract the mean and add a bias"
 _PARALLEL = "its attention and FFN read the same norm"
@@ -64,31 +56,6 @@ _EXPERTS = "it has experts, which every member of a group would choose by itself
 _SOFTMAX = routing("softmax", "greedy")
 _SIGMOID = routing("sigmoid", "noaux_tc")
 _OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
-
-
-def _latent(bias: str = "") -> dict[str, Any]:
-    """Attention through latent vectors, and experts beside some that every token uses."""
-    return {
-        "matrices": (
-            Matrix("self_attn.q_proj", "N", "D", "rows"),
-            Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
-            Matrix("self_attn.q_b_proj", "B", "A", "rows"),
-            Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
-            Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
-            Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
-            *shared_experts("mlp.shared_experts", bias),
-        ),
-        "flat_norms": (("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
-        "own_attentions": True,
-        **{"dense": gated_ffn(bias), "expert_keys": (*EXPERT_COUNTS, *SHARED_COUNTS)},
-        "deci_lacks": _EXPERTS,
-    }
-
-
-_LATENT_SIZES = (
-    *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
-    ("v_head_dim", 128),
-)
 
 _ROWS = (
     Family("llama", "Llama", _BIASED + gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
@@ -187,7 +154,7 @@ _ROWS = (
         "gemma2",
         "Gemma2",
         _BIASED + gated_ffn(),
-        _SANDWICHED,
+        SANDWICHED,
         gain_offset=1.0,
         defaults=(_TIED, ("head_dim", 256)),
         window_period=2,
@@ -197,20 +164,20 @@ _ROWS = (
         "gemma3_text",
         "Gemma3",
         _BIASED + gated_ffn(),
-        _SANDWICHED,
+        SANDWICHED,
         gain_offset=1.0,
         head_norms=_QK_HEADS,
         defaults=_GEMMA3_DEFAULTS,
         window_period=6,
         deci_lacks=_NORM_AFTER,
     ),
-    Family("olmo2", "Olmo2", _BIASED + gated_ffn(), _NORMED_AFTER, **_OLMO),
-    Family("olmo3", "Olmo3", _BIASED + gated_ffn(), _NORMED_AFTER, window_period=4, **_OLMO),
+    Family("olmo2", "Olmo2", _BIASED + gated_ffn(), NORMED_AFTER, **_OLMO),
+    Family("olmo3", "Olmo3", _BIASED + gated_ffn(), NORMED_AFTER, window_period=4, **_OLMO),
     Family(
         "cohere2",
         "Cohere2",
         _BIASED + gated_ffn(),
-        _ONE_NORM,
+        ONE_NORM,
         defaults=(_TIED,),
         window_period=4,
         deci_lacks=_PARALLEL,
@@ -219,7 +186,7 @@ _ROWS = (
         "cohere",
         "Cohere",
         _BIASED + gated_ffn(),
-        _ONE_NORM,
+        ONE_NORM,
         wide_norms=_QK_HEADS,
         defaults=(_TIED,),
         deci_lacks=_PARALLEL,
@@ -259,6 +226,31 @@ _ROWS = (
         deci_lacks=_PARALLEL,
     ),
     Family(
+        "gpt_neox",
+        "GPTNeoX",
+        (
+            Matrix("attention.query_key_value", "W", "D", "rows", "attention_bias"),
+            Matrix("attention.dense", "D", "Q", "columns", "attention_bias"),
+            *plain_ffn("dense_h_to_4h", "dense_4h_to_h", "always"),
+        ),
+        Branches(
+            attention="attention",
+            after_attention=("post_attention_dropout",),
+            after_mlp=("post_mlp_dropout",),
+            parallel="use_parallel_residual",
+        ),
+        norm_bias=True,
+        derived_head_size=True,
+        wide=("num_attention_heads", "intermediate_size"),
+        renames=((r"^embed_out\.", "lm_head."),),
+        ignore=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+        defaults=(("attention_bias", True), ("use_parallel_residual", True)),
+        layer_prefix="gpt_neox.layers.",
+        embedding="gpt_neox.embed_in.weight",
+        final_norm="gpt_neox.final_layer_norm",
+        deci_lacks=_LAYER_NORM,
+    ),
+    Family(
         "olmo",
         "Olmo",
         _BIASED + gated_ffn(),
@@ -270,7 +262,7 @@ _ROWS = (
         "exaone4",
         "Exaone4",
         attention() + gated_ffn(),
-        _NORMED_AFTER,
+        NORMED_AFTER,
         head_norms=_QK_HEADS,
         window_period=4,
         deci_lacks=_NORM_AFTER,
@@ -412,20 +404,20 @@ _ROWS = (
         stacks=(*experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
         defaults=(
             *(("first_k_dense_replace", 3), ("n_shared_experts", 1), ("q_lora_rank", 1536)),
-            *_LATENT_SIZES,
+            *LATENT_SIZES,
         ),
         code="deepseek",
         routing=_SIGMOID,
-        **_latent(),
+        **latent(_EXPERTS),
     ),
     Family(
         "deepseek_v2",
         "DeepseekV2",
         stacks=experts(),
-        defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *_LATENT_SIZES),
+        defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *LATENT_SIZES),
         code="deepseek",
         routing=routing("softmax", "greedy", "group_limited_greedy"),
-        **_latent("mlp_bias"),
+        **latent(_EXPERTS, "mlp_bias"),
     ),
     Family(
         "glm4_moe_lite",
@@ -437,10 +429,16 @@ _ROWS = (
             ("v_head_dim", 256),
         ),
         routing=_SIGMOID,
-        **_latent(),
+        **latent(_EXPERTS),
     ),
     # Decoders that exist within a wrapper only.
-    Family("qwen2_5_vl_text", "Qwen2_5_VLText", attention("always") + gated_ffn(), alone=False),
+    Family(
+        "qwen2_5_vl_text",
+        "Qwen2_5_VLText",
+        attention("always") + gated_ffn(),
+        derived_head_size=True,
+        alone=False,
+    ),
     Family(
         "qwen3_vl_text",
         "Qwen3VLText",
