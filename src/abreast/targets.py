@@ -269,10 +269,8 @@ def _layers(model: Model, engine: str) -> Iterator[str]:
     elif engine != "vLLM":
         yield f"{engine} runs no groups of layers with experts; serve them with transformers"
     elif not model.family.vllm_layers:
-        sinks = str(model.config.get("model_type")).endswith("gpt_oss")
-        parts = "attention sinks and clamped experts" if sinks else "experts"
         yield (
-            f"its {parts} have no vLLM layers here; vLLM's transformers backend gives groups no "
+            "its experts have no vLLM layers here; vLLM's transformers backend gives groups no "
             "more experts than single layers, so serve the checkpoint with transformers"
         )
     elif any(layer.band is not None for layer in model.layers):

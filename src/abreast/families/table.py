@@ -368,6 +368,7 @@ _ROWS = (
         routing=_SOFTMAX,
         defaults=(("attention_bias", True), ("head_dim", 64)),
         window_period=2,
+        vllm_layers=True,
         deci_lacks=_EXPERTS,
     ),
     Family(
