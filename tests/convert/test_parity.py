@@ -246,7 +246,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "glm4": {},
     "phi": {},
     "nemotron": {},
-    "gpt_neox": {"num_key_value_heads": None},
+    "gpt_neox": {},
     "olmo": {},
     "olmo3": {"layer_types": ALIKE, "sliding_window": 5},
     "exaone4": {"layer_types": ALIKE, "sliding_window": 5},

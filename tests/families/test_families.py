@@ -54,7 +54,7 @@ def test_tensors_are_those_that_transformers_saves(
     config = complete(json.loads((folder / "config.json").read_text()))
     row = family_of(config)
     saved = open_checkpoint(folder).tensors
-    if row.routes:  # saved one by one, or by other names
+    if row.routes or row.renames:  # saved one by one, or by other names
         saved = as_loaded(open_checkpoint(folder), row).tensors
         own = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         assert {name for name in own if name != row.head or not tied} == set(saved)
@@ -169,11 +169,14 @@ def test_attention_kinds_follow_qwen2(
 
 
 def test_defaults() -> None:
-    assert sizes(CONFIG) == {"D": 64, "Q": 64, "K": 32, "F": 96, "V": 128}
+    assert sizes(CONFIG) == {"D": 64, "Q": 64, "K": 32, "W": 192, "F": 96, "V": 128}
     without = {key: value for key, value in CONFIG.items() if key != "num_key_value_heads"}
     assert sizes(without)["K"] == 64
     assert head_dim_of({**CONFIG, "head_dim": None}) == 16
-    assert sizes({**CONFIG, "head_dim": 10}) == {"D": 64, "Q": 40, "K": 20, "F": 96, "V": 128}
+    assert sizes({**CONFIG, "head_dim": 10}) == {
+        **{"D": 64, "Q": 40, "K": 20},
+        **{"W": 120, "F": 96, "V": 128},
+    }
     assert num_layers_of(CONFIG) == 6
     assert "self_attn.q_proj.bias" not in layer_tensors(CONVERTIBLE["llama"], CONFIG)
     assert "self_attn.q_proj.bias" in layer_tensors(CONVERTIBLE["qwen2"], CONFIG)

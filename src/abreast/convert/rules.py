@@ -154,10 +154,10 @@ def obstacle(
     for key, value in family.only:
         if config.get(key, value) != value:
             return f"they norm what they add to ({key} {config[key]})"
-    key = family.branches.parallel
-    if isinstance(key, str) and family.matrices and not config.get(key, True):
+    beside = family.branches.parallel
+    if isinstance(beside, str) and family.matrices and not config.get(beside, True):
         if not in_memory:
-            return f"their FFN reads the attention's result ({key} false), so they only run grouped"
+            return f"their FFN reads the attention's result ({beside} false): run them grouped only"
     elif in_order and family.parallel:
         return NOT_IN_ORDER
     for differ in (_unknown_routing, _unlike_experts) if family.routes else ():
