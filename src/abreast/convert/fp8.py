@@ -138,7 +138,11 @@ def quantise(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rounded(matrix: torch.Tensor) -> torch.Tensor:
     """A float32 matrix as it is when it has been quantised."""
-    numbers, scales = quantise(matrix)
-    rows, columns = matrix.shape
+    return dequantised(*quantise(matrix))
+
+
+def dequantised(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers that those of float8 stand for, [rows, columns]."""
+    rows, columns = numbers.shape
     wide = scales.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     return numbers.float() * wide

@@ -15,6 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
+from abreast.convert import fp8
 from abreast.engines.vllm.exact import ExactGroup, mark_prompts
 from abreast.engines.vllm.layers import (
     CqilLayer,
@@ -89,18 +90,23 @@ def _dequantized(
     """The tensors of a checkpoint, those of the modules in `apart` as plain weights.
 
     Knows compressed-tensors' integers of up to 8 bits, [rows, columns] with a scale for each of
-    equal parts of a row, and tensors that have a `dequantize`, which torchao's have.
+    equal parts of a row, float8 with a scale for each block of 128 x 128, as `convert` writes it,
+    and tensors that have a `dequantize`, which torchao's have.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights:
         module, _, kind = name.rpartition(".")
         if module in apart and type(tensor) is not torch.Tensor and hasattr(tensor, "qdata"):
             tensor = tensor.dequantize()
-        if module in apart and (kind.startswith("weight_") or tensor.dtype == torch.int8):
+        numbers = tensor.dtype in (torch.int8, torch.float8_e4m3fn)
+        if module in apart and (kind.startswith("weight_") or numbers):
             parts.setdefault(module, {})[kind] = tensor
         else:
             yield name, tensor
     for module, own in parts.items():
+        if (blocks := own.get("weight_scale_inv")) is not None:
+            yield f"{module}.weight", fp8.dequantised(own["weight"], blocks).to(torch.bfloat16)
+            continue
         whole = own["weight"] if "weight" in own else _unpacked(own)
         scale = own["weight_scale"].float()
         wide = whole.float().view(*scale.shape, -1) * scale.unsqueeze(-1)
