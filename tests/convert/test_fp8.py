@@ -14,13 +14,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_quantised import quantised
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    FineGrainedFP8Config,
+)
 
 import abreast.modeling  # noqa: F401  # makes converted models known to transformers
 from abreast.checkpoint import damaged, open_checkpoint, read_manifest, read_rows, unpacked
 from abreast.convert import convert, fp8, inspect_model, preview, stream, verify
 from abreast.errors import AbreastError
 from abreast.model import load
+from abreast.report.card import card
+from abreast.report.records import read_conversion
 
 Weights = dict[str, torch.Tensor]
 WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_layers": 5}
@@ -241,6 +248,58 @@ def test_fp8_in_fp8_out(original: Made, tmp_path: Path) -> None:
     convert(packed, "1+2 3|4", tmp_path / "out", force=True, quantize="fp8")
     assert verify(tmp_path / "out", packed, num_tokens=24, new_tokens=4).ok
     assert config_of(tmp_path / "out")["quantization_config"]["weight_block_size"] == [128, 128]
+
+
+@pytest.mark.parametrize("options", [{"prefill": "sequential"}, {"dtype": "float16"}], ids=str)
+def test_with_other_options(original: Made, options: dict[str, Any], tmp_path: Path) -> None:
+    plan = MODELS["qwen3"][1]
+    convert(original("qwen3"), plan, tmp_path / "out", quantize="fp8", force=True, **options)
+    result = verify(tmp_path / "out", original("qwen3"), num_tokens=24, new_tokens=4)
+    assert result.ok, result.faults
+    assert ("prefill" in options) == (result.prefill is not None)
+
+
+def test_a_stock_model_where_all_layers_come_out_alike(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(
+        "llama", **{**WIDE, "head_dim": 32, "num_layers": 4}, num_key_value_heads=4
+    )
+    convert(source, "0+1 2+3", tmp_path / "out", force=True, quantize="fp8")
+    assert config_of(tmp_path / "out")["architectures"] == ["LlamaForCausalLM"]
+    result = verify(tmp_path / "out", source, num_tokens=24, new_tokens=4)
+    assert result.ok, result.faults
+
+
+def test_the_decoder_within_a_wrapper(tmp_path: Path) -> None:
+    """Its matrices are quantised, nothing of the vision encoder, and all that is left is named."""
+    text = {
+        **{"model_type": "llama", "vocab_size": 128, "hidden_size": 128, "intermediate_size": 256},
+        **{"num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2},
+    }
+    vision = {
+        **{"model_type": "clip_vision_model", "hidden_size": 128, "intermediate_size": 256},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    }
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", "1+2", tmp_path / "out", quantize="fp8")
+    made, own = stored(tmp_path / "out"), config_of(tmp_path / "out")
+    packed = {name for name, tensor in made.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert len(packed) == 3 * 7 and all("language_model" in name for name in packed)
+    left = own["quantization_config"]["modules_to_not_convert"]
+    assert "lm_head" in left and any("vision_tower" in name for name in left)
+    result = verify(tmp_path / "out", tmp_path / "model", num_tokens=24, new_tokens=4)
+    assert result.ok, result.faults
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        assert loaded(torch.arange(3, 27)[None]).logits.isfinite().all()
+
+
+def test_it_has_a_card(converted: Made) -> None:
+    text = card(read_conversion(converted("llama")))
+    assert "lp-wiring" in text and "model.safetensors" in text
 
 
 def test_it_is_inspected_and_refused_where_it_cannot_run(converted: Made, run: Any) -> None:

@@ -57,6 +57,7 @@ MODELS = {
     "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
     "gemma2": ("Gemma2Config", {**SLIDING, "query_pre_attn_scalar": 8}),
     "gpt_neox": ("GPTNeoXConfig", {}),
+    "stablelm": ("StableLmConfig", {"num_key_value_heads": 4}),
 }
 
 
@@ -430,7 +431,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
         ({"window": 1}, "window is 1; give at least 2"),
         ({"window": 65}, "the model holds 64 tokens"),
         ({"window": 40}, "less than one window"),
-        ({"norms": "split"}, "that of a gpt_neox is not known"),
+        ({"norms": "split"}, "that of a stablelm is not known"),
         ({"permutations": 0}, "number of permutations is 0"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"devices": []}, "no device"),
@@ -441,7 +442,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
     ],
 )
 def test_mistakes_are_named_and_nothing_is_made(folder, tmp_path, changes, message):
-    family = "gpt_neox" if "norms" in changes else "llama"
+    family = "stablelm" if "norms" in changes else "llama"
     with pytest.raises(AbreastError, match=message):
         run(folder(family), tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
