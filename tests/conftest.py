@@ -34,7 +34,7 @@ OWN_HEAD_DIM = {
     "hunyuan_v1_dense",
     "gpt_oss",
 }  # do not derive one from the hidden size
-GIVEN_HEADS = {"num_key_value_heads", "head_dim"}
+NOT_GIVEN = {"gpt_neox": ("num_key_value_heads", "head_dim"), "stablelm": ("head_dim",)}
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -91,8 +91,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 **({**EXPERTS, **ROUTED[family]} if family in ROUTED else {}),
                 **config,
             }
-            if family == "gpt_neox":  # which has neither
-                settings = {k: v for k, v in settings.items() if k not in GIVEN_HEADS}
+            for name in NOT_GIVEN.get(family, ()):
+                settings.pop(name, None)
             _save(family, settings, dtype, seed, sharded, folder)
             if tokenizer:
                 _save_tokenizer(folder)

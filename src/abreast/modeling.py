@@ -46,7 +46,7 @@ CACHE = "cache" if VERSION >= [5, 24] else "past_key_values"
 SAME = (
     "Llama Mistral Ministral Qwen2 Qwen3 SmolLM3 Granite Ernie4_5 Arcee Starcoder2 Phi3 Gemma "
     "Gemma2 Gemma3 Olmo Olmo2 Olmo3 Cohere Cohere2 Glm Glm4 Phi Nemotron Exaone4 Jais2 Mixtral "
-    "Olmoe GraniteMoe"
+    "Olmoe GraniteMoe StableLm"
 )
 FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
@@ -70,6 +70,7 @@ HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Att
 READ_HEADS = {"Phi3Attention"}
 # Layers whose attention divides hidden_size by its heads, by their class.
 LAYERS = {"Qwen2_5_VLText": "Qwen2_5_VLDecoderLayer", "GPTNeoX": "GPTNeoXLayer"}
+LAYERS["StableLm"] = "StableLmDecoderLayer"
 # Norms after attention, before and after the FFN, in the three orders there are.
 ORDERS: tuple[tuple[Any, Any, Any], ...] = (
     ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),

@@ -172,7 +172,8 @@ class Member(View):
 
 
 class OwnHeadSize:
-    """Mixed in before a layer whose attention divides hidden_size by its heads: heeds head_dim."""
+    """Mixed in before a layer whose attention divides hidden_size by its heads: heeds head_dim, and
+    mlp_bias, which StableLM's FFN has not."""
 
     def __init__(self, config: Any, index: int) -> None:
         plain, wide = copy.copy(config), copy.copy(config)
@@ -188,6 +189,9 @@ class OwnHeadSize:
             sides = [config.hidden_size, stock.out_features]
             sides = [wide.hidden_size, config.hidden_size] if name == last else sides
             setattr(attention, name, nn.Linear(*sides, bias=stock.bias is not None))
+        for name, one in self.mlp.named_children() if getattr(config, "mlp_bias", False) else ():
+            if type(one) is nn.Linear and one.bias is None:
+                setattr(self.mlp, name, nn.Linear(one.in_features, one.out_features))
 
 
 class MemberRouter:

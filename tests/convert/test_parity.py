@@ -247,6 +247,7 @@ EVERY: dict[str, dict[str, Any]] = {
     "phi": {},
     "nemotron": {},
     "gpt_neox": {},
+    "stablelm": {},
     "olmo": {},
     "olmo3": {"layer_types": ALIKE, "sliding_window": 5},
     "exaone4": {"layer_types": ALIKE, "sliding_window": 5},

@@ -112,7 +112,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     assert is_tied(ours) == bool(theirs.tie_word_embeddings)
     for matrix in CONVERTIBLE[family].matrices + CONVERTIBLE[family].dense:
         if matrix.bias not in ("", "always"):
-            assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias))
+            assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias, False))
     shape = {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads")}
     derived = shape["hidden_size"] // shape["num_attention_heads"]
     assert head_dim_of({**ours, **shape}) == (getattr(theirs, "head_dim", None) or derived)

@@ -53,6 +53,8 @@ def converted_config(
         new.update({key: width * value for key, value in base.items()})
         new.update(model_type=family.model_type, architectures=[family.stock])
         return new
+    for key in family.grown_biases:
+        new.setdefault(key, False)
     digits = len(str(len(blocks) - 1))
     new["per_layer_config"] = {
         str(index).zfill(digits): _layer_entry(family, config, block, base)

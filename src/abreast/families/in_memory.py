@@ -24,12 +24,6 @@ _EXPERTS: dict[str, Any] = {"expert_keys": EXPERT_COUNTS, "dense": _DENSE}
 
 IN_MEMORY = (
     Family(
-        "stablelm",
-        "StableLm",
-        branches=Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
-        unfoldable=_NO_BIASES,
-    ),
-    Family(
         "gpt2",
         "GPT2",
         branches=Branches(attention="attn", before_attention=("ln_1",), before_mlp=("ln_2",)),

@@ -6,6 +6,8 @@ from typing import Any
 
 from abreast.families.row import EXPERT_COUNTS, SHARED_COUNTS, Branches, Matrix, Stack
 
+QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
+QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
 LATENT_SIZES = (
     *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
     ("v_head_dim", 128),

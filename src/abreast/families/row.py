@@ -136,7 +136,8 @@ class Family:
 
     own_attentions: those of a group stay whole, each in a layer of its own with its own cache, and
     only FFNs are joined, whatever the wiring. derived_head_size: its stock attention takes the size
-    of a head from hidden_size, which a wider one needs told.
+    of a head from hidden_size, which a wider one needs told. one_input: where `branches.parallel`
+    is an attribute, whether models are converted that have it or those that have it not.
 
     vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
     deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
@@ -171,6 +172,7 @@ class Family:
     unfoldable: str = ""
     own_attentions: bool = False
     derived_head_size: bool = False
+    one_input: bool = False
     code: str = ""
     names: tuple[tuple[str, str], ...] = ()
     only: tuple[tuple[str, Any], ...] = ()
@@ -198,7 +200,13 @@ class Family:
     def parallel(self) -> bool:
         """Whether the FFN reads the layer's input, which makes all wirings one: always, or in all
         models that can be converted."""
-        return self.branches.parallel is True or bool(self.branches.parallel and self.matrices)
+        return self.branches.parallel is True or self.one_input
+
+    def reads_one_input(self, config: Mapping[str, Any]) -> bool:
+        """Whether the FFN of a model with this config.json reads the layer's input."""
+        key = self.branches.parallel
+        known = {**dict(self.defaults), **config}
+        return key if isinstance(key, bool) else known.get(key) is True
 
     @property
     def transformers_only(self) -> bool:

@@ -13,6 +13,8 @@ from abreast.families.parts import (
     LATENT_SIZES,
     NORMED_AFTER,
     ONE_NORM,
+    QK_BY_HEAD,
+    QK_HEADS,
     SANDWICHED,
     attention,
     experts,
@@ -31,14 +33,13 @@ from abreast.families.row import (
     Matrix,
     Stack,
 )
-from abreast.families.wrappers import HOLDERS, OTHERS, decoder_config
+from abreast.families.wrappers import DECODERS, HOLDERS, OTHERS, decoder_config
 
 _BIASED = attention("attention_bias", "attention_bias")
 _PACKED_FFN = (
     Matrix("mlp.gate_up_proj", "FF", "D", "rows"),
     Matrix("mlp.down_proj", "D", "F", "columns"),
 )
-_QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
 _TIED = ("tie_word_embeddings", True)
 # What config.json of the larger models leaves out.
 _GEMMA3_HEADS = (("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_heads", 4))
@@ -49,13 +50,12 @@ _GLM_DEFAULTS = (("attention_bias", True), ("head_dim", 128))
 _LAYER_NORM = "its norms subtract the mean and add a bias"
 _PARALLEL = "its attention and FFN read the same norm"
 _NORM_AFTER = "it norms the output of its attention and FFN"
-_QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
 _ROTATION = "it rotates q and k in another order"
 _EXPERTS = "it has experts, which every member of a group would choose by itself"
 # What published configs call the routing that modeling_members.MemberRouter computes.
 _SOFTMAX = routing("softmax", "greedy")
 _SIGMOID = routing("sigmoid", "noaux_tc")
-_OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
+_OLMO: dict[str, Any] = {"flat_norms": QK_HEADS, "deci_lacks": _NORM_AFTER}
 
 _ROWS = (
     Family("llama", "Llama", _BIASED + gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
@@ -73,10 +73,10 @@ _ROWS = (
         "qwen3",
         "Qwen3",
         _BIASED + gated_ffn(),
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         defaults=(("head_dim", 128),),
         vllm_layers=True,
-        deci_lacks=_QK_BY_HEAD,
+        deci_lacks=QK_BY_HEAD,
     ),
     Family(
         "seed_oss",
@@ -166,7 +166,7 @@ _ROWS = (
         _BIASED + gated_ffn(),
         SANDWICHED,
         gain_offset=1.0,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         defaults=_GEMMA3_DEFAULTS,
         window_period=6,
         deci_lacks=_NORM_AFTER,
@@ -178,6 +178,8 @@ _ROWS = (
         "Cohere2",
         _BIASED + gated_ffn(),
         ONE_NORM,
+        QK_BY_HEAD,
+        QK_HEADS,
         defaults=(_TIED,),
         window_period=4,
         deci_lacks=_PARALLEL,
@@ -187,7 +189,9 @@ _ROWS = (
         "Cohere",
         _BIASED + gated_ffn(),
         ONE_NORM,
-        wide_norms=_QK_HEADS,
+        QK_BY_HEAD,
+        QK_HEADS,
+        wide_norms=QK_HEADS,
         defaults=(_TIED,),
         deci_lacks=_PARALLEL,
     ),
@@ -242,12 +246,23 @@ _ROWS = (
         norm_bias=True,
         derived_head_size=True,
         wide=("num_attention_heads", "intermediate_size"),
+        one_input=True,
         renames=((r"^embed_out\.", "lm_head."),),
         ignore=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
         defaults=(("attention_bias", True), ("use_parallel_residual", True)),
         layer_prefix="gpt_neox.layers.",
         embedding="gpt_neox.embed_in.weight",
         final_norm="gpt_neox.final_layer_norm",
+        deci_lacks=_LAYER_NORM,
+    ),
+    Family(
+        "stablelm",
+        "StableLm",
+        attention("use_qkv_bias") + gated_ffn("mlp_bias"),
+        Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
+        norm_bias=True,
+        grown_biases=("use_qkv_bias", "mlp_bias"),
+        derived_head_size=True,
         deci_lacks=_LAYER_NORM,
     ),
     Family(
@@ -263,7 +278,7 @@ _ROWS = (
         "Exaone4",
         attention() + gated_ffn(),
         NORMED_AFTER,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         window_period=4,
         deci_lacks=_NORM_AFTER,
     ),
@@ -272,7 +287,7 @@ _ROWS = (
         "HunYuanDenseV1",
         _BIASED + gated_ffn(),
         head_norms=(("self_attn.query_layernorm", "Q"), ("self_attn.key_layernorm", "K")),
-        deci_lacks=_QK_BY_HEAD,
+        deci_lacks=QK_BY_HEAD,
     ),
     Family(
         "jais2",
@@ -322,7 +337,7 @@ _ROWS = (
         dense=gated_ffn(),
         expert_keys=EXPERT_COUNTS,
         routing=_SOFTMAX,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         vllm_layers=True,
         deci_lacks=_EXPERTS,
     ),
@@ -333,7 +348,7 @@ _ROWS = (
         stacks=experts(width="F"),
         expert_keys=EXPERT_COUNTS,
         routing=_SOFTMAX,
-        flat_norms=_QK_HEADS,
+        flat_norms=QK_HEADS,
         deci_lacks=_EXPERTS,
     ),
     Family(
@@ -379,7 +394,7 @@ _ROWS = (
         dense=gated_ffn(),
         expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
         routing=_SIGMOID,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         defaults=(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("use_qk_norm", False)),
         deci_lacks=_EXPERTS,
     ),
@@ -432,25 +447,8 @@ _ROWS = (
         routing=_SIGMOID,
         **latent(_EXPERTS),
     ),
-    # Decoders that exist within a wrapper only.
-    Family(
-        "qwen2_5_vl_text",
-        "Qwen2_5_VLText",
-        attention("always") + gated_ffn(),
-        derived_head_size=True,
-        alone=False,
-    ),
-    Family(
-        "qwen3_vl_text",
-        "Qwen3VLText",
-        _BIASED + gated_ffn(),
-        head_norms=_QK_HEADS,
-        defaults=(("head_dim", 128),),
-        deci_lacks=_QK_BY_HEAD,
-        alone=False,
-    ),
 )
-FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *IN_MEMORY)}
+FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *DECODERS, *IN_MEMORY)}
 CONVERTIBLE: dict[str, Family] = {
     name: row for name, row in FAMILIES.items() if row.matrices and row.alone
 }
