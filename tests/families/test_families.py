@@ -192,6 +192,14 @@ def test_defaults() -> None:
         ({"model_type": "abreast_llama"}, "converted already"),
         ({"model_type": "bloom"}, "a bloom cannot be written as wide layers"),
         ({"model_type": "gpt2"}, "its matrices are stored transposed"),
+        (
+            {"model_type": "gpt_neox", "use_parallel_residual": False},
+            "its FFN reads the attention's result (use_parallel_residual)",
+        ),
+        (
+            {"model_type": "stablelm", "use_parallel_residual": True},
+            "its FFN reads what its attention reads (use_parallel_residual)",
+        ),
         ({"model_type": "mixtral"}, "how many experts (num_local_experts)"),
         ({"model_type": "mixtral", "num_local_experts": [4, 8]}, "num_local_experts"),
         (

@@ -154,12 +154,7 @@ def obstacle(
     for key, value in family.only:
         if config.get(key, value) != value:
             return f"they norm what they add to ({key} {config[key]})"
-    key = family.branches.parallel
-    if isinstance(key, str) and family.matrices and not in_memory:
-        if (beside := family.reads_one_input(config)) != family.one_input:
-            reads = "what their attention reads" if beside else "the attention's result"
-            return f"their FFN reads {reads} ({key} {beside}): run them grouped in memory"
-    if in_order and (key is True or (family.one_input and not in_memory)):
+    if in_order and family.parallel and family.converts(config):
         return NOT_IN_ORDER
     for differ in (_unknown_routing, _unlike_experts) if family.routes else ():
         if reason := differ(family, config, layers):

@@ -208,6 +208,17 @@ class Family:
         known = {**dict(self.defaults), **config}
         return key if isinstance(key, bool) else known.get(key) is True
 
+    def converts(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this config.json is of the kind that can be converted."""
+        told = isinstance(self.branches.parallel, str)
+        return bool(self.matrices) and (not told or self.reads_one_input(config) == self.one_input)
+
+    @property
+    def why_in_memory(self) -> str:
+        """Why models of the family, or of the kind that is not converted, only run grouped."""
+        reads = "the attention's result" if self.one_input else "what its attention reads"
+        return self.unfoldable or f"its FFN reads {reads} ({self.branches.parallel})"
+
     @property
     def transformers_only(self) -> bool:
         """Whether only transformers runs conversions of checkpoints that hold just this model."""

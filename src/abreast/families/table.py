@@ -466,7 +466,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if (holder := config.get("within")) in HOLDERS:
         reason = HOLDERS[holder].unfoldable
         raise FamilyError(f"a {holder}'s decoder cannot be converted, only run grouped: {reason}")
-    if (row := FAMILIES.get(model_type)) is not None and row.matrices:
+    if (row := FAMILIES.get(model_type)) is not None and row.converts(config):
         return row
     if model_type.startswith("abreast_"):
         raise FamilyError(
@@ -475,7 +475,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if row is not None:
         raise FamilyError(
             f"a {model_type} cannot be written as wide layers, only run grouped in memory "
-            f"(abreast.grouped, or eval with --plan): {row.unfoldable}"
+            f"(abreast.grouped, or eval with --plan): {row.why_in_memory}"
         )
     if model_type in OTHERS:
         raise FamilyError(f"a {model_type} cannot be converted: {OTHERS[model_type]}")
