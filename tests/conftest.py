@@ -34,7 +34,7 @@ OWN_HEAD_DIM = {
     "hunyuan_v1_dense",
     "gpt_oss",
 }  # do not derive one from the hidden size
-NOT_GIVEN = {"gpt_neox": ("num_key_value_heads", "head_dim"), "stablelm": ("head_dim",)}
+NOT_GIVEN = {"gpt_neox": ("num_key_value_heads", "head_dim"), "stablelm": ("head_dim", "mlp_bias")}
 TinyCheckpoint = Callable[..., Path]
 
 

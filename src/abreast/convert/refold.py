@@ -257,7 +257,7 @@ class Refold:
             yield name, (_stacked if apart else _side_by_side)(tensors)
             if biases:
                 yield prefix + bias, (_stacked if apart else _summed)(biases)
-            elif family.grown_biases:
+            elif matrix.bias in family.grown_biases:
                 shape = (len(members) * rows if apart else rows,)
                 yield prefix + bias, _constant(shape, tensors[0].dtype, 0.0)
             return
