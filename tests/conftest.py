@@ -34,6 +34,7 @@ OWN_HEAD_DIM = {
     "hunyuan_v1_dense",
     "gpt_oss",
 }  # do not derive one from the hidden size
+NOT_GIVEN = {"gpt_neox": ("num_key_value_heads", "head_dim"), "stablelm": ("head_dim", "mlp_bias")}
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -90,6 +91,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 **({**EXPERTS, **ROUTED[family]} if family in ROUTED else {}),
                 **config,
             }
+            for name in NOT_GIVEN.get(family, ()):
+                settings.pop(name, None)
             _save(family, settings, dtype, seed, sharded, folder)
             if tokenizer:
                 _save_tokenizer(folder)

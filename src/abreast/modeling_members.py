@@ -171,6 +171,29 @@ class Member(View):
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
 
 
+class OwnHeadSize:
+    """Mixed in before a layer whose attention divides hidden_size by its heads: heeds head_dim, and
+    mlp_bias, which StableLM's FFN has not."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        plain, wide = copy.copy(config), copy.copy(config)
+        plain.num_attention_heads = config.hidden_size // config.head_dim
+        wide.hidden_size = config.num_attention_heads * config.head_dim
+        super().__init__(plain, index)  # type: ignore[call-arg]
+        place = "self_attn" if hasattr(self, "self_attn") else "attention"
+        attention = type(getattr(self, place))(wide, index)
+        setattr(self, place, attention)
+        *read, last = (name for name, one in attention.named_children() if type(one) is nn.Linear)
+        for name in (*read, last):
+            stock = getattr(attention, name)
+            sides = [config.hidden_size, stock.out_features]
+            sides = [wide.hidden_size, config.hidden_size] if name == last else sides
+            setattr(attention, name, nn.Linear(*sides, bias=stock.bias is not None))
+        for name, one in self.mlp.named_children() if getattr(config, "mlp_bias", False) else ():
+            if type(one) is nn.Linear and one.bias is None:
+                setattr(self.mlp, name, nn.Linear(one.in_features, one.out_features))
+
+
 class MemberRouter:
     """Mixed into a stock router with the experts of several members, one below the other: each
     chooses among its own, and normalises among them. Returns logits [P * T, E], member after

@@ -22,7 +22,7 @@ SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": nul
 REPLICATE = "torch_tp (abreast bench --backend tp --unpaired replicate)"
 EXPERT_WIDTH = "moe_intermediate_size"
 _SGLANGS = ("llama", "mistral", "qwen2", "qwen3")
-_QUANTISED = ("compressed-tensors", "torchao")  # vLLM's backend has the first only
+_QUANTISED = ("compressed-tensors", "fp8", "torchao")  # vLLM's backend lacks the last
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
@@ -37,6 +37,8 @@ class FamilyFacts(Protocol):
     def member_norms(self) -> tuple[str, ...]: ...
     @property
     def flat_norms(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def transformers_only(self) -> bool: ...
     @property
     def routes(self) -> bool: ...
     @property
@@ -153,8 +155,7 @@ def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -
             heads=len(block.attentions) * single.heads,
             kv_heads=len(block.attentions) * single.kv_heads,
             # experts stay as wide as they are, and become more
-            intermediate=min(len(block.ffns), 1 if family.routes else len(block.ffns))
-            * single.intermediate,
+            intermediate=len(block.ffns[: 1 if family.routes else None]) * single.intermediate,
             members=members_of(family, block),
             band=band_of(family, block),
         )
@@ -231,12 +232,11 @@ def _mlx(model: Model, degree: int) -> Iterator[str]:
 
 def _mlx_model(model: Model, degree: int) -> Iterator[str]:
     """Of the format mlx, under ABREAST_UNPAIRED=shard: replicate needs no even division."""
-    config = model.config
-    heads = _size(config, "num_attention_heads")
+    single = _layer(model.config)
     for name, count in (
-        ("attention heads", heads),
-        ("KV heads", config.get("num_key_value_heads") or heads),
-        ("FFN columns", _size(config, "intermediate_size")),
+        ("attention heads", single.heads),
+        ("KV heads", single.kv_heads),
+        ("FFN columns", single.intermediate),
     ):
         if count % degree:
             yield (
@@ -254,16 +254,16 @@ def _one_process(model: Model, degree: int) -> Iterator[str]:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
 
 
-def _experts(model: Model, engine: str) -> Iterator[str]:
+def _layers(model: Model, engine: str) -> Iterator[str]:
+    if model.family is not None and model.family.transformers_only:
+        yield f"{engine} has no converted layers of its family; run them with transformers"
     if model.family is None or not model.family.routes:
         pass
     elif engine != "vLLM":
         yield f"{engine} runs no groups of layers with experts; serve them with transformers"
     elif not model.family.vllm_layers:
-        sinks = str(model.config.get("model_type")).endswith("gpt_oss")
-        parts = "attention sinks and clamped experts" if sinks else "experts"
         yield (
-            f"its {parts} have no vLLM layers here; vLLM's transformers backend gives groups no "
+            "its experts have no vLLM layers here; vLLM's transformers backend gives groups no "
             "more experts than single layers, so serve the checkpoint with transformers"
         )
     elif any(layer.band is not None for layer in model.layers):
@@ -279,7 +279,7 @@ def _is_native(model: Model) -> bool:
 
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
-    yield from _experts(model, "vLLM")
+    yield from _layers(model, "vLLM")
     sequential = _is_sequential(model)
     only = "runs in vLLM for llama, mistral, ministral, qwen2, qwen3 and seed_oss only"
     if sequential and not _is_native(model):
@@ -289,7 +289,7 @@ def _vllm(model: Model, degree: int) -> Iterator[str]:
     if model.unpaired == "replicate" and not _is_native(model):
         yield f"abreast_unpaired: replicate {only}; leave it out, or use {REPLICATE}"
     if not (model.family and model.family.routes):
-        yield from _quantised(model, "vLLM", *_QUANTISED[: 1 + _is_native(model)])
+        yield from _quantised(model, "vLLM", *_QUANTISED[: 2 + _is_native(model)])
     yield from _degree(model, degree, '--hf-overrides \'{"abreast_unpaired": "replicate"}\'')
 
 
@@ -388,7 +388,7 @@ def is_dealt(
 def _torch_tp(model: Model, degree: int) -> Iterator[str]:
     if degree == 1:
         return
-    yield from _experts(model, "torch_tp")
+    yield from _layers(model, "torch_tp")
     plan = model.plan or recorded_plan(model.config)
     if model.unpaired == "replicate":
         for members in sorted({len(group.layers) for group in plan.groups} if plan else ()):

@@ -203,7 +203,7 @@ def interruptible() -> None:
 @pytest.mark.slow
 def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     code = (
-        "import importlib, time; c = importlib.import_module('abreast.convert.rewrite');"
+        "import importlib, time; c = importlib.import_module('abreast.convert.stream');"
         "spans = c._spans; c._spans = lambda *a: (time.sleep(0.2), spans(*a))[1];"
         "print('ready', flush=True); from abreast.cli.main import main; main()"
     )

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from abreast.checkpoint import open_checkpoint
-from abreast.convert import rewrite
+from abreast.convert import stream
 from abreast.convert.config import REMOTE_CODE
 from abreast.convert.rewrite import convert, preview
 from abreast.convert.rules import FoldError
@@ -405,7 +405,7 @@ def test_small_chunks_change_nothing_and_bound_every_read(
     source = tiny_checkpoint(family, head_dim=16, biases=True, sharded=True)
     convert(source, plan, tmp_path / "large")
     largest = 0
-    read_rows = rewrite.read_rows
+    read_rows = stream.read_rows
 
     def recording(tensor: Any, start: int = 0, stop: int | None = None) -> torch.Tensor:
         nonlocal largest
@@ -415,8 +415,8 @@ def test_small_chunks_change_nothing_and_bound_every_read(
             assert rows.nbytes < tensor.nbytes / 8
         return rows
 
-    monkeypatch.setattr(rewrite, "read_rows", recording)
-    monkeypatch.setattr(rewrite, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(stream, "read_rows", recording)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
     manifest = convert(source, plan, tmp_path / "small")
     assert 0 < largest <= max(chunk, 96 * 4)  # one row is the least that can be read
     small, large = files(tmp_path / "small"), files(tmp_path / "large")
@@ -495,13 +495,13 @@ def test_only_nan_and_infinity_count_as_damage(dtype: str) -> None:
     subnormal = torch.tensor([1], dtype=torch.int16).view(torch.uint8)
     fine = torch.cat([fine, subnormal.repeat(kind.itemsize // 2).view(kind)])
     assert fine.isfinite().all()
-    assert rewrite._is_finite(fine)
-    assert rewrite._is_finite(fine[:0])
+    assert stream._is_finite(fine)
+    assert stream._is_finite(fine[:0])
     for value in (math.nan, -math.nan, math.inf, -math.inf):
         for place in range(len(fine)):
             damaged = fine.clone()
             damaged[place] = value
-            assert not rewrite._is_finite(damaged)
+            assert not stream._is_finite(damaged)
 
 
 def test_thread_count_is_put_back(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

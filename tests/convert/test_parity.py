@@ -246,6 +246,8 @@ EVERY: dict[str, dict[str, Any]] = {
     "glm4": {},
     "phi": {},
     "nemotron": {},
+    "gpt_neox": {},
+    "stablelm": {},
     "olmo": {},
     "olmo3": {"layer_types": ALIKE, "sliding_window": 5},
     "exaone4": {"layer_types": ALIKE, "sliding_window": 5},

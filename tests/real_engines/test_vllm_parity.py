@@ -135,6 +135,12 @@ FAMILIES = {
     "ministral": {"sliding_window": 8, "layer_types": SLIDING},
     "seed_oss": {"biases": True},
 }
+# gpt-oss, whose pairs of layers 1 + 2 and 3 ~ 4 are of one kind, and of two
+ALIKE = ["full_attention", *["sliding_attention"] * 3, "full_attention", "sliding_attention"]
+YARN = {  # the only RoPE that vLLM's gpt-oss has
+    **{"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "truncate": False},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 128},
+}
 HEAD_DIM = 32  # vLLM's attention on a CPU knows no 16
 # Of layers 0 to 9: an lp pair, a cqil pair, one with a bypass (in Qwen 2 past its sliding window),
 # and an ff pair
@@ -159,6 +165,7 @@ def test_native_family(in_engine, converted, tiny_checkpoint, family, tensor_par
     [
         ("mixtral", {}),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [5], "attention_bias": True}),
+        ("gpt_oss", {"layer_types": ALIKE, "sliding_window": 8, "rope_parameters": YARN}),
     ],
 )
 def test_native_family_with_experts(

@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(family: str = "llama", seed: int = 0) -> Path:
         if (family, seed) not in made:
-            name, extra = MODELS[family]
+            name, extra = {**MODELS, "mixtral": ("MixtralConfig", {"num_local_experts": 2})}[family]
             config = getattr(transformers, name)(**COMMON, **extra)
             torch.manual_seed(seed)
             model = transformers.AutoModelForCausalLM.from_config(config)
@@ -431,7 +431,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
         ({"window": 1}, "window is 1; give at least 2"),
         ({"window": 65}, "the model holds 64 tokens"),
         ({"window": 40}, "less than one window"),
-        ({"norms": "split"}, "that of a gpt_neox is not known"),
+        ({"norms": "split"}, "that of a mixtral is not known"),
         ({"permutations": 0}, "number of permutations is 0"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"devices": []}, "no device"),
@@ -442,7 +442,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
     ],
 )
 def test_mistakes_are_named_and_nothing_is_made(folder, tmp_path, changes, message):
-    family = "gpt_neox" if "norms" in changes else "llama"
+    family = "mixtral" if "norms" in changes else "llama"
     with pytest.raises(AbreastError, match=message):
         run(folder(family), tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()

@@ -24,7 +24,7 @@ COMPARE_BYTES = 2 << 20
 GROUP = 32  # numbers that share a scale in mxfp4
 
 
-def _unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     """The tensors, quantised ones with their scales as one of bfloat16 numbers."""
     settings, left = checkpoint.config.get("quantization_config"), dict(checkpoint.tensors)
     if not settings:
@@ -94,7 +94,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             )
     known = all_tensors(family, {**config, "tie_word_embeddings": False})
     prefix = family.layer_prefix.split(".")[0] + "."
-    for stored, tensor in _unpacked(checkpoint).items():
+    for stored, tensor in unpacked(checkpoint).items():
         name = stored
         for pattern, own in family.renames:
             name = re.sub(pattern, own, name)

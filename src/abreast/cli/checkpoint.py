@@ -179,6 +179,7 @@ def import_gguf(
     default="auto",
     help="auto, or deci, deci-ff, openelm or mlx, which other engines load without a plugin.",
 )
+@click.option("--quantize", help="fp8: float8 weights, a scale for each block of 128 x 128.")
 @console.force_option
 @console.revision_option
 @console.json_option
@@ -188,6 +189,7 @@ def convert(
     out: str,
     prefill: str,
     form: str,
+    quantize: str | None,
     dry_run: bool,
     dtype: str | None,
     max_shard_size: str,
@@ -208,6 +210,7 @@ def convert(
         "dtype": dtype,
         "prefill": prefill,
         "form": form,
+        "quantize": quantize,
         "max_shard_bytes": console.parse_size(max_shard_size),
     }
     planned = preview(model, plan, **options)

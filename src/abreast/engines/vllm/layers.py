@@ -47,7 +47,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from abreast.engines.members import HeadNorm, biases, output_loader, visible
-from abreast.engines.vllm.experts import Experts, has_experts
+from abreast.engines.vllm.experts import BiasedExperts, Experts, has_experts
 from abreast.engines.vllm.packed import PackedLinear
 from abreast.engines.vllm.quantized import QuantizedMembers
 
@@ -93,6 +93,47 @@ class Attention(LlamaAttention):
         return output
 
 
+@functools.cache
+def sink_attention() -> Any:
+    """vLLM's attention of gpt-oss, which adds a sink per head to the softmax, at any width.
+
+    Made when it is needed, so that where vLLM renames it other models are served.
+    """
+    from vllm.model_executor.layers.attention import Attention as Attend
+    from vllm.model_executor.models.gpt_oss import OAIAttention
+
+    class SinkAttention(OAIAttention):  # type: ignore[misc,unused-ignore]
+        def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+            if not config.attention_bias or config.rope_parameters["rope_type"] != "yarn":
+                raise ValueError("vLLM's gpt-oss has attention_bias, and rope_type yarn only")
+            super().__init__(config, vllm_config.quant_config, vllm_config.cache_config, prefix)
+            self.sinks.weight_loader = self._load_sinks
+
+        def _build_attention(self, config: Any, prefix: str, **given: Any) -> nn.Module:
+            slides = config.layer_types[self.layer_idx] == "sliding_attention"
+            return Attend(
+                self.num_local_attention_heads,
+                self.head_dim,
+                self.scaling,
+                num_kv_heads=self.num_local_key_value_heads,
+                per_layer_sliding_window=config.sliding_window if slides else None,
+                prefix=f"{prefix}.attn",
+                sinks=self.sinks,
+                **given,
+            )
+
+        def _load_sinks(self, parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+            heads = len(parameter)
+            first = get_tensor_model_parallel_rank() * heads
+            parameter.data.copy_(loaded[first : first + heads])
+
+        def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = super().forward(hidden_states, positions)
+            return output
+
+    return SinkAttention
+
+
 class Layer(nn.Module):
     """A single layer or an lp group: two all-reduces, whatever its width.
 
@@ -103,14 +144,17 @@ class Layer(nn.Module):
         super().__init__()
         base: Any = vllm_config.model_config.hf_config
         replicate, single = replicates(base), base.to_dict()
+        sinks = config.model_type == "abreast_gpt_oss"
         with whole(replicate and config.num_attention_heads == single["num_attention_heads"]):
-            self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
+            kind = sink_attention() if sinks else Attention
+            self.self_attn = kind(config, vllm_config, f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: Any = None
         if config.intermediate_size == 0:
             return
         if has_experts(config, extract_layer_index(prefix)):
-            self.mlp = Experts(config, vllm_config, f"{prefix}.mlp")
+            kind = BiasedExperts if sinks else Experts
+            self.mlp = kind(config, vllm_config, f"{prefix}.mlp")
         else:
             self.mlp = LlamaMLP(
                 hidden_size=config.hidden_size,

@@ -120,3 +120,7 @@ class AbreastMixtralForCausalLM(_ForCausalLM):
 
 class AbreastQwen3MoeForCausalLM(_ForCausalLM):
     """Qwen 3 with experts, and layers of their own width and number of them."""
+
+
+class AbreastGptOssForCausalLM(_ForCausalLM):
+    """gpt-oss with layers of their own width and number of experts."""

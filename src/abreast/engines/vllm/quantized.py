@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
+from abreast.convert import fp8
 from abreast.engines.vllm.plugin import ServingError
 
 # What compressed-tensors and torchao store for each row of a matrix, or once if that is so long.
-_OF_ROWS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "bias")
-_DEQUANTIZED = {"weight", "weight_packed", "weight_shape", "weight_scale", "input_scale"}
+_SCALES = ("weight_scale", "weight_scale_inv")
+_OF_ROWS = ("weight", "weight_packed", *_SCALES, "weight_zero_point", "bias")
+_DEQUANTIZED = {"weight", "weight_packed", "weight_shape", *_SCALES, "input_scale"}
 
 
 class QuantizedMembers(nn.Module):
@@ -65,8 +67,9 @@ def dequantized(
     """The tensors of a checkpoint, those of some modules as plain weights.
 
     Knows compressed-tensors' weights of 8 bits and packed integers of fewer, symmetric, [rows,
-    columns] with a scale for each of equal parts of a row, of a whole row or for all; and tensors
-    that have a `dequantize`, which torchao's have. Raises ServingError for others.
+    columns] with a scale for each of equal parts of a row, of a whole row or for all; float8 with a
+    scale for each block of 128 x 128, as `convert` writes it; and tensors that have a `dequantize`,
+    which torchao's have. Raises ServingError for others.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in weights:
@@ -83,6 +86,9 @@ def dequantized(
                 f"{module} is quantised with {min(unknown)}, which groups whose members stay apart "
                 "cannot use here; quantise symmetrically, in the order of the columns"
             )
+        if (blocks := own.get("weight_scale_inv")) is not None:
+            yield f"{module}.weight", fp8.dequantised(own["weight"], blocks).to(torch.bfloat16)
+            continue
         whole = own["weight"] if "weight" in own else _unpacked(own)
         scale = own["weight_scale"].float()
         scale = scale.view(-1, 1) if scale.dim() < 2 else scale
