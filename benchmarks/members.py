@@ -36,14 +36,14 @@ def compare(members: int, hidden: int, tokens: int) -> dict[str, object]:
             torch.stack([x[:, :, k] @ weight.T for k, weight in enumerate(weights)], -2)
         return tokens
 
-    found = timings(measure({"loop": run_loop, "batched": run_batched}, rounds=ROUNDS))["batched"]
+    timing = timings(measure({"loop": run_loop, "batched": run_batched}, rounds=ROUNDS))["batched"]
     return {
         "members": members,
         "hidden": hidden,
         "tokens": tokens,
-        "ratio": round(found.ratio, 2),
-        "low": round(found.ratio_low, 2),
-        "high": round(found.ratio_high, 2),
+        "ratio": round(timing.ratio, 2),
+        "low": round(timing.ratio_low, 2),
+        "high": round(timing.ratio_high, 2),
     }
 
 

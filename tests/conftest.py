@@ -156,13 +156,13 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     model, run = root / "a <b>bold ${1+1}", root / "run"
     shutil.copytree(tiny_checkpoint(tokenizer=True), model)
     tokens = np.random.default_rng(0).integers(128, size=256)
-    found = calibrate(
+    calibration = calibrate(
         model,
         run / "calibration",
         CalibrationSettings(num_windows=8, window=32, max_group=2, wirings=("lp",)),
         stream=TokenStream(tokens, "random", 1, 256),
     )
-    plan = find_plan(found, run, Budget(depth=4)).plan
+    plan = find_plan(calibration, run, Budget(depth=4)).plan
     (run / "plans" / "depth-4-x").mkdir(parents=True)
     convert(model, plan, run / "plans" / "depth-4-x" / "converted")
     return run

@@ -41,23 +41,23 @@ def quality(**more: Any) -> dict[str, Any]:
         Perplexity(nll, 0.04, float(np.exp(nll)), 0.4, 1.2, 5000, 256, 256, windows)
         for nll in (2.5, 2.4)
     )
-    found = Comparison(
+    comparison = Comparison(
         *(ours, theirs, 0.1, 0.002, 0.0625, 0.0012, 0.01, 0.2, 0.3, 2.0, 0.91, 0.002),
         *({}, (), 0.9, 5000, 256, 256, windows),
     )
-    return {**found.to_dict(), **more}
+    return {**comparison.to_dict(), **more}
 
 
 def speed(rounds: int = 8) -> dict[str, Any]:
-    found = {}
+    results = {}
     for task, factor in (("prefill", 1.0), ("decode", 0.8)):
         times = 0.01 * (1 + 0.01 * np.arange(rounds))
         seconds = {"original": times, "converted": factor * times * (1 + 0.001 * np.arange(rounds))}
         timed = timings(Measurement(seconds, {"original": 64, "converted": 64}))
         sizes = (1, 128, 64 if task == "decode" else 0, rounds, 2, 0, "cpu", "float32", 2)
         result = BenchResult(task, "original", *sizes, timed, seconds)
-        found[task] = {**result.to_dict(), "verdict": verdict(result)}
-    return found
+        results[task] = {**result.to_dict(), "verdict": verdict(result)}
+    return results
 
 
 SAMPLES = [
@@ -92,8 +92,8 @@ def make_run(run: Path, model: Path, source: str, data: str = "stdlib") -> Path:
     front = make_front(source)
     plan = Plan.parse(PLAN, LAYERS)
     folder = run / "plans" / NAME
-    for each in (run / "calibration", folder):
-        each.mkdir(parents=True)
+    for parent in (run / "calibration", folder):
+        parent.mkdir(parents=True)
     save(run / "calibration" / "measure.json", {"identity": {}})
     front.stats.save(run / "calibration" / "stats.safetensors")
     save(run / "front.json", {**front.to_dict(), "identity": {"num_layers": LAYERS}})

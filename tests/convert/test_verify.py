@@ -288,8 +288,8 @@ def test_tensors_that_do_not_fit(made, change, fault):
     """transformers would make one up, leave one out, or cast."""
     original, out = made()
     spoil(out, change)
-    (found,) = checked(out, original).faults
-    assert re.search(fault, found)
+    (difference,) = checked(out, original).faults
+    assert re.search(fault, difference)
 
 
 @pytest.mark.parametrize("where", [0.3, 0.9])

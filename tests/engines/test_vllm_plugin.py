@@ -127,11 +127,11 @@ def test_version(version, old):
 
 
 def test_entry_point_names_the_function():
-    found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "abreast"]
-    assert found, "abreast is not installed, or was before it had a plugin: pip install -e ."
+    points = [e for e in entry_points(group="vllm.general_plugins") if e.name == "abreast"]
+    assert points, "abreast is not installed, or was before it had a plugin: pip install -e ."
     from abreast.engines import vllm
 
-    assert found[0].load() is vllm.register
+    assert points[0].load() is vllm.register
 
 
 def test_plugin_module_is_light():

@@ -40,15 +40,15 @@ def ids_of(count: int, seed: int) -> list[int]:
 def generate(llm: Any, prompts: list[list[int]], new_tokens: int, **more: Any) -> list[Any]:
     from vllm import SamplingParams
 
-    how = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=5, ignore_eos=True)
-    given = [{"prompt_token_ids": ids} for ids in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=5, ignore_eos=True)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
     return [
         {
             "ids": list(answer.outputs[0].token_ids),
             "logprobs": [{t: e.logprob for t, e in s.items()} for s in answer.outputs[0].logprobs],
             "cached": answer.num_cached_tokens,
         }
-        for answer in llm.generate(given, how, use_tqdm=False, **more)
+        for answer in llm.generate(requests, sampling, use_tqdm=False, **more)
     ]
 
 
@@ -82,7 +82,7 @@ def test_chunked_prefill_batching_and_prefix_cache(in_engine, folder):
     done = in_engine(
         folder,
         crowd,
-        given={"prompts": prompts},
+        arguments={"prompts": prompts},
         max_num_batched_tokens=CHUNK,
         max_num_seqs=4,
         block_size=32,
@@ -264,8 +264,8 @@ def test_compressed_tensors(in_engine, folder, tmp_path, bits, group, tolerance,
     """
     plain = quantized(folder, tmp_path / "small", bits, group)
     prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
-    given = {"prompts": prompts, "new_tokens": 8}
-    done = in_engine(tmp_path / "small", generate, tensor_parallel, given, dtype="bfloat16")
+    arguments = {"prompts": prompts, "new_tokens": 8}
+    done = in_engine(tmp_path / "small", generate, tensor_parallel, arguments, dtype="bfloat16")
     compare(plain, prompts, done, tolerance=tolerance)
 
 
@@ -284,9 +284,9 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-def quantized_by_torchao(llm: Any, **given: Any) -> Any:
+def quantized_by_torchao(llm: Any, **arguments: Any) -> Any:
     assert llm.llm_engine.vllm_config.model_config.quantization == "torchao"
-    return generate(llm, **given)
+    return generate(llm, **arguments)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
@@ -295,10 +295,10 @@ def test_torchao(in_engine, folder, tmp_path, run_apart, tensor_parallel):
     done = run_apart(TORCHAO, str(folder), str(tmp_path / "small"))
     assert done.returncode == 0, done.stderr[-3000:]
     prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
-    given = {"prompts": prompts, "new_tokens": 8}
+    arguments = {"prompts": prompts, "new_tokens": 8}
     options = {"dtype": "bfloat16", "skip_tokenizer_init": True}
     small = tmp_path / "small"
-    answers = in_engine(small, quantized_by_torchao, tensor_parallel, given, **options)
+    answers = in_engine(small, quantized_by_torchao, tensor_parallel, arguments, **options)
     compare(folder, prompts, answers, tolerance=0.3)
 
 

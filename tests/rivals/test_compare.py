@@ -51,11 +51,11 @@ def model(request, tiny_checkpoint):
 def without(model, layers):
     """The model with these layers deleted."""
     left = copy.deepcopy(model)
-    kept = [i for i in range(LAYERS) if i not in layers]
-    left.base_model.layers = torch.nn.ModuleList(left.base_model.layers[i] for i in kept)
-    left.config.num_hidden_layers = len(kept)
+    indices = [i for i in range(LAYERS) if i not in layers]
+    left.base_model.layers = torch.nn.ModuleList(left.base_model.layers[i] for i in indices)
+    left.config.num_hidden_layers = len(indices)
     if getattr(left.config, "layer_types", None):
-        left.config.layer_types = [model.config.layer_types[i] for i in kept]
+        left.config.layer_types = [model.config.layer_types[i] for i in indices]
     return left
 
 
@@ -222,7 +222,7 @@ def test_every_rival_is_measured_on_the_other_text(run, tmp_path):
 def test_sleb_leaves_out_greedily_what_costs_least(run, monkeypatch):
     call, (chosen_on, _), _ = run
     monkeypatch.setattr(module, "FINALISTS", LAYERS)  # all on all windows
-    found = {
+    plans = {
         r.depth: r.plan
         for r in call(methods=("planner", "sleb"), refit=False)
         if r.method == "sleb"
@@ -232,10 +232,10 @@ def test_sleb_leaves_out_greedily_what_costs_least(run, monkeypatch):
     for depth in (5, 4):
         losses = {}
         for layer in set(range(LAYERS)) - set(left_out):
-            cut = without(chosen_on.model, (*left_out, layer))
-            losses[layer] = token_scores(logits(cut, ids)[:, :-1], ids[:, 1:]).mean()
+            pruned = without(chosen_on.model, (*left_out, layer))
+            losses[layer] = token_scores(logits(pruned, ids)[:, :-1], ids[:, 1:]).mean()
         left_out += (min(losses, key=losses.get),)
-        assert found[depth] == " ".join(["without", *map(str, sorted(left_out))])
+        assert plans[depth] == " ".join(["without", *map(str, sorted(left_out))])
 
 
 @pytest.mark.parametrize("run", ["llama", "gemma3_text"], indirect=True)

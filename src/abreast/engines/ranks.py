@@ -133,7 +133,7 @@ class Link:
             dist.broadcast(x, rank, group=self.group)
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' equally wide [.., X] side by side."""
         x = self._start(x)
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
@@ -176,7 +176,7 @@ class SplitHead(nn.Module):
         weight = self.weight if tied is None else tied.weight.narrow(0, *self.span)
         part = nn.functional.linear(x, weight, self.bias)
         part = nn.functional.pad(part, (0, self.size - part.shape[-1]))
-        return self.link.gather(part)[..., : self.words]
+        return self.link.all_gather(part)[..., : self.words]
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def sweep(
     original = Plan(num_layers=num_layers)
     rows = [
         SweepRow(
-            **_place(wiring, size, plan),
+            **_about_plan(wiring, size, plan),
             **_scored(scores[plan]),
             **_timed("predicted", plan, predicted),
             **_timed("measured", plan, measured),
@@ -268,7 +268,7 @@ def _regular(wiring: str, size: int, count: int, first: int, num_layers: int) ->
     return Plan(num_layers=num_layers, groups=groups)
 
 
-def _place(wiring: str, size: int, plan: Plan) -> dict[str, Any]:
+def _about_plan(wiring: str, size: int, plan: Plan) -> dict[str, Any]:
     return {
         "wiring": wiring,
         "size": size,

@@ -71,12 +71,14 @@ def check(config: Any, tensor_parallel: int) -> None:
     config: transformers' config object. vLLM calls this in its main process, before its workers.
     """
     family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
-    how: Any = getattr(config, "abreast_unpaired", "shard")
-    if how not in get_args(Unpaired):
+    unpaired: Any = getattr(config, "abreast_unpaired", "shard")
+    if unpaired not in get_args(Unpaired):
         raise ServingError(
-            f"abreast_unpaired is {how!r}, not one of {', '.join(get_args(Unpaired))}"
+            f"abreast_unpaired is {unpaired!r}, not one of {', '.join(get_args(Unpaired))}"
         )
-    for reason in refusals(VLLM, config.to_dict(), family, degree=tensor_parallel, unpaired=how):
+    for reason in refusals(
+        VLLM, config.to_dict(), family, degree=tensor_parallel, unpaired=unpaired
+    ):
         raise ServingError(reason)
 
 
