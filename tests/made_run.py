@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,12 @@ def quality(**more: Any) -> dict[str, Any]:
         Perplexity(nll, 0.04, float(np.exp(nll)), 0.4, 1.2, 5000, 256, 256, windows)
         for nll in (2.5, 2.4)
     )
-    comparison = Comparison(
-        *(ours, theirs, 0.1, 0.002, 0.0625, 0.0012, 0.01, 0.2, 0.3, 2.0, 0.91, 0.002),
-        *({}, (), 0.9, 5000, 256, 256, windows),
-    )
+    values = dict.fromkeys((f.name for f in fields(Comparison) if f.type == "float"), 0.1)
+    values |= {"nll_difference_stderr": 0.002, "kl": 0.0625, "kl_stderr": 0.0012}
+    values |= {"kl_p50": 0.01, "kl_p95": 0.2, "kl_p99": 0.3, "kl_max": 2.0}
+    values |= {"top1_agreement": 0.91, "top1_agreement_stderr": 0.002, "windows_worse": 0.9}
+    sizes = {"num_tokens": 5000, "window": 256, "stride": 256, "windows": windows}
+    comparison = Comparison(ours, theirs, bootstrap={}, kl_by_position=(), **values, **sizes)
     return {**comparison.to_dict(), **more}
 
 

@@ -106,7 +106,6 @@ def test_what_follows_from_the_matrices() -> None:
     assert [g.kind for g in groups.values()] == ["lp", "cqil:0", "cqil:2", "ff"]
     assert [g.ffn_band for g in groups.values()] == [None, 0, 2, None]
     for name, group in groups.items():
-        assert group.is_wide_layer == (name == "lp")
         assert group.shares_ffn_input == (name in ("lp", "ff"))
         assert group.is_in_order == any(map(any, group.attention_sees)) == (name == "ff")
         assert group.description.startswith(group.wiring)

@@ -152,11 +152,6 @@ class Group(BaseModel):
         return len(set(self.ffn_sees)) == 1
 
     @property
-    def is_wide_layer(self) -> bool:
-        """Whether the group computes what one layer of p times the width does."""
-        return self.shares_ffn_input and not self.is_in_order
-
-    @property
     def is_in_order(self) -> bool:
         """Whether attentions read the outputs of others, so that they run one after another."""
         return any(map(any, self.attention_sees))

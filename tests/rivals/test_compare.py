@@ -25,7 +25,7 @@ from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate
 from abreast.planner.front import Profile
 from abreast.planner.settings import CalibrationSettings
-from abreast.rivals.compare import compare, described, program_of
+from abreast.rivals.compare import compare_rivals, described, program_of
 from abreast.rivals.repair import Streams, marked
 
 module = import_module("abreast.rivals.compare")
@@ -187,7 +187,7 @@ def run(request, tiny_checkpoint, tmp_path):
     profile = Profile("made up", single=1.0, groups={"lp 2": 1.5, "ff 2": 1.6}, rest=2.0)
 
     def call(**options):
-        return compare(ours, arrays, *texts, tmp_path, profile=profile, **options)
+        return compare_rivals(ours, arrays, *texts, tmp_path, profile=profile, **options)
 
     return call, texts, arrays
 

@@ -18,8 +18,8 @@ from abreast.speed.timing import (
     BenchResult,
     Measurement,
     claim,
-    measure,
     ratio_interval,
+    time_in_turn,
     timings,
     verdict,
 )
@@ -85,7 +85,7 @@ def drifting(factor: float, rounds: int = 20, seed: int = 0, noise: float = 0.02
         return lambda: next(drift) * rng.lognormal(0, noise) / speed
 
     candidates = {"original": clock.work(seconds(1)), "abreast": clock.work(seconds(factor))}
-    return result_of(measure(candidates, rounds=rounds, warmup=0, clock=clock))
+    return result_of(time_in_turn(candidates, rounds=rounds, warmup=0, clock=clock))
 
 
 def test_rounds_alternate_and_warmup_is_dropped() -> None:
@@ -99,7 +99,7 @@ def test_rounds_alternate_and_warmup_is_dropped() -> None:
 
         return call
 
-    measurement = measure({name: run(name) for name in "AB"}, rounds=3, warmup=1, clock=clock)
+    measurement = time_in_turn({name: run(name) for name in "AB"}, rounds=3, warmup=1, clock=clock)
     assert "".join(order) == "ABBAABBA"
     assert measurement.seconds["A"].tolist() == [4, 5, 8]
     assert measurement.seconds["B"].tolist() == [3, 6, 7]
@@ -117,7 +117,7 @@ def test_preparation_is_not_timed_but_queued_work_is() -> None:
         queued.append(2.0)
         return 1
 
-    measurement = measure(
+    measurement = time_in_turn(
         {"A": run},
         rounds=2,
         warmup=0,
@@ -138,7 +138,7 @@ def test_collection_is_off_while_timing_and_on_again_after_failure() -> None:
         return 1
 
     with pytest.raises(RuntimeError):
-        measure({"A": run}, rounds=5, warmup=0)
+        time_in_turn({"A": run}, rounds=5, warmup=0)
     assert seen == [False] * 3
     assert gc.isenabled()
 
@@ -146,7 +146,7 @@ def test_collection_is_off_while_timing_and_on_again_after_failure() -> None:
 def test_changing_work_is_refused() -> None:
     counts = iter([4, 5])
     with pytest.raises(AbreastError, match="4 tokens in one run and 5"):
-        measure({"A": lambda: next(counts)}, rounds=2, warmup=0)
+        time_in_turn({"A": lambda: next(counts)}, rounds=2, warmup=0)
 
 
 @pytest.mark.parametrize("factor", [1.25, 0.8])

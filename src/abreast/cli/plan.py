@@ -355,7 +355,7 @@ def _find(
         task_questions,
     )
     from abreast.report import check_drawing, draw_front
-    from abreast.rivals import compare
+    from abreast.rivals import compare_rivals
     from abreast.runs import record_environment
 
     machine = search.machine
@@ -415,7 +415,7 @@ def _find(
         rows: tuple[Measured, ...] = ()
         if compare_baselines:
             front = planned.front
-            rows = compare(
+            rows = compare_rivals(
                 front.best(),
                 front.stats.geometry,
                 calibration,

@@ -123,7 +123,7 @@ def estimate(
     the hardware, not from the hardware.
     """
     from abreast.plan import Plan
-    from abreast.speed import Setting, fastest, read_config, shape_of, typical_plan, ways
+    from abreast.speed import Setting, fastest_way, read_config, shape_of, typical_plan, ways
     from abreast.speed import estimate as compute
 
     config = read_config(model)
@@ -153,7 +153,7 @@ def estimate(
             "plan": parsed.shorthand,
             "estimates": [entry.to_dict() for entry in estimates],
             "ways": {way: entry.to_dict() for way, entry in by_way.items()},
-            "fastest": fastest(by_way),
+            "fastest": fastest_way(by_way),
         }
         return console.print_json(record)
     _print_estimates(parsed, estimates, tables.compared(config, parsed, setting))

@@ -122,11 +122,11 @@ def _rivals(
 ) -> tuple[Measured, ...]:
     """What published methods choose at these depths."""
     from abreast.model import geometry
-    from abreast.rivals import METHODS, compare
+    from abreast.rivals import METHODS, compare_rivals
 
     text = texts[0]
     with console.progress_bar("study", as_json) as progress:
-        return compare(
+        return compare_rivals(
             {},
             geometry(text.model, text.tokens, text.size, 1, text.prefix),
             *(*texts, Path(out) / "baselines"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from abreast.errors import AbreastError, first_line
 from abreast.families import Family
-from abreast.model import Member, by_name, cache_in
+from abreast.model import GroupMember, by_name, cache_in
 from abreast.plan import Group
 
 MINUTES = 5.0  # that processes wait for each other at the start
@@ -221,9 +221,9 @@ class Dealt:
             cache.update(nothing, nothing, self.first + index)
         return None
 
-    def member(self, index: int, arguments: dict[str, Any]) -> Member:
+    def member(self, index: int, arguments: dict[str, Any]) -> GroupMember:
         layer, names = self.members[index], self.family.branches
-        return Member(layer, self.members, names, layer.forward, arguments, "own", "")
+        return GroupMember(layer, self.members, names, layer.forward, arguments, "own", "")
 
     def run(self, x: Tensor) -> Tensor:
         """The group's output from its input, both [B, L, D]."""

@@ -103,9 +103,10 @@ def typical_plan(config: Mapping[str, Any]) -> Plan:
     first = (count - 2 * pairs) // 2
     ends = (max(1, first % 2), count - 1) if count > 3 else (0, count)
     for wiring in ("lp", "ff"):
+        in_order = Group.wired((0, 1), wiring).is_in_order
         starts, start = [], ends[0] + (first - ends[0]) % 2
         while start + 1 < ends[1]:
-            legal = obstacle(config, (start, start + 1), in_order=wiring == "ff") is None
+            legal = obstacle(config, (start, start + 1), in_order=in_order) is None
             starts += [start] * legal
             start += 1 + legal
         if starts:

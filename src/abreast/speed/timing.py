@@ -240,7 +240,7 @@ class Report:
         }
 
 
-def measure(
+def time_in_turn(
     candidates: Mapping[str, Callable[[], int]],
     *,
     rounds: int,

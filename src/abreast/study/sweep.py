@@ -104,7 +104,7 @@ class Sweep:
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values (NaN and infinity become None)."""
         record = asdict(self)
-        return {**record, "rows": finite(table(self.rows))}
+        return {**record, "rows": finite(_flat(self.rows))}
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def sweep(
         identity=run.identity,
         folder=str(run.out),
     )
-    columns = table(rows)
+    columns = _flat(rows)
     write(run.out / CSV, to_csv(columns))
     if grid.parquet:
         _write_parquet(columns, run.out / PARQUET)
@@ -232,7 +232,7 @@ def sweep(
     return result
 
 
-def table(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
+def _flat(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
     """The rows with a column per task, without the columns that no row has."""
     flat = []
     for row in rows:
