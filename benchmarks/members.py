@@ -37,9 +37,7 @@ def compare(members: int, hidden: int, tokens: int) -> dict[str, object]:
         return tokens
 
     runs = {"loop": run_loop, "batched": run_batched}
-    timing = timings(time_in_turn({"loop": run_loop, "batched": run_batched}, rounds=ROUNDS))[
-        "batched"
-    ]
+    timing = timings(time_in_turn(runs, rounds=ROUNDS))["batched"]
     return {
         "members": members,
         "hidden": hidden,
