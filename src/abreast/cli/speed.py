@@ -48,7 +48,7 @@ batch_option = click.option("--batch", default="1", help="Batch sizes, comma-sep
 @click.option("--ranks", type=int, help="Processes of tp (default: 2) or devices of vllm (1).")
 @click.option("--vllm", default="vllm", help="Command that starts vLLM.")
 @click.option("--fallback-cpu", is_flag=True, help="Use the CPU if there is no such device.")
-@click.option("-o", "--out", help="Also draw the result to this PNG file.")
+@click.option("-o", "--out", help="Also draw the result into this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def bench(
     original: str,

@@ -42,14 +42,18 @@ class Setting:
     """
 
     hardware: Hardware = field(
-        metadata={"help": "Such as H100, 8xA100-PCIe.", "parse": hardware_of, "default": "H100"}
+        metadata={
+            "help": "For example H100 or 8xA100-PCIe.",
+            "parse": hardware_of,
+            "default": "H100",
+        }
     )
     batch: int = 1
     context: int = 1024
     phase: Phase = "decode"
     runtime: Runtime = "graphs"
     ranks: int | None = option(None, "Devices that share the work. Default: all of them.")
-    baseline_ranks: int | None = option(None, "Devices for the original. Default: as many.")
+    baseline_ranks: int | None = option(None, "Devices for the original. Default: the same number.")
     unpaired: Unpaired = option(
         "shard",
         "replicate: single layers are whole on every device, as in CQIL's "
