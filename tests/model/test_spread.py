@@ -58,7 +58,7 @@ def logits(model, **options):
 
 def test_a_group_runs_where_its_weights_wait_on_disk(pair):
     whole, spread = pair
-    assert own_device(spread).type == "cpu"
+    assert device_of(spread).type == "cpu"
     before = logits(spread)
     assert torch.equal(before, logits(whole))
     with grouped(whole, PLAN), grouped(spread, PLAN):
