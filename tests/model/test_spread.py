@@ -15,11 +15,11 @@ from abreast.heal.least_squares import refit
 from abreast.model import (
     apply,
     cases,
+    device_of,
     geometry,
     grouped,
     load,
     name_of,
-    own_device,
     remove,
     run_programs,
 )
