@@ -37,16 +37,8 @@ from abreast.report.answers import (
     segments,
 )
 from abreast.report.guard import Guard
-from abreast.report.playground import (
-    about,
-    agreement,
-    build_page,
-    complaint,
-    front_picture,
-    heading,
-    panel,
-    serve,
-)
+from abreast.report.panels import about, agreement, complaint, front_picture, heading, panel
+from abreast.report.playground import build_page, serve
 from abreast.report.records import Choice, Choices, read_choices
 
 PROMPT = "abc abc"
