@@ -99,6 +99,27 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     return factory
 
 
+@pytest.fixture(scope="session")
+def tiny_conversion(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of conversions of `source` under `plan`, with the options of `convert`.
+
+    One folder per set of arguments, shared by the whole session: copy it before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def factory(source: Path, plan: str, **options: Any) -> Path:
+        from abreast.convert.rewrite import convert
+
+        key = json.dumps((str(source), plan, options), sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("conversion") / "out"
+            convert(source, plan, folder, **options)
+            made[key] = folder
+        return made[key]
+
+    return factory
+
+
 def _save(
     family: str, settings: dict[str, Any], dtype: str, seed: int, sharded: bool, folder: Path
 ) -> None:

@@ -41,12 +41,12 @@ def checked(out: Path, original: Path) -> Verification:
 
 
 @pytest.fixture
-def made(tiny_checkpoint, tmp_path) -> Callable[..., tuple[Path, Path]]:
+def made(tiny_checkpoint, tiny_conversion, tmp_path) -> Callable[..., tuple[Path, Path]]:
     """(original, conversion that may be spoilt)."""
 
     def factory(family: str = "llama", **settings: Any) -> tuple[Path, Path]:
         original = tiny_checkpoint(family, **settings)
-        convert(original, PLAN, tmp_path / "out")
+        shutil.copytree(tiny_conversion(original, PLAN), tmp_path / "out")
         return original, tmp_path / "out"
 
     return factory
