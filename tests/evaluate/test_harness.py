@@ -158,9 +158,8 @@ def test_what_is_recorded(folder: Path, tmp_path: Path) -> None:
     expected = {"limit": 3, "batch_size": 2, "add_bos": False, "seed": 0}
     assert {key: settings[key] for key in expected} == expected
     assert settings["versions"]["lm_eval"] == lm_eval.__version__
-    assert (settings["model"], settings["plan"], settings["against"]) == (
-        *(str(folder), PLAN, str(folder)),
-    )
+    models = settings["model"], settings["plan"], settings["against"]
+    assert models == (str(folder), PLAN, str(folder))
     # The task that says 0 in its file keeps that.
     shots = {name: about["num_fewshot"] for name, about in settings["tasks"].items()}
     assert shots == {"python_entry": 2, "python_brackets": 0}
