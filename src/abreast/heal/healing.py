@@ -44,7 +44,7 @@ from abreast.heal.judging import Judge, Judged
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
 from abreast.heal.losses import computes_bf16
 from abreast.heal.recipe import Recipe, is_main_process, processes
-from abreast.heal.setup import HealingText, Setup, check_weights, healable, read_text
+from abreast.heal.setup import HealingText, Setup, check_weights, healable, healing_text
 from abreast.heal.student import full
 from abreast.heal.train import Distilled, Point, distill, step_seconds
 from abreast.model import decoder_layers, load
@@ -169,7 +169,9 @@ def heal(
         step=step,
         progress=progress,
     )
-    text = read_text(setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder))
+    text = healing_text(
+        setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder)
+    )
     if method != "refit" and processes() == 1:
         times = step_seconds(student, plan, text.train, recipe, len(text.prefix))
         products = "bfloat16" if computes_bf16(recipe, student.device) else "float32"
@@ -252,7 +254,7 @@ def _refit(setup: Setup, text: HealingText, steps: Sequence[str]) -> Refit:
         stored = load_file(weights)
         for name, parameter in members.items():
             parameter.copy_(stored[name])
-        saved = json.loads(result.read_text(encoding="utf-8"))
+        saved = json.loads(result.healing_text(encoding="utf-8"))
         fits = (Fit(**{**fit, "layers": tuple(fit["layers"])}) for fit in saved["fits"])
         return Refit(**{**saved, "fits": tuple(fits)})
     solved = refit(

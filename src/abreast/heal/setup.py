@@ -92,7 +92,7 @@ def check_weights(
         )
 
 
-def read_text(
+def healing_text(
     setup: Setup,
     data: str | TokenStream,
     tokenizer: Any,
