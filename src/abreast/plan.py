@@ -178,8 +178,8 @@ class Block(NamedTuple):
 class Plan(BaseModel):
     """An ordered partition of num_layers layers: the groups; every other layer stands alone.
 
-    source, revision and sha256 say what model the plan was made for, and are None where nobody
-    knows. sha256: of config and weights, see `checkpoint.model_hash`; `check_model` compares it.
+    source, revision and sha256 say what model the plan was made for, and are None where that is
+    unknown. sha256: of config and weights, see `checkpoint.model_hash`; `check_model` compares it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -116,7 +116,7 @@ def heal(
     model: the original, folder or Hugging Face id, of a family that can be converted. method:
     "refit" (closed form, see least_squares.py), "distill" (training, see train.py), or "both" in
     that order. data: text to heal on, never the text to evaluate on, see `token_stream`; add_bos:
-    see `prefix_of`. tokens: read at most so many; None: what the recipe's steps need, or 65,536 for
+    see `prefix_of`. tokens: most to read; None: what the recipe's steps need, or 65,536 for
     refit alone. Refit takes the first 65,536.
     window: tokens the model sees at once, clipped to what it can hold, and to an eighth of a short
     text. dtype: in which the model is healed; float32 is right for training weights themselves.

@@ -107,7 +107,7 @@ class Recipe:
         return peak * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
     def check(self) -> None:
-        """Raise AbreastError for values that make no sense, alone or with so many processes."""
+        """Raise AbreastError for values that make no sense, alone or with this many processes."""
         choices = {
             "train": Train,
             "objective": Objective,

@@ -138,7 +138,7 @@ def panel(
 ) -> str:
     """A panel: who answers, how fast, and the text, marked from the first difference on.
 
-    index: of the first differing token, None for none.
+    index: of the first differing token, if any.
     """
     speed = "" if math.isnan(answer.tokens_per_second) else f"{answer.tokens_per_second:,.1f}"
     figures = (

@@ -156,7 +156,7 @@ class Estimate:
 
     bound: what limits the speed under the plan, "program" or "device". all_reduces: per forward
     pass, of the original and under the plan. weights, kv_cache: bytes per device. fits: whether
-    they fit into its memory. refused: why no engine splits the plan over so many devices, None
+    they fit into its memory. refused: why no engine splits the plan over that many devices, None
     where one does.
     """
 
@@ -284,7 +284,7 @@ def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, E
 
 
 def fastest_way(by_way: Mapping[str, Estimate]) -> str | None:
-    """Which of the `ways` that fit into the devices' memory takes the least time, None for none."""
+    """Which of the `ways` that fit into the devices' memory takes the least time, if any fits."""
     fitting = {way: entry.converted for way, entry in by_way.items() if entry.fits}
     return min(fitting, key=fitting.__getitem__) if fitting else None
 

@@ -93,7 +93,7 @@ def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, 
 
 
 def typical_plan(config: Mapping[str, Any]) -> Plan:
-    """Pairs next to the middle, so many that five sixths of the layers are left as stages.
+    """Pairs next to the middle, as many as leave five sixths of the layers as stages.
 
     lp pairs; where no two neighbours can be joined so, pairs with their attentions in order (ff).
     The first and the last layer stay alone, in models of 4 layers and more.
