@@ -254,7 +254,7 @@ def _refit(setup: Setup, text: HealingText, steps: Sequence[str]) -> Refit:
         stored = load_file(weights)
         for name, parameter in members.items():
             parameter.copy_(stored[name])
-        saved = json.loads(result.healing_text(encoding="utf-8"))
+        saved = json.loads(result.read_text(encoding="utf-8"))
         fits = (Fit(**{**fit, "layers": tuple(fit["layers"])}) for fit in saved["fits"])
         return Refit(**{**saved, "fits": tuple(fits)})
     solved = refit(

@@ -120,7 +120,7 @@ class StudyCost:
 
 
 def plans_of(grid: Grid, num_layers: int) -> list[tuple[str, int, Plan]]:
-    """(wiring, size, plan) of every regular plan in the grid. Raises AbreastError if there is none."""
+    """Every regular plan with its wiring and size. Raises AbreastError if the grid has none."""
     bounds = {"the most groups": grid.max_groups, "the least depth": grid.min_depth}
     check_least({label: (n, 1) for label, n in bounds.items() if n is not None})
     check_least({"the least size": (min(grid.sizes, default=0), 2)})
