@@ -411,7 +411,7 @@ def readme_table(rows: dict[str, Row]) -> str:
             lines.append([f"{name}, {layers} → {depth}", "original", perplexity])
             methods = of["rivals"]["methods"]
             best = next(entry for entry in methods if entry["method"] == "planner")
-            lines.append(["", "our plan, as it is", *_numbers(best), _kept(of, "plan")])
+            lines.append(["", "our plan, as it is", *_numbers(best), _accuracy_kept(of, "plan")])
             others = [entry for entry in methods if entry["method"] != "planner"]
             if others:
                 rival = min(others, key=lambda entry: entry["kl"][0])
@@ -419,7 +419,7 @@ def readme_table(rows: dict[str, Row]) -> str:
         for kind in HEALED:
             if kind in of:
                 healed = {**of[kind][kind], "perplexity": of[kind][kind]["perplexity"][0]}
-                lines.append(["", VARIANTS[kind], *_numbers(healed), _kept(of, kind)])
+                lines.append(["", VARIANTS[kind], *_numbers(healed), _accuracy_kept(of, kind)])
         if not of:
             lines.append([f"{name}, {layers} → {depth}", MISSING])
     headings = ("model, layers → stages", "", "perplexity", "loss, nats", "KL, nats")
@@ -436,7 +436,7 @@ def _numbers(entry: Row) -> list[str]:
     ]
 
 
-def _kept(of: dict[str, Any], variant: str) -> str:
+def _accuracy_kept(of: dict[str, Any], variant: str) -> str:
     return interval(of.get("tasks", {}).get(variant, {}).get("above_chance"))
 
 

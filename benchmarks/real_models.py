@@ -66,8 +66,8 @@ def measure_row(setting: Setting, name: str) -> Row:
         of = replace(subject, variant=variant)
         basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}
         basis |= {} if variant == "original" else {"plan": subject.groups}
-        place = f"{model}-{kind}" if variant == "original" else name
-        file = setting.work / "parts" / f"{place}-{variant}.json"
+        stem = f"{model}-{kind}" if variant == "original" else name
+        file = setting.work / "parts" / f"{stem}-{variant}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         saved = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         if saved.get("basis") != basis:
@@ -240,8 +240,8 @@ def show(setting: Setting) -> None:
 
 
 def main() -> None:
-    look = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("row", nargs="*", help="rows to measure; none: list them")
     parser.add_argument("--models", default=os.environ.get("ABREAST_REAL_MODELS", ".real-models"))
     parser.add_argument("--data", default=os.environ.get("ABREAST_EVAL_DATA", "."))

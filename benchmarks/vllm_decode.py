@@ -167,11 +167,11 @@ def measure(llm: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, flo
     ]
     seconds = []
     for count in (1, new_tokens):
-        how = vllm.SamplingParams(
+        sampling = vllm.SamplingParams(
             temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
         )
         start = time.perf_counter()
-        llm.generate(prompts, how, use_tqdm=False)
+        llm.generate(prompts, sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
     return {"prefill": seconds[0], "token": (seconds[1] - seconds[0]) / (new_tokens - 1)}
 
@@ -225,7 +225,7 @@ def compare(
         batches = args.batches[:1] if slowed else args.batches
         for batch in batches:
             waits = [0.0, *args.waits] if slowed else [0.0]
-            found: dict[tuple[float, str], list[dict[str, float]]] = {}
+            times: dict[tuple[float, str], list[dict[str, float]]] = {}
             for turn in range(args.rounds + 1):
                 order = sorted(models, key=lambda n: (list(models).index(n) + turn) % len(models))
                 for wait in waits:
@@ -233,9 +233,9 @@ def compare(
                         job = {"batch": batch, "prompt": args.prompt, "new_tokens": args.tokens}
                         seconds = engines[name].run(wait=wait * 1e-6, **job)
                         if turn:  # the first round warms up
-                            found.setdefault((wait, name), []).append(seconds)
+                            times.setdefault((wait, name), []).append(seconds)
             rows += [
-                row(found, wait, name, models, waits, size, slowed, batch)
+                row(times, wait, name, models, waits, size, slowed, batch)
                 for wait in waits
                 for name in models
             ]
@@ -248,7 +248,7 @@ def compare(
 
 
 def row(
-    found: dict[tuple[float, str], list[dict[str, float]]],
+    times: dict[tuple[float, str], list[dict[str, float]]],
     wait: float,
     name: str,
     models: dict[str, tuple[Path, int]],
@@ -265,13 +265,13 @@ def row(
         "exchanges": models[name][1] if size > 1 else 0,
     }
     for what in ("token", "prefill"):
-        mine = np.array([seconds[what] for seconds in found[wait, name]])
-        base = np.array([seconds[what] for seconds in found[wait, "original"]])
+        mine = np.array([seconds[what] for seconds in times[wait, name]])
+        base = np.array([seconds[what] for seconds in times[wait, "original"]])
         low, middle, high = np.quantile(base / mine, (0.25, 0.5, 0.75))
         made[f"{what}_ms"] = round(float(np.median(mine)) * 1e3, 3)
         made[f"{what}_speedup"] = [round(float(value), 3) for value in (low, middle, high)]
     if slowed:
-        at_zero = {n: float(np.median([s["token"] for s in found[0.0, n]])) for n in models}
+        at_zero = {n: float(np.median([s["token"] for s in times[0.0, n]])) for n in models}
         there = {n: at_zero[n] + models[n][1] * wait * 1e-6 for n in models}
         made["predicted_speedup"] = round(there["original"] / there[name], 3)
     return made

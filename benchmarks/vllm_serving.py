@@ -66,7 +66,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
     """Seconds to the first token and between tokens, and tokens per second, of all clients."""
     import openai
 
-    asked = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=None)
+    api = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=None)
     first, gaps = list[float](), list[float]()
     draw = random.Random(seed)
     prompts = [
@@ -77,7 +77,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
     async def client() -> None:
         while prompts:
             sent, last = time.perf_counter(), 0.0
-            stream = await asked.completions.create(
+            stream = await api.completions.create(
                 model="model",
                 prompt=prompts.pop(),
                 max_tokens=args.tokens,
@@ -93,7 +93,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - start
-    await asked.close()
+    await api.close()
     return {
         "ttft": statistics.median(first) * 1e3,
         "itl": statistics.median(gaps or [0.0]) * 1e3,
@@ -103,7 +103,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
 
 def measure(models: dict[str, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of clients and model."""
-    names, found = list(models), dict[tuple[int, str], list[dict[str, float]]]()
+    names, times = list(models), dict[tuple[int, str], list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
         addresses = {
             name: stack.enter_context(
@@ -116,13 +116,13 @@ def measure(models: dict[str, Path], args: argparse.Namespace) -> list[dict[str,
                 for name in names[turn % 2 :] + names[: turn % 2]:
                     made = asyncio.run(load(addresses[name], clients, args, seed=turn))
                     if turn:
-                        found.setdefault((clients, name), []).append(made)
+                        times.setdefault((clients, name), []).append(made)
     rows = []
-    for clients, name in sorted(found, key=lambda key: (key[0], names.index(key[1]))):
+    for clients, name in sorted(times, key=lambda key: (key[0], names.index(key[1]))):
         row: dict[str, Any] = {"clients": clients, "name": name}
         for key in MEASURES:
-            mine = [made[key] for made in found[clients, name]]
-            base = [made[key] for made in found[clients, names[0]]]
+            mine = [made[key] for made in times[clients, name]]
+            base = [made[key] for made in times[clients, names[0]]]
             pairs = zip(mine, base, strict=True)
             gains = [own / other if key == "rate" else other / own for own, other in pairs]
             row |= {key: quartiles(mine), f"{key}_gain": quartiles(gains)}

@@ -181,7 +181,7 @@ def test_kl_by_position_is_that_of_whole_windows(setting: Any) -> None:
     columns = kl_by_position(model, original, stream, 64, 4)
     with torch.inference_mode():
         ids = torch.tensor(np.array([stream.tokens[at : at + 65] for at in (0, 64)]))
-        ours, theirs = (each(ids[:, :-1]).logits for each in (model, original))
+        ours, theirs = (m(ids[:, :-1]).logits for m in (model, original))
     kl = token_scores(ours, ids[:, 1:], theirs)[..., 2].reshape(2, 4, 16).mean(2)
     assert [mean for mean, _ in columns] == pytest.approx(kl.mean(0), rel=1e-3)
     assert [error for _, error in columns] == pytest.approx(abs(kl[0] - kl[1]) / 2, rel=1e-2)

@@ -130,10 +130,10 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
 )
 def test_reasons(target, family, plan, degree, reason):
     config, row = {**CONFIG, "model_type": family}, CONVERTIBLE.get(family)
-    found = list(
+    reasons = list(
         refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
     )
-    assert reason in found[0] if reason else not found
+    assert reason in reasons[0] if reason else not reasons
 
 
 def test_replicate_has_a_member_for_every_process():
@@ -156,8 +156,8 @@ def test_replicate_has_a_member_for_every_process():
     ],
 )
 def test_reasons_of_one_config(target, more, plan, reason):
-    found = list(refusals(target, CONFIG | more, CONVERTIBLE["llama"], Plan.parse(plan, 6)))
-    assert re.search(reason, found[0]) if reason else not found
+    reasons = list(refusals(target, CONFIG | more, CONVERTIBLE["llama"], Plan.parse(plan, 6)))
+    assert re.search(reason, reasons[0]) if reason else not reasons
 
 
 def test_servers_that_refuse_are_named():

@@ -269,16 +269,16 @@ def _keep_order(members: list[Any], fed: Any, norms: Any, stock: Any, bare: Any)
     packed = {"qkv_proj": [size * count for count in heads]}
     if not isinstance(fed, CqilForward):
         packed["gate_up_proj"] = [bare.intermediate_size] * 2
-    for index, (layer, place, places) in enumerate(members):
+    for index, (layer, position, attentions) in enumerate(members):
 
-        def wide_of(path: str, layer: Any = layer, own: Any = (place, places)) -> Any:
+        def wide_of(path: str, layer: Any = layer, own: Any = (position, attentions)) -> Any:
             if path.startswith(_ffn(fed)) or path in norms[1:]:
                 return fed, index, len(members)  # noqa: B023
             return layer, *own
 
         with torch.device("meta"):
             narrow = narrowed(stock(bare, layer.self_attn.layer_idx), wide_of, packed)
-        if place == 0:
+        if position == 0:
             mix(layer, InOrder, narrow=[])  # a list, so that they are no children
         layer.narrow.append(narrow)
 
@@ -331,7 +331,7 @@ class LayersOfOwnWidth(PreTrainedModel):
         members: list[Any] = []  # whose FFNs are still to come
         for layer, own, has_ffn in zip(layers, entries, have_ffn, strict=True):
             attentions = own.num_attention_heads // bare.num_attention_heads
-            members += [(layer, place, attentions) for place in range(attentions)]
+            members += [(layer, position, attentions) for position in range(attentions)]
             if not has_ffn:
                 scored = type(layer).__name__ == "GptOssDecoderLayer"
                 nothing = (NoExperts if scored else nn.Threshold)(math.inf, 0.0)  # 0 for all

@@ -29,11 +29,11 @@ class View(nn.Module):
 
     def __init__(self, holder: nn.Module, name: str) -> None:
         super().__init__()
-        self.place = (holder, name)  # in a tuple, so that the holder is no child
+        self.holder_and_name = (holder, name)  # in a tuple, so that the holder is no child
 
     @property
     def module(self) -> Any:
-        return getattr(*self.place)
+        return getattr(*self.holder_and_name)
 
     def is_plain(self) -> bool:
         module = self.module  # nothing but a product with its weight?
@@ -147,7 +147,7 @@ class Member(View):
             lie, size = getattr(wide, "lie", ""), wide.weight.shape[0] // members
             size = wide.weight.shape[1] if lie == "flat" else size
             axis = {"flat": -1, "heads": -3}.get(lie, -2)
-            self.new_axis = not hasattr(self.place[0], "head_dim")  # not of the attention
+            self.new_axis = not hasattr(self.holder_and_name[0], "head_dim")  # not of the attention
             self.spread = axis, member * size, after * size
             self.take = None if lie == "added" else (axis, [(member * size, size)])
 

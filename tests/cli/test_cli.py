@@ -38,8 +38,12 @@ def test_the_whole_way_through(run, demo, tmp_path):
     status, text, _ = run("convert", demo, "--plan", "2+3 4|5:1", "-o", out, "--json")
     assert status == 0 and json.loads(text) == json.loads((out / "abreast.json").read_text())
     status, text, _ = run("inspect", out, "--json")
-    found = json.loads(text)
-    assert (found["plan"], found["original_layers"], found["num_layers"]) == ("2+3 4|5:1", 16, 14)
+    printed = json.loads(text)
+    assert (printed["plan"], printed["original_layers"], printed["num_layers"]) == (
+        "2+3 4|5:1",
+        16,
+        14,
+    )
     status, text, _ = run("verify", out, "--against", demo, "--tokens", 32, "--json")
     assert status == 0 and json.loads(text)["ok"] is True
     few = (

@@ -203,7 +203,9 @@ def test_unknown_routing_is_refused(changed, tmp_path, family, key):
 def test_routing_is_named_as_the_router_computes_it(family):
     row = CONVERTIBLE[family]
     (scores,) = [
-        how for name, how in SCORES.items() if name.lower() == f"{row.class_name}TopKRouter".lower()
+        scoring
+        for name, scoring in SCORES.items()
+        if name.lower() == f"{row.class_name}TopKRouter".lower()
     ]
     assert dict(row.routing)["scoring_func"] == ("sigmoid" if scores == "sigmoid" else "softmax",)
 

@@ -161,11 +161,11 @@ def test_attention_kinds_follow_qwen2(
         "sliding_window": window,
         "max_window_layers": first,
     }
-    wanted = Qwen2Config(**settings).layer_types
-    assert list(attention_kinds({**CONFIG, **settings})) == wanted
-    assert list(attention_kinds({**CONFIG, "num_hidden_layers": count, "layer_types": wanted})) == (
-        wanted
-    )
+    expected = Qwen2Config(**settings).layer_types
+    assert list(attention_kinds({**CONFIG, **settings})) == expected
+    assert list(
+        attention_kinds({**CONFIG, "num_hidden_layers": count, "layer_types": expected})
+    ) == (expected)
 
 
 def test_defaults() -> None:

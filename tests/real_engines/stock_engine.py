@@ -36,7 +36,7 @@ def in_vllm(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str
         gpu_memory_utilization=0.1,
         seed=0,
     )
-    how = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
     questions = [{"prompt_token_ids": ids} for ids in prompts]
     return [
         {
@@ -46,7 +46,7 @@ def in_vllm(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str
                 for step in answer.outputs[0].logprobs
             ],
         }
-        for answer in llm.generate(questions, how, use_tqdm=False)
+        for answer in llm.generate(questions, sampling, use_tqdm=False)
     ]
 
 

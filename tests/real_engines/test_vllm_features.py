@@ -35,15 +35,15 @@ def ids_of(count: int, seed: int) -> list[int]:
 def generate(llm: Any, prompts: list[list[int]], new_tokens: int, **more: Any) -> list[Any]:
     from vllm import SamplingParams
 
-    how = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=5, ignore_eos=True)
-    given = [{"prompt_token_ids": ids} for ids in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=5, ignore_eos=True)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
     return [
         {
             "ids": list(answer.outputs[0].token_ids),
             "logprobs": [{t: e.logprob for t, e in s.items()} for s in answer.outputs[0].logprobs],
             "cached": answer.num_cached_tokens,
         }
-        for answer in llm.generate(given, how, use_tqdm=False, **more)
+        for answer in llm.generate(requests, sampling, use_tqdm=False, **more)
     ]
 
 
@@ -77,7 +77,7 @@ def test_chunked_prefill_batching_and_prefix_cache(in_engine, folder):
     done = in_engine(
         folder,
         crowd,
-        given={"prompts": prompts},
+        arguments={"prompts": prompts},
         max_num_batched_tokens=CHUNK,
         max_num_seqs=4,
         block_size=32,

@@ -39,9 +39,9 @@ def complete(
     assert native is None or (name == "abreast.engines.vllm.models") == native, name
 
     def ask(prompts: list[list[int]], count: int) -> Any:
-        how = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
-        return llm.generate(given, how, use_tqdm=False)
+        sampling = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return llm.generate(requests, sampling, use_tqdm=False)
 
     calls: collections.Counter[str] = collections.Counter()
     for name in ("all_reduce", "all_gather", "gather", "broadcast", "send", "recv"):
@@ -100,8 +100,8 @@ def test_bundled_model_is_the_one_of_transformers(in_engine, converted, plan, te
     folder = converted(model_folder(), PLANS[plan])
     tokenizer = load(folder)[1]
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    given = {"prompts": prompts, "new_tokens": NEW_TOKENS}
-    done = in_engine(folder, complete, tensor_parallel, given)
+    arguments = {"prompts": prompts, "new_tokens": NEW_TOKENS}
+    done = in_engine(folder, complete, tensor_parallel, arguments)
     assert [len(answer["ids"]) for answer in done["answers"]] == [NEW_TOKENS] * len(prompts)
     compare(folder, prompts, done["answers"])
     assert done["per_token"] == (expected(16, PLANS[plan]) if tensor_parallel > 1 else {})
@@ -113,9 +113,9 @@ def test_single_layers_whole_on_every_rank(in_engine, converted, tiny_checkpoint
     """lp takes two exchanges, cqil one, with a bypass two, ff one; all else none."""
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=10, biases=True, **sizes)
     folder = converted(source, MIXED)
-    given = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "native": True}
+    arguments = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "native": True}
     options = {"hf_overrides": {"abreast_unpaired": "replicate"}, "skip_tokenizer_init": True}
-    done = in_engine(folder, complete, 2, given, **options)
+    done = in_engine(folder, complete, 2, arguments, **options)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == {"all_reduce": 1 + 2 + 1 + 1 + 1, "all_gather": 1 + 1}
 
@@ -153,8 +153,8 @@ def test_native_family(in_engine, converted, tiny_checkpoint, family, tensor_par
     folder = converted(
         tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=10, **FAMILIES[family]), MIXED
     )
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == (expected(10, MIXED) if tensor_parallel > 1 else {})
 
@@ -174,8 +174,8 @@ def test_native_family_with_experts(
     more = {**more, "moe_intermediate_size": 64, "intermediate_size": 128}
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more)
     folder = converted(source, "1+2 3~4")
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == (expected(6, "1+2 3~4") if tensor_parallel > 1 else {})
 
@@ -191,8 +191,8 @@ def test_members_and_ranks_need_not_be_equal(
 ):
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **FAMILIES[family])
     folder = converted(source, plan)
-    given = {"prompts": PROMPTS, "new_tokens": 8, "native": True}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 8, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == expected(6, plan, joined)
 
@@ -212,9 +212,9 @@ def test_pipeline_parallel(
     folder = converted(
         tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=8), plan, prefill=prefill
     )
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": family == "llama"}
+    arguments = {"prompts": PROMPTS, "new_tokens": 16, "native": family == "llama"}
     options = {"pipeline": 2, "skip_tokenizer_init": True}
-    done = in_engine(folder, complete, tensor_parallel, given, **options)
+    done = in_engine(folder, complete, tensor_parallel, arguments, **options)
     compare(folder, PROMPTS, done["answers"])
     assert done["elsewhere"] >= 3  # half of 6 layers, in the later stage
 
@@ -238,6 +238,6 @@ def test_other_families_run_through_the_transformers_backend(
     in_engine, converted, tiny_checkpoint, family, more, plan, tensor_parallel
 ):
     folder = converted(tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more), plan)
-    given = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])

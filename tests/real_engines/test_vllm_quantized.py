@@ -91,7 +91,7 @@ def quantized(folder: Path, out: Path, bits: int, group: int | None) -> Path:
     return plain
 
 
-def with_plain(llm: Any, **given: Any) -> dict[str, Any]:
+def with_plain(llm: Any, **arguments: Any) -> dict[str, Any]:
     """Answers, and which linear layers of the decoder have plain weights."""
 
     def look(model: Any) -> list[str]:
@@ -106,7 +106,7 @@ def with_plain(llm: Any, **given: Any) -> dict[str, Any]:
         return plain
 
     (plain,) = llm.apply_model(look)
-    return {"answers": generate(llm, **given), "plain": plain}
+    return {"answers": generate(llm, **arguments), "plain": plain}
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
@@ -125,8 +125,8 @@ def test_compressed_tensors(in_engine, folder, tmp_path, bits, group, tolerance,
     """
     plain = quantized(folder, tmp_path / "small", bits, group)
     prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
-    given = {"prompts": prompts, "new_tokens": 8}
-    done = in_engine(tmp_path / "small", with_plain, tensor_parallel, given, dtype="bfloat16")
+    arguments = {"prompts": prompts, "new_tokens": 8}
+    done = in_engine(tmp_path / "small", with_plain, tensor_parallel, arguments, dtype="bfloat16")
     compare(plain, prompts, done["answers"], tolerance=tolerance)
     assert done["plain"] == []
 
@@ -148,9 +148,9 @@ def test_members_and_ranks_need_not_be_equal(
 ):
     folder = converted(tiny_checkpoint(**SIZES), plan)
     plain = quantized(folder, tmp_path / "small", 8, None)
-    given = {"prompts": PROMPTS, "new_tokens": 8}
+    arguments = {"prompts": PROMPTS, "new_tokens": 8}
     options = {"dtype": "bfloat16", "skip_tokenizer_init": True}
-    done = in_engine(tmp_path / "small", with_plain, tensor_parallel, given, **options)
+    done = in_engine(tmp_path / "small", with_plain, tensor_parallel, arguments, **options)
     compare(plain, PROMPTS, done["answers"], tolerance=0.5)
     assert done["plain"] == unquantized
 
@@ -172,9 +172,9 @@ def test_members_in_the_transformers_backend(
     such inputs as the backend's.)"""
     folder = converted(tiny_checkpoint(family, **SIZES, **more), plan)
     plain = quantized(folder, tmp_path / "small", 4, 32)
-    given = {"prompts": PROMPTS, "new_tokens": 8}
+    arguments = {"prompts": PROMPTS, "new_tokens": 8}
     options = {"dtype": "bfloat16", "skip_tokenizer_init": True}
-    done = in_engine(tmp_path / "small", with_plain, given=given, **options)
+    done = in_engine(tmp_path / "small", with_plain, arguments=arguments, **options)
     compare(plain, PROMPTS, done["answers"], tolerance=0.3)
     assert done["plain"] and all(name.startswith(("1.", "2.")) for name in done["plain"])
 
@@ -218,9 +218,9 @@ model.save_pretrained(sys.argv[2])
 """
 
 
-def quantized_by_torchao(llm: Any, **given: Any) -> Any:
+def quantized_by_torchao(llm: Any, **arguments: Any) -> Any:
     assert llm.llm_engine.vllm_config.model_config.quantization == "torchao"
-    return with_plain(llm, **given)
+    return with_plain(llm, **arguments)
 
 
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
@@ -229,9 +229,9 @@ def test_torchao(in_engine, folder, tmp_path, run_apart, tensor_parallel):
     done = run_apart(TORCHAO, str(folder), str(tmp_path / "small"))
     assert done.returncode == 0, done.stderr[-3000:]
     prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
-    given = {"prompts": prompts, "new_tokens": 8}
+    arguments = {"prompts": prompts, "new_tokens": 8}
     options = {"dtype": "bfloat16", "skip_tokenizer_init": True}
     small = tmp_path / "small"
-    answers = in_engine(small, quantized_by_torchao, tensor_parallel, given, **options)
+    answers = in_engine(small, quantized_by_torchao, tensor_parallel, arguments, **options)
     compare(folder, prompts, answers["answers"], tolerance=0.3)
     assert answers["plain"] == []

@@ -264,17 +264,17 @@ def test_the_command_says_what_it_takes_and_shows_the_best(tiny_checkpoint, tmp_
     folder = tiny_checkpoint(tokenizer=True)
     common = ["study", str(folder), "-o", str(tmp_path / "out"), "--sweep", "--data", str(text)]
     common += ["--sizes", "2", "--wirings", "cqil", "--windows", "2", "--window", "16"]
-    told = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
+    printed = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
     assert (
-        told.startswith("9 changed models, ")
-        and "over 2 windows of 16 tokens, less than a minute here" in told
+        printed.startswith("9 changed models, ")
+        and "over 2 windows of 16 tokens, less than a minute here" in printed
     )
     plain = [*common[:4], "--baselines", "5,4", "--dry-run"]
     both = CliRunner().invoke(cli, plain, catch_exceptions=False).output
     assert "\nrivals: at most " in both and both.endswith("to judge, less than a minute\n")
     assert not (tmp_path / "out").exists()
     shown = CliRunner().invoke(cli, common, catch_exceptions=False)
-    assert told.strip() in shown.stderr
+    assert printed.strip() in shown.stderr
     assert "P2 D0 S0 E6" in shown.stdout and "9 plans: " in shown.stdout
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "cqil-2.png",

@@ -60,7 +60,7 @@ def unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return left
 
 
-def check_depth(checkpoint: Checkpoint, num_layers: int) -> None:
+def check_has_layers(checkpoint: Checkpoint, num_layers: int) -> None:
     """Refuse more layers than there are tensors, before anybody makes as many."""
     count = len(checkpoint.tensors) + len(checkpoint.others)  # a wrapper's may have any names
     if num_layers > count:
@@ -86,7 +86,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             f"to them; {MERGE}, or move it away"
         )
     config = {**dict(family.defaults), **checkpoint.config}
-    check_depth(checkpoint, num_layers_of(config))
+    check_has_layers(checkpoint, num_layers_of(config))
     for name in checkpoint.absent:  # old versions of transformers list the heads of tied models
         if not ((is_tied(config) and name == family.head) or name.endswith(family.ignore)):
             raise CheckpointError(

@@ -72,7 +72,7 @@ def token_scores(
 
 
 def _chunks(shape: torch.Size, values: int) -> Iterator[tuple[slice, slice]]:
-    """Parts of [batch, length, vocab] of at most so many values, whole sequences where they fit."""
+    """Parts of [batch, length, vocab] of limited size, whole sequences where they fit."""
     batch, length, vocab = shape
     rows = max(1, values // (length * vocab))
     columns = max(1, min(length, values // (rows * vocab)))

@@ -75,12 +75,12 @@ def check(config: Any, tensor_parallel: int, quantization: str | None = None) ->
     if quantization is not None:
         known["quantization_config"] = {"quant_method": quantization}
     family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
-    how: Any = getattr(config, "abreast_unpaired", "shard")
-    if how not in get_args(Unpaired):
+    unpaired: Any = getattr(config, "abreast_unpaired", "shard")
+    if unpaired not in get_args(Unpaired):
         raise ServingError(
-            f"abreast_unpaired is {how!r}, not one of {', '.join(get_args(Unpaired))}"
+            f"abreast_unpaired is {unpaired!r}, not one of {', '.join(get_args(Unpaired))}"
         )
-    for reason in refusals(VLLM, known, family, degree=tensor_parallel, unpaired=how):
+    for reason in refusals(VLLM, known, family, degree=tensor_parallel, unpaired=unpaired):
         raise ServingError(reason)
 
 
