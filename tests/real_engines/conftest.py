@@ -68,7 +68,7 @@ def run_apart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def in_engine() -> InEngine:
-    """Run work(llm, **given) on every rank of a vLLM engine; return what rank 0 returns.
+    """Run work(llm, **arguments) on every rank of a vLLM engine; return what rank 0 returns.
 
     in_engine(folder, work, tensor_parallel=1, arguments={}, pipeline=1, **options of vllm.LLM)
     """

@@ -100,16 +100,16 @@ def test_large_matrices_of_a_group_are_packed(in_engine, converted, tiny_checkpo
 def test_float8_of_members_that_stand_apart_becomes_numbers_again():
     """Their matrices are none of vLLM's, so they are read as bfloat16; all others stay float8."""
     from abreast.convert import fp8
-    from abreast.engines.vllm.models import _dequantized
+    from abreast.engines.vllm.quantized import dequantized
 
     matrix = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
     numbers, scales = fp8.quantise(matrix)
-    given = [
+    stored = [
         (f"{name}.{kind}", tensor)
         for name in ("a.o_proj", "b.o_proj")
         for kind, tensor in (("weight", numbers), ("weight_scale_inv", scales))
     ]
-    got = dict(_dequantized(given, {"a.o_proj"}))
+    got = dict(dequantized(stored, {"a.o_proj"}))
     assert got.keys() == {"a.o_proj.weight", "b.o_proj.weight", "b.o_proj.weight_scale_inv"}
     assert got["a.o_proj.weight"].equal(fp8.rounded(matrix).to(torch.bfloat16))
     assert got["b.o_proj.weight"] is numbers
