@@ -210,7 +210,8 @@ def write_plan(model: str, depth: int, ours: Row, basis: Row, sha256: str) -> No
     name, layers = MODELS[model]
     plan = Plan.parse(ours["plan"], layers, source=name, sha256=sha256)
     numbers = entry_numbers(ours)
-    loss, kl = with_error(numbers["loss"], sign="+"), with_error(numbers["kl"])
+    cells = with_error(numbers["loss"], sign="+"), with_error(numbers["kl"])
+    loss, kl = (cell.replace("±", " ± ") for cell in cells)
     write(
         PLANS / f"{model}-{depth}.yaml",
         f"# {basis['num_windows'] * basis['window']:,} tokens of wikitext-2 (valid, second half): "
