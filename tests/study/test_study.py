@@ -549,7 +549,8 @@ def test_what_it_takes_is_said_before_and_is_what_it_takes(folder, tmp_path):
     what = Changes(("2-parallel", "prune"))
     expected = study_cost(folder(), what, how)
     result = study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
-    assert said == [f"{expected.text}, less than a minute here"]
+    (words,) = said
+    assert re.fullmatch(rf"{expected.text}, (about \d+|less than a) minutes? here", words)
     assert expected.full_forwards == result.evaluations.spent / LAYERS / 2
     assert f"{expected.full_forwards:.1f} full forward passes over 3 windows" in expected.text
     study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
