@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from importlib import import_module
 
 import numpy as np
@@ -280,9 +281,10 @@ def test_the_work_is_said_first_and_unknown_rivals_are_refused(run):
         call(methods=("pruner",), step=said.append)
     assert said == []
     call(methods=("shortgpt",), refit=False, step=said.append)
-    assert said[0] == (
+    assert re.fullmatch(
         "rivals: at most 0 full forward passes of 768 tokens to choose and refit, and 2 of "
-        "768 tokens to judge, less than a minute here"
+        r"768 tokens to judge, (about \d+|less than a) minutes? here",
+        said[0],
     )
     said.clear()
     call(methods=("shortgpt",), refit=False, step=said.append)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,7 +130,8 @@ def test_what_it_takes_is_known_before(folder, tmp_path):
     expected = study_cost(folder, grid, SETTINGS)
     assert expected.changed == 5  # one group: min_depth leaves no second one
     result = sweep(folder, tmp_path / "out", grid, SETTINGS, stream=stream(), step=said.append)
-    assert said == [f"{expected.text}, less than a minute here"]
+    (words,) = said
+    assert re.fullmatch(rf"{expected.text}, (about \d+|less than a) minutes? here", words)
     for devices in (("cpu",), ("cpu", "cpu")):  # two workers share the cores
         foretold = study_cost(folder, grid, replace(SETTINGS, devices=devices), Pace(30.0, 6.0))
         seconds = SETTINGS.num_windows * (30.0 * expected.full_forwards + 6.0 * 6)
@@ -264,17 +266,28 @@ def test_the_command_says_what_it_takes_and_shows_the_best(tiny_checkpoint, tmp_
     folder = tiny_checkpoint(tokenizer=True)
     common = ["study", str(folder), "-o", str(tmp_path / "out"), "--sweep", "--data", str(text)]
     common += ["--sizes", "2", "--wirings", "cqil", "--windows", "2", "--window", "16"]
+<<<<<<< HEAD
     printed = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
     assert (
         printed.startswith("9 changed models, ")
         and "over 2 windows of 16 tokens, less than a minute here" in printed
     )
+=======
+    minutes = r", (about \d+|less than a) minutes?"
+    told = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
+    assert told.startswith("9 changed models, ")
+    assert re.search(f"over 2 windows of 16 tokens{minutes} here\n$", told)
+>>>>>>> plans17
     plain = [*common[:4], "--baselines", "5,4", "--dry-run"]
     both = CliRunner().invoke(cli, plain, catch_exceptions=False).output
-    assert "\nrivals: at most " in both and both.endswith("to judge, less than a minute\n")
+    assert re.search(f"\nrivals: at most .* to judge{minutes}\n$", both)
     assert not (tmp_path / "out").exists()
     shown = CliRunner().invoke(cli, common, catch_exceptions=False)
+<<<<<<< HEAD
     assert printed.strip() in shown.stderr
+=======
+    assert told.rpartition(", ")[0] in shown.stderr
+>>>>>>> plans17
     assert "P2 D0 S0 E6" in shown.stdout and "9 plans: " in shown.stdout
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "cqil-2.png",

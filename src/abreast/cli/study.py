@@ -67,6 +67,7 @@ def study(
     """
     from abreast.planner import KL
     from abreast.report import check_drawing, draw_study
+    from abreast.runs import check_run
     from abreast.study import study as run
 
     extra = {name: value for name, value in task_options.items() if value is not None}
@@ -80,7 +81,10 @@ def study(
         check_drawing()
     if sweep:
         return _sweep(model, out, grid, settings, timed, extra, no_plots, as_json)
-    texts = _texts(model, out, settings) if depths else None  # what is wrong with them comes first
+    texts = None
+    if depths:  # what is wrong with folder and texts comes first
+        check_run(Path(out), "study")
+        texts = _texts(model, out, settings)
     with console.progress_bar("study", as_json) as progress:
         result = run(model, out, changes, settings, step=console.say, progress=progress)
     if not no_plots:
@@ -129,8 +133,9 @@ def _print_expected(
 def _texts(model: str, out: str, settings: StudySettings) -> tuple[Calibration, Calibration]:
     """The study's kind of text: that on which published methods choose, and another to judge on."""
     from abreast.planner import search_texts
+    from abreast.runs import RIVALS_FOLDER
 
-    folder = Path(out) / "baselines"
+    folder = Path(out) / RIVALS_FOLDER
     return search_texts(model, folder, _calibration(settings), step=console.say)
 
 
@@ -159,13 +164,14 @@ def _rivals(
     """What published methods choose at these depths."""
     from abreast.model import geometry
     from abreast.rivals import compare_rivals
+    from abreast.runs import RIVALS_FOLDER
 
     text = texts[0]
     with console.progress_bar("study", as_json) as progress:
         return compare_rivals(
             {},
             geometry(text.model, text.tokens, text.size, 1, text.prefix),
-            *(*texts, Path(out) / "baselines"),
+            *(*texts, Path(out) / RIVALS_FOLDER),
             depths=depths,
             methods=_methods(),
             step=console.say,

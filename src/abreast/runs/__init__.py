@@ -7,6 +7,7 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.runs.folder import (
         JOURNAL,
+        RIVALS_FOLDER,
         TEXT_FOLDER,
         Journal,
         check_least,

@@ -28,6 +28,7 @@ from abreast.version import __version__
 
 ENVIRONMENT_FILE = "environment.json"
 TEXT_FOLDER = "text"  # what a run says about its text, and the text that the model wrote for it
+RIVALS_FOLDER = "baselines"  # of a study: what published methods choose on, and are judged on
 JOURNAL = "journal-{}.jsonl"
 Journal = dict[tuple[str, int], dict[str, Any]]
 
@@ -73,11 +74,12 @@ def recorded_dtype(out: Path, kind: str) -> str | None:
 
 
 def check_run(out: Path, kind: str) -> None:
-    """Raise AbreastError for a folder that holds anything but a run of this kind, or its text."""
+    """Raise AbreastError for a folder that holds anything but a run of this kind, or its texts."""
     if not out.exists() or (out / f"{kind}.json").is_file():
         return
     names = [path.name for path in out.iterdir()] if out.is_dir() else [""]
-    if any(name != TEXT_FOLDER and not LEAVING.fullmatch(name) for name in names):
+    texts = (TEXT_FOLDER, RIVALS_FOLDER)
+    if any(name not in texts and not LEAVING.fullmatch(name) for name in names):
         raise AbreastError(f"'{out}' exists and is not a {kind}; choose a new folder")
 
 
