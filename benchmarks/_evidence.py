@@ -87,7 +87,7 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table in Markdown; a line that is shorter than the headings is filled up."""
     filled = [[*line, *[""] * (len(headings) - len(line))] for line in lines]
     marks = ["---"] * len(headings)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (headings, marks, *filled))
+    return "".join(f"|{'|'.join(line)}|\n" for line in (headings, marks, *filled))
 
 
 def short(method: str) -> str:
@@ -107,7 +107,7 @@ def choice(plan: str) -> str:
         else:
             runs.append([layer])
     named = (f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"without {', '.join(named)}"
+    return f"without {','.join(named)}"
 
 
 def quality(rows: dict[str, Row], model: str) -> str:
@@ -176,7 +176,8 @@ def missing(rows: dict[str, Row], *kinds: str) -> str:
 
 def task_cells(result: Row) -> list[str]:
     share_kept = interval(result.get("above_chance"), 3)
-    return [share_kept, *(f"{100 * result['accuracy'][task]:.1f}" for task in TASKS)]
+    accuracy = (f"{100 * result['accuracy'][task]:.1f}" for task in TASKS)
+    return [result["dtype"], share_kept, *accuracy]
 
 
 def long_cells(result: Row) -> list[str]:
@@ -303,7 +304,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         ("tasks",),
         "400 items of each task in lm-eval; per cent right, and how much of the accuracy above "
         "chance is kept, summed over tasks, with the paired 95 % interval.",
-        lambda rows, model: by_variant(rows, model, "tasks", ("kept", *TASKS), task_cells),
+        lambda rows, model: by_variant(rows, model, "tasks", ("dtype", "kept", *TASKS), task_cells),
     ),
     "Sums and copying": (
         ("answers",),
@@ -410,7 +411,7 @@ def readme_table(rows: dict[str, Row]) -> str:
             lines.append([f"{name}, {layers} → {depth}", "original", perplexity])
             methods = of["rivals"]["methods"]
             best = next(entry for entry in methods if entry["method"] == "planner")
-            lines.append(["", "our plan, as it is", *_numbers(best), _kept(of, "plan")])
+            lines.append(["", "our plan, as it is", *_numbers(best), _accuracy_kept(of, "plan")])
             others = [entry for entry in methods if entry["method"] != "planner"]
             if others:
                 rival = min(others, key=lambda entry: entry["kl"][0])
@@ -418,7 +419,7 @@ def readme_table(rows: dict[str, Row]) -> str:
         for kind in HEALED:
             if kind in of:
                 healed = {**of[kind][kind], "perplexity": of[kind][kind]["perplexity"][0]}
-                lines.append(["", VARIANTS[kind], *_numbers(healed), _kept(of, kind)])
+                lines.append(["", VARIANTS[kind], *_numbers(healed), _accuracy_kept(of, kind)])
         if not of:
             lines.append([f"{name}, {layers} → {depth}", MISSING])
     headings = ("model, layers → stages", "", "perplexity", "loss, nats", "KL, nats")
@@ -435,7 +436,7 @@ def _numbers(entry: Row) -> list[str]:
     ]
 
 
-def _kept(of: dict[str, Any], variant: str) -> str:
+def _accuracy_kept(of: dict[str, Any], variant: str) -> str:
     return interval(of.get("tasks", {}).get(variant, {}).get("above_chance"))
 
 

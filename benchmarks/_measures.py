@@ -70,7 +70,8 @@ class Setting:
     """Where models, texts and unfinished work are. rows: where finished ones go.
 
     text, minutes: what a model is trained on with an accelerator, files of text or of token ids
-    (.npy), and for how long.
+    (.npy), and for how long. dtype: of models in rows `tasks`, whose answers are counted; losses
+    are always measured in float32.
     """
 
     models: Path
@@ -81,14 +82,15 @@ class Setting:
     text: tuple[Path, ...] = ()
     minutes: float = 10
     device: str = "cuda"
+    dtype: str = "float32"
 
     def half(self, number: int) -> Path:
         """The first (0) or second (1) half of the text, cut at a line's end."""
         text = (self.data / WIKITEXT).read_text("utf-8")
-        cut = text.rfind("\n", 0, len(text) // 2) + 1
+        middle = text.rfind("\n", 0, len(text) // 2) + 1
         path = self.work / f"{('first', 'second')[number]}.txt"
         self.work.mkdir(parents=True, exist_ok=True)
-        write(path, text[cut:] if number else text[:cut])
+        write(path, text[middle:] if number else text[:middle])
         return path
 
 
@@ -152,10 +154,10 @@ class Subject:
             for file in self.setting.text
         ]
         stream = TokenStream(
-            np.concatenate([each.tokens for each in streams]),
-            ",".join(each.source for each in streams),
-            sum(each.num_documents for each in streams),
-            sum(each.num_bytes for each in streams),
+            np.concatenate([part.tokens for part in streams]),
+            ",".join(part.source for part in streams),
+            sum(part.num_documents for part in streams),
+            sum(part.num_bytes for part in streams),
             streams[0].prefix,
         )
         return {
@@ -274,11 +276,12 @@ def tasks(subject: Subject, theirs: Result | None) -> Result:
         plan=subject.plan if subject.variant == "plan" else None,
         against=subject.original if theirs is not None else None,
         out=subject.setting.work / "answers",
-        batch_size=8,
-        dtype="float32",
+        batch_size=32,
+        dtype=subject.setting.dtype,
         step=say,
     )
-    result: Result = {"accuracy": {n: score.converted for n, score in evaluation.tasks.items()}}
+    accuracy = {name: score.converted for name, score in evaluation.tasks.items()}
+    result: Result = {"accuracy": accuracy, "dtype": subject.setting.dtype}
     if evaluation.above_chance_kept is not None and evaluation.above_chance_interval is not None:
         result["above_chance"] = [evaluation.above_chance_kept, *evaluation.above_chance_interval]
     return result
@@ -328,14 +331,14 @@ def kl_by_position(
         for start in range(0, len(stream) - own, own):
             tokens = [*stream.prefix, *stream.tokens[start : start + own + 1]]
             ids, caches, means = torch.tensor([tokens]), [None, None], []
-            for place in range(0, window, size):
-                part = ids[:, place : place + size]
+            for position in range(0, window, size):
+                part = ids[:, position : position + size]
                 outputs = [
-                    each(part, **{cache_name(each): cache}, use_cache=True)
-                    for each, cache in zip((model, original), caches, strict=True)
+                    m(part, **{cache_name(m): cache}, use_cache=True)
+                    for m, cache in zip((model, original), caches, strict=True)
                 ]
                 caches = [cache_of(output) for output in outputs]
-                targets = ids[:, place + 1 : place + size + 1]
+                targets = ids[:, position + 1 : position + size + 1]
                 scores = token_scores(outputs[0].logits, targets, outputs[1].logits)
                 means.append(float(scores[..., 2].mean()))
             rows.append(means)
@@ -440,8 +443,10 @@ def llamacpp(subject: Subject, _: Result | None) -> Result:
     return {
         "refused": reason,
         "plan": plan.shorthand,
-        "kl": {name: [each.kl, each.kl_stderr] for name, each in results.items()},
-        "perplexity": {name: numbers(each)["perplexity"] for name, each in results.items()},
+        "kl": {name: [comparison.kl, comparison.kl_stderr] for name, comparison in results.items()},
+        "perplexity": {
+            name: numbers(comparison)["perplexity"] for name, comparison in results.items()
+        },
         "excess": list(excess(results["both"], results["grouped"], results["quantised"])),
         "tokens_per_second": np.median(rates, axis=0).tolist(),
     }

@@ -27,7 +27,7 @@ def main() -> None:
     for seed in range(options.comparisons):
         first, _ = load(model_folder(), dtype="float32")
         second = first if options.shared else load(model_folder(), dtype="float32")[0]
-        found = bench(
+        outcome = bench(
             {"original": first, "again": second},
             task="decode",
             context=64,
@@ -35,12 +35,12 @@ def main() -> None:
             rounds=options.rounds,
             seed=seed,
         ).timings["again"]
-        holds = found.ratio_low <= 1 <= found.ratio_high
+        holds = outcome.ratio_low <= 1 <= outcome.ratio_high
         held += holds
-        ratios.append(round(found.ratio, 4))
-        widths.append(found.ratio_high - found.ratio_low)
+        ratios.append(round(outcome.ratio, 4))
+        widths.append(outcome.ratio_high - outcome.ratio_low)
         print(
-            f"{found.ratio:.4f} [{found.ratio_low:.4f}, {found.ratio_high:.4f}] "
+            f"{outcome.ratio:.4f} [{outcome.ratio_low:.4f}, {outcome.ratio_high:.4f}] "
             f"{'holds' if holds else 'MISSES'} 1",
             file=sys.stderr,
         )

@@ -72,7 +72,7 @@ def random_model(config: dict[str, Any], device: str, dtype: torch.dtype) -> Any
     """A model of this config.json with random weights, made on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    given = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")}
+    settings = {key: value for key, value in config.items() if key not in ("auto_map", "dtype")}
     converted = str(config["model_type"]).startswith("abreast_")
     config_class = modeling.AbreastLlamaConfig if converted else LlamaConfig
     model_class = modeling.AbreastLlamaForCausalLM if converted else LlamaForCausalLM
@@ -81,7 +81,7 @@ def random_model(config: dict[str, Any], device: str, dtype: torch.dtype) -> Any
     try:
         torch.set_default_dtype(dtype)
         with torch.device(device):
-            return model_class(config_class(**given)).eval().requires_grad_(False)
+            return model_class(config_class(**settings)).eval().requires_grad_(False)
     finally:
         torch.set_default_dtype(default)
 
@@ -90,18 +90,18 @@ def contenders(
     name: str, config: dict[str, Any], device: str, dtype: torch.dtype
 ) -> dict[str, Any]:
     first, last = FIRST[name]
-    found = {"original": random_model(config, device, dtype)}
+    models = {"original": random_model(config, device, dtype)}
     for kind, sign in (("lp", "+"), ("cqil", "|"), ("ff", "~")):
         text = " ".join(f"{k}{sign}{k + 1}" for k in range(first, last, 2))
         plan = Plan.parse(text, config["num_hidden_layers"])
         row = converted_config(config, family_of(config), plan, dtype="bfloat16")
-        found[kind] = random_model(row, device, dtype)
+        models[kind] = random_model(row, device, dtype)
         if kind == "lp":
-            original = found["original"]
+            original = models["original"]
             shared = {id(t): t for t in (*original.parameters(), *original.buffers())}
-            found["lp grouped"] = copy.deepcopy(original, memo=shared)
-            apply(found["lp grouped"], plan)
-    return found
+            models["lp grouped"] = copy.deepcopy(original, memo=shared)
+            apply(models["lp grouped"], plan)
+    return models
 
 
 def bandwidth(device: str) -> float:
@@ -125,7 +125,7 @@ def synchronize(device: str) -> None:
 
 
 def rows_of(result: BenchResult, models: dict[str, Any], speed: float) -> dict[str, Any]:
-    found = {}
+    rows = {}
     for name, timing in result.timings.items():
         memory, model = result.memory[name], models[name]
         row: dict[str, Any] = {
@@ -146,8 +146,8 @@ def rows_of(result: BenchResult, models: dict[str, Any], speed: float) -> dict[s
             floor = (memory.weights - unread + memory.kv_cache) / speed
             row["tpot_s"] = timing.median / result.new_tokens
             row["fraction_of_floor"] = floor / row["tpot_s"]
-        found[name] = row
-    return found
+        rows[name] = row
+    return rows
 
 
 def markdown(record: dict[str, Any]) -> str:

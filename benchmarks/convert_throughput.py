@@ -144,7 +144,7 @@ def run(gigabytes: int | None, rounds: int, folder: Path) -> dict[str, object]:
     os.sync()
     taken: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for turn in range(rounds + 1):
-        for way in (WAYS[(turn + place) % len(WAYS)] for place in range(len(WAYS))):
+        for way in (WAYS[(turn + index) % len(WAYS)] for index in range(len(WAYS))):
             measured = timed(way, folder / "source", plan, target)
             if turn:  # the first round only warms up
                 taken[way].append(measured)

@@ -45,7 +45,7 @@ def compare(shape: tuple[int, int, int, int], ranks: int, rounds: int) -> dict[s
         source, out = Path(folder) / "source", Path(folder) / "out"
         LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(source)
         convert(source, text, out)
-        found = run(
+        report = run(
             Job(
                 (Contender("original", str(source)), Contender("lp", str(out))),
                 (Case("decode", 1, CONTEXT, 16),),
@@ -55,7 +55,7 @@ def compare(shape: tuple[int, int, int, int], ranks: int, rounds: int) -> dict[s
             )
         )
         known = json.loads((source / "config.json").read_text())
-    timing = found.results[0].timings
+    timing = report.results[0].timings
     measured = [timing[name].median / 16 for name in ("original", "lp")]
     plan = Plan.parse(text, num_layers_of(known))
     hardware = hardware_of("Xeon" if ranks == 1 else f"{ranks}xXeon-gloo")

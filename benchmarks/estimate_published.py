@@ -95,14 +95,16 @@ CASES = (
 
 def predicted() -> list[dict[str, Any]]:
     rows = []
-    for name, model, plan, hardware, figure, replicated, given in CASES:
+    for name, model, plan, hardware, figure, replicated, fitted in CASES:
         config = MODELS[model]
         parsed = Plan.parse(plan, config["num_hidden_layers"])
-        how = "replicate" if replicated else "shard"
-        setting = Setting(hardware_of(hardware), context=CONTEXT, runtime="eager", unpaired=how)
-        found = speedup(config, parsed, setting)
+        unpaired = "replicate" if replicated else "shard"
+        setting = Setting(
+            hardware_of(hardware), context=CONTEXT, runtime="eager", unpaired=unpaired
+        )
+        speed_up = speedup(config, parsed, setting)
         published = 1 / (1 - figure) if figure < 1 else figure
-        rows.append(_row(name, model, f"depth {parsed.depth}", published, found, given))
+        rows.append(_row(name, model, f"depth {parsed.depth}", published, speed_up, fitted))
     rows.append(_row(*_ffn_fusion(), True))
     return rows
 
@@ -120,17 +122,17 @@ def _ffn_fusion() -> tuple[str, str, str, float, float]:
 
 
 def _row(
-    name: str, model: str, plan: str, published: float, found: float, given: bool
+    name: str, model: str, plan: str, published: float, predicted_gain: float, fitted: bool
 ) -> dict[str, Any]:
     return {
         "figure": name,
         "model": model,
         "plan": plan,
-        "plan_given": given,
+        "plan_given": fitted,
         "published": round(published, 3),
-        "predicted": round(found, 3),
-        "error_percent": round(100 * (found / published - 1), 1),
-        "gain_error_percent": round(100 * ((found - 1) / (published - 1) - 1), 1),
+        "predicted": round(predicted_gain, 3),
+        "error_percent": round(100 * (predicted_gain / published - 1), 1),
+        "gain_error_percent": round(100 * ((predicted_gain - 1) / (published - 1) - 1), 1),
     }
 
 
@@ -147,11 +149,11 @@ def measured() -> list[dict[str, Any]]:
     published = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
     rows = []
     for source in published["sources"]:
-        for given in source["rows"]:
-            found = _all_reduce(given) if "bytes" in given else _decode(given)
-            error = round(100 * (found / given["published"] - 1), 1)
+        for source_row in source["rows"]:
+            prediction = _all_reduce(source_row) if "bytes" in source_row else _decode(source_row)
+            error = round(100 * (prediction / source_row["published"] - 1), 1)
             rows.append(
-                {**given, "predicted": round(found, 2), "error_percent": error}
+                {**source_row, "predicted": round(prediction, 2), "error_percent": error}
                 | {key: source[key] for key in ("title", "address")}
             )
     return rows
@@ -171,8 +173,8 @@ def main() -> None:
     rows, parts = predicted(), measured()
     for row in (*rows, *parts):
         print(row, file=sys.stderr)
-    found = {"rows": rows, "parts": parts, "calibration": calibration()}
-    print(json.dumps({"benchmark": "estimate", **found}))
+    results = {"rows": rows, "parts": parts, "calibration": calibration()}
+    print(json.dumps({"benchmark": "estimate", **results}))
 
 
 if __name__ == "__main__":

@@ -55,18 +55,18 @@ def compare(
             "fused": load(fused, device=device)[0],
             "original": load(source, device=device)[0],
         }
-        found = bench(models, task="decode", context=64, new_tokens=steps, rounds=rounds).timings
+        timings = bench(models, task="decode", context=64, new_tokens=steps, rounds=rounds).timings
     return {
         "hidden": hidden,
         "layers": layers,
         "groups": len(plan.split()),
-        "ratio": round(found["fused"].ratio, 3),
-        "low": round(found["fused"].ratio_low, 3),
-        "high": round(found["fused"].ratio_high, 3),
-        "grouped_over_original": round(1 / found["original"].ratio, 3),
-        "tpot_ms": {name: round(1e3 * t.median / steps, 3) for name, t in found.items()},
+        "ratio": round(timings["fused"].ratio, 3),
+        "low": round(timings["fused"].ratio_low, 3),
+        "high": round(timings["fused"].ratio_high, 3),
+        "grouped_over_original": round(1 / timings["original"].ratio, 3),
+        "tpot_ms": {name: round(1e3 * t.median / steps, 3) for name, t in timings.items()},
         "target": 1.15 if hidden <= LAUNCH_BOUND else 1.0,
-        "met": found["fused"].ratio_low > (1.15 if hidden <= LAUNCH_BOUND else 1.0),
+        "met": timings["fused"].ratio_low > (1.15 if hidden <= LAUNCH_BOUND else 1.0),
     }
 
 

@@ -18,8 +18,8 @@ def main() -> None:
     model, _ = load(model_folder(), dtype="float32")
     apply(model, Plan(num_layers=16))
     models = {"untouched": untouched, "grouped": model}
-    found = bench(models, task="decode", context=64, new_tokens=64, rounds=30).timings["grouped"]
-    result = {"ratio": found.ratio, "low": found.ratio_low, "high": found.ratio_high}
+    timing = bench(models, task="decode", context=64, new_tokens=64, rounds=30).timings["grouped"]
+    result = {"ratio": timing.ratio, "low": timing.ratio_low, "high": timing.ratio_high}
     print(
         json.dumps({"benchmark": "grouped_overhead", **{k: round(v, 3) for k, v in result.items()}})
     )

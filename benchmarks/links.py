@@ -90,8 +90,8 @@ class PlainLoop(nn.Module):
         return SimpleNamespace(logits=logits, past_key_values=cache)
 
     def layers(self, x: Tensor, rotation: Any, cache: dict[int, Any]) -> Tensor:
-        for place, layer in enumerate(self.model.model.layers):
-            x = x + summed(attend(layer, x, rotation, cache, place))
+        for index, layer in enumerate(self.model.model.layers):
+            x = x + summed(attend(layer, x, rotation, cache, index))
             x = x + summed(feed(layer.mlp, layer.post_attention_layernorm(x)))
         return x
 
@@ -127,9 +127,9 @@ class AuthorsLoop(PlainLoop):
 
     def layers(self, x: Tensor, rotation: Any, cache: dict[int, Any]) -> Tensor:
         layers = self.model.model.layers
-        for place, stage in enumerate(self.stages):
+        for index, stage in enumerate(self.stages):
             layer = layers[stage[self.rank if stage[1:] else 0]]
-            out = attend(layer, x, rotation, cache, place)
+            out = attend(layer, x, rotation, cache, index)
             x = x + (summed(out) if stage[1:] else out)
             mlp = self.halves[str(stage[0])] if stage[1:] else layer.mlp
             out = feed(mlp, layer.post_attention_layernorm(x))
@@ -137,7 +137,7 @@ class AuthorsLoop(PlainLoop):
         return x
 
 
-def attend(layer: Any, x: Tensor, rotation: Any, cache: dict[int, Any], place: int) -> Tensor:
+def attend(layer: Any, x: Tensor, rotation: Any, cache: dict[int, Any], index: int) -> Tensor:
     """The attention branch of [B, L, D]; `cache` has keys and values by place."""
     own, y, (cos, sin) = layer.self_attn, layer.input_layernorm(x), rotation
 
@@ -150,9 +150,9 @@ def attend(layer: Any, x: Tensor, rotation: Any, cache: dict[int, Any], place: i
         for part in (own.q_proj, own.k_proj, own.v_proj)
     )
     q, k = rotated(q), rotated(k)
-    if place in cache:
-        k, v = (torch.cat(pair, 2) for pair in zip(cache[place], (k, v), strict=True))
-    cache[place] = k, v
+    if index in cache:
+        k, v = (torch.cat(pair, 2) for pair in zip(cache[index], (k, v), strict=True))
+    cache[index] = k, v
     causal = x.shape[1] > 1
     out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     result: Tensor = own.o_proj(out.transpose(1, 2).flatten(2))
@@ -187,17 +187,17 @@ def baselines(folder: str, rounds: int, steps: int) -> None:
             "lp, replicate": load_parallel(joined, dtype="float32", unpaired="replicate"),
             "lp, the authors' loop": AuthorsLoop(whole, plan),
         }
-        with grouped(original(), plan, norms="split") as wanted:
-            timed(models, wanted, rounds, steps)
+        with grouped(original(), plan, norms="split") as reference:
+            timed(models, reference, rounds, steps)
     dist.destroy_process_group()
 
 
-def timed(models: dict[str, Any], wanted: Any, rounds: int, steps: int) -> None:
+def timed(models: dict[str, Any], reference: Any, rounds: int, steps: int) -> None:
     """All must predict what `wanted` does."""
     ids = torch.arange(3, 19)[None]
     with torch.inference_mode():
         want, *others = (
-            m(input_ids=ids, logits_to_keep=1).logits for m in (wanted, *models.values())
+            m(input_ids=ids, logits_to_keep=1).logits for m in (reference, *models.values())
         )
     for logits in others:
         torch.testing.assert_close(logits, want, rtol=1e-3, atol=1e-3)
@@ -226,9 +226,9 @@ def main() -> None:
         return baselines(args.baselines, args.rounds, args.steps)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        random = None if args.model else random_llama(place / "made", args.hidden, args.layers)
-        contenders = variants(random or Path(args.model), place, args.pairs)
+        location = Path(folder)
+        random = None if args.model else random_llama(location / "made", args.hidden, args.layers)
+        contenders = variants(random or Path(args.model), location, args.pairs)
         if args.baselines is not None:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node=2", __file__, "--rounds", str(args.rounds), "--baselines"]

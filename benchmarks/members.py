@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from abreast.modeling_members import Apart
-from abreast.speed.timing import measure, timings
+from abreast.speed.timing import time_in_turn, timings
 
 ROUNDS, REPEATS = 30, 20
 
@@ -36,14 +36,15 @@ def compare(members: int, hidden: int, tokens: int) -> dict[str, object]:
             torch.stack([x[:, :, k] @ weight.T for k, weight in enumerate(weights)], -2)
         return tokens
 
-    found = timings(measure({"loop": run_loop, "batched": run_batched}, rounds=ROUNDS))["batched"]
+    runs = {"loop": run_loop, "batched": run_batched}
+    timing = timings(time_in_turn(runs, rounds=ROUNDS))["batched"]
     return {
         "members": members,
         "hidden": hidden,
         "tokens": tokens,
-        "ratio": round(found.ratio, 2),
-        "low": round(found.ratio_low, 2),
-        "high": round(found.ratio_high, 2),
+        "ratio": round(timing.ratio, 2),
+        "low": round(timing.ratio_low, 2),
+        "high": round(timing.ratio_high, 2),
     }
 
 

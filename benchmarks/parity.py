@@ -67,12 +67,14 @@ def float32_parity() -> dict[str, float]:
             source, out = Path(folder) / "source", Path(folder) / "out"
             random_model(family, source, tied=tied, head_dim=head_dim)
             convert(source, PLAN, out)
-            found = verify(out, source, new_tokens=NEW_TOKENS)
-        for key, value in (("uncached", found.uncached), ("cached", found.cached)):
+            verification = verify(out, source, new_tokens=NEW_TOKENS)
+        for key, value in (("uncached", verification.uncached), ("cached", verification.cached)):
             name = f"{family} {key}"
             worst[name] = max(worst.get(name, 0.0), value)
         worst.setdefault(f"{family} greedy tokens that differ", 0)
-        worst[f"{family} greedy tokens that differ"] += found.generated_tokens - found.same_tokens
+        worst[f"{family} greedy tokens that differ"] += (
+            verification.generated_tokens - verification.same_tokens
+        )
     return worst
 
 

@@ -38,13 +38,13 @@ def stepwise(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [batch, SCORED, vocab] of the tokens after the prompt, fed one by one."""
     prompt = ids.shape[1] - SCORED
     step = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)
-    found = [step.logits[:, -1]]
-    for place in range(prompt, prompt + SCORED - 1):
+    logits = [step.logits[:, -1]]
+    for position in range(prompt, prompt + SCORED - 1):
         step = model(
-            ids[:, place : place + 1], **{cache_name(model): cache_of(step)}, use_cache=True
+            ids[:, position : position + 1], **{cache_name(model): cache_of(step)}, use_cache=True
         )
-        found.append(step.logits[:, -1])
-    return torch.stack(found, 1).log_softmax(-1)
+        logits.append(step.logits[:, -1])
+    return torch.stack(logits, 1).log_softmax(-1)
 
 
 def quality(
@@ -56,9 +56,9 @@ def quality(
     for depth, plan in plans.items():
         for prefill in ("grouped", "sequential"):
             with grouped(model, plan, prefill=prefill):  # type: ignore[arg-type]
-                found = stepwise(model, ids)
-            loss = (reference - found).gather(-1, targets)[..., 0].mean(1)
-            kl = (reference.exp() * (reference - found)).sum(-1).mean(1)
+                logits = stepwise(model, ids)
+            loss = (reference - logits).gather(-1, targets)[..., 0].mean(1)
+            kl = (reference.exp() * (reference - logits)).sum(-1).mean(1)
             row: dict[str, object] = {"depth": depth, "prefill": prefill}
             for name, values in (("loss_increase", loss), ("kl", kl)):
                 row[name] = round(float(values.mean()), 4)

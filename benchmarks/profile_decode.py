@@ -90,12 +90,12 @@ def examine(model: Any, tokens: int) -> dict[str, Any]:
 
 def fastest(run: Callable[[], object], repeats: int = 30) -> float:
     """Least seconds of a run: what other processes take away is left out."""
-    found = []
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         run()
-        found.append(time.perf_counter() - start)
-    return min(found)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def machine() -> dict[str, float]:
@@ -103,22 +103,22 @@ def machine() -> dict[str, float]:
     b, c = torch.ones(32_000_000), torch.ones(32_000_000)
     a = torch.empty_like(b)
     triad = fastest(lambda: torch.add(b, c, alpha=2.0, out=a), 10)
-    found = {"triad_bytes_per_s": 3 * a.nbytes / triad}
+    rates = {"triad_bytes_per_s": 3 * a.nbytes / triad}
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(1024, 1024).to(dtype)
         seconds = fastest(lambda x=x: x @ x, 10)
-        found[f"flops_{str(dtype).removeprefix('torch.')}"] = 2 * 1024**3 / seconds
+        rates[f"flops_{str(dtype).removeprefix('torch.')}"] = 2 * 1024**3 / seconds
         matrix, vector = torch.randn(8192, 4096).to(dtype), torch.randn(1, 4096).to(dtype)
         seconds = fastest(lambda m=matrix, v=vector: torch.nn.functional.linear(v, m), 20)
-        found[f"gemv_bytes_per_s_{str(dtype).removeprefix('torch.')}"] = matrix.nbytes / seconds
+        rates[f"gemv_bytes_per_s_{str(dtype).removeprefix('torch.')}"] = matrix.nbytes / seconds
     small = torch.ones(1, 1, 64)
 
     def many() -> None:
         for _ in range(1000):
             small + 1
 
-    found["small_operation_s"] = fastest(many, 20) / 1000
-    return found
+    rates["small_operation_s"] = fastest(many, 20) / 1000
+    return rates
 
 
 ALL_REDUCE = """
@@ -190,7 +190,7 @@ def main() -> None:
         result["machine"] = {name: float(f"{v:.3g}") for name, v in machine().items()}
         reductions = [all_reduce() for _ in range(3)]
         for key in reductions[0]:
-            result["machine"][key] = statistics.median(found[key] for found in reductions)
+            result["machine"][key] = statistics.median(reduction[key] for reduction in reductions)
         print(result["machine"], file=sys.stderr)
     print(json.dumps(result))
 

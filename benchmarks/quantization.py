@@ -83,11 +83,11 @@ def with_llama_cpp(kind: str) -> Quantise:
 
 def read_back(model: Any, folder: Path, file: Path) -> None:
     """Put the weights of a GGUF file into the model that it was written from."""
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for piece in lay_out_gguf(open_checkpoint(folder), "float32").pieces:
-            tensor = found[piece.name]
+            tensor = tensors[piece.name]
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
             rows = torch.from_numpy(values).view(piece.shape)
             if piece.head_dim:
@@ -129,10 +129,10 @@ def serve(file: Path) -> Any:
 def llama_cpp_kl(file: Path, reference: Any, stream: TokenStream, positions: int) -> tuple:
     """KL of what llama.cpp itself predicts at the ends of prefixes of the text; mean, error."""
     server = serve(file)
-    found = []
+    rows = []
     size = reference.config.vocab_size
-    for place in np.linspace(0, len(stream) - 256, positions).astype(int):
-        ids = stream.tokens[place : place + 200].tolist()
+    for start in np.linspace(0, len(stream) - 256, positions).astype(int):
+        ids = stream.tokens[start : start + 200].tolist()
         request = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": size}
         answer = server.handle_completions(request)["choices"][0]["logprobs"]["content"]
         if not answer:  # the server gives no candidates for half a letter
@@ -142,22 +142,21 @@ def llama_cpp_kl(file: Path, reference: Any, stream: TokenStream, positions: int
             theirs[candidate["id"]] = candidate["logprob"]
         with torch.inference_mode():
             ours = torch.log_softmax(reference(torch.tensor([ids])).logits[0, -1].float(), -1)
-        found.append(float((ours.exp() * (ours - theirs)).sum()))
-    return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(len(found))), len(found)
+        rows.append(float((ours.exp() * (ours - theirs)).sum()))
+    return float(np.mean(rows)), float(np.std(rows, ddof=1) / math.sqrt(len(rows))), len(rows)
 
 
 def same_positions(model: Any, reference: Any, stream: TokenStream, positions: int) -> float:
     """The KL that the weights alone account for, at the positions of `llama_cpp_kl`."""
-    found = []
-    for place in np.linspace(0, len(stream) - 256, positions).astype(int):
-        ids = torch.from_numpy(stream.tokens[place : place + 200])[None]
+    rows = []
+    for start in np.linspace(0, len(stream) - 256, positions).astype(int):
+        ids = torch.from_numpy(stream.tokens[start : start + 200])[None]
         with torch.inference_mode():
             ours, theirs = (
-                torch.log_softmax(each(ids).logits[0, -1].float(), -1)
-                for each in (reference, model)
+                torch.log_softmax(m(ids).logits[0, -1].float(), -1) for m in (reference, model)
             )
-        found.append(float((ours.exp() * (ours - theirs)).sum()))
-    return float(np.mean(found))
+        rows.append(float((ours.exp() * (ours - theirs)).sum()))
+    return float(np.mean(rows))
 
 
 def available() -> list[str]:

@@ -64,10 +64,10 @@ def measure_row(setting: Setting, name: str) -> Row:
     results: dict[str, Result] = {}
     for variant in variants_of(kind, model, depth):
         of = replace(subject, variant=variant)
-        basis = {**rests_on, "sizes": repr(setting.sizes)}
+        basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}
         basis |= {} if variant == "original" else {"plan": subject.groups}
-        place = f"{model}-{kind}" if variant == "original" else name
-        file = setting.work / "parts" / f"{place}-{variant}.json"
+        stem = f"{model}-{kind}" if variant == "original" else name
+        file = setting.work / "parts" / f"{stem}-{variant}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         saved = json.loads(file.read_text("utf-8")) if file.is_file() else {}
         if saved.get("basis") != basis:
@@ -240,8 +240,8 @@ def show(setting: Setting) -> None:
 
 
 def main() -> None:
-    look = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("row", nargs="*", help="rows to measure; none: list them")
     parser.add_argument("--models", default=os.environ.get("ABREAST_REAL_MODELS", ".real-models"))
     parser.add_argument("--data", default=os.environ.get("ABREAST_EVAL_DATA", "."))
@@ -255,6 +255,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10, help="rows accelerated: of training")
     parser.add_argument("--device", default="cuda", help="rows accelerated: where")
+    parser.add_argument("--dtype", default="float32", help="rows tasks: of the models")
     parser.add_argument("--take", metavar="OUT", help="what benchmarks/rivals.py left in OUT")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md and README")
     parser.add_argument("--small", action="store_true", help="try rows; they go to WORK/small")
@@ -266,6 +267,7 @@ def main() -> None:
         text=tuple(options.text),
         minutes=options.minutes,
         device=options.device,
+        dtype=options.dtype,
     )
     if options.small:
         work = setting.work / "small"

@@ -27,7 +27,7 @@ from abreast.planner.front import Budget, kind_of
 from abreast.planner.objective import KL
 from abreast.planner.profiling import profile_here
 from abreast.planner.settings import CalibrationSettings
-from abreast.rivals import METHODS, caption, compare
+from abreast.rivals import METHODS, caption, compare_rivals
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", nargs="?", default=str(model_folder()))
@@ -89,7 +89,7 @@ def main() -> None:
         ours = {depth: best[depth] for depth in depths}
     kinds = {kind_of(group) for group in calibration.candidates}
     profile = profile_here(calibration, kinds, out, step=step) if options.speed else None
-    rows = compare(
+    rows = compare_rivals(
         ours,
         arrays,
         *(calibration, held_out, out),

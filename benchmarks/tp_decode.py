@@ -43,7 +43,7 @@ def compare(ffn: int, options: argparse.Namespace) -> dict[str, object]:
         original(source, options.hidden, ffn, 32, options.dtype)
         for name, sign in (("lp", "+"), ("cqil", "|")):
             convert(source, " ".join(f"{k}{sign}{k + 1}" for k in PAIRS), Path(folder) / name)
-        found = run(
+        report = run(
             Job(
                 tuple(Contender(n, str(Path(folder) / n)) for n in ("original", "lp", "cqil")),
                 (Case("decode", 1, options.context, options.steps),),
@@ -53,7 +53,7 @@ def compare(ffn: int, options: argparse.Namespace) -> dict[str, object]:
                 ranks=options.ranks,
             )
         )
-    (result,) = found.results
+    (result,) = report.results
     return {
         "ffn": ffn,
         "weight_bytes_per_rank": result.memory["original"].weights,

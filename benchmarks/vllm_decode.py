@@ -11,12 +11,16 @@ token and a wait of w, a token should take T + E w, with T measured at w = 0: th
 next to the measurement. The wait itself is a call that costs something, hence the separate set and
 its own w = 0.
 
+In bfloat16, the default, and in float32 members' matrices have other forms (abreast's engines/vllm/
+packed.py): which ones they had is said below the table.
+
 Needs vLLM: run it in the environment of the engine tests, .venv-vllm (`make bench` does).
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
 import json
 import multiprocessing
@@ -132,7 +136,8 @@ def rank_main(
             seed=0,
             **options,
         )
-        end.send("ready")
+        (held,) = llm.apply_model(forms)
+        end.send(held)
         while (job := end.recv()) is not None:
             WAIT[0] = job.pop("wait")
             gc.collect()
@@ -140,6 +145,18 @@ def rank_main(
     except BaseException:
         end.send(traceback.format_exc())
     os._exit(0)
+
+
+def forms(model: Any) -> dict[str, int]:
+    """How many matrices of members that stand apart are held in which form."""
+    from abreast.engines.vllm.packed import PackedLinear
+
+    parts = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    names = [
+        "packed" if part.each else "weights first" if part.weights_first else "batched"
+        for part in parts
+    ]
+    return dict(collections.Counter(names))
 
 
 def measure(llm: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
@@ -150,11 +167,11 @@ def measure(llm: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, flo
     ]
     seconds = []
     for count in (1, new_tokens):
-        how = vllm.SamplingParams(
+        sampling = vllm.SamplingParams(
             temperature=0, max_tokens=count, ignore_eos=True, detokenize=False
         )
         start = time.perf_counter()
-        llm.generate(prompts, how, use_tqdm=False)
+        llm.generate(prompts, sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - start)
     return {"prefill": seconds[0], "token": (seconds[1] - seconds[0]) / (new_tokens - 1)}
 
@@ -174,12 +191,11 @@ class Engine:
         ]
         for process in self.ranks:
             process.start()
-        for end in self.ends:
-            self.answer(end)
+        self.forms, *_ = [self.answer(end) for end in self.ends]
 
     def answer(self, end: Any) -> Any:
         got = end.recv()
-        if isinstance(got, str) and got != "ready":
+        if isinstance(got, str):
             raise SystemExit(got)
         return got
 
@@ -209,7 +225,7 @@ def compare(
         batches = args.batches[:1] if slowed else args.batches
         for batch in batches:
             waits = [0.0, *args.waits] if slowed else [0.0]
-            found: dict[tuple[float, str], list[dict[str, float]]] = {}
+            times: dict[tuple[float, str], list[dict[str, float]]] = {}
             for turn in range(args.rounds + 1):
                 order = sorted(models, key=lambda n: (list(models).index(n) + turn) % len(models))
                 for wait in waits:
@@ -217,12 +233,14 @@ def compare(
                         job = {"batch": batch, "prompt": args.prompt, "new_tokens": args.tokens}
                         seconds = engines[name].run(wait=wait * 1e-6, **job)
                         if turn:  # the first round warms up
-                            found.setdefault((wait, name), []).append(seconds)
+                            times.setdefault((wait, name), []).append(seconds)
             rows += [
-                row(found, wait, name, models, waits, size, slowed, batch)
+                row(times, wait, name, models, waits, size, slowed, batch)
                 for wait in waits
                 for name in models
             ]
+        for made in rows:
+            made["forms"] = engines[made["model"]].forms
     finally:
         for engine in engines.values():
             engine.stop()
@@ -230,7 +248,7 @@ def compare(
 
 
 def row(
-    found: dict[tuple[float, str], list[dict[str, float]]],
+    times: dict[tuple[float, str], list[dict[str, float]]],
     wait: float,
     name: str,
     models: dict[str, tuple[Path, int]],
@@ -247,13 +265,13 @@ def row(
         "exchanges": models[name][1] if size > 1 else 0,
     }
     for what in ("token", "prefill"):
-        mine = np.array([seconds[what] for seconds in found[wait, name]])
-        base = np.array([seconds[what] for seconds in found[wait, "original"]])
+        mine = np.array([seconds[what] for seconds in times[wait, name]])
+        base = np.array([seconds[what] for seconds in times[wait, "original"]])
         low, middle, high = np.quantile(base / mine, (0.25, 0.5, 0.75))
         made[f"{what}_ms"] = round(float(np.median(mine)) * 1e3, 3)
         made[f"{what}_speedup"] = [round(float(value), 3) for value in (low, middle, high)]
     if slowed:
-        at_zero = {n: float(np.median([s["token"] for s in found[0.0, n]])) for n in models}
+        at_zero = {n: float(np.median([s["token"] for s in times[0.0, n]])) for n in models}
         there = {n: at_zero[n] + models[n][1] * wait * 1e-6 for n in models}
         made["predicted_speedup"] = round(there["original"] / there[name], 3)
     return made
@@ -276,6 +294,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['token_ms']:.2f} | {spans[0]} | {r.get('predicted_speedup', '')} "
             f"| {r['prefill_ms']:.1f} | {spans[1]} |"
         )
+    found = {f"{count} {form}" for r in rows for form, count in r.get("forms", {}).items()}
+    lines += ["", f"Members' matrices: {', '.join(sorted(found)) or 'none stand apart'}."]
     return "\n".join(lines)
 
 

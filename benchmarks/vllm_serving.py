@@ -1,9 +1,10 @@
 """Serving curves: an original and its conversion behind vLLM's OpenAI server, at rising load.
 
 Both servers stay up; at each number of concurrent clients they take turns, in an order that rotates
-from round to round. A client sends its next request when its last one has ended. Reported are the
-medians over rounds of a round's median time to first token (TTFT), median gap between streamed
-tokens (ITL) and throughput, and the quartiles over rounds of the throughput's ratio.
+from round to round. A client sends its next request when its last one has ended. Reported are, as
+medians and quartiles over rounds, a round's median time to first token (TTFT), its median gap
+between streamed tokens (ITL), its throughput, and the ratios of all three within a round: above 1
+where the conversion is faster.
 
 Needs vLLM's environment, .venv-vllm (`make bench` does), and memory for both models. Numbers worth
 reporting need a machine to themselves: one GPU or 8 cores, --clients 1,2,4,8,16,32, --requests 4,
@@ -65,7 +66,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
     """Seconds to the first token and between tokens, and tokens per second, of all clients."""
     import openai
 
-    asked = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=None)
+    api = openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=None)
     first, gaps = list[float](), list[float]()
     draw = random.Random(seed)
     prompts = [
@@ -76,7 +77,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
     async def client() -> None:
         while prompts:
             sent, last = time.perf_counter(), 0.0
-            stream = await asked.completions.create(
+            stream = await api.completions.create(
                 model="model",
                 prompt=prompts.pop(),
                 max_tokens=args.tokens,
@@ -92,7 +93,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
     start = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - start
-    await asked.close()
+    await api.close()
     return {
         "ttft": statistics.median(first) * 1e3,
         "itl": statistics.median(gaps or [0.0]) * 1e3,
@@ -102,7 +103,7 @@ async def load(address: str, clients: int, args: argparse.Namespace, seed: int) 
 
 def measure(models: dict[str, Path], args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of clients and model."""
-    names, found = list(models), dict[tuple[int, str], list[dict[str, float]]]()
+    names, times = list(models), dict[tuple[int, str], list[dict[str, float]]]()
     with tempfile.TemporaryDirectory() as logs, ExitStack() as stack:
         addresses = {
             name: stack.enter_context(
@@ -115,46 +116,57 @@ def measure(models: dict[str, Path], args: argparse.Namespace) -> list[dict[str,
                 for name in names[turn % 2 :] + names[: turn % 2]:
                     made = asyncio.run(load(addresses[name], clients, args, seed=turn))
                     if turn:
-                        found.setdefault((clients, name), []).append(made)
+                        times.setdefault((clients, name), []).append(made)
     rows = []
-    for clients, name in sorted(found, key=lambda key: (key[0], names.index(key[1]))):
-        rounds, base = found[clients, name], found[clients, names[0]]
-        ratios = [mine["rate"] / own["rate"] for mine, own in zip(rounds, base, strict=True)]
-        quartiles = statistics.quantiles(ratios * 2, n=4, method="inclusive")
-        row = {key: round(statistics.median(r[key] for r in rounds), 3) for key in MEASURES}
-        rows.append({"clients": clients, "name": name, **row, "ratio": quartiles})
+    for clients, name in sorted(times, key=lambda key: (key[0], names.index(key[1]))):
+        row: dict[str, Any] = {"clients": clients, "name": name}
+        for key in MEASURES:
+            mine = [made[key] for made in times[clients, name]]
+            base = [made[key] for made in times[clients, names[0]]]
+            pairs = zip(mine, base, strict=True)
+            gains = [own / other if key == "rate" else other / own for own, other in pairs]
+            row |= {key: quartiles(mine), f"{key}_gain": quartiles(gains)}
+        rows.append(row)
     return rows
 
 
+def quartiles(values: list[float]) -> list[float]:
+    """The lower one, the median and the upper one."""
+    return [round(v, 4) for v in statistics.quantiles(values * 2, n=4, method="inclusive")]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| clients | model | TTFT ms | ITL ms | tokens/s | ratio (quartiles) |",
-        "|---" * 6 + "|",
-    ]
+    titles = ("TTFT ms", "ITL ms", "tokens/s", *(f"gain in {k}" for k in ("TTFT", "ITL", "rate")))
+    lines = ["| clients | model | " + " | ".join(titles) + " |", "|---" * 8 + "|"]
     for row in rows:
-        low, middle, high = row["ratio"]
-        lines.append(
-            f"| {row['clients']} | {row['name']} | {row['ttft']:.1f} | {row['itl']:.2f} "
-            f"| {row['rate']:.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) |"
-        )
-    return "\n".join(lines)
+        spans = [
+            f"{row[key][1]:.{digits}f} ({row[key][0]:.{digits}f}-{row[key][2]:.{digits}f})"
+            for key, digits in (("ttft", 1), ("itl", 2), ("rate", 0))
+        ]
+        spans += ["{1:.2f} ({0:.2f}-{2:.2f})".format(*row[f"{key}_gain"]) for key in MEASURES]
+        lines.append(f"| {row['clients']} | {row['name']} | " + " | ".join(spans) + " |")
+    return "\n".join(lines) + "\n\nMedian (quartiles) over rounds."
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """All curves in one figure, SVG or PNG."""
+    """All curves in one figure, SVG or PNG: medians, in bands between the quartiles."""
     import altair
 
     names = list(dict.fromkeys(row["name"] for row in rows))
     colour = altair.Color("name:N").title(None).scale(domain=names, range=["#6a737d", "#0b5cad"])
     ticks = altair.Axis(values=sorted({row["clients"] for row in rows}))
     x = altair.X("clients:Q", axis=ticks).title("concurrent requests").scale(type="log", base=2)
-    parts = [
-        altair.Chart(altair.Data(values=rows))
-        .mark_line(point=True)
-        .encode(x=x, y=altair.Y(f"{key}:Q").title(title), color=colour)
-        .properties(width=240, height=220)
-        for key, title in MEASURES.items()
-    ]
+    parts = []
+    for key, title in MEASURES.items():
+        values = [
+            {"clients": row["clients"], "name": row["name"]}
+            | dict(zip(("low", "middle", "high"), row[key], strict=True))
+            for row in rows
+        ]
+        chart = altair.Chart(altair.Data(values=values)).encode(x=x, color=colour)
+        line = chart.mark_line(point=True).encode(y=altair.Y("middle:Q").title(title))
+        band = chart.mark_area(opacity=0.2).encode(y="low:Q", y2="high:Q")
+        parts.append(altair.layer(band, line).properties(width=240, height=220))
     altair.hconcat(*parts).save(file)
 
 

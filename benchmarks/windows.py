@@ -57,7 +57,7 @@ def searches(
         before: Calibration | None = None
         for count in counts:
             part = part_of(stream, number * most, count)
-            settings = CalibrationSettings(num_windows=count, window=WINDOW, dtype="float32")
+            settings = CalibrationSettings(num_windows=count, window=WINDOW, dtype=options.dtype)
             folder = Path(options.out) / f"{number}-{count}"
             new = not folder.exists()
             calibration = calibrate(options.model, folder, settings, stream=part, author=author)
@@ -82,15 +82,16 @@ def main() -> None:
     parser.add_argument("--judge-windows", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--depths", default="12", help="the deepest cut is searched for")
+    parser.add_argument("--dtype", default="float32", help="of the model")
     parser.add_argument("-o", "--out", help="folder; a later call goes on")
     options = parser.parse_args()
     options.out = options.out or tempfile.mkdtemp(prefix="windows-")
     counts, depths = (
         sorted(map(int, text.split(","))) for text in (options.windows, options.depths)
     )
-    model, _ = load(options.model, dtype="float32")
+    model, _ = load(options.model, dtype=options.dtype)
     settings = CalibrationSettings(
-        num_windows=options.judge_windows, window=WINDOW, dtype="float32"
+        num_windows=options.judge_windows, window=WINDOW, dtype=options.dtype
     )
     judge = calibrate(
         options.model,

@@ -132,12 +132,12 @@ class Meter:
     @torch.no_grad()
     def intact(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """transformers' own forward: loss of each target, shape [windows, positions]."""
-        found = []
+        names = []
         for ids, targets in self.batches(x, y):
             logits = self.whole(ids, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            found.append(loss.view(targets.shape).double().cpu().numpy())
-        return np.concatenate(found)
+            names.append(loss.view(targets.shape).double().cpu().numpy())
+        return np.concatenate(names)
 
     @torch.no_grad()
     def changed(self, x: np.ndarray, y: np.ndarray) -> tuple[list[Effect], list[Effect]]:

@@ -41,7 +41,7 @@ VOCAB = 4096
 def fetch_one(requirement: str, to: Path) -> str:
     """Unpack one pinned package's .py files and METADATA below `to`; say what happened."""
 
-    def wanted(name: str) -> bool:
+    def belongs(name: str) -> bool:
         return ".." not in name and (name.endswith(".py") or name.endswith(".dist-info/METADATA"))
 
     name, _, version = requirement.partition("==")
@@ -53,11 +53,11 @@ def fetch_one(requirement: str, to: Path) -> str:
     except importlib.metadata.PackageNotFoundError:
         installed = None
     with tempfile.TemporaryDirectory(dir=to) as tmp:
-        kept = Path(tmp, "kept")
+        selected = Path(tmp, "kept")
         if installed is not None and installed.version.split("+")[0] == version:
-            for file in filter(lambda f: wanted(f.as_posix()), installed.files or []):
-                (kept / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(str(file.locate()), kept / file)
+            for file in filter(lambda f: belongs(f.as_posix()), installed.files or []):
+                (selected / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(str(file.locate()), selected / file)
         else:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
             command += ["--only-binary=:all:", "--ignore-requires-python", "-d", tmp, requirement]
@@ -66,8 +66,8 @@ def fetch_one(requirement: str, to: Path) -> str:
             if done.returncode or not wheels:
                 return f"FAILED     {requirement}: {done.stderr.strip()[-200:]}"
             with zipfile.ZipFile(wheels[0]) as wheel:
-                wheel.extractall(kept, [name for name in wheel.namelist() if wanted(name)])
-        kept.rename(dest)
+                wheel.extractall(selected, [name for name in wheel.namelist() if belongs(name)])
+        selected.rename(dest)
     return f"fetched    {requirement}: {sum(1 for _ in dest.rglob('*.py'))} files"
 
 
@@ -141,12 +141,12 @@ def corpus(args: argparse.Namespace) -> None:
             held[name] = text
     held_lines = {line for text in held.values() for line in long_lines(text)}
     held_leaves = {name.split("/")[-1] for name in held} - {"__init__.py", "__main__.py"}
-    found = [("stdlib", n, p) for n, p in stdlib_files().items() if n not in held]
+    candidates = [("stdlib", n, p) for n, p in stdlib_files().items() if n not in held]
     tests = sorted((library / "test").rglob("*.py"))
-    found += [("stdlib", p.relative_to(library).as_posix(), p) for p in tests]
+    candidates += [("stdlib", p.relative_to(library).as_posix(), p) for p in tests]
     packages: dict[str, dict[str, str]] = {}
     for root in args.site:
-        found += package_files(root)
+        candidates += package_files(root)
         for file in [*root.glob("*.dist-info/METADATA"), *root.glob("*/*.dist-info/METADATA")]:
             info = importlib.metadata.PathDistribution(file.parent).metadata
             trove = [
@@ -162,8 +162,8 @@ def corpus(args: argparse.Namespace) -> None:
 
     dropped: Counter[str] = Counter()
     seen: set[str] = set()
-    kept: list[tuple[str, str, str]] = []
-    for package, path, file in found:
+    files: list[tuple[str, str, str]] = []
+    for package, path, file in candidates:
         raw = file.read_bytes()
         reason = unwanted(path.removeprefix("test/") if package == "stdlib" else path, raw)
         digest = hashlib.sha256(raw).hexdigest()
@@ -179,19 +179,19 @@ def corpus(args: argparse.Namespace) -> None:
                 reason = "copies held-out text"
         if reason is None:
             seen.add(digest)
-            kept.append((package, path, text))
+            files.append((package, path, text))
         else:
             dropped[reason] += 1
 
     # No package may dominate, and tests are repetitive: at most half of what a package gives.
     room: Counter[str] = Counter()
-    for package, path, text in kept:
+    for package, path, text in files:
         room[package] += 0 if is_test(path) else len(text)
     cap = int(args.package_mb * 1e6)
     room = Counter({package: min(size, cap // 2) for package, size in room.items()})
     taken: Counter[str] = Counter()
     chosen: set[tuple[str, str]] = set()
-    for package, path, text in sorted(kept, key=lambda d: hashlib.md5(d[1].encode()).digest()):
+    for package, path, text in sorted(files, key=lambda d: hashlib.md5(d[1].encode()).digest()):
         if package != "stdlib":
             if is_test(path) and room[package] < len(text):
                 dropped["test beyond half of its package"] += 1
@@ -204,7 +204,7 @@ def corpus(args: argparse.Namespace) -> None:
         chosen.add((package, path))
     documents: list[dict[str, Any]]
     documents = [{"name": f"stdlib/{n}", "text": t, "held_out": True} for n, t in held.items()]
-    documents += [{"name": f"{a}/{b}", "text": c} for a, b, c in kept if (a, b) in chosen]
+    documents += [{"name": f"{a}/{b}", "text": c} for a, b, c in files if (a, b) in chosen]
     sizes: Counter[str] = Counter()
     for document in documents:
         sizes[document["name"].split("/")[0]] += len(document["text"])

@@ -39,11 +39,11 @@ Rng = np.random.Generator
 
 def modules() -> Sources:
     """Lines of every held-out module that is code rather than a table."""
-    found = {}
+    sources = {}
     for name, text in documents(HELD_OUT):
         if not name.startswith("encodings/") and len(text) > 1500 and "\t" not in text:
-            found[name] = code_lines(text)
-    return found
+            sources[name] = code_lines(text)
+    return sources
 
 
 def code_lines(text: str) -> list[str]:
@@ -77,9 +77,9 @@ def indent_of(line: str) -> str:
 
 
 def choice(text: str, right: str, wrong: list[str], rng: Rng, end: str = "\n") -> Item:
-    place = int(rng.integers(len(wrong) + 1))
-    options = [*wrong[:place], right, *wrong[place:]]
-    return {"text": text, "choices": [option + end for option in options], "answer": place}
+    answer = int(rng.integers(len(wrong) + 1))
+    options = [*wrong[:answer], right, *wrong[answer:]]
+    return {"text": text, "choices": [option + end for option in options], "answer": answer}
 
 
 def next_line(sources: Sources, rng: Rng) -> Iterator[tuple[str, Item]]:
@@ -89,12 +89,12 @@ def next_line(sources: Sources, rng: Rng) -> Iterator[tuple[str, Item]]:
         for name, lines in sources.items()
     }
     for name, lines in sources.items():
-        others = [line for other, kept in plain.items() if other != name for line in kept]
+        others = [line for other, of_module in plain.items() if other != name for line in of_module]
         for before, line in contexts(lines):
             if 16 <= len(line.strip()) <= 60:
                 drawn = [others[i] for i in rng.choice(len(others), 3, replace=False)]
                 if line.strip() not in drawn:
-                    wrong = [indent_of(line) + each for each in drawn]
+                    wrong = [indent_of(line) + other_line for other_line in drawn]
                     yield name, choice(before, line, wrong, rng)
 
 
@@ -102,10 +102,10 @@ def last_name(sources: Sources, rng: Rng) -> Iterator[tuple[str, Item]]:
     """The last name of a line, which occurs in the lines before it but not in the very last one."""
     for module, lines in sources.items():
         for before, line in contexts(lines):
-            found = [m for m in NAME.finditer(line) if line[m.start() - 1] == " "]
-            if not found or found[-1].start() == len(indent_of(line)):
+            names = [m for m in NAME.finditer(line) if line[m.start() - 1] == " "]
+            if not names or names[-1].start() == len(indent_of(line)):
                 continue
-            name, start = found[-1].group(), found[-1].start() - 1
+            name, start = names[-1].group(), names[-1].start() - 1
             last = before.rstrip("\n").rpartition("\n")[2]
             fresh = name not in line[:start] and name not in last
             if name in NAME.findall(before) and fresh and not keyword.iskeyword(name):
@@ -182,20 +182,20 @@ def main() -> None:
     for name, make in TASKS.items():
         rng = np.random.default_rng([options.seed, *name.encode()])
         count = EXAMPLES + SHORT if name in IN_CONTEXT else options.items
-        found: dict[str, dict[str, Item]] = {}
+        by_module: dict[str, dict[str, Item]] = {}
         for module, item in make(sources, rng):
-            found.setdefault(module, {}).setdefault(str(item["text"]), item)
-            if name in IN_CONTEXT and len(found[module]) == count:
+            by_module.setdefault(module, {}).setdefault(str(item["text"]), item)
+            if name in IN_CONTEXT and len(by_module[module]) == count:
                 break
-        kept = []
-        for items in (list(each.values()) for each in found.values()):
+        pool = []
+        for items in (list(module_items.values()) for module_items in by_module.values()):
             most = count if name in IN_CONTEXT else PER_MODULE
-            kept += [items[i] for i in sorted(rng.permutation(len(items))[:most].tolist())]
-        chosen = [kept[i] for i in sorted(rng.permutation(len(kept))[:count].tolist())]
+            pool += [items[i] for i in sorted(rng.permutation(len(items))[:most].tolist())]
+        chosen = [pool[i] for i in sorted(rng.permutation(len(pool))[:count].tolist())]
         path = options.out / f"{name}.jsonl"
         text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in chosen)
         path.write_text(text, encoding="utf-8")
-        print(f"{name}: {len(chosen)} of {len(kept)} items, {len(text.encode())} bytes")
+        print(f"{name}: {len(chosen)} of {len(pool)} items, {len(text.encode())} bytes")
 
 
 if __name__ == "__main__":

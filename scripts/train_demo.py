@@ -99,17 +99,17 @@ def optimisers(model: Llama, args: argparse.Namespace) -> list[torch.optim.Optim
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups: list[dict[str, Any]] = [{"params": [model.embed_tokens.weight]}]
     groups.append({"params": norms, "weight_decay": 0.0})
-    found: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []
     if args.optimizer == "muon":
-        found.append(
+        optimizers.append(
             torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
         )
     else:
         groups.append({"params": matrices})
-    found.append(
+    optimizers.append(
         torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     )
-    return found
+    return optimizers
 
 
 def schedule(step: int, steps: int, warmup: int) -> float:
@@ -170,8 +170,8 @@ def train(args: argparse.Namespace) -> None:
         for opt, saved in zip(opts, state["optimisers"], strict=True):
             opt.load_state_dict(saved)
         step, steps, before = state["step"], state["steps"], state["elapsed"]
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-        log.write_text("".join(line + "\n" for line in kept))
+        lines = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+        log.write_text("".join(line + "\n" for line in lines))
     else:
         log.write_text("")
 
@@ -225,12 +225,15 @@ def train(args: argparse.Namespace) -> None:
             timed_at = time.monotonic()
         if step == first + 40 and not steps:  # --seconds: fix the number of steps once
             torch.cuda.synchronize() if gpu else None
-            each = (time.monotonic() - timed_at) / 30 + eval_seconds / args.eval_every
+            seconds_per_step = (time.monotonic() - timed_at) / 30 + eval_seconds / args.eval_every
             begin = time.monotonic()
             save()
-            each *= 1.01 + (time.monotonic() - begin) / args.save_every
-            steps = step + max(1, int((args.seconds - 20 - elapsed()) / each))
-            print(f"{each * 1e3:.1f} ms a step: --steps {steps} reproduces this run", flush=True)
+            seconds_per_step *= 1.01 + (time.monotonic() - begin) / args.save_every
+            steps = step + max(1, int((args.seconds - 20 - elapsed()) / seconds_per_step))
+            print(
+                f"{seconds_per_step * 1e3:.1f} ms a step: --steps {steps} reproduces this run",
+                flush=True,
+            )
         rate = schedule(step, steps or 1 << 40, args.warmup)
         for opt in opts:
             for group in opt.param_groups:

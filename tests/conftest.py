@@ -34,6 +34,7 @@ OWN_HEAD_DIM = {
     "hunyuan_v1_dense",
     "gpt_oss",
 }  # do not derive one from the hidden size
+NOT_GIVEN = {"gpt_neox": ("num_key_value_heads", "head_dim"), "stablelm": ("head_dim", "mlp_bias")}
 TinyCheckpoint = Callable[..., Path]
 
 
@@ -90,9 +91,32 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
                 **({**EXPERTS, **ROUTED[family]} if family in ROUTED else {}),
                 **config,
             }
+            for name in NOT_GIVEN.get(family, ()):
+                settings.pop(name, None)
             _save(family, settings, dtype, seed, sharded, folder)
             if tokenizer:
                 _save_tokenizer(folder)
+            made[key] = folder
+        return made[key]
+
+    return factory
+
+
+@pytest.fixture(scope="session")
+def tiny_conversion(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of conversions of `source` under `plan`, with the options of `convert`.
+
+    One folder per set of arguments, shared by the whole session: copy it before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def factory(source: Path, plan: str, **options: Any) -> Path:
+        from abreast.convert.rewrite import convert
+
+        key = json.dumps((str(source), plan, options), sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("conversion") / "out"
+            convert(source, plan, folder, **options)
             made[key] = folder
         return made[key]
 
@@ -156,13 +180,13 @@ def playable_run(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempP
     model, run = root / "a <b>bold ${1+1}", root / "run"
     shutil.copytree(tiny_checkpoint(tokenizer=True), model)
     tokens = np.random.default_rng(0).integers(128, size=256)
-    found = calibrate(
+    calibration = calibrate(
         model,
         run / "calibration",
         CalibrationSettings(num_windows=8, window=32, max_group=2, wirings=("lp",)),
         stream=TokenStream(tokens, "random", 1, 256),
     )
-    plan = find_plan(found, run, Budget(depth=4)).plan
+    plan = find_plan(calibration, run, Budget(depth=4)).plan
     (run / "plans" / "depth-4-x").mkdir(parents=True)
     convert(model, plan, run / "plans" / "depth-4-x" / "converted")
     return run

@@ -210,7 +210,7 @@ class Block:
     text: str
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.page}, line {self.line}"
 
 
@@ -220,11 +220,11 @@ def read(page: str) -> str:
 
 def blocks(page: str) -> list[Block]:
     """The fenced blocks of a page, comments of HTML left out."""
-    found = []
+    blocks_of_page = []
     for match in re.finditer(r"^```(\S*)\n(.*?)^```$", read(page), re.DOTALL | re.MULTILINE):
         line = read(page)[: match.start()].count("\n") + 1
-        found.append(Block(page, line, match[1], match[2]))
-    return found
+        blocks_of_page.append(Block(page, line, match[1], match[2]))
+    return blocks_of_page
 
 
 def prose(page: str) -> str:

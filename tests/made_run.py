@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +42,25 @@ def quality(**more: Any) -> dict[str, Any]:
         Perplexity(nll, 0.04, float(np.exp(nll)), 0.4, 1.2, 5000, 256, 256, windows)
         for nll in (2.5, 2.4)
     )
-    found = Comparison(
-        *(ours, theirs, 0.1, 0.002, 0.0625, 0.0012, 0.01, 0.2, 0.3, 2.0, 0.91, 0.002),
-        *({}, (), 0.9, 5000, 256, 256, windows),
-    )
-    return {**found.to_dict(), **more}
+    values = dict.fromkeys((f.name for f in fields(Comparison) if f.type == "float"), 0.1)
+    values |= {"nll_difference_stderr": 0.002, "kl": 0.0625, "kl_stderr": 0.0012}
+    values |= {"kl_p50": 0.01, "kl_p95": 0.2, "kl_p99": 0.3, "kl_max": 2.0}
+    values |= {"top1_agreement": 0.91, "top1_agreement_stderr": 0.002, "windows_worse": 0.9}
+    sizes = {"num_tokens": 5000, "window": 256, "stride": 256, "windows": windows}
+    comparison = Comparison(ours, theirs, bootstrap={}, kl_by_position=(), **values, **sizes)
+    return {**comparison.to_dict(), **more}
 
 
 def speed(rounds: int = 8) -> dict[str, Any]:
-    found = {}
+    results = {}
     for task, factor in (("prefill", 1.0), ("decode", 0.8)):
         times = 0.01 * (1 + 0.01 * np.arange(rounds))
         seconds = {"original": times, "converted": factor * times * (1 + 0.001 * np.arange(rounds))}
         timed = timings(Measurement(seconds, {"original": 64, "converted": 64}))
         sizes = (1, 128, 64 if task == "decode" else 0, rounds, 2, 0, "cpu", "float32", 2)
         result = BenchResult(task, "original", *sizes, timed, seconds)
-        found[task] = {**result.to_dict(), "verdict": verdict(result)}
-    return found
+        results[task] = {**result.to_dict(), "verdict": verdict(result)}
+    return results
 
 
 SAMPLES = [
@@ -92,8 +95,8 @@ def make_run(run: Path, model: Path, source: str, data: str = "stdlib") -> Path:
     front = make_front(source)
     plan = Plan.parse(PLAN, LAYERS)
     folder = run / "plans" / NAME
-    for each in (run / "calibration", folder):
-        each.mkdir(parents=True)
+    for parent in (run / "calibration", folder):
+        parent.mkdir(parents=True)
     save(run / "calibration" / "measure.json", {"identity": {}})
     front.stats.save(run / "calibration" / "stats.safetensors")
     save(run / "front.json", {**front.to_dict(), "identity": {"num_layers": LAYERS}})

@@ -81,10 +81,10 @@ def sentencepiece(prefix: bool) -> Tokenizer:
     pieces += sorted(learned, key=learned.get)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = [
-        (piece[:cut], piece[cut:])
+        (piece[:middle], piece[middle:])
         for piece in pieces[259:]
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        for middle in range(1, len(piece))
+        if piece[:middle] in vocabulary and piece[middle:] in vocabulary
     ]
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)

@@ -219,11 +219,11 @@ def test_documents_end_with_end_of_text_and_count_bytes(folder: Path) -> None:
 
 def test_max_tokens_cuts_the_stream_and_its_bytes(folder: Path) -> None:
     whole = load_tokens(ByteTokenizer(), str(folder))
-    cut = load_tokens(ByteTokenizer(), str(folder), max_tokens=16)
-    assert np.array_equal(cut.tokens, whole.tokens[:16])
-    assert cut.num_documents == 2
+    shortened = load_tokens(ByteTokenizer(), str(folder), max_tokens=16)
+    assert np.array_equal(shortened.tokens, whole.tokens[:16])
+    assert shortened.num_documents == 2
     # 11 of the tokens are the first document with its 10 bytes, 5 are bytes of the second.
-    assert abs(cut.num_bytes - 15) <= 1
+    assert abs(shortened.num_bytes - 15) <= 1
     assert len(load_tokens(ByteTokenizer(), str(folder), max_tokens=1000)) == 88
 
 
@@ -282,24 +282,24 @@ def fake_datasets(
 
 
 def test_hub_data_set_is_read_by_split_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = SimpleNamespace()
+    request = SimpleNamespace()
 
     def load_dataset(
         name: str, config: str | None, *, split: str, streaming: bool
     ) -> list[dict[str, str]]:
-        asked.name, asked.config, asked.split = name, config, split
+        request.name, request.config, request.split = name, config, split
         return [{"body": "one"}, {"body": " "}, {"body": "two"}]
 
     fake_datasets(monkeypatch, load_dataset=load_dataset)
     assert [text for _, text in documents("hub:org/name:train:body")] == ["one", "two"]
-    assert (asked.name, asked.config, asked.split) == ("org/name", None, "train")
+    assert (request.name, request.config, request.split) == ("org/name", None, "train")
     list(documents("hub:org/name@large-v1:train:body"))
-    assert (asked.name, asked.config, asked.split) == ("org/name", "large-v1", "train")
+    assert (request.name, request.config, request.split) == ("org/name", "large-v1", "train")
     with pytest.raises(DataError, match="use hub:org/name@large-v1:test:COLUMN"):
         list(documents("hub:org/name@large-v1"))
     with pytest.raises(DataError, match="no column 'text'; it has body"):
         list(documents("hub:org/name"))
-    assert asked.split == "test"
+    assert request.split == "test"
 
 
 def test_hub_failures_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,11 +326,11 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 ) -> None:
     import huggingface_hub
 
-    asked = []
+    requests = []
 
     class Session:
         def head(self, address: str, *, timeout: float) -> None:
-            asked.append(timeout)
+            requests.append(timeout)
             raise OSError("Name or service not known")
 
     def load_dataset(name: str, of: str | None, *, split: str, streaming: bool) -> list[dict]:
@@ -352,7 +352,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(
             ):
                 list(documents("hub:x"))
     hub_in_reach.cache_clear()
-    assert asked == [2]
+    assert requests == [2]
     assert not config.HF_HUB_OFFLINE and not huggingface_hub.constants.HF_HUB_OFFLINE
 
 

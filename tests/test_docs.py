@@ -49,7 +49,7 @@ def test_pages_and_commands_were_found():
 
 def test_every_block_has_a_known_language():
     known = SHELL | SHOWN | {"python"}
-    strange = [f"{b.place}: {b.language!r}" for p in PAGES for b in blocks(p)]
+    strange = [f"{b.location}: {b.language!r}" for p in PAGES for b in blocks(p)]
     assert [entry for entry in strange if ast.literal_eval(entry.split(": ")[1]) not in known] == []
 
 
@@ -60,7 +60,7 @@ def test_no_command_hides_in_an_indented_block(page):
 
 
 def test_every_command_has_a_rule():
-    missing = [f"{block.place}: {c}" for block, c in all_commands() if not has_rule(c)]
+    missing = [f"{block.location}: {c}" for block, c in all_commands() if not has_rule(c)]
     assert missing == [], "add them to ELSEWHERE with the reason why they cannot run here"
     assert not has_rule("docker run abreast") and not has_rule("X=$(whoami)")
     assert not has_rule("vllm serve OUT --new-option")
@@ -111,7 +111,7 @@ def test_every_command_of_ours_parses():
             try:
                 parse(words[words.index("abreast") :])
             except click.UsageError as error:
-                pytest.fail(f"{block.place}: {command}: {error.format_message()}")
+                pytest.fail(f"{block.location}: {command}: {error.format_message()}")
             count += 1
     assert count >= 40
 
@@ -181,13 +181,15 @@ def test_make_knows(target):
 
 def anchors(page: str) -> set[str]:
     """Of the headings, as GitHub and the site make them."""
-    found: set[str] = set()
+    anchors_of_page: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
         slug = re.sub(r"[^\w\- ]", "", text).strip().replace(" ", "-")
-        count = sum(1 for known in found if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", known))
-        found.add(f"{slug}-{count}" if count else slug)
-    return found
+        count = sum(
+            1 for known in anchors_of_page if re.fullmatch(rf"{re.escape(slug)}(-\d+)?", known)
+        )
+        anchors_of_page.add(f"{slug}-{count}" if count else slug)
+    return anchors_of_page
 
 
 def test_anchors_are_those_of_github():
@@ -249,9 +251,9 @@ def test_the_table_of_limits_has_every_family_where_it_belongs() -> None:
     named = [re.findall(r"\w+", cell) for cell in first]
     only = [{"in memory only"} == {c.strip() for c in row.split("|")[2:4]} for row in table]
     for in_memory in (False, True):
-        found = [n for names, o in zip(named, only, strict=True) if o == in_memory for n in names]
+        listed = [n for names, o in zip(named, only, strict=True) if o == in_memory for n in names]
         rows = (row for row in FAMILIES.values() if row.alone)
-        assert sorted(found) == sorted(
+        assert sorted(listed) == sorted(
             row.model_type for row in rows if bool(row.matrices) != in_memory
         )
     mixed = re.findall(r"^\| (.+) \| - \| - \| members \|", read("docs/models.md"), re.MULTILINE)

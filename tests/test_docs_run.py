@@ -90,7 +90,7 @@ class Runner:
         with pytest.raises(SystemExit) as left:
             main()
         out, err = self.capsys.readouterr()
-        assert not left.value.code, f"{block.place}: {command}: {out}{err}"
+        assert not left.value.code, f"{block.location}: {command}: {out}{err}"
         self.ran += 1
         return out
 
@@ -166,7 +166,7 @@ def test_page_runs(page, models, in_page, monkeypatch, capsys):
             runner.execute(block)
             expected += block.text.splitlines()[0] not in PROGRAMS_ELSEWHERE
         elif block.language == "text":
-            assert labels(output) == labels(block.text), block.place
+            assert labels(output) == labels(block.text), block.location
     assert runner.ran == expected > 0
 
 
@@ -186,8 +186,8 @@ def test_site_is_built(tmp_path):
     assert len(pages) >= len(PAGES)
     fetched = r'<(?:script|img|iframe|source)[^>]+src="?http|<link[^>]+href="?http[^>]+'
     for page in pages:
-        found = re.findall(fetched, page.read_text(encoding="utf-8"))
-        assert [tag for tag in found if 'rel="canonical"' not in tag] == [], page
+        addresses = re.findall(fetched, page.read_text(encoding="utf-8"))
+        assert [tag for tag in addresses if 'rel="canonical"' not in tag] == [], page
     reference = (tmp_path / "site" / "docs" / "api.html").read_text(encoding="utf-8")
     for name in set(abreast.__all__) - {"__version__"}:
         assert f"{name}</code>" in reference or f".{name}" in reference, name

@@ -54,7 +54,7 @@ def made_up(kind: str) -> dict[str, Any]:
     of = {"perplexity": [9.0, 0.1], "loss": pair, "kl": pair, "agreement": [0.75, 0.01]}
     method = {"method": "planner", "plan": "1|2:1", **of, "perplexity": 9.5}
     refit = {"refit_loss": pair, "refit_kl": pair, "refit_agreement": None}
-    accuracy = {"accuracy": dict.fromkeys(_evidence.TASKS, 0.5)}
+    accuracy = {"accuracy": dict.fromkeys(_evidence.TASKS, 0.5), "dtype": "float32"}
     long = {"repeated": pair}
     return {
         "rivals": {
@@ -134,7 +134,7 @@ def test_a_page_of_every_kind_of_row() -> None:
     of["plan"] = "3|4:1"  # not the plan whose loss is known by now
     assert "at depths 28, 22, 20: KL" in _evidence.page(rows)
     for line in full.splitlines():  # every line of a table has as many cells as its headings
-        if line.startswith("| left"):
+        if line.startswith("|left"):
             cells = len(re.findall(r"(?<!\\)\|", line))
         if line.startswith("|"):
             assert len(re.findall(r"(?<!\\)\|", line)) == cells, line
@@ -181,7 +181,7 @@ def test_kl_by_position_is_that_of_whole_windows(setting: Any) -> None:
     columns = kl_by_position(model, original, stream, 64, 4)
     with torch.inference_mode():
         ids = torch.tensor(np.array([stream.tokens[at : at + 65] for at in (0, 64)]))
-        ours, theirs = (each(ids[:, :-1]).logits for each in (model, original))
+        ours, theirs = (m(ids[:, :-1]).logits for m in (model, original))
     kl = token_scores(ours, ids[:, 1:], theirs)[..., 2].reshape(2, 4, 16).mean(2)
     assert [mean for mean, _ in columns] == pytest.approx(kl.mean(0), rel=1e-3)
     assert [error for _, error in columns] == pytest.approx(abs(kl[0] - kl[1]) / 2, rel=1e-2)

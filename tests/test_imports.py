@@ -61,20 +61,20 @@ CHAPTERS = {name for name, path in FILES.items() if path.name == "__init__.py"} 
 
 def imports(source: str) -> list[tuple[str, int, bool]]:
     """(dotted name with the imported one, line, inside a function) of every import statement."""
-    found = []
+    statements = []
 
     def visit(node: ast.AST, lazy: bool) -> None:
         if isinstance(node, ast.Import):
-            found.extend((alias.name, node.lineno, lazy) for alias in node.names)
+            statements.extend((alias.name, node.lineno, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            found.extend((f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
+            statements.extend((f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
         lazy = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
             visit(child, lazy)
 
     visit(ast.parse(source), False)
-    return found
+    return statements
 
 
 def calls(source: str) -> set[str]:

@@ -125,7 +125,7 @@ def test_root_with_apt_installs(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "instructions"),
     [
         ("make", ["sudo apt-get install make"]),
         ("python", ["sudo apt-get install python3.11-venv", "make PYTHON="]),
@@ -136,14 +136,14 @@ def test_root_with_apt_installs(machine: Machine) -> None:
 )
 @pytest.mark.parametrize("apt", [None, "exit 100"], ids=["no root", "apt fails"])
 def test_others_are_told_what_to_type(
-    machine: Machine, name: str, told: list[str], apt: str | None
+    machine: Machine, name: str, instructions: list[str], apt: str | None
 ) -> None:
     machine.has_playwright()
     if apt is not None:
         machine.becomes_debian(apt)
     code, output = machine.need(name)
     assert code == 1
-    for words in told:
+    for words in instructions:
         assert words in output
     if name in ("compiler", "vllm", "browser"):
         assert "make test-fast runs without" in output
@@ -221,12 +221,12 @@ def test_tests_look_for_the_same_browsers() -> None:
 
 def pins(name: str) -> dict[str, set[str]]:
     """Package -> its versions, of a file with a pin per line."""
-    found: dict[str, set[str]] = {}
+    versions: dict[str, set[str]] = {}
     for line in (ROOT / name).read_text().splitlines():
         if "==" in line.split("#")[0].split(";")[0]:
             package, version = line.split(";")[0].split()[0].split("==")
-            found.setdefault(package, set()).add(version)
-    return found
+            versions.setdefault(package, set()).add(version)
+    return versions
 
 
 @pytest.mark.parametrize("name", ["locks/core.txt", "locks/dev.txt"])

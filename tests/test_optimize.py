@@ -74,8 +74,11 @@ PROFILE = Profile("made up", single=1.0, groups={"lp 2": 1.25}, rest=2.0)
 
 
 def test_budgets_choose():
-    found = front()
-    choose = lambda **budget: [p.shorthand for p in found.choose(Budget(**budget), PROFILE, best=3)]  # noqa: E731
+    points = front()
+
+    def choose(**budget):
+        return [p.shorthand for p in points.choose(Budget(**budget), PROFILE, best=3)]
+
     assert choose(depth=7) == ["2+3", "5+6"]
     assert choose(max_kl=0.06) == ["2+3 5+6"]
     assert choose(max_kl=0.02) == ["2+3"]
@@ -121,12 +124,12 @@ def test_senseless_budgets_are_refused(budget, message):
 
 
 def test_the_deepest_cut_that_keeps_enough_accuracy(monkeypatch):
-    kept = {7: 0.99, 6: 0.97, 5: 0.99}
+    shares = {7: 0.99, 6: 0.97, 5: 0.99}
     judged = []
 
     def score(calibration, plans, **_):
         judged.append(plans[0].depth)
-        share = kept[plans[0].depth]
+        share = shares[plans[0].depth]
         return [replace(cost(0.0), accuracy_kept=share, kept_stderr=0.01)]
 
     monkeypatch.setattr(import_module("abreast.planner.find"), "score", score)
@@ -141,7 +144,7 @@ def test_the_deepest_cut_that_keeps_enough_accuracy(monkeypatch):
     assert judged[2:] == [7, 6]  # the plan of 5 stages has a KL of 0.4
     with pytest.raises(AbreastError, match=r"no plan keeps 99.5% .* on 10 questions"):
         choose(0.995)
-    kept[7] = None
+    shares[7] = None
     with pytest.raises(AbreastError, match="no better than chance on these tasks"):
         choose(0.9)
 
@@ -207,28 +210,28 @@ def test_a_speed_up_needs_a_profile_that_knows_the_groups():
 
 
 def test_reasons_name_the_best_plan_without_the_group():
-    found = front()
-    rows = reasons(Plan.parse("2+3", 8), found)
+    points = front()
+    rows = reasons(Plan.parse("2+3", 8), points)
     assert [(row["group"], row["rank"], row["without"]) for row in rows] == [("2+3", 2, "5+6")]
     assert rows[0]["extra_kl"] == pytest.approx(0.02)
-    page = explain(Plan.parse("2+3 5+6", 8), found)
+    page = explain(Plan.parse("2+3 5+6", 8), points)
     assert "none measured" in page and "| 2+3 | 0.02000 ± 0.00200 | 2 of 5 |" in page
 
 
 def test_search_goes_as_deep_as_the_budget_needs(folder, tmp_path):
-    found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
-    assert found.plan.depth == 6 and set(found.front.best()) == {7, 6}
-    least = min(cost.kl for cost in found.front.stats.groups.values())
+    planned = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=6))
+    assert planned.plan.depth == 6 and set(planned.front.best()) == {7, 6}
+    least = min(cost.kl for cost in planned.front.stats.groups.values())
     limited = find_plan(calibration(folder, tmp_path), tmp_path, Budget(max_kl=least * 1.01))
     assert limited.plan.depth == 7 and limited.expected.kl <= least * 1.01
 
 
 @pytest.mark.parametrize(("depth", "nearest"), [(1, 5), (4, 5), (8, 7)])
 def test_a_depth_out_of_reach_is_refused_before_measuring(folder, tmp_path, depth, nearest):
-    found = calibration(folder, tmp_path)
+    calibrated = calibration(folder, tmp_path)
     with pytest.raises(AbreastError, match=f"depth {depth} cannot .* nearest is {nearest} "):
-        find_plan(found, tmp_path, Budget(depth=depth))
-    assert sum(full_forwards(found).values()) == 0
+        find_plan(calibrated, tmp_path, Budget(depth=depth))
+    assert sum(full_forwards(calibrated).values()) == 0
 
 
 def test_another_budget_measures_nothing_again(folder, tmp_path, monkeypatch):
@@ -278,15 +281,15 @@ def test_same_seed_same_plan_byte_for_byte(folder, tmp_path):
 
 def test_refining_takes_at_most_five_forward_passes_per_group(folder, tmp_path):
     """At each depth, counted in layers really run; candidates alone count at their depth."""
-    found = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
-    assert all(found.front.full_forwards[depth] <= 5 * (LAYERS - depth) for depth in (6, 5))
+    planned = find_plan(calibration(folder, tmp_path), tmp_path, Budget(depth=5))
+    assert all(planned.front.full_forwards[depth] <= 5 * (LAYERS - depth) for depth in (6, 5))
 
 
 def test_profile_of_other_hardware(folder):
     kinds = [Group(layers=(1, 2)), Group(layers=(1, 2), wiring="cqil")]
-    found = estimated_profile(folder, kinds, "2xA100-NVLink")
-    assert found.single < found.groups["lp 2"] < 2 * found.single
-    assert 1 < found.speedup(Plan.parse("1+2 3+4", LAYERS)) < LAYERS / (LAYERS - 2)
+    profile = estimated_profile(folder, kinds, "2xA100-NVLink")
+    assert profile.single < profile.groups["lp 2"] < 2 * profile.single
+    assert 1 < profile.speedup(Plan.parse("1+2 3+4", LAYERS)) < LAYERS / (LAYERS - 2)
     with pytest.raises(AbreastError, match="9xABACUS"):
         estimated_profile(folder, kinds, "9xABACUS")
 
@@ -310,10 +313,10 @@ def timed(folder, tmp_path, monkeypatch):
 
 
 def test_a_profile_adds_up_to_what_was_timed(timed):
-    found = timed(whole=10.0, half=6.0, pairs=9.5)
-    assert (found.single, found.rest, found.groups) == (1.0, 2.0, {"lp 2": 1.5})
+    profile = timed(whole=10.0, half=6.0, pairs=9.5)
+    assert (profile.single, profile.rest, profile.groups) == (1.0, 2.0, {"lp 2": 1.5})
     whole, plan = Plan(num_layers=LAYERS), Plan.parse("1+2", LAYERS)
-    assert (found.latency(whole), found.latency(plan)) == (10.0, 9.5)
+    assert (profile.latency(whole), profile.latency(plan)) == (10.0, 9.5)
     noisy = timed(whole=8.0, half=3.5, pairs=7.5)  # less than half for half of the layers
     assert (noisy.rest, noisy.latency(whole), noisy.latency(plan)) == (0.0, 8.0, 7.5)
 
@@ -341,15 +344,15 @@ def test_a_profile_with_more_kinds_is_taken_and_one_of_noise_is_not(folder, tmp_
     monkeypatch.setattr(module, "measured_profile", measure)
     both = calibration(folder, tmp_path, wirings=("lp", "cqil"))
     assert set(profile_here(both, {"lp 2", "cqil:0 2"}, tmp_path).groups) == {"lp 2", "cqil:0 2"}
-    found = calibration(folder, tmp_path)
-    profile_here(found, {"lp 2"}, tmp_path)
+    calibrated = calibration(folder, tmp_path)
+    profile_here(calibrated, {"lp 2"}, tmp_path)
     assert made == [{"lp 2", "cqil:0 2"}]
     record = json.loads((tmp_path / "profile.json").read_text())
     record["profile"]["groups"]["lp 2"] = -0.1  # as earlier versions wrote it
     (tmp_path / "profile.json").write_text(json.dumps(record))
     assert read_run(tmp_path).profile is None
-    assert profile_here(found, {"lp 2"}, tmp_path).groups == {"lp 2": 1.2}
-    profile_here(found, {"lp 2"}, tmp_path, rounds=8)  # what was timed in more rounds will do
+    assert profile_here(calibrated, {"lp 2"}, tmp_path).groups == {"lp 2": 1.2}
+    profile_here(calibrated, {"lp 2"}, tmp_path, rounds=8)  # what was timed in more rounds will do
     assert len(made) == 2
 
 
@@ -366,8 +369,12 @@ def test_a_conversion_of_every_kind_is_timed(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "bench", time_layers)
     kinds = [Group(layers=(1, 2)), Group(layers=(3, 4)), Group(layers=(1, 2), wiring="cqil")]
     settings = ProfileSettings("float32", "cpu", rounds=1, context=8, seed=0)
-    found = measured_profile(folder, kinds, tmp_path, settings)
-    assert (found.single, found.groups, found.rest) == (1.0, {"lp 2": 1.0, "cqil:0 2": 1.0}, 0.0)
+    profile = measured_profile(folder, kinds, tmp_path, settings)
+    assert (profile.single, profile.groups, profile.rest) == (
+        1.0,
+        {"lp 2": 1.0, "cqil:0 2": 1.0},
+        0.0,
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -398,12 +405,12 @@ def test_whole_job_resumes_from_its_files(tiny_checkpoint, tmp_path, monkeypatch
     options = {"checks": QUICK, "command": ["abreast", "optimize", "and so on"]}
     result = optimize(model, tmp_path, planned, **options)
     assert counted.calls == ["convert", "verify", "compare", "bench", "bench"]
-    found = read_run(tmp_path)
-    assert found.last is not None and not found.others and found.command.endswith("'and so on'")
-    lacking = {part.what.split()[1] for part in found.missing()}
+    run = read_run(tmp_path)
+    assert run.last is not None and not run.others and run.command.endswith("'and so on'")
+    lacking = {part.what.split()[1] for part in run.missing()}
     assert lacking == {"comparison"}  # nobody asked for it
     assert "and so on" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
-    assert "perplexity" in (found.last.target / "README.md").read_text(encoding="utf-8")
+    assert "perplexity" in (run.last.target / "README.md").read_text(encoding="utf-8")
     assert result.verification["ok"] is True
     written = Plan.load(f"{result.folder}/plan.yaml")
     assert written.groups == planned.plan.groups and written.source == str(model)

@@ -58,9 +58,9 @@ def test_stages_are_an_ordered_partition(plan: Plan) -> None:
     assert [layer for stage in plan.stages for layer in stage] == list(range(plan.num_layers))
     assert plan.depth == len(plan.stages)
     assert plan.depth == plan.num_layers - sum(len(group.layers) - 1 for group in plan.groups)
-    found = [plan.group_of(stage) for stage in plan.stages]
-    assert tuple(group for group in found if group) == plan.groups
-    assert all(group or len(stage) == 1 for group, stage in zip(found, plan.stages, strict=True))
+    groups = [plan.group_of(stage) for stage in plan.stages]
+    assert tuple(group for group in groups if group) == plan.groups
+    assert all(group or len(stage) == 1 for group, stage in zip(groups, plan.stages, strict=True))
 
 
 @given(plans())
@@ -106,7 +106,6 @@ def test_what_follows_from_the_matrices() -> None:
     assert [g.kind for g in groups.values()] == ["lp", "cqil:0", "cqil:2", "ff"]
     assert [g.ffn_band for g in groups.values()] == [None, 0, 2, None]
     for name, group in groups.items():
-        assert group.is_wide_layer == (name == "lp")
         assert group.shares_ffn_input == (name in ("lp", "ff"))
         assert group.is_in_order == any(map(any, group.attention_sees)) == (name == "ff")
         assert group.description.startswith(group.wiring)

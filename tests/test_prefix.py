@@ -119,17 +119,19 @@ def test_perplexity_is_that_of_a_plain_loop(folders, text, begins):
     assert list(stream.prefix) == BEFORE[begins]
     expected = losses(plain(folders[begins], text))
     for batch_size in (1, 3):
-        found = perplexity(model, stream, window=WINDOW, stride=WINDOW, batch_size=batch_size)
-        assert found.windows["tokens"].tolist() == [WINDOW - max(1, WINDOW - step)] * WINDOWS
-        assert found.nll == pytest.approx(np.mean(expected), abs=1e-5)
-        assert (found.windows["nll"] / found.windows["tokens"]) == pytest.approx(expected, abs=1e-5)
+        result = perplexity(model, stream, window=WINDOW, stride=WINDOW, batch_size=batch_size)
+        assert result.windows["tokens"].tolist() == [WINDOW - max(1, WINDOW - step)] * WINDOWS
+        assert result.nll == pytest.approx(np.mean(expected), abs=1e-5)
+        assert (result.windows["nll"] / result.windows["tokens"]) == pytest.approx(
+            expected, abs=1e-5
+        )
 
 
 def test_overlapping_windows_score_every_token_of_the_text_once(folders, text):
     model, tokenizer = load(folders["one"])
     stream = load_tokens(tokenizer, str(text), max_tokens=100)
-    found = perplexity(model, stream, window=WINDOW, stride=5)
-    assert found.num_tokens == 100
+    result = perplexity(model, stream, window=WINDOW, stride=5)
+    assert result.num_tokens == 100
     assert perplexity(model, stream, window=WINDOW, stride=WINDOW).num_tokens == 100
 
 
@@ -139,15 +141,15 @@ def test_divergence_is_that_of_a_plain_loop(folders, text, begins):
     step = WINDOW - len(BEFORE[begins])
     stream = load_tokens(tokenizer, str(text), max_tokens=WINDOWS * step)
     under, alone = plain(folders[begins], text, PLAN), plain(folders[begins], text)
-    found = compare(model, original, stream, window=WINDOW, stride=WINDOW, batch_size=3)
-    assert found.kl == pytest.approx(np.mean(divergences(under, alone)), rel=1e-4)
+    comparison = compare(model, original, stream, window=WINDOW, stride=WINDOW, batch_size=3)
+    assert comparison.kl == pytest.approx(np.mean(divergences(under, alone)), rel=1e-4)
     agreed = [
         (a[:-1].argmax(-1) == b[:-1].argmax(-1)).float().mean()
         for (a, *_), (b, *_) in zip(under, alone, strict=True)
     ]
-    assert found.top1_agreement == pytest.approx(np.mean(agreed), abs=1e-6)
-    assert found.kl_by_position[0].start == (2 if begins == "two" else 0)
-    assert found.kl_by_position[-1].end == WINDOW - 1
+    assert comparison.top1_agreement == pytest.approx(np.mean(agreed), abs=1e-6)
+    assert comparison.kl_by_position[0].start == (2 if begins == "two" else 0)
+    assert comparison.kl_by_position[-1].end == WINDOW - 1
 
 
 def test_measured_costs_are_those_of_a_plain_loop(folders, text, begins, tmp_path):
@@ -158,20 +160,22 @@ def test_measured_costs_are_those_of_a_plain_loop(folders, text, begins, tmp_pat
     assert cost.kl == pytest.approx(np.mean(divergences(under, alone)), rel=1e-4)
     assert cost.tokens == WINDOWS * (WINDOW - max(1, len(BEFORE[begins])))
     states = torch.cat([states for *_, states in alone], dim=1)
-    alike = torch.cosine_similarity(states[1], states[2], dim=-1).mean()
-    assert stats.similarity[1, 2] == pytest.approx(float(alike), abs=1e-5)
+    cosine = torch.cosine_similarity(states[1], states[2], dim=-1).mean()
+    assert stats.similarity[1, 2] == pytest.approx(float(cosine), abs=1e-5)
 
 
 def test_study_scores_as_a_plain_loop(folders, text, begins, tmp_path):
     settings = StudySettings(str(text), num_windows=WINDOWS, window=WINDOW, dtype="float32")
-    found = study(folders[begins], tmp_path, Changes(("parallel",), 2), settings)
-    assert found.loss == pytest.approx(np.mean(losses(plain(folders[begins], text))), abs=1e-5)
+    studied = study(folders[begins], tmp_path, Changes(("parallel",), 2), settings)
+    assert studied.loss == pytest.approx(np.mean(losses(plain(folders[begins], text))), abs=1e-5)
     under = np.mean(losses(plain(folders[begins], text, PLAN)))
-    assert next(row.loss for row in found.rows if row.start == 2) == pytest.approx(under, abs=1e-5)
+    assert next(row.loss for row in studied.rows if row.start == 2) == pytest.approx(
+        under, abs=1e-5
+    )
 
 
 def test_healing_judges_the_text_only_and_records_how_it_began(folders, text, begins, tmp_path):
-    found = heal(
+    healed = heal(
         folders[begins],
         PLAN,
         tmp_path / "out",
@@ -181,7 +185,7 @@ def test_healing_judges_the_text_only_and_records_how_it_began(folders, text, be
         window=WINDOW,
         work=tmp_path / "work",
     )
-    assert found.data.get("prefix", []) == BEFORE[begins]
+    assert healed.data.get("prefix", []) == BEFORE[begins]
     before = json.loads((tmp_path / "out" / "abreast.json").read_text())["healed"]["data"]
     assert before.get("prefix", []) == BEFORE[begins]
     if begins == "none":
@@ -214,12 +218,12 @@ def test_training_takes_no_loss_on_the_prefix(folders, text, begins, tmp_path, o
     windows = np.concatenate([windows, windows[:1], windows[:1]])  # at least ten; one is held out
     teacher, _ = load(folders[begins])
     options = {"prefix": len(prefix), "recipe": recipe, "teacher": teacher}
-    found = distill(model, PLAN, windows, tmp_path, **options)
+    distilled = distill(model, PLAN, windows, tmp_path, **options)
     if objective == "lm":
-        assert found.before == pytest.approx(losses(under)[0], abs=1e-5)
+        assert distilled.before == pytest.approx(losses(under)[0], abs=1e-5)
         return
     # What follows the window's last token is compared as well.
-    assert found.before == pytest.approx(divergences(under, alone, None)[0], rel=1e-4)
+    assert distilled.before == pytest.approx(divergences(under, alone, None)[0], rel=1e-4)
 
 
 def test_prompts_of_samples_begin_as_texts_do(folders, text, monkeypatch):
@@ -232,10 +236,10 @@ def test_prompts_of_samples_begin_as_texts_do(folders, text, monkeypatch):
         return generate(prompt, **options)
 
     monkeypatch.setattr(model, "generate", noted)
-    found = sample(model, model, tokenizer, stream, count=2, prompt_tokens=8, new_tokens=8)
+    samples = sample(model, model, tokenizer, stream, count=2, prompt_tokens=8, new_tokens=8)
     assert [prompt[:2] for prompt in prompts] == [[127, 126]] * 4
     assert [len(prompt) for prompt in prompts] == [10] * 4
-    assert found[0]["prompt"].replace(" ", "") == text.read_text()[:8]
+    assert samples[0]["prompt"].replace(" ", "") == text.read_text()[:8]
 
 
 def test_windows_measured_otherwise_are_refused_by_name(folders, text, tmp_path):
@@ -303,9 +307,9 @@ def test_optimize_evaluates_as_it_measured(folders, text, tmp_path):
     calibration = calibrate(folders["one"], tmp_path / "calibration", settings(text))
     planned = find_plan(calibration, tmp_path, Budget(depth=5))
     checks = Checks(str(text), 500, WINDOW, rounds=2, context=8, new_tokens=2)
-    found = optimize(folders["one"], tmp_path, planned, checks=checks, report=False)
+    optimized = optimize(folders["one"], tmp_path, planned, checks=checks, report=False)
     model, tokenizer = load(folders["one"])
     stream = load_tokens(tokenizer, str(text), max_tokens=500)
     expected = perplexity(model, stream, window=WINDOW, stride=WINDOW)
-    assert found.quality["num_tokens"] == expected.num_tokens == 500
-    assert found.quality["reference"]["nll"] == pytest.approx(expected.nll, abs=1e-5)
+    assert optimized.quality["num_tokens"] == expected.num_tokens == 500
+    assert optimized.quality["reference"]["nll"] == pytest.approx(expected.nll, abs=1e-5)

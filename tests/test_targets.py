@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,8 +13,12 @@ from abreast.families import CONVERTIBLE, complete
 from abreast.plan import Plan
 from abreast.targets import (
     LLAMACPP,
+    MLX,
+    MLX_MODEL,
     SERVERS,
     SGLANG,
+    STOCK_SGLANG,
+    STOCK_VLLM,
     TORCH_TP,
     TRANSFORMERS,
     VLLM,
@@ -80,6 +85,8 @@ def test_degrees_of_vllm(layers, family, degrees):
 def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
     config, row = complete({**CONFIG, "model_type": family}), CONVERTIBLE[family]
     config |= {"first_k_dense_replace": 1} if row.own_attentions else {}
+    if "num_key_value_heads" not in row.wide:
+        del config["num_key_value_heads"]
     parsed = Plan.parse(plan.replace("0+1", "") if row.dense else plan, 6)  # 0 has no experts
     converted = converted_config(config, row, parsed, dtype="float32")
     assert planned_layers(config, row, parsed) == layers_of(converted)
@@ -91,6 +98,12 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
         (VLLM, "llama", "1|2", 2, None),
         (VLLM, "llama", "1|2", 3, "layer 0 has 4 attention heads; possible: 1, 2, 4"),
         (VLLM, "gemma2", "1+2", 2, "which this family cannot split"),
+        (VLLM, "granite", "1|2", 2, "which this family cannot split"),
+        (VLLM, "seed_oss", "1|2 3|4:1", 2, None),
+        (SGLANG, "seed_oss", "1+2", 1, "llama, mistral, qwen2 and qwen3 only"),
+        (VLLM, "gpt_neox", "1+2", 1, "vLLM has no converted layers of its family"),
+        (TORCH_TP, "stablelm", "1+2", 2, "torch_tp has no converted layers of its family"),
+        (TRANSFORMERS, "stablelm", "1|2", 1, None),
         (TORCH_TP, "llama", "1+2", 2, None),
         (TORCH_TP, "gemma2", "1+2", 2, None),
         (TORCH_TP, "llama", "1|2|3", 2, None),
@@ -117,10 +130,10 @@ def test_a_plan_gives_the_layers_of_the_conversion(family, plan):
 )
 def test_reasons(target, family, plan, degree, reason):
     config, row = {**CONFIG, "model_type": family}, CONVERTIBLE.get(family)
-    found = list(
+    reasons = list(
         refusals(target, config, row, None if plan is None else Plan.parse(plan, 6), degree)
     )
-    assert reason in found[0] if reason else not found
+    assert reason in reasons[0] if reason else not reasons
 
 
 def test_replicate_has_a_member_for_every_process():
@@ -135,13 +148,16 @@ def test_replicate_has_a_member_for_every_process():
     [
         (VLLM, {"abreast_prefill": "sequential"}, "1~2", "prefill of ff groups .*--hf-overrides"),
         (SGLANG, {"abreast_prefill": "sequential"}, "1+2", "without --prefill sequential"),
-        (SGLANG, {"quantization_config": {"bits": 8}}, "1|2", "no quantised cqil groups"),
-        (SGLANG, {"quantization_config": {"bits": 8}}, "1+2", None),
+        (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1|2", "by fp8; use an lp plan"),
+        (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1+2", None),
+        (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1|2", "awq; use compressed-tens"),
+        (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1+2 3~4", None),
+        (VLLM, {"quantization_config": {"quant_method": "torchao"}}, "1|2", None),
     ],
 )
 def test_reasons_of_one_config(target, more, plan, reason):
-    found = list(refusals(target, CONFIG | more, CONVERTIBLE["llama"], Plan.parse(plan, 6)))
-    assert re.search(reason, found[0]) if reason else not found
+    reasons = list(refusals(target, CONFIG | more, CONVERTIBLE["llama"], Plan.parse(plan, 6)))
+    assert re.search(reason, reasons[0]) if reason else not reasons
 
 
 def test_servers_that_refuse_are_named():
@@ -162,4 +178,28 @@ def test_commands_quote_the_checkpoint_and_name_the_degree():
     assert LLAMACPP.commands("OUT").splitlines()[1:] == [
         "abreast export OUT --gguf model.gguf",
         "llama-server -m model.gguf --flash-attn on",
+    ]
+
+
+def test_the_page_names_the_engines_of_each_format():
+    """The table of formats in docs/serving.md."""
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text(encoding="utf-8")
+    table = page[page.index("| `--format`") : page.index("`--dry-run` says")].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:] if line]
+    assert [row[0].strip("`") for row in rows] == ["deci", "deci-ff", "openelm", "mlx"]
+    for form, *_, vllm, mlx, sglang in rows:
+        name = form.strip("`")
+        assert (vllm == "yes") == (name in STOCK_VLLM.formats), name
+        assert mlx.startswith(("yes", "if")) == (name in MLX.formats + MLX_MODEL.formats), name
+        assert (sglang == "not run") == (name in STOCK_SGLANG.formats), name
+
+
+def test_stock_sglang_takes_no_plugin():
+    config = CONFIG | {"model_type": "nemotron-nas", "abreast": {"format": "deci-ff"}}
+    assert not list(refusals(STOCK_SGLANG, config, None))
+    (reason,) = refusals(STOCK_SGLANG, CONFIG | {"abreast": {"format": "deci"}}, None)
+    assert "convert again with --format deci-ff" in reason
+    assert STOCK_SGLANG.commands("OUT", 2).splitlines() == [
+        "pip install sglang",
+        "python -m sglang.launch_server --model-path OUT --trust-remote-code --tp-size 2",
     ]

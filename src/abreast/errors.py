@@ -33,7 +33,7 @@ def install(extra: str) -> str:
 
 
 def is_fault(error: BaseException) -> bool:
-    """Whether a library failed: an Exception, or a panic in Rust, which Python takes for none."""
+    """Whether a library failed: an Exception, or a panic in Rust, which is not one to Python."""
     return isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
 
 

@@ -31,6 +31,7 @@ from .modeling_members import (
     MemberExperts,
     MemberNorm,
     MemberRouter,
+    OwnHeadSize,
     View,
     forward_of,
     mix,
@@ -45,14 +46,14 @@ CACHE = "cache" if VERSION >= [5, 24] else "past_key_values"
 SAME = (
     "Llama Mistral Ministral Qwen2 Qwen3 SmolLM3 Granite Ernie4_5 Arcee Starcoder2 Phi3 Gemma "
     "Gemma2 Gemma3 Olmo Olmo2 Olmo3 Cohere Cohere2 Glm Glm4 Phi Nemotron Exaone4 Jais2 Mixtral "
-    "Olmoe GraniteMoe"
+    "Olmoe GraniteMoe StableLm"
 )
 FAMILIES = {name: name.lower() for name in SAME.split()}
 FAMILIES |= {"SeedOss": "seed_oss", "HunYuanDenseV1": "hunyuan_v1_dense"}
 FAMILIES |= {"Qwen2Moe": "qwen2_moe", "Qwen3Moe": "qwen3_moe", "GptOss": "gpt_oss"}
 FAMILIES |= {"Glm4Moe": "glm4_moe", "Ernie4_5_Moe": "ernie4_5_moe", "DeepseekV3": "deepseek_v3"}
 FAMILIES |= {"DeepseekV2": "deepseek_v2", "Glm4MoeLite": "glm4_moe_lite"}
-FAMILIES |= {"Qwen2_5_VLText": "qwen2_5_vl", "Qwen3VLText": "qwen3_vl"}
+FAMILIES |= {"GPTNeoX": "gpt_neox", "Qwen2_5_VLText": "qwen2_5_vl", "Qwen3VLText": "qwen3_vl"}
 TEXT_TYPES = {"Gemma3": "gemma3_text", "Qwen3VLText": "qwen3_vl_text"}
 TEXT_TYPES["Qwen2_5_VLText"] = "qwen2_5_vl_text"
 MODEL_TYPES = {f"abreast_{TEXT_TYPES.get(one, name)}": one for one, name in FAMILIES.items()}
@@ -67,6 +68,9 @@ ARCHITECTURES += [f"Abreast{kind}ForConditionalGeneration" for kind in WRAPPERS]
 HEADS_BEFORE_LENGTH = {"Gemma3Attention", "Exaone4Attention", "HunYuanDenseV1Attention"}
 # Those that read the number of heads while they run, so that they keep their layer's own config.
 READ_HEADS = {"Phi3Attention"}
+# Layers whose attention divides hidden_size by its heads, by their class.
+LAYERS = {"Qwen2_5_VLText": "Qwen2_5_VLDecoderLayer", "GPTNeoX": "GPTNeoXLayer"}
+LAYERS["StableLm"] = "StableLmDecoderLayer"
 # Norms after attention, before and after the FFN, in the three orders there are.
 ORDERS: tuple[tuple[Any, Any, Any], ...] = (
     ("post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
@@ -265,25 +269,31 @@ def _keep_order(members: list[Any], fed: Any, norms: Any, stock: Any, bare: Any)
     packed = {"qkv_proj": [size * count for count in heads]}
     if not isinstance(fed, CqilForward):
         packed["gate_up_proj"] = [bare.intermediate_size] * 2
-    for index, (layer, place, places) in enumerate(members):
+    for index, (layer, position, attentions) in enumerate(members):
 
-        def wide_of(path: str, layer: Any = layer, own: Any = (place, places)) -> Any:
+        def wide_of(path: str, layer: Any = layer, own: Any = (position, attentions)) -> Any:
             if path.startswith(_ffn(fed)) or path in norms[1:]:
                 return fed, index, len(members)  # noqa: B023
             return layer, *own
 
         with torch.device("meta"):
             narrow = narrowed(stock(bare, layer.self_attn.layer_idx), wide_of, packed)
-        if place == 0:
+        if position == 0:
             mix(layer, InOrder, narrow=[])  # a list, so that they are no children
         layer.narrow.append(narrow)
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Heads, and key-value heads: as many where the config has none, or has not filled them in."""
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
 
 
 def _check_widths(config: PreTrainedConfig) -> None:
     """Every layer's heads must share its KV heads evenly; hidden_size need not divide by them."""
     for index, layer in enumerate(config.per_layer_config):
-        heads, shared = layer.num_attention_heads, layer.num_key_value_heads
-        if heads % (shared or heads):  # None: as many; some versions check before they fill it in
+        heads, shared = _heads(layer)
+        if heads % shared:
             raise ValueError(f"layer {index}: {heads} heads cannot share {shared} key-value heads")
 
 
@@ -321,7 +331,7 @@ class LayersOfOwnWidth(PreTrainedModel):
         members: list[Any] = []  # whose FFNs are still to come
         for layer, own, has_ffn in zip(layers, entries, have_ffn, strict=True):
             attentions = own.num_attention_heads // bare.num_attention_heads
-            members += [(layer, place, attentions) for place in range(attentions)]
+            members += [(layer, position, attentions) for position in range(attentions)]
             if not has_ffn:
                 scored = type(layer).__name__ == "GptOssDecoderLayer"
                 nothing = (NoExperts if scored else nn.Threshold)(math.inf, 0.0)  # 0 for all
@@ -337,7 +347,7 @@ class LayersOfOwnWidth(PreTrainedModel):
             if sequential and len(members) > 1:
                 _keep_order(members, layer, norms, self.layer_class, bare)
             members = []
-        heads = [own.num_key_value_heads for own in entries]
+        heads = [_heads(own)[1] for own in entries]
         mix(self.base_model, Passes, cache_heads=heads, prompts_in_order=sequential)
         if sequential and self is not self.base_model:
             mix(self, CountPrompt)
@@ -354,22 +364,6 @@ class LayersOfOwnWidth(PreTrainedModel):
         for module in self.modules():
             if type(module).__name__ in READ_HEADS:
                 module.config._attn_implementation_internal = used
-
-
-class OwnHeadSize:
-    """Mixed in before a layer whose attention divides hidden_size by its heads: heeds head_dim."""
-
-    def __init__(self, config: Any, index: int) -> None:
-        plain, wide = copy.copy(config), copy.copy(config)
-        plain.num_attention_heads = config.hidden_size // config.head_dim
-        wide.hidden_size = config.num_attention_heads * config.head_dim
-        super().__init__(plain, index)  # type: ignore[call-arg]
-        self.self_attn = type(self.self_attn)(wide, index)  # type: ignore[has-type]
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            stock = getattr(self.self_attn, name)
-            sides = [config.hidden_size, stock.out_features]
-            sides = [wide.hidden_size, config.hidden_size] if name == "o_proj" else sides
-            setattr(self.self_attn, name, nn.Linear(*sides, bias=stock.bias is not None))
 
 
 class HoldsDecoder:
@@ -427,10 +421,9 @@ def _make(family: str) -> None:
         "validate_rope": lambda self: stock_config.validate_rope(_without_layers(self)),
     }
     config: Any = strict(type(f"Abreast{family}Config", (stock_config,), own))
-    if family == "Qwen2_5_VLText":
-        layer: Any = type("OwnHeadSizeLayer", (OwnHeadSize, stock.Qwen2_5_VLDecoderLayer), {})
-    else:
-        layer = getattr(stock, f"{family}DecoderLayer")
+    layer: Any = getattr(stock, LAYERS.get(family, f"{family}DecoderLayer"))
+    if family in LAYERS:
+        layer = type("OwnHeadSizeLayer", (OwnHeadSize, layer), {})
     own = {"layer_class": layer, "config_class": config}
     own |= {"__module__": __name__, "__annotations__": {"config": config}}
     body = getattr(stock, f"{inner}Model")

@@ -29,11 +29,11 @@ class View(nn.Module):
 
     def __init__(self, holder: nn.Module, name: str) -> None:
         super().__init__()
-        self.place = (holder, name)  # in a tuple, so that the holder is no child
+        self.holder_and_name = (holder, name)  # in a tuple, so that the holder is no child
 
     @property
     def module(self) -> Any:
-        return getattr(*self.place)
+        return getattr(*self.holder_and_name)
 
     def is_plain(self) -> bool:
         module = self.module  # nothing but a product with its weight?
@@ -147,7 +147,7 @@ class Member(View):
             lie, size = getattr(wide, "lie", ""), wide.weight.shape[0] // members
             size = wide.weight.shape[1] if lie == "flat" else size
             axis = {"flat": -1, "heads": -3}.get(lie, -2)
-            self.new_axis = not hasattr(self.place[0], "head_dim")  # not of the attention
+            self.new_axis = not hasattr(self.holder_and_name[0], "head_dim")  # not of the attention
             self.spread = axis, member * size, after * size
             self.take = None if lie == "added" else (axis, [(member * size, size)])
 
@@ -169,6 +169,29 @@ class Member(View):
             return wide
         parts = [wide.narrow(axis, start, size) for start, size in self.take[1]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, axis)
+
+
+class OwnHeadSize:
+    """Mixed in before a layer whose attention divides hidden_size by its heads: heeds head_dim, and
+    mlp_bias, which StableLM's FFN has not."""
+
+    def __init__(self, config: Any, index: int) -> None:
+        plain, wide = copy.copy(config), copy.copy(config)
+        plain.num_attention_heads = config.hidden_size // config.head_dim
+        wide.hidden_size = config.num_attention_heads * config.head_dim
+        super().__init__(plain, index)  # type: ignore[call-arg]
+        place = "self_attn" if hasattr(self, "self_attn") else "attention"
+        attention = type(getattr(self, place))(wide, index)
+        setattr(self, place, attention)
+        *read, last = (name for name, one in attention.named_children() if type(one) is nn.Linear)
+        for name in (*read, last):
+            stock = getattr(attention, name)
+            sides = [config.hidden_size, stock.out_features]
+            sides = [wide.hidden_size, config.hidden_size] if name == last else sides
+            setattr(attention, name, nn.Linear(*sides, bias=stock.bias is not None))
+        for name, one in self.mlp.named_children() if getattr(config, "mlp_bias", False) else ():
+            if type(one) is nn.Linear and one.bias is None:
+                setattr(self.mlp, name, nn.Linear(one.in_features, one.out_features))
 
 
 class MemberRouter:

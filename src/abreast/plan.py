@@ -152,11 +152,6 @@ class Group(BaseModel):
         return len(set(self.ffn_sees)) == 1
 
     @property
-    def is_wide_layer(self) -> bool:
-        """Whether the group computes what one layer of p times the width does."""
-        return self.shares_ffn_input and not self.is_in_order
-
-    @property
     def is_in_order(self) -> bool:
         """Whether attentions read the outputs of others, so that they run one after another."""
         return any(map(any, self.attention_sees))
@@ -183,8 +178,8 @@ class Block(NamedTuple):
 class Plan(BaseModel):
     """An ordered partition of num_layers layers: the groups; every other layer stands alone.
 
-    source, revision and sha256 say what model the plan was made for, and are None where nobody
-    knows. sha256: of config and weights, see `checkpoint.model_hash`; `check_model` compares it.
+    source, revision and sha256 say what model the plan was made for, and are None where that is
+    unknown. sha256: of config and weights, see `checkpoint.model_hash`; `check_model` compares it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

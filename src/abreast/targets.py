@@ -21,6 +21,8 @@ Unpaired = Literal["shard", "replicate"]  # how several processes hold layers th
 SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": null}'"
 REPLICATE = "torch_tp (abreast bench --backend tp --unpaired replicate)"
 EXPERT_WIDTH = "moe_intermediate_size"
+_SGLANGS = ("llama", "mistral", "qwen2", "qwen3")
+_QUANTISED = ("compressed-tensors", "fp8", "torchao")  # vLLM's backend lacks the last
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
@@ -35,6 +37,8 @@ class FamilyFacts(Protocol):
     def member_norms(self) -> tuple[str, ...]: ...
     @property
     def flat_norms(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def transformers_only(self) -> bool: ...
     @property
     def routes(self) -> bool: ...
     @property
@@ -151,8 +155,7 @@ def planned_layers(config: Mapping[str, Any], family: FamilyFacts, plan: Plan) -
             heads=len(block.attentions) * single.heads,
             kv_heads=len(block.attentions) * single.kv_heads,
             # experts stay as wide as they are, and become more
-            intermediate=min(len(block.ffns), 1 if family.routes else len(block.ffns))
-            * single.intermediate,
+            intermediate=len(block.ffns[: 1 if family.routes else None]) * single.intermediate,
             members=members_of(family, block),
             band=band_of(family, block),
         )
@@ -229,12 +232,11 @@ def _mlx(model: Model, degree: int) -> Iterator[str]:
 
 def _mlx_model(model: Model, degree: int) -> Iterator[str]:
     """Of the format mlx, under ABREAST_UNPAIRED=shard: replicate needs no even division."""
-    config = model.config
-    heads = _size(config, "num_attention_heads")
+    single = _layer(model.config)
     for name, count in (
-        ("attention heads", heads),
-        ("KV heads", config.get("num_key_value_heads") or heads),
-        ("FFN columns", _size(config, "intermediate_size")),
+        ("attention heads", single.heads),
+        ("KV heads", single.kv_heads),
+        ("FFN columns", single.intermediate),
     ):
         if count % degree:
             yield (
@@ -252,25 +254,16 @@ def _one_process(model: Model, degree: int) -> Iterator[str]:
         yield "it runs in one process; use vLLM, or abreast.engines.torch_tp under torchrun"
 
 
-def _in_order(model: Model, engine: str) -> Iterator[str]:
-    if any(layer.intermediate == 0 for layer in model.layers):
-        yield (
-            "the checkpoint has ff groups, whose attentions are layers without FFN, which "
-            f"{engine} cannot run yet; convert with an lp plan (5+6 instead of 5~6), or serve it "
-            "with transformers"
-        )
-
-
-def _experts(model: Model, engine: str) -> Iterator[str]:
+def _layers(model: Model, engine: str) -> Iterator[str]:
+    if model.family is not None and model.family.transformers_only:
+        yield f"{engine} has no converted layers of its family; run them with transformers"
     if model.family is None or not model.family.routes:
         pass
     elif engine != "vLLM":
         yield f"{engine} runs no groups of layers with experts; serve them with transformers"
     elif not model.family.vllm_layers:
-        sinks = str(model.config.get("model_type")).endswith("gpt_oss")
-        parts = "attention sinks and clamped experts" if sinks else "experts"
         yield (
-            f"its {parts} have no vLLM layers here; vLLM's transformers backend gives groups no "
+            "its experts have no vLLM layers here; vLLM's transformers backend gives groups no "
             "more experts than single layers, so serve the checkpoint with transformers"
         )
     elif any(layer.band is not None for layer in model.layers):
@@ -281,36 +274,44 @@ def _experts(model: Model, engine: str) -> Iterator[str]:
 
 
 def _is_native(model: Model) -> bool:
-    """Whether it is one of llama, mistral, qwen2 and qwen3."""
+    """Whether it is one of llama, mistral, ministral, qwen2, qwen3 and seed_oss."""
     return model.family is not None and model.family.vllm_layers and not model.family.routes
 
 
 def _vllm(model: Model, degree: int) -> Iterator[str]:
-    yield from _experts(model, "vLLM")
+    yield from _layers(model, "vLLM")
     sequential = _is_sequential(model)
-    only = "runs in vLLM for llama, mistral, qwen2 and qwen3 only"
+    only = "runs in vLLM for llama, mistral, ministral, qwen2, qwen3 and seed_oss only"
     if sequential and not _is_native(model):
         yield f"sequential prefill {only}; {SERVE_GROUPED}"
     if sequential and any(layer.intermediate == 0 for layer in model.layers):
         yield f"sequential prefill of ff groups does not run in vLLM; {SERVE_GROUPED}"
     if model.unpaired == "replicate" and not _is_native(model):
         yield f"abreast_unpaired: replicate {only}; leave it out, or use {REPLICATE}"
+    if not (model.family and model.family.routes):
+        yield from _quantised(model, "vLLM", *_QUANTISED[: 2 + _is_native(model)])
     yield from _degree(model, degree, '--hf-overrides \'{"abreast_unpaired": "replicate"}\'')
 
 
 def _sglang(model: Model, degree: int) -> Iterator[str]:
-    if not _is_native(model):
+    if str(model.config.get("model_type")).removeprefix("abreast_") not in _SGLANGS:
         yield "SGLang runs llama, mistral, qwen2 and qwen3 only; serve it with vLLM or transformers"
     if _is_sequential(model):
         yield (
             "the checkpoint runs prompts in the original order, which is not there for SGLang; "
             "convert again without --prefill sequential, or serve it with vLLM"
         )
-    if model.config.get("quantization_config") and any(
-        layer.band is not None for layer in model.layers
-    ):
-        yield "SGLang runs no quantised cqil groups; convert with an lp plan, or serve it with vLLM"
+    yield from _quantised(model, "SGLang")
     yield from _degree(model, degree)
+
+
+def _quantised(model: Model, engine: str, *methods: str) -> Iterator[str]:
+    how = (model.config.get("quantization_config") or {}).get("quant_method")
+    if how and how not in methods and any(layer.members > 1 for layer in model.layers):
+        yield (
+            f"{engine} runs no groups whose members stay apart with weights quantised by {how}; "
+            f"use {' or '.join((*methods, 'an lp plan'))}"
+        )
 
 
 def _degree(model: Model, degree: int, replicate_by: str = "") -> Iterator[str]:
@@ -387,7 +388,7 @@ def is_dealt(
 def _torch_tp(model: Model, degree: int) -> Iterator[str]:
     if degree == 1:
         return
-    yield from _experts(model, "torch_tp")
+    yield from _layers(model, "torch_tp")
     plan = model.plan or recorded_plan(model.config)
     if model.unpaired == "replicate":
         for members in sorted({len(group.layers) for group in plan.groups} if plan else ()):
@@ -425,22 +426,14 @@ def _llamacpp(model: Model, degree: int) -> Iterator[str]:
         )
     if config.get("quantization_config"):
         yield "the checkpoint is quantised already; export the unquantised one with --quantize"
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        yield (
-            f"its FFN is gated by {config['hidden_act']}, llama.cpp's deci only by silu; "
-            "serve it with vLLM or transformers"
-        )
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        yield f"its FFN is gated by {act}, llama.cpp's deci only by silu; use vLLM or transformers"
     if _is_sequential(model):
-        yield (
-            "the checkpoint runs prompts in the original order, which llama.cpp cannot; "
-            "convert again without --prefill sequential"
-        )
-    yield from _in_order(model, "llama.cpp")
+        yield "llama.cpp has no prompts in original order; convert without --prefill sequential"
+    if any(layer.intermediate == 0 for layer in model.layers):
+        yield "ff groups do not run in llama.cpp yet; convert with an lp plan (5+6 instead of 5~6)"
     if any(layer.band is not None for layer in model.layers):
-        yield (
-            "the checkpoint has groups with cqil wiring, which is no stock layer of llama.cpp; "
-            "convert with an lp plan (5+6 instead of 5|6), or serve it with vLLM or transformers"
-        )
+        yield "cqil groups are no layers of llama.cpp; convert with an lp plan (5+6 instead of 5|6)"
 
 
 TRANSFORMERS = Target(
@@ -494,5 +487,13 @@ STOCK_VLLM = replace(  # the code that reads these formats' configuration comes 
     install="pip install vllm",
     serve="vllm serve {out} --trust-remote-code",
     formats=("deci", "deci-ff"),
+)
+STOCK_SGLANG = replace(
+    SGLANG,
+    refuse=STOCK_VLLM.refuse,
+    install="pip install sglang",
+    export="",
+    serve=f"{SGLANG.serve} --trust-remote-code",
+    formats=("deci-ff",),  # all layers need one number of key-value heads there
 )
 SERVERS = (VLLM, TRANSFORMERS, LLAMACPP)

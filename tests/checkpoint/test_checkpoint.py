@@ -144,20 +144,23 @@ def test_safetensors_reads_what_is_written(
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [*shards, *([INDEX] if len(shards) > 1 else [])]
     )
-    found = {}
+    loaded_by_name = {}
     for name, content in shards.items():
         read = load_file(folder / name)
         assert sorted(read) == sorted(new.name for new in content)
-        found.update(read)
+        loaded_by_name.update(read)
         whole = (folder / name).read_bytes()
         assert written[name] == {"sha256": hashlib.sha256(whole).hexdigest(), "bytes": len(whole)}
         assert sha256_of(folder / name) == written[name]["sha256"]
         assert len(whole) <= limit or len(content) == 1
         assert int.from_bytes(whole[:8], "little") % 8 == 0
-    assert sorted(found) == sorted(tensors)
+    assert sorted(loaded_by_name) == sorted(tensors)
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
-        assert raw(found[name]) == raw(tensor)
+        assert (
+            loaded_by_name[name].dtype == tensor.dtype
+            and loaded_by_name[name].shape == tensor.shape
+        )
+        assert raw(loaded_by_name[name]) == raw(tensor)
     if len(shards) > 1:
         index = json.loads((folder / INDEX).read_text())
         assert index["weight_map"] == {t.name: n for n, content in shards.items() for t in content}

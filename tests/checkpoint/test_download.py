@@ -54,7 +54,7 @@ class Hub(ThreadingHTTPServer):
     def files(self) -> list[Path]:
         return sorted(path for path in self.folder.rglob("*") if path.is_file())
 
-    def asked(self) -> set[str]:
+    def downloaded(self) -> set[str]:
         """Files that were downloaded since the last call, each once."""
         whole, self.whole = self.whole, []
         assert len(whole) == len(set(whole))
@@ -140,9 +140,9 @@ def shards_of(hub: Hub) -> set[str]:
 def test_only_what_the_index_names_is_fetched(hub):
     folder, revision = resolve(NAME)
     assert revision == COMMIT and len(shards_of(hub)) > 1
-    assert hub.asked() == SMALL | shards_of(hub)
+    assert hub.downloaded() == SMALL | shards_of(hub)
     opened = open_checkpoint(NAME)
-    assert opened.folder == folder and opened.revision == COMMIT and hub.asked() == set()
+    assert opened.folder == folder and opened.revision == COMMIT and hub.downloaded() == set()
     assert opened.tensors.keys() == open_checkpoint(hub.folder).tensors.keys()
 
 
@@ -152,12 +152,12 @@ def test_a_single_file_is_fetched_without_the_copies_beside_it(hub, tiny_checkpo
     (hub.folder / "model.safetensors.index.json").unlink()
     shutil.copy(tiny_checkpoint() / "model.safetensors", hub.folder)
     resolve(NAME)
-    assert hub.asked() == SMALL - {"model.safetensors.index.json"} | {"model.safetensors"}
+    assert hub.downloaded() == SMALL - {"model.safetensors.index.json"} | {"model.safetensors"}
     assert inspect_model(NAME).shards == ("model.safetensors",) and not hub.ranges
 
 
 @pytest.mark.parametrize(
-    "look",
+    "read_headers",
     [
         lambda: inspect_model(NAME).to_dict(),
         lambda: preview(NAME, "1+2").to_dict(),
@@ -165,14 +165,14 @@ def test_a_single_file_is_fetched_without_the_copies_beside_it(hub, tiny_checkpo
     ],
     ids=["inspect", "convert --dry-run", "measure --dry-run"],
 )
-def test_a_look_reads_headers_and_downloads_no_weights(hub, look, monkeypatch):
-    far = look()
-    assert hub.asked() == SMALL
+def test_a_look_reads_headers_and_downloads_no_weights(hub, read_headers, monkeypatch):
+    far = read_headers()
+    assert hub.downloaded() == SMALL
     assert sorted(hub.ranges) == [(shard, "bytes=0-100000") for shard in sorted(shards_of(hub))]
     resolve(NAME)
-    assert hub.asked() == shards_of(hub)
+    assert hub.downloaded() == shards_of(hub)
     hub.ranges.clear()
-    assert look() == far and not hub.ranges  # what is here already is read here
+    assert read_headers() == far and not hub.ranges  # what is here already is read here
 
 
 def test_minutes_are_unknown_before_the_weights_are_here(hub):
@@ -238,7 +238,7 @@ def test_pickles_on_the_hub_are_not_fetched(hub):
         path.unlink()
     with pytest.raises(CheckpointError, match="holds pickled weights only"):
         resolve(NAME)
-    assert "pytorch_model.bin" not in hub.asked()
+    assert "pytorch_model.bin" not in hub.downloaded()
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
@@ -260,10 +260,10 @@ def test_offline_is_said_at_once():
 
 def test_eval_takes_the_revision_of_the_original(monkeypatch, tmp_path):
     """Of a conversion in a folder: the folder has none."""
-    asked = []
+    opened = []
 
     def load(model, *, revision=None, **_):
-        asked.append((str(model), revision))
+        opened.append((str(model), revision))
         if model == NAME:
             raise CheckpointError("that will do")
         return None, None
@@ -272,4 +272,4 @@ def test_eval_takes_the_revision_of_the_original(monkeypatch, tmp_path):
     monkeypatch.setattr("abreast.model.fitting_dtype", lambda *_, **__: "float32")
     monkeypatch.setattr("abreast.checkpoint.open_checkpoint", lambda *_, **__: None)
     CliRunner().invoke(cli, ["eval", str(tmp_path), "--against", NAME, "--revision", "v1"])
-    assert asked == [(str(tmp_path), "v1"), (NAME, "v1")]
+    assert opened == [(str(tmp_path), "v1"), (NAME, "v1")]

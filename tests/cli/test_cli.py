@@ -38,8 +38,12 @@ def test_the_whole_way_through(run, demo, tmp_path):
     status, text, _ = run("convert", demo, "--plan", "2+3 4|5:1", "-o", out, "--json")
     assert status == 0 and json.loads(text) == json.loads((out / "abreast.json").read_text())
     status, text, _ = run("inspect", out, "--json")
-    found = json.loads(text)
-    assert (found["plan"], found["original_layers"], found["num_layers"]) == ("2+3 4|5:1", 16, 14)
+    printed = json.loads(text)
+    assert (printed["plan"], printed["original_layers"], printed["num_layers"]) == (
+        "2+3 4|5:1",
+        16,
+        14,
+    )
     status, text, _ = run("verify", out, "--against", demo, "--tokens", 32, "--json")
     assert status == 0 and json.loads(text)["ok"] is True
     few = (
@@ -203,7 +207,7 @@ def interruptible() -> None:
 @pytest.mark.slow
 def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     code = (
-        "import importlib, time; c = importlib.import_module('abreast.convert.rewrite');"
+        "import importlib, time; c = importlib.import_module('abreast.convert.stream');"
         "spans = c._spans; c._spans = lambda *a: (time.sleep(0.2), spans(*a))[1];"
         "print('ready', flush=True); from abreast.cli.main import main; main()"
     )

@@ -43,10 +43,10 @@ def test_defaults_are_the_fields():
 
 
 def test_values_reach_the_instance():
-    given = ("--where", "w", "--kind", "b", "-n", "3", "--rate", "1", "--words", "p,q")
-    given += ("--room", "2MB", "--square", "3", "--no-fast", "--shout", "--seed", "5")
+    arguments = ("--where", "w", "--kind", "b", "-n", "3", "--rate", "1", "--words", "p,q")
+    arguments += ("--room", "2MB", "--square", "3", "--no-fast", "--shout", "--seed", "5")
     want = Example("w", "b", 3, 1.0, ("p", "q"), 2 * 10**6, 9, fast=False, loud=True)
-    assert run(*given).stdout == f"{want} 5\n"
+    assert run(*arguments).stdout == f"{want} 5\n"
 
 
 def test_help_shows_texts_choices_and_defaults():

@@ -205,11 +205,11 @@ def test_joined_is_the_joint_sum(ranks, parts, operation):
     ]
     rule = TensorRule("out", operation, names, parts=parts if operation == "rows" else ())
     made = _joined(Job, rule, None, members)
-    wanted = [torch.zeros(6, 5) if low is None else low.up @ low.down for low in members]
+    expected = [torch.zeros(6, 5) if low is None else low.up @ low.down for low in members]
     if operation == "columns":
-        want = torch.cat(wanted, 1)
+        want = torch.cat(expected, 1)
     else:
-        pieces = [low.split(rule.parts or 6) for low in wanted]
+        pieces = [low.split(rule.parts or 6) for low in expected]
         want = torch.cat([piece for part in zip(*pieces, strict=True) for piece in part])
     assert made.down.shape[0] == made.up.shape[1] == sum(ranks)
     assert torch.allclose(made.up @ made.down, want, atol=1e-5)
@@ -226,8 +226,8 @@ def test_healed_conversion(tiny_checkpoint, trained, tmp_path):
     source["files"] = hash_inputs(open_checkpoint(original))
     outs = {train: tmp_path / train for train in ("all", "lora")}
     for train, out in outs.items():
-        how = {"source": source, "recipe": {"train": train}}
-        convert(healed, ALL, out, healed=how)
+        options = {"source": source, "recipe": {"train": train}}
+        convert(healed, ALL, out, healed=options)
     adapter = trained(original, ["q_proj"])
     refused("--keep-weights", adapter, outs["all"])
     convert_adapter(adapter, outs["lora"], tmp_path / "old gains")

@@ -92,11 +92,13 @@ def test_a_head_of_its_own_in_a_tied_checkpoint(changed, tmp_path):
 
 
 def test_heal_keeps_a_head_of_its_own(changed, tmp_path):
-    folder, kept = changed(other_head, tied=True), tmp_path / "kept"
+    folder, healed = changed(other_head, tied=True), tmp_path / "kept"
     text = TokenStream(torch.arange(2048).numpy() * 7 % 128, "text", 1, 2048)
-    heal(folder, "1+2", tmp_path / "out", method="refit", data=text, window=64, keep=kept)
-    assert torch.equal(load_file(kept / "model.safetensors")[HEAD], load(folder)[0].lm_head.weight)
-    assert verify(tmp_path / "out", kept, num_tokens=16, new_tokens=2).ok
+    heal(folder, "1+2", tmp_path / "out", method="refit", data=text, window=64, keep=healed)
+    assert torch.equal(
+        load_file(healed / "model.safetensors")[HEAD], load(folder)[0].lm_head.weight
+    )
+    assert verify(tmp_path / "out", healed, num_tokens=16, new_tokens=2).ok
 
 
 def test_a_tied_checkpoint_that_stores_only_its_head(changed, tmp_path):

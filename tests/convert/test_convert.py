@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from abreast.checkpoint import open_checkpoint
-from abreast.convert import rewrite
+from abreast.convert import stream
 from abreast.convert.config import REMOTE_CODE
 from abreast.convert.rewrite import convert, preview
 from abreast.convert.rules import FoldError
@@ -158,16 +158,16 @@ def test_gains_stored_less_one_by_hand(tiny_checkpoint: TinyCheckpoint, tmp_path
     members, made = group_of(tiny_checkpoint("gemma", head_dim=16), tmp_path / "out")
     names = ("mlp.up_proj.weight", "post_attention_layernorm.weight")
     pairs = zip(*map(members, names), strict=True)
-    wanted = torch.cat([weight * (1 + gain) for weight, gain in pairs])
-    assert torch.allclose(made("mlp.up_proj.weight"), wanted, rtol=1e-6, atol=0)
+    expected = torch.cat([weight * (1 + gain) for weight, gain in pairs])
+    assert torch.allclose(made("mlp.up_proj.weight"), expected, rtol=1e-6, atol=0)
     assert made("post_attention_layernorm.weight").eq(0).all()
 
 
 def test_layer_norm_biases_by_hand(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     members, made = group_of(tiny_checkpoint("starcoder2", biases=True), tmp_path / "out")
     names = ("mlp.c_fc.weight", "mlp.c_fc.bias", "post_attention_layernorm.bias")
-    wanted = [w @ beta + bias for w, bias, beta in zip(*map(members, names), strict=True)]
-    assert torch.allclose(made("mlp.c_fc.bias"), torch.cat(wanted), rtol=0, atol=1e-5)
+    expected = [w @ beta + bias for w, bias, beta in zip(*map(members, names), strict=True)]
+    assert torch.allclose(made("mlp.c_fc.bias"), torch.cat(expected), rtol=0, atol=1e-5)
     assert made("post_attention_layernorm.bias").eq(0).all()
     assert made("post_attention_layernorm.weight").eq(1).all()
 
@@ -347,8 +347,8 @@ def test_uniform_plan_gives_a_stock_model(tiny_checkpoint: TinyCheckpoint, tmp_p
     original = LlamaForCausalLM.from_pretrained(source)
     ids = torch.arange(40).view(1, -1)
     with torch.inference_mode(), grouped(original, plan):
-        wanted = original(ids).logits
-        assert torch.allclose(model(ids).logits, wanted, atol=1e-4 * float(wanted.abs().max()))
+        expected = original(ids).logits
+        assert torch.allclose(model(ids).logits, expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_uniform_plan_whose_heads_do_not_divide_the_hidden_size(
@@ -405,7 +405,7 @@ def test_small_chunks_change_nothing_and_bound_every_read(
     source = tiny_checkpoint(family, head_dim=16, biases=True, sharded=True)
     convert(source, plan, tmp_path / "large")
     largest = 0
-    read_rows = rewrite.read_rows
+    read_rows = stream.read_rows
 
     def recording(tensor: Any, start: int = 0, stop: int | None = None) -> torch.Tensor:
         nonlocal largest
@@ -415,8 +415,8 @@ def test_small_chunks_change_nothing_and_bound_every_read(
             assert rows.nbytes < tensor.nbytes / 8
         return rows
 
-    monkeypatch.setattr(rewrite, "read_rows", recording)
-    monkeypatch.setattr(rewrite, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(stream, "read_rows", recording)
+    monkeypatch.setattr(stream, "CHUNK_BYTES", chunk)
     manifest = convert(source, plan, tmp_path / "small")
     assert 0 < largest <= max(chunk, 96 * 4)  # one row is the least that can be read
     small, large = files(tmp_path / "small"), files(tmp_path / "large")
@@ -445,22 +445,22 @@ def test_preview_tells_the_truth(
     work.mkdir()
     monkeypatch.chdir(work)
     before = files(source)
-    told = preview(source, PLAN, **options)
+    previewed = preview(source, PLAN, **options)
     assert files(source) == before and list(work.iterdir()) == []
     manifest = convert(source, PLAN, work / "out", **options)
 
     def weight_bytes(folder: Path) -> int:
         return sum(tensor.nbytes for tensor in tensors_of(folder).values())
 
-    assert told.bytes_read == weight_bytes(source)
-    assert told.bytes_written == weight_bytes(work / "out")
+    assert previewed.bytes_read == weight_bytes(source)
+    assert previewed.bytes_written == weight_bytes(work / "out")
     written = sorted(path.name for path in (work / "out").glob("*.safetensors"))
-    assert sorted(told.shards) == written
-    assert told.architecture == manifest["architecture"] == "AbreastQwen2ForCausalLM"
-    assert told.dtype == config_of(work / "out")["dtype"]
-    assert (told.num_layers, told.depth, told.plan) == (6, 4, PLAN)
-    assert told.stages == ((0,), (1, 2), (3, 4), (5,))
-    assert json.loads(json.dumps(told.to_dict()))["bytes_read"] == told.bytes_read
+    assert sorted(previewed.shards) == written
+    assert previewed.architecture == manifest["architecture"] == "AbreastQwen2ForCausalLM"
+    assert previewed.dtype == config_of(work / "out")["dtype"]
+    assert (previewed.num_layers, previewed.depth, previewed.plan) == (6, 4, PLAN)
+    assert previewed.stages == ((0,), (1, 2), (3, 4), (5,))
+    assert json.loads(json.dumps(previewed.to_dict()))["bytes_read"] == previewed.bytes_read
 
 
 def test_progress_counts_every_byte(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
@@ -495,13 +495,13 @@ def test_only_nan_and_infinity_count_as_damage(dtype: str) -> None:
     subnormal = torch.tensor([1], dtype=torch.int16).view(torch.uint8)
     fine = torch.cat([fine, subnormal.repeat(kind.itemsize // 2).view(kind)])
     assert fine.isfinite().all()
-    assert rewrite._is_finite(fine)
-    assert rewrite._is_finite(fine[:0])
+    assert stream._is_finite(fine)
+    assert stream._is_finite(fine[:0])
     for value in (math.nan, -math.nan, math.inf, -math.inf):
-        for place in range(len(fine)):
+        for index in range(len(fine)):
             damaged = fine.clone()
-            damaged[place] = value
-            assert not rewrite._is_finite(damaged)
+            damaged[index] = value
+            assert not stream._is_finite(damaged)
 
 
 def test_thread_count_is_put_back(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

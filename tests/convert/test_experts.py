@@ -203,7 +203,9 @@ def test_unknown_routing_is_refused(changed, tmp_path, family, key):
 def test_routing_is_named_as_the_router_computes_it(family):
     row = CONVERTIBLE[family]
     (scores,) = [
-        how for name, how in SCORES.items() if name.lower() == f"{row.class_name}TopKRouter".lower()
+        scoring
+        for name, scoring in SCORES.items()
+        if name.lower() == f"{row.class_name}TopKRouter".lower()
     ]
     assert dict(row.routing)["scoring_func"] == ("sigmoid" if scores == "sigmoid" else "softmax",)
 
@@ -223,10 +225,9 @@ def test_what_loads_them(tiny_checkpoint, tmp_path, family):
         assert list(refusals(TRANSFORMERS, config, row)) == []
         assert "experts" in next(refusals(LLAMACPP, config, row))
         assert "experts" in next(refusals(TORCH_TP, config, row, degree=2))
-        in_vllm = family in ("mixtral", "qwen3_moe") and plan == "1+2"
+        in_vllm = family in ("mixtral", "qwen3_moe", "gpt_oss") and plan == "1+2"
         said = next(refusals(VLLM, config, row), "")
         assert ("experts" in said) != in_vllm
-        assert ("attention sinks" in said) == (family == "gpt_oss")
         sequential = {**config, "abreast_prefill": "sequential"}
         assert next(refusals(VLLM, sequential, row), None) is not None
         if in_vllm:
@@ -269,3 +270,37 @@ def test_losses_that_balance_experts_read_every_member(tiny_checkpoint, tmp_path
             losses.append(model(ids, attention_mask=mask, output_router_logits=True).aux_loss)
     assert float(losses[0]) > 0
     torch.testing.assert_close(*losses)
+
+
+def experts_of(model: Any) -> list[Any]:
+    return [m for m in model.modules() if type(m).__name__.endswith("Experts")]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_every_implementation_of_experts_runs_them(
+    tiny_checkpoint, tmp_path, family, implementation
+):
+    """transformers' own ones, which take the routing of the group's members together."""
+    original, plan = tiny_checkpoint(family, **OWN.get(family, {})), "1+2 3|4"
+    convert(original, plan, tmp_path / "out")
+    ids = torch.arange(3, 27)[None]
+    with torch.inference_mode():
+        want = load(original, plan=plan)[0](ids).logits
+        model = load(tmp_path / "out")[0]
+        model.set_experts_implementation(implementation)
+        assert {module.config._experts_implementation for module in experts_of(model)} == {
+            implementation
+        }
+        got = model(ids).logits
+    assert (got - want).abs().max() <= 1e-4 * (want.max() - want.min())
+
+
+@pytest.mark.parametrize(("plan", "calls"), [("1+2", 1), ("1~2", 1), ("1|2", 2), ("1|2:1", 2)])
+def test_members_are_routed_together_where_their_inputs_are_one(
+    tiny_checkpoint, tmp_path, plan, calls
+):
+    convert(tiny_checkpoint("qwen3_moe"), plan, tmp_path / "out")
+    layer = 2 if "~" in plan else 1
+    (chosen,) = choices(load(tmp_path / "out")[0], [layer])
+    assert len(chosen) == calls

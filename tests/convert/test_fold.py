@@ -229,9 +229,9 @@ def test_bias_of_a_layer_norm_moves_into_that_of_the_matrix(
     weight = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     x, gain, beta = torch.randn(3, columns, generator=generator, dtype=torch.float64)
     bias = torch.randn(rows, generator=generator, dtype=torch.float64)
-    wanted = weight @ (x * gain + beta) + bias
+    expected = weight @ (x * gain + beta) + bias
     folded = fold_gain(weight, gain) @ x + fold_shift(weight, beta, bias)
-    assert torch.allclose(folded, wanted, rtol=0, atol=1e-12)
+    assert torch.allclose(folded, expected, rtol=0, atol=1e-12)
     half = (t.bfloat16() for t in (weight, beta, bias))
     assert fold_shift(*half).dtype == torch.float64
 

@@ -138,9 +138,9 @@ def through_cache(model: Any, cache: Any = None) -> torch.Tensor:
     ids, start = tokens(2, LENGTH), LENGTH * 2 // 3
     step = model(ids[:, :start], **{cache_name(model): cache}, use_cache=True)
     pieces = [step.logits]
-    for place in range(start, LENGTH):
+    for position in range(start, LENGTH):
         step = model(
-            ids[:, place : place + 1], **{cache_name(model): cache_of(step)}, use_cache=True
+            ids[:, position : position + 1], **{cache_name(model): cache_of(step)}, use_cache=True
         )
         pieces.append(step.logits)
     return torch.cat(pieces, 1)
@@ -186,9 +186,9 @@ def counted(modules: list[torch.nn.Module]) -> Iterator[list[int]]:
     """How often each module is called inside the block."""
     counts = [0] * len(modules)
 
-    def hook(place: int) -> Callable[..., None]:
+    def hook(index: int) -> Callable[..., None]:
         def count(*_: Any) -> None:
-            counts[place] += 1
+            counts[index] += 1
 
         return count
 
@@ -246,6 +246,8 @@ EVERY: dict[str, dict[str, Any]] = {
     "glm4": {},
     "phi": {},
     "nemotron": {},
+    "gpt_neox": {},
+    "stablelm": {},
     "olmo": {},
     "olmo3": {"layer_types": ALIKE, "sliding_window": 5},
     "exaone4": {"layer_types": ALIKE, "sliding_window": 5},

@@ -181,15 +181,15 @@ def test_members_that_change_places(tiny_checkpoint, tmp_path, family) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
 def test_rounding_is_torchs(dtype: str) -> None:
     """Every bit pattern of half precision, the middle between each two, and what is beside it."""
-    from abreast.convert.refold import _rounded, _widened
+    from abreast.convert.numbers import rounded, widened
 
     kind = {"BF16": torch.bfloat16, "F16": torch.float16}[dtype]
     halves = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(kind)
     halves = halves[halves.isfinite()]
-    exact = _widened(halves.view(torch.int16).numpy().view(np.uint16), dtype)
+    exact = widened(halves.view(torch.int16).numpy().view(np.uint16), dtype)
     assert np.array_equal(exact, halves.float().numpy())
     upwards = torch.sort(halves.float().double()).values
     middle = ((upwards[1:] + upwards[:-1]) / 2).float()
     for values in (middle, torch.nextafter(middle, middle + 9), torch.nextafter(middle, -middle)):
-        made = _rounded(values.numpy(), dtype)
+        made = rounded(values.numpy(), dtype)
         assert np.array_equal(made.view(np.int16), values.to(kind).view(torch.int16).numpy())

@@ -41,12 +41,12 @@ def checked(out: Path, original: Path) -> Verification:
 
 
 @pytest.fixture
-def made(tiny_checkpoint, tmp_path) -> Callable[..., tuple[Path, Path]]:
+def made(tiny_checkpoint, tiny_conversion, tmp_path) -> Callable[..., tuple[Path, Path]]:
     """(original, conversion that may be spoilt)."""
 
     def factory(family: str = "llama", **settings: Any) -> tuple[Path, Path]:
         original = tiny_checkpoint(family, **settings)
-        convert(original, PLAN, tmp_path / "out")
+        shutil.copytree(tiny_conversion(original, PLAN), tmp_path / "out")
         return original, tmp_path / "out"
 
     return factory
@@ -288,8 +288,8 @@ def test_tensors_that_do_not_fit(made, change, fault):
     """transformers would make one up, leave one out, or cast."""
     original, out = made()
     spoil(out, change)
-    (found,) = checked(out, original).faults
-    assert re.search(fault, found)
+    (difference,) = checked(out, original).faults
+    assert re.search(fault, difference)
 
 
 @pytest.mark.parametrize("where", [0.3, 0.9])

@@ -205,12 +205,12 @@ def test_text_alone_is_evaluated(
     convert(original, plan, tmp_path / "out")
     (tmp_path / "text.txt").write_text("what is in this picture, and who took it? " * 30)
     options = ("--against", original, "--data", tmp_path / "text.txt", "--window", 64)
-    found = []
+    evaluations = []
     for model in ((tmp_path / "out",), (original, "--plan", plan)):
         status, out, said = run("eval", *model, *options, "--stride", 32, "--json")
         assert status == 0, said
-        found.append(json.loads(out))
-    ours, theirs = (f["result"] for f in found)
+        evaluations.append(json.loads(out))
+    ours, theirs = (f["result"] for f in evaluations)
     for key in ("kl", "nll_difference"):
         assert ours[key] == pytest.approx(theirs[key], rel=1e-3) and abs(theirs[key]) > 1e-3
 
@@ -272,23 +272,23 @@ def test_the_processor_travels(
     convert(original, plan, tmp_path / "out")
     noise = torch.randint(0, 256, (56, 40, 3), generator=torch.Generator().manual_seed(0))
     picture = pillow.fromarray(noise.to(torch.uint8).numpy())
-    given, found = [], []
+    inputs, outputs = [], []
     for folder in (original, tmp_path / "out"):
         own = transformers.AutoProcessor.from_pretrained(folder)
         model = transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
-        given.append(own(text=text, images=picture, return_tensors="pt"))
+        inputs.append(own(text=text, images=picture, return_tensors="pt"))
         if folder == original:
-            alone, _ = answers(model, given[0])
+            alone, _ = answers(model, inputs[0])
             with grouped(model, plan):
-                logits, ids = answers(model, given[0])
+                logits, ids = answers(model, inputs[0])
         else:
-            logits, ids = answers(model, given[1])
-        found.append((logits, ids))
-    assert given[0].keys() == given[1].keys() >= {"input_ids", "pixel_values"}
-    assert all(torch.equal(given[0][name], given[1][name]) for name in given[0])
-    assert (given[0]["input_ids"] == IMAGE).sum() == MODELS[model_type][1]
-    assert close(found[1][0], found[0][0]) and not close(alone, found[0][0])
-    assert found[0][1] == found[1][1]
+            logits, ids = answers(model, inputs[1])
+        outputs.append((logits, ids))
+    assert inputs[0].keys() == inputs[1].keys() >= {"input_ids", "pixel_values"}
+    assert all(torch.equal(inputs[0][name], inputs[1][name]) for name in inputs[0])
+    assert (inputs[0]["input_ids"] == IMAGE).sum() == MODELS[model_type][1]
+    assert close(outputs[1][0], outputs[0][0]) and not close(alone, outputs[0][0])
+    assert outputs[0][1] == outputs[1][1]
 
 
 @pytest.mark.slow

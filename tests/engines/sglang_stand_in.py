@@ -92,8 +92,8 @@ class _Columns(nn.Module):
 
     def load(self, param: Any, loaded_weight: torch.Tensor, loaded_shard_id: Any) -> None:
         parts = param.data.split([size for size, _ in self.sizes.values()])
-        place, (_, replicas) = list(self.sizes).index(loaded_shard_id), self.sizes[loaded_shard_id]
-        parts[place].copy_(_part(loaded_weight, 0, replicas))
+        index, (_, replicas) = list(self.sizes).index(loaded_shard_id), self.sizes[loaded_shard_id]
+        parts[index].copy_(_part(loaded_weight, 0, replicas))
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         return linear(input_, self.weight, self.bias), None

@@ -71,7 +71,7 @@ def test_metadata_and_shapes_of_a_converted_model(tiny, tmp_path):
     source = tiny(plan="1+2+3", head_dim=24, tied=True, biases=True, dtype="bfloat16")
     made = export(source, tmp_path / "model.gguf")
     fields, tensors = read(tmp_path / "model.gguf")
-    wanted = {
+    expected = {
         "general.architecture": "deci",
         "general.file_type": 32,
         "abreast.plan": "1+2+3",
@@ -91,7 +91,7 @@ def test_metadata_and_shapes_of_a_converted_model(tiny, tmp_path):
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.chat_template": "{{ messages }}",
     }
-    assert {name: fields[name] for name in wanted} == wanted
+    assert {name: fields[name] for name in expected} == expected
     assert len(fields["tokenizer.ggml.tokens"]) == 128
     assert (
         made["heads"] == [4, 12, 4, 4] and made["bytes"] == (tmp_path / "model.gguf").stat().st_size
@@ -115,13 +115,13 @@ def test_values_survive_and_heads_are_reordered(tiny, tmp_path, monkeypatch):
     sources = {name: writer.read_rows(tensor) for name, tensor in checkpoint.tensors.items()}
     for piece in lay_out_gguf(checkpoint).pieces:
         got = torch.from_numpy(np.array(tensors[piece.name].data))
-        wanted = sources[piece.source][piece.start : piece.stop]
+        expected = sources[piece.source][piece.start : piece.stop]
         if piece.head_dim:
             assert piece.name.split(".")[2] in ("attn_q", "attn_k")
             # dimensions 0, 8, 1, 9, ... of every head of 16
             order = torch.arange(16).view(2, 8).T.reshape(-1)
-            wanted = wanted.view(-1, 16, *wanted.shape[1:])[:, order].reshape(wanted.shape)
-        assert torch.equal(got, wanted), piece.name
+            expected = expected.view(-1, 16, *expected.shape[1:])[:, order].reshape(expected.shape)
+        assert torch.equal(got, expected), piece.name
     monkeypatch.setattr(writer, "CHUNK_BYTES", 1000)  # a few rows at a time
     export(source, tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "model.gguf").read_bytes()
@@ -380,9 +380,9 @@ def test_a_known_tokenizer_is_recognised_by_its_hash(tiny, monkeypatch):
     digits = {"type": "Digits", "individual_digits": False}
     unknown = {"type": "Sequence", "pretokenizers": [digits, bytes_only]}
     save_tokenizer(source, pre_tokenizer=unknown)
-    found = fingerprint(AutoTokenizer.from_pretrained(source))
-    assert len(found) == 64
-    monkeypatch.setitem(BY_HASH, found, "smollm")
+    fingerprints = fingerprint(AutoTokenizer.from_pretrained(source))
+    assert len(fingerprints) == 64
+    monkeypatch.setitem(BY_HASH, fingerprints, "smollm")
     assert read_vocabulary(source, 128).pre == "smollm"
 
 
@@ -434,9 +434,9 @@ def test_the_verb(tmp_path, monkeypatch, capsys):
     out = tmp_path / "model.gguf"
     done = CliRunner().invoke(cli, ["export", str(model_folder()), "--gguf", str(out), "--json"])
     assert done.exit_code == 0
-    found = json.loads(done.stdout)
-    assert found["layers"] == 16 and found["bytes"] == out.stat().st_size
-    assert Path(found["modelfile"]).read_text().startswith("FROM ./model.gguf\n")
+    printed = json.loads(done.stdout)
+    assert printed["layers"] == 16 and printed["bytes"] == out.stat().st_size
+    assert Path(printed["modelfile"]).read_text().startswith("FROM ./model.gguf\n")
     monkeypatch.setitem(sys.modules, "gguf", None)
     done = CliRunner().invoke(cli, ["export", str(model_folder()), "--gguf", f"{out}2"])
     assert isinstance(done.exception, AbreastError)

@@ -62,8 +62,8 @@ def test_quantised_weights_become_bfloat16_and_the_user_is_told(tiny_checkpoint,
     assert made.nbytes == record["bytes"]
     assert "quantization_config" not in made.config
     gate = read_rows(made.tensors["model.layers.3.mlp.gate_proj.weight"])
-    wanted = read_rows(open_checkpoint(original).tensors["model.layers.3.mlp.gate_proj.weight"])
-    stored = gguf.quantize(wanted.numpy(), gguf.GGMLQuantizationType.Q8_0)
+    expected = read_rows(open_checkpoint(original).tensors["model.layers.3.mlp.gate_proj.weight"])
+    stored = gguf.quantize(expected.numpy(), gguf.GGMLQuantizationType.Q8_0)
     values = gguf.dequantize(stored, gguf.GGMLQuantizationType.Q8_0)
     assert torch.equal(gate, torch.from_numpy(values).bfloat16())
 
@@ -176,7 +176,7 @@ def test_what_cannot_be_imported_is_refused_by_name(case, tiny_checkpoint, tmp_p
 def test_damaged_and_missing_files_are_refused(tiny_checkpoint, tmp_path):
     whole = write_file(tmp_path / "whole.gguf", "llama", tiny_checkpoint("llama"))
     data, bad, out = whole.read_bytes(), tmp_path / "bad.gguf", tmp_path / "out"
-    damaged = [data[:cut] for cut in (0, 3, 5, 30, 400, 3000)]
+    damaged = [data[:length] for length in (0, 3, 5, 30, 400, 3000)]
     damaged += [b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60), data[:8] + b"\xff" * 40]
     for content in damaged:
         bad.write_bytes(content)

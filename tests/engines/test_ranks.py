@@ -57,7 +57,7 @@ def test_groups_of_a_checkpoint_are_balanced(
     convert(tiny_checkpoint(num_layers=8), plan, tmp_path / "out")
     config = open_checkpoint(tmp_path / "out").config
     layouts = [
-        torch_tp.lay_out(CONVERTIBLE["llama"], config, rank, 2, "replicate", repeat)
+        torch_tp.rank_layout(CONVERTIBLE["llama"], config, rank, 2, "replicate", repeat)
         for rank in range(2)
     ]
     members = [[one for one in layout.layers if one.layer is not None] for layout in layouts]

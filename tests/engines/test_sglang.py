@@ -144,9 +144,9 @@ def test_config_is_that_of_the_original(tiny_checkpoint, tmp_path, monkeypatch):
         ({"abreast_prefill": "sequential"}, "without --prefill sequential"),
     ],
 )
-def test_config_that_is_refused(tiny_checkpoint, tmp_path, change, message):
-    convert(tiny_checkpoint(), "1+2", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text()) | change
+def test_config_that_is_refused(tiny_checkpoint, tiny_conversion, change, message):
+    out = tiny_conversion(tiny_checkpoint(), "1+2")
+    config = json.loads((out / "config.json").read_text()) | change
     with pytest.raises(AbreastError, match=message):
         original_config(config, CONVERTIBLE["llama"])
 
@@ -162,10 +162,9 @@ def test_config_that_is_refused(tiny_checkpoint, tmp_path, change, message):
     ],
 )
 def test_options_that_are_refused(
-    models, tiny_checkpoint, tmp_path, monkeypatch, switch, size, message
+    models, tiny_checkpoint, tiny_conversion, monkeypatch, switch, size, message
 ):
-    convert(tiny_checkpoint(), "1+2", tmp_path / "out")
-    config = config_of(tmp_path / "out")
+    config = config_of(tiny_conversion(tiny_checkpoint(), "1+2"))
     for name, value in switch.items():
         if name in stand_in.SWITCHES:
             monkeypatch.setitem(stand_in.SWITCHES, name, value)
@@ -175,10 +174,9 @@ def test_options_that_are_refused(
         stand_in.on_ranks(size, lambda rank: models.AbreastLlamaForCausalLM(config))
 
 
-def test_weights_that_do_not_belong(models, tiny_checkpoint, tmp_path):
-    convert(tiny_checkpoint(), "1+2", tmp_path / "out")
-    config = config_of(tmp_path / "out")
-    weights = load_file(tmp_path / "out" / "model.safetensors")
+def test_weights_that_do_not_belong(models, tiny_checkpoint, tiny_conversion):
+    out = tiny_conversion(tiny_checkpoint(), "1+2")
+    config, weights = config_of(out), load_file(out / "model.safetensors")
     more = {**weights, "model.layers.1.self_attn.extra.weight": torch.zeros(1)}
     less = {name: tensor for name, tensor in weights.items() if "norm" not in name}
 

@@ -470,9 +470,10 @@ def test_four_ranks(tiny_checkpoint, tmp_path, on_ranks):
         ("1+2 3|4|5", 3, "replicate", "3 processes are more than the 2 members of a group"),
     ],
 )
-def test_other_degrees_are_refused(tiny_checkpoint, tmp_path, plan, world, unpaired, message):
-    convert(tiny_checkpoint(), plan, tmp_path / "out", force=True)
-    config = open_checkpoint(tmp_path / "out").config
+def test_other_degrees_are_refused(
+    tiny_checkpoint, tiny_conversion, plan, world, unpaired, message
+):
+    config = open_checkpoint(tiny_conversion(tiny_checkpoint(), plan, force=True)).config
     with pytest.raises(ParallelError, match=message):
         check_degree(config, world, unpaired)
     check_degree(config, 1, unpaired)

@@ -28,9 +28,8 @@ OVERRIDE = r""", or 2 with --hf-overrides '\{"abreast_unpaired": "replicate"\}'"
         ("granite", "1|2", 2, f"which this family cannot split; possible: 1{ELSEWHERE}"),
     ],
 )
-def test_degree_that_does_not_fit(tiny_checkpoint, tmp_path, family, plan, degree, message):
-    convert(tiny_checkpoint(family), plan, tmp_path / "out")
-    config = AutoConfig.from_pretrained(tmp_path / "out")
+def test_degree_that_does_not_fit(tiny_checkpoint, tiny_conversion, family, plan, degree, message):
+    config = AutoConfig.from_pretrained(tiny_conversion(tiny_checkpoint(family), plan))
     check(config, 1)
     with pytest.raises(ServingError, match=f"^tensor parallel size {degree} .*{message}$") as error:
         check(config, degree)
@@ -63,9 +62,10 @@ def test_what_replicate_lifts(tiny_checkpoint, tmp_path, heads, kv_heads, ffn, p
 
 
 @pytest.mark.parametrize(("family", "plan"), [("granite", "1+2"), ("mixtral", "1+2")])
-def test_replicate_is_refused_where_no_layer_is_held_whole(tiny_checkpoint, tmp_path, family, plan):
-    convert(tiny_checkpoint(family), plan, tmp_path / "out")
-    config = AutoConfig.from_pretrained(tmp_path / "out")
+def test_replicate_is_refused_where_no_layer_is_held_whole(
+    tiny_checkpoint, tiny_conversion, family, plan
+):
+    config = AutoConfig.from_pretrained(tiny_conversion(tiny_checkpoint(family), plan))
     check(config, 2)
     config.abreast_unpaired = "replicate"
     with pytest.raises(ServingError, match=r"replicate runs in vLLM for llama, .* only; leave it"):
@@ -84,7 +84,7 @@ def test_sequential_prefill(tiny_checkpoint, tmp_path):
         check(config, 2)
     convert(tiny_checkpoint("granite"), "1+2", tmp_path / "other", prefill="sequential")
     config = AutoConfig.from_pretrained(tmp_path / "other")
-    with pytest.raises(ServingError, match=r"llama, mistral, qwen2 and qwen3 only; .*hf-overrides"):
+    with pytest.raises(ServingError, match=r"qwen2, qwen3 and seed_oss only; .*hf-overrides"):
         check(config, 1)
     config.abreast_prefill = None  # what the override that the message names does
     check(config, 1)
@@ -127,11 +127,11 @@ def test_version(version, old):
 
 
 def test_entry_point_names_the_function():
-    found = [e for e in entry_points(group="vllm.general_plugins") if e.name == "abreast"]
-    assert found, "abreast is not installed, or was before it had a plugin: pip install -e ."
+    points = [e for e in entry_points(group="vllm.general_plugins") if e.name == "abreast"]
+    assert points, "abreast is not installed, or was before it had a plugin: pip install -e ."
     from abreast.engines import vllm
 
-    assert found[0].load() is vllm.register
+    assert points[0].load() is vllm.register
 
 
 def test_plugin_module_is_light():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from abreast.cli.main import main
@@ -24,7 +25,7 @@ from abreast.evaluate import statistics
 from abreast.evaluate.statistics import bootstrap, mcnemar, ratio_of_means, sign_flips
 from abreast.evaluate.text import compare, perplexity, sliding_windows
 from abreast.model import scores as scoring
-from abreast.model.scores import token_scores
+from abreast.model.scores import Reference, token_scores
 
 VOCABULARY = 128
 
@@ -78,12 +79,12 @@ def test_one_window_is_the_token_by_token_sum(model: LlamaForCausalLM) -> None:
         -log_probabilities(model, stream.tokens[:end])[-1, stream.tokens[end]]
         for end in range(1, 40)
     ]
-    found = perplexity(model, stream, window=64, stride=32)
-    assert found.num_tokens == 39
-    assert found.nll == pytest.approx(np.mean(losses), abs=1e-5)
-    assert found.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
-    assert found.bits_per_byte == pytest.approx(np.mean(losses) / np.log(2) / 3, abs=1e-5)
-    assert math.isnan(found.nll_stderr)
+    result = perplexity(model, stream, window=64, stride=32)
+    assert result.num_tokens == 39
+    assert result.nll == pytest.approx(np.mean(losses), abs=1e-5)
+    assert result.perplexity == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+    assert result.bits_per_byte == pytest.approx(np.mean(losses) / np.log(2) / 3, abs=1e-5)
+    assert math.isnan(result.nll_stderr)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -102,12 +103,12 @@ def test_sliding_window_against_brute_force(
         if begin < position:
             context = stream.tokens[begin:position]
             losses.append(-log_probabilities(model, context)[-1, stream.tokens[position]])
-    found = perplexity(model, stream, window=window, stride=stride, batch_size=batch_size)
-    assert found.num_tokens == len(losses)
-    assert found.nll == pytest.approx(np.mean(losses), abs=1e-5)
-    assert found.windows["tokens"].sum() == len(losses)
-    assert found.windows["nll"].sum() == pytest.approx(np.sum(losses), abs=1e-3)
-    assert found.perplexity_stderr == pytest.approx(found.perplexity * found.nll_stderr)
+    result = perplexity(model, stream, window=window, stride=stride, batch_size=batch_size)
+    assert result.num_tokens == len(losses)
+    assert result.nll == pytest.approx(np.mean(losses), abs=1e-5)
+    assert result.windows["tokens"].sum() == len(losses)
+    assert result.windows["nll"].sum() == pytest.approx(np.sum(losses), abs=1e-3)
+    assert result.perplexity_stderr == pytest.approx(result.perplexity * result.nll_stderr)
 
 
 @given(
@@ -117,11 +118,11 @@ def test_sliding_window_against_brute_force(
 def test_windows_score_every_token_once(length: int, sizes: tuple[int, int]) -> None:
     window, stride = sizes
     scored: list[int] = []
-    found = sliding_windows(length, window, stride)
-    for begin, end, count in found:
+    windows = sliding_windows(length, window, stride)
+    for begin, end, count in windows:
         assert 0 < count < end - begin <= window
         scored += range(end - count, end)
-    assert all(end - begin == window for begin, end, _ in found[:-1])
+    assert all(end - begin == window for begin, end, _ in windows[:-1])
     assert len(scored) == len(set(scored))
     left_out = set(range(length)) - set(scored)
     assert left_out == ({0} if stride < window else set(range(0, length, window)))
@@ -129,20 +130,26 @@ def test_windows_score_every_token_once(length: int, sizes: tuple[int, int]) -> 
 
 def test_the_window_is_clipped_and_recorded(model: LlamaForCausalLM) -> None:
     stream = stream_of(150)
-    found = perplexity(model, stream, window=1024, stride=512)
-    assert (found.window, found.stride) == (64, 32)
-    assert found == perplexity(model, stream, window=64, stride=32)
+    result = perplexity(model, stream, window=1024, stride=512)
+    assert (result.window, result.stride) == (64, 32)
+    assert result == perplexity(model, stream, window=64, stride=32)
     short = tiny_model()
     short.config.max_position_embeddings = 20
     assert compare(model, short, stream).window == 20
 
 
 def test_a_model_compared_with_itself(model: LlamaForCausalLM) -> None:
-    found = compare(model, copy.deepcopy(model), stream_of(200), window=32, stride=16)
-    assert (found.kl, found.kl_stderr, found.kl_p50, found.kl_p99, found.kl_max) == (0,) * 5
-    assert (found.nll_difference, found.nll_difference_stderr) == (0, 0)
-    assert (found.top1_agreement, found.top1_agreement_stderr) == (1, 0)
-    assert found.model == found.reference
+    comparison = compare(model, copy.deepcopy(model), stream_of(200), window=32, stride=16)
+    assert (
+        comparison.kl,
+        comparison.kl_stderr,
+        comparison.kl_p50,
+        comparison.kl_p99,
+        comparison.kl_max,
+    ) == (0,) * 5
+    assert (comparison.nll_difference, comparison.nll_difference_stderr) == (0, 0)
+    assert (comparison.top1_agreement, comparison.top1_agreement_stderr) == (1, 0)
+    assert comparison.model == comparison.reference
 
 
 def test_comparison_by_hand(model: LlamaForCausalLM, perturbed: LlamaForCausalLM) -> None:
@@ -154,33 +161,39 @@ def test_comparison_by_hand(model: LlamaForCausalLM, perturbed: LlamaForCausalLM
     losses = (theirs - ours)[np.arange(49), stream.tokens[1:]]
     assert 0 < agreement.mean() < 1
 
-    found = compare(perturbed, model, stream, window=64, stride=64)
-    assert found.num_tokens == 49
-    assert found.kl == pytest.approx(kl.mean(), rel=1e-4)
-    assert found.kl_max == pytest.approx(kl.max(), rel=1e-4)
-    assert (found.kl_p50, found.kl_p95, found.kl_p99) == pytest.approx(
+    comparison = compare(perturbed, model, stream, window=64, stride=64)
+    assert comparison.num_tokens == 49
+    assert comparison.kl == pytest.approx(kl.mean(), rel=1e-4)
+    assert comparison.kl_max == pytest.approx(kl.max(), rel=1e-4)
+    assert (comparison.kl_p50, comparison.kl_p95, comparison.kl_p99) == pytest.approx(
         np.percentile(kl, [50, 95, 99]), rel=1e-4
     )
-    assert found.top1_agreement == pytest.approx(agreement.mean())
-    assert found.nll_difference == pytest.approx(losses.mean(), abs=1e-5)
+    assert comparison.top1_agreement == pytest.approx(agreement.mean())
+    assert comparison.nll_difference == pytest.approx(losses.mean(), abs=1e-5)
     # KL is not symmetric: the other direction must be another number.
-    assert abs(compare(model, perturbed, stream).kl - found.kl) > 1e-3 * found.kl
+    assert abs(compare(model, perturbed, stream).kl - comparison.kl) > 1e-3 * comparison.kl
 
 
 def test_comparison_agrees_with_perplexity_and_its_own_windows(
     model: LlamaForCausalLM, perturbed: LlamaForCausalLM
 ) -> None:
     stream = stream_of(300)
-    found = compare(perturbed, model, stream, window=32, stride=16, batch_size=4)
+    comparison = compare(perturbed, model, stream, window=32, stride=16, batch_size=4)
     sizes = {"window": 32, "stride": 16}
-    assert found.model.nll == pytest.approx(perplexity(perturbed, stream, **sizes).nll, abs=1e-6)
-    assert found.reference.nll == pytest.approx(perplexity(model, stream, **sizes).nll, abs=1e-6)
-    assert found.nll_difference == pytest.approx(found.model.nll - found.reference.nll)
-    windows = found.windows
+    assert comparison.model.nll == pytest.approx(
+        perplexity(perturbed, stream, **sizes).nll, abs=1e-6
+    )
+    assert comparison.reference.nll == pytest.approx(
+        perplexity(model, stream, **sizes).nll, abs=1e-6
+    )
+    assert comparison.nll_difference == pytest.approx(
+        comparison.model.nll - comparison.reference.nll
+    )
+    windows = comparison.windows
     assert len(windows["tokens"]) == len(sliding_windows(300, 32, 16))
-    assert ratio_of_means(windows["kl"], windows["tokens"]) == (found.kl, found.kl_stderr)
+    assert ratio_of_means(windows["kl"], windows["tokens"]) == (comparison.kl, comparison.kl_stderr)
     # Pairing is what makes small differences visible.
-    assert 0 < found.nll_difference_stderr < found.model.nll_stderr
+    assert 0 < comparison.nll_difference_stderr < comparison.model.nll_stderr
 
 
 @pytest.mark.parametrize("values", [1, 3 * VOCABULARY * 2, 2**30])
@@ -207,9 +220,9 @@ def test_a_model_without_logits_to_keep_gives_the_same(model: LlamaForCausalLM) 
 
 def test_half_precision_models_are_scored_in_float32(model: LlamaForCausalLM) -> None:
     half = copy.deepcopy(model).bfloat16()
-    found = compare(half, model, stream_of(100), window=32, stride=16)
-    assert 0 < found.kl < 0.5
-    assert found.nll_difference == pytest.approx(0, abs=0.5)
+    comparison = compare(half, model, stream_of(100), window=32, stride=16)
+    assert 0 < comparison.kl < 0.5
+    assert comparison.nll_difference == pytest.approx(0, abs=0.5)
 
 
 def test_tokens_the_reference_rules_out_add_nothing(model: LlamaForCausalLM) -> None:
@@ -220,6 +233,19 @@ def test_tokens_the_reference_rules_out_add_nothing(model: LlamaForCausalLM) -> 
     targets = torch.full((1, 7), 9)
     scores = token_scores(masked(logits), targets, masked(logits))
     assert (scores[..., 2] == 0).all()
+
+
+def test_scores_against_a_prepared_reference_and_with_ties_are_those_of_argmax() -> None:
+    logits, theirs = (torch.randn(3, 7, VOCABULARY).mul(4).round() for _ in range(2))  # many ties
+    targets = torch.randint(0, VOCABULARY, (3, 7))
+    scores = token_scores(logits, targets, theirs)
+    assert (scores == token_scores(logits, targets, Reference.of(theirs))).all()
+    same = logits.log_softmax(-1).argmax(-1) == theirs.log_softmax(-1).argmax(-1)
+    assert (scores[..., 3] == same.numpy()).all()
+    kl = functional.kl_div(
+        logits.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none"
+    )
+    assert scores[..., 2] == pytest.approx(kl.sum(-1).numpy(), abs=1e-5)
 
 
 def test_stderr_of_single_token_clusters_is_the_ordinary_one() -> None:
@@ -332,11 +358,11 @@ def test_bootstrap_agrees_with_the_standard_error() -> None:
     counts = rng.integers(10, 60, size=200)
     sums = rng.normal(0.3, 1, size=200) * counts
     mean, stderr = ratio_of_means(sums, counts)
-    found = bootstrap(
+    intervals = bootstrap(
         {"sum": sums, "count": counts},
         {"mean": lambda drawn: drawn["sum"] / drawn["count"]},
     )
-    low, high = found["mean"]
+    low, high = intervals["mean"]
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * stderr, rel=0.1)
 
@@ -364,8 +390,8 @@ def test_statistics_of_one_and_two_clusters_by_hand() -> None:
     assert mean == 1.5 and math.isnan(error)
     # Of two clusters the resampled totals are 2, 4 and 6, a quarter of them each end.
     statistic = {"total": lambda drawn: drawn["sum"], "count": lambda drawn: drawn["sum"] / 0}
-    found = bootstrap({"sum": sums}, statistic)
-    assert found["total"] == (2, 6) and np.isnan(found["count"]).all()
+    intervals = bootstrap({"sum": sums}, statistic)
+    assert intervals["total"] == (2, 6) and np.isnan(intervals["count"]).all()
     assert np.isnan(bootstrap({"sum": sums[1:]}, statistic)["total"]).all()
 
 
@@ -410,19 +436,19 @@ def test_intervals_hold_what_they_are_of(
     model: LlamaForCausalLM, perturbed: LlamaForCausalLM
 ) -> None:
     stream = stream_of(600)
-    found = compare(perturbed, model, stream, window=32, stride=32)
+    comparison = compare(perturbed, model, stream, window=32, stride=32)
     for name in ("nll_difference", "kl", "top1_agreement"):
-        low, high = found.bootstrap[name]
-        assert low < getattr(found, name) < high
-        stderr = getattr(found, f"{name}_stderr")
+        low, high = comparison.bootstrap[name]
+        assert low < getattr(comparison, name) < high
+        stderr = getattr(comparison, f"{name}_stderr")
         assert high - low == pytest.approx(2 * 1.96 * stderr, rel=0.25)
-    ratio = tuple(math.exp(end) for end in found.bootstrap["nll_difference"])
-    assert found.bootstrap["perplexity_ratio"] == pytest.approx(ratio)
-    assert found == compare(perturbed, model, stream, window=32, stride=32)
+    ratio = tuple(math.exp(end) for end in comparison.bootstrap["nll_difference"])
+    assert comparison.bootstrap["perplexity_ratio"] == pytest.approx(ratio)
+    assert comparison == compare(perturbed, model, stream, window=32, stride=32)
     other = compare(perturbed, model, stream, window=32, stride=32, seed=1)
-    assert other.bootstrap != found.bootstrap and other.kl == found.kl
-    worse = found.windows["nll"] > found.windows["reference_nll"]
-    assert found.windows_worse == worse.mean()
+    assert other.bootstrap != comparison.bootstrap and other.kl == comparison.kl
+    worse = comparison.windows["nll"] > comparison.windows["reference_nll"]
+    assert comparison.windows_worse == worse.mean()
 
 
 @pytest.mark.parametrize("stride", [32, 12])
@@ -430,31 +456,31 @@ def test_kl_by_position_by_hand(
     model: LlamaForCausalLM, perturbed: LlamaForCausalLM, stride: int
 ) -> None:
     stream = stream_of(150)
-    found = compare(perturbed, model, stream, window=32, stride=stride)
+    comparison = compare(perturbed, model, stream, window=32, stride=stride)
     sums: dict[int, list[float]] = {}
     for begin, end, scored in sliding_windows(150, 32, stride):
         tokens = stream.tokens[begin:end]
-        theirs, ours = (log_probabilities(each, tokens) for each in (model, perturbed))
+        theirs, ours = (log_probabilities(m, tokens) for m in (model, perturbed))
         kl = (np.exp(theirs) * (theirs - ours)).sum(-1)
         for position in range(len(tokens) - scored, len(tokens)):
             sums.setdefault(position // 4, []).append(kl[position - 1])
-    assert [bucket.start // 4 for bucket in found.kl_by_position] == sorted(sums)
-    for bucket in found.kl_by_position:
+    assert [bucket.start // 4 for bucket in comparison.kl_by_position] == sorted(sums)
+    for bucket in comparison.kl_by_position:
         assert bucket.end == bucket.start + 3
         assert bucket.kl == pytest.approx(np.mean(sums[bucket.start // 4]), rel=1e-3)
     # Together they are the mean over all tokens.
-    sizes = [len(sums[bucket.start // 4]) for bucket in found.kl_by_position]
-    means = [bucket.kl for bucket in found.kl_by_position]
-    assert np.average(means, weights=sizes) == pytest.approx(found.kl)
+    sizes = [len(sums[bucket.start // 4]) for bucket in comparison.kl_by_position]
+    means = [bucket.kl for bucket in comparison.kl_by_position]
+    assert np.average(means, weights=sizes) == pytest.approx(comparison.kl)
 
 
 def test_one_window_has_no_interval_and_the_json_says_so(
     model: LlamaForCausalLM, perturbed: LlamaForCausalLM
 ) -> None:
-    found = compare(perturbed, model, stream_of(30)).to_dict()
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert found["bootstrap"]["kl"] == [None, None]
-    assert found["kl_by_position"][0]["stderr"] is None
+    comparison = compare(perturbed, model, stream_of(30)).to_dict()
+    assert json.loads(json.dumps(comparison, allow_nan=False)) == comparison
+    assert comparison["bootstrap"]["kl"] == [None, None]
+    assert comparison["kl_by_position"][0]["stderr"] is None
     several = compare(perturbed, model, stream_of(200), window=32, stride=32).to_dict()
     assert set(several["bootstrap"]) == {
         *("nll_difference", "kl", "top1_agreement", "perplexity_ratio"),

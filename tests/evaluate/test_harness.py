@@ -66,7 +66,7 @@ def theirs(folder: Path, task: str, limit: int, batch_size: int) -> dict[str, An
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
         tasks=[task],
@@ -75,8 +75,8 @@ def theirs(folder: Path, task: str, limit: int, batch_size: int) -> dict[str, An
         device="cpu",
         limit=limit,
     )
-    assert found is not None
-    return found
+    assert results is not None
+    return results
 
 
 def same_as_the_harness(folder: Path, out: Path, limit: int, batch_size: int) -> None:
@@ -115,27 +115,30 @@ def test_grouped_and_converted_models_give_the_same_answers(folder: Path, tmp_pa
     convert(folder, PLAN, tmp_path / "converted")
     tasks = find_tasks(["python_next_line", "python_line_end"], limit=5)
     runs = {"grouped": (folder, PLAN), "converted": (tmp_path / "converted", None)}
-    found = {
+    evaluations = {
         name: evaluate_tasks(model, tasks, plan=plan, out=tmp_path / f"of-{name}", dtype="float32")
         for name, (model, plan) in runs.items()
     }
-    assert found["grouped"].tasks == found["converted"].tasks
+    assert evaluations["grouped"].tasks == evaluations["converted"].tasks
     one, two = (items_of(tmp_path / f"of-{name}", "python_next_line") for name in runs)
     for mine, other in zip(one, two, strict=True):
-        scores = [[score for score, _ in each["filtered_resps"]] for each in (mine, other)]
+        scores = [[score for score, _ in item["filtered_resps"]] for item in (mine, other)]
         assert scores[0] == pytest.approx(scores[1], abs=1e-3)
 
 
 def test_a_comparison_of_a_model_with_itself(folder: Path, tmp_path: Path) -> None:
     tasks = find_tasks(["python_brackets", "python_last_name"], limit=8)
-    found = evaluate_tasks(folder, tasks, against=folder, out=tmp_path, dtype="float32")
-    row = found.tasks["python_brackets"]
+    evaluation = evaluate_tasks(folder, tasks, against=folder, out=tmp_path, dtype="float32")
+    row = evaluation.tasks["python_brackets"]
     assert (row.metric, row.num_items, row.num_fewshot, row.truncated) == ("acc", 8, 0, 0)
     assert (row.only_original, row.only_converted, row.p_value, row.test) == (0, 0, 1, "mcnemar")
     assert row.converted == row.original
-    assert found.above_chance_kept in (None, 1) and found.above_chance_interval in (None, (1, 1))
+    assert evaluation.above_chance_kept in (None, 1) and evaluation.above_chance_interval in (
+        None,
+        (1, 1),
+    )
     assert row.kept == 1 if row.original else row.kept is None
-    words = found.tasks["python_last_name"]
+    words = evaluation.tasks["python_last_name"]
     assert words.metric == "acc" and set(words.metrics) == {"acc", "perplexity"}
     assert words.metrics["perplexity"]["kept"] == words.metrics["perplexity"]["p_value"] == 1
     assert words.metrics["perplexity"]["test"] == "sign flips"
@@ -148,28 +151,27 @@ def test_what_is_recorded(folder: Path, tmp_path: Path) -> None:
 
     tasks = find_tasks(["python_entry", "python_brackets"], num_fewshot=2, limit=3)
     options: dict[str, Any] = {"against": folder, "out": tmp_path, "batch_size": 2}
-    found = evaluate_tasks(folder, tasks, plan=PLAN, add_bos=False, **options).to_dict()
-    assert json.loads((tmp_path / "tasks.json").read_text()) == found
-    settings = found["settings"]
+    recorded = evaluate_tasks(folder, tasks, plan=PLAN, add_bos=False, **options).to_dict()
+    assert json.loads((tmp_path / "tasks.json").read_text()) == recorded
+    settings = recorded["settings"]
     assert settings["dtype"] == fitting_dtype(open_checkpoint(folder), "auto", "cpu")
     expected = {"limit": 3, "batch_size": 2, "add_bos": False, "seed": 0}
     assert {key: settings[key] for key in expected} == expected
     assert settings["versions"]["lm_eval"] == lm_eval.__version__
-    assert (settings["model"], settings["plan"], settings["against"]) == (
-        *(str(folder), PLAN, str(folder)),
-    )
+    models = settings["model"], settings["plan"], settings["against"]
+    assert models == (str(folder), PLAN, str(folder))
     # The task that says 0 in its file keeps that.
     shots = {name: about["num_fewshot"] for name, about in settings["tasks"].items()}
     assert shots == {"python_entry": 2, "python_brackets": 0}
-    assert found["tasks"]["python_entry"]["num_fewshot"] == 2
-    for row in found["tasks"].values():
+    assert recorded["tasks"]["python_entry"]["num_fewshot"] == 2
+    for row in recorded["tasks"].values():
         for key in ("metric", "original", "original_stderr", "converted", "converted_stderr"):
             assert row[key] is not None
         assert {"kept", "p_value", "num_items"} <= set(row)
     # What was saved is enough to do the paired test again.
     ours, old = (
-        [json.loads(line)["acc"] for line in (tmp_path / each / "python_entry.jsonl").open()]
-        for each in sorted(
+        [json.loads(line)["acc"] for line in (tmp_path / folder_name / "python_entry.jsonl").open()]
+        for folder_name in sorted(
             (path.parent.name for path in tmp_path.glob("*/answers.json")),
             key=lambda n: (
                 json.loads((tmp_path / n / "answers.json").read_text())["identity"]["plan"] is None
@@ -178,7 +180,7 @@ def test_what_is_recorded(folder: Path, tmp_path: Path) -> None:
     )
     lost = sum(a < b for a, b in zip(ours, old, strict=True))
     won = sum(a > b for a, b in zip(ours, old, strict=True))
-    row = found["tasks"]["python_entry"]
+    row = recorded["tasks"]["python_entry"]
     assert (row["only_original"], row["only_converted"]) == (lost, won)
     assert row["p_value"] == mcnemar(lost, won)
 
@@ -195,7 +197,7 @@ def test_fingerprints_tell_prompts_apart() -> None:
 def test_resumes_per_task_and_shares_the_original(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loads, asked = [], []
+    loads, messages = [], []
     original = harness.load
 
     def counted(model: Any, **options: Any) -> Any:
@@ -204,17 +206,17 @@ def test_resumes_per_task_and_shares_the_original(
 
     monkeypatch.setattr(harness, "load", counted)
     tasks = find_tasks(["python_brackets", "python_entry"], limit=3)
-    options: dict[str, Any] = {"against": folder, "out": tmp_path, "step": asked.append}
+    options: dict[str, Any] = {"against": folder, "out": tmp_path, "step": messages.append}
     first = evaluate_tasks(folder, tasks, plan=PLAN, **options)
-    assert loads == [None, PLAN] and len(asked) == 4
+    assert loads == [None, PLAN] and len(messages) == 4
     assert evaluate_tasks(folder, tasks, plan=PLAN, **options) == first
-    assert len(loads) == 2 and len(asked) == 4
+    assert len(loads) == 2 and len(messages) == 4
     # A task that was interrupted: its lines are there, its scores are not.
-    cut = [*tmp_path.glob("*/python_entry.json")]
-    assert len(cut) == 2
-    cut[0].unlink()
+    scores = [*tmp_path.glob("*/python_entry.json")]
+    assert len(scores) == 2
+    scores[0].unlink()
     assert evaluate_tasks(folder, tasks, plan=PLAN, **options) == first
-    assert len(loads) == 3 and len(asked) == 5
+    assert len(loads) == 3 and len(messages) == 5
     evaluate_tasks(folder, tasks, plan="2+3", **options)
     assert loads[3:] == ["2+3"]
     evaluate_tasks(folder, tasks, plan="2+3", batch_size=2, **options)
@@ -232,19 +234,19 @@ def test_local_files_groups_and_folders(folder: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.yaml").write_text(lines)
     (tmp_path / "python_brackets.yaml").unlink()
     (tmp_path / "both.yaml").write_text("group: both\ntask: [mine, other]\n")
-    found = find_tasks([str(tmp_path / "mine.yaml")], limit=3)
-    assert list(found.rows) == ["mine"]
-    alone = evaluate_tasks(folder, found)
+    tasks = find_tasks([str(tmp_path / "mine.yaml")], limit=3)
+    assert list(tasks.rows) == ["mine"]
+    alone = evaluate_tasks(folder, tasks)
     assert alone.tasks["mine"].original is None and alone.kept_mean is None
 
     manager = TaskManager(include_path=[str(tmp_path)], include_defaults=False)
     patched = pytest.MonkeyPatch()
     patched.setattr("lm_eval.tasks.TaskManager", lambda **_: manager)  # not 14,000 other files
     with patched.context():
-        found = find_tasks(["both"], include_path=[tmp_path], limit=3)
+        tasks = find_tasks(["both"], include_path=[tmp_path], limit=3)
         patched.undo()
-    assert found.rows == {"both": ("mine", "other")}
-    pooled = evaluate_tasks(folder, found, against=folder).tasks["both"]
+    assert tasks.rows == {"both": ("mine", "other")}
+    pooled = evaluate_tasks(folder, tasks, against=folder).tasks["both"]
     assert pooled.num_items == 6
     assert pooled.converted == pytest.approx(alone.tasks["mine"].converted)
 
@@ -257,8 +259,8 @@ def test_prompts_that_are_cut_are_counted(
     config = json.loads((short / "config.json").read_text())
     (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 60}))
     tasks = find_tasks(["python_brackets", "python_entry"], limit=4)
-    found = evaluate_tasks(short, tasks, step=said.append).tasks
-    assert found["python_entry"].truncated == 4
+    scores = evaluate_tasks(short, tasks, step=said.append).tasks
+    assert scores["python_entry"].truncated == 4
     assert any("python_entry: 4 items are longer than 60 tokens" in line for line in said)
 
 
@@ -384,10 +386,10 @@ def answers(*, higher: bool = True, **items: list[Any]) -> Answers:
 def test_what_is_kept_and_its_error() -> None:
     old = answers(acc=[1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
     new = answers(acc=[1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0])
-    found = paired_scores(new, old, "acc")
-    assert (found["only_original"], found["only_converted"]) == (3, 1)
-    assert found["p_value"] == pytest.approx(2 * (1 + 4) / 16)
-    assert found["kept"] == pytest.approx(4 / 6)
+    score = paired_scores(new, old, "acc")
+    assert (score["only_original"], score["only_converted"]) == (3, 1)
+    assert score["p_value"] == pytest.approx(2 * (1 + 4) / 16)
+    assert score["kept"] == pytest.approx(4 / 6)
     # Against resampled items.
     rng = np.random.default_rng(0)
     a, b = rng.integers(2, size=(2, 400)) | rng.integers(2, size=400)
@@ -399,8 +401,8 @@ def test_what_is_kept_and_its_error() -> None:
 
 def test_kept_where_lower_is_better_and_where_nothing_was_right() -> None:
     worse, better = answers(higher=False, loss=[2.0, 4.0]), answers(higher=False, loss=[1.0, 2.0])
-    found = paired_scores(worse, better, "loss")
-    assert found["kept"] == pytest.approx(0.5) and found["test"] == "sign flips"
+    score = paired_scores(worse, better, "loss")
+    assert score["kept"] == pytest.approx(0.5) and score["test"] == "sign flips"
     none, some = answers(acc=[0.0, 0.0]), answers(acc=[1.0, 0.0])
     assert paired_scores(some, none, "acc")["kept"] is None
     row = score_task("t", some, none, 0)
@@ -416,13 +418,13 @@ def test_accuracy_above_chance_that_is_kept() -> None:
     ours, theirs = ({t: answers(acc=v.tolist()) for t, v in of.items()} for of in (new, old))
     scores = {task: score_task(task, ours[task], theirs[task], 0) for task in sizes}
     guess = {task: np.full(size, chance[task]) for task, size in sizes.items()}
-    kept, within = above_chance_kept(scores, ours, theirs, guess)
+    fraction, within = above_chance_kept(scores, ours, theirs, guess)
 
     def share(drawn: dict[str, np.ndarray]) -> float:
         top, bottom = (sum(of[t][drawn[t]].mean() - chance[t] for t in sizes) for of in (new, old))
         return float(top / bottom)
 
-    assert kept == pytest.approx(share({task: np.arange(size) for task, size in sizes.items()}))
+    assert fraction == pytest.approx(share({task: np.arange(size) for task, size in sizes.items()}))
     draws = [{t: rng.integers(n, size=n) for t, n in sizes.items()} for _ in range(2000)]
     assert within == pytest.approx(np.percentile(list(map(share, draws)), [2.5, 97.5]), abs=0.01)
     assert above_chance_kept(scores, theirs, theirs, guess) == (1.0, (1.0, 1.0))
@@ -493,8 +495,8 @@ def test_the_suite_is_small_and_sound() -> None:
 def test_the_bundled_model_is_clearly_above_chance(tmp_path: Path) -> None:
     """Three standard errors and more; what it is on all items is in docs/evaluation.md."""
     tasks = find_tasks([OFFLINE], limit=60)
-    found = evaluate_tasks(model_folder(), tasks, batch_size=16, dtype="float32").tasks
-    for name, row in found.items():
+    scores = evaluate_tasks(model_folder(), tasks, batch_size=16, dtype="float32").tasks
+    for name, row in scores.items():
         chance = 0.25 if name in ("python_brackets", "python_entry", "python_next_line") else 0.0
         assert row.converted - 3 * (row.converted_stderr or 0) > chance, name
         assert row.truncated == 0
@@ -506,14 +508,14 @@ def test_optimize_leaves_the_scores_beside_the_conversion(
 ) -> None:
     small = "--windows 8 --window 32 --per-group 1 --max-tokens 600 --rounds 1 --no-baselines"
     words = f"optimize {folder} -o {tmp_path} --depth 5 {small} --no-plots".split()
-    asked = ["--tasks", "python_entry", "--limit", "2"]
-    monkeypatch.setattr(sys, "argv", ["abreast", *words, *asked])
+    options = ["--tasks", "python_entry", "--limit", "2"]
+    monkeypatch.setattr(sys, "argv", ["abreast", *words, *options])
     with pytest.raises(SystemExit) as left:
         main()
     assert not left.value.code
     (file,) = tmp_path.glob("plans/*/tasks.json")
-    found = json.loads(file.read_text())
-    assert {"tasks", "kept_mean", "settings"} <= set(found)
-    row = found["tasks"]["python_entry"]
+    scores = json.loads(file.read_text())
+    assert {"tasks", "kept_mean", "settings"} <= set(scores)
+    row = scores["tasks"]["python_entry"]
     assert row["num_items"] == 2 and row["original"] is not None and "p_value" in row
-    assert json.loads((tmp_path / "results.json").read_text())["tasks"] == found
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"] == scores

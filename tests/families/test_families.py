@@ -54,7 +54,7 @@ def test_tensors_are_those_that_transformers_saves(
     config = complete(json.loads((folder / "config.json").read_text()))
     row = family_of(config)
     saved = open_checkpoint(folder).tensors
-    if row.routes:  # saved one by one, or by other names
+    if row.routes or row.renames:  # saved one by one, or by other names
         saved = as_loaded(open_checkpoint(folder), row).tensors
         own = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         assert {name for name in own if name != row.head or not tied} == set(saved)
@@ -112,7 +112,7 @@ def test_defaults_are_those_of_transformers(family: str) -> None:
     assert is_tied(ours) == bool(theirs.tie_word_embeddings)
     for matrix in CONVERTIBLE[family].matrices + CONVERTIBLE[family].dense:
         if matrix.bias not in ("", "always"):
-            assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias))
+            assert bool(ours.get(matrix.bias)) == bool(getattr(theirs, matrix.bias, False))
     shape = {key: getattr(theirs, key) for key in ("hidden_size", "num_attention_heads")}
     derived = shape["hidden_size"] // shape["num_attention_heads"]
     assert head_dim_of({**ours, **shape}) == (getattr(theirs, "head_dim", None) or derived)
@@ -161,19 +161,22 @@ def test_attention_kinds_follow_qwen2(
         "sliding_window": window,
         "max_window_layers": first,
     }
-    wanted = Qwen2Config(**settings).layer_types
-    assert list(attention_kinds({**CONFIG, **settings})) == wanted
-    assert list(attention_kinds({**CONFIG, "num_hidden_layers": count, "layer_types": wanted})) == (
-        wanted
-    )
+    expected = Qwen2Config(**settings).layer_types
+    assert list(attention_kinds({**CONFIG, **settings})) == expected
+    assert list(
+        attention_kinds({**CONFIG, "num_hidden_layers": count, "layer_types": expected})
+    ) == (expected)
 
 
 def test_defaults() -> None:
-    assert sizes(CONFIG) == {"D": 64, "Q": 64, "K": 32, "F": 96, "V": 128}
+    assert sizes(CONFIG) == {"D": 64, "Q": 64, "K": 32, "W": 192, "F": 96, "V": 128}
     without = {key: value for key, value in CONFIG.items() if key != "num_key_value_heads"}
     assert sizes(without)["K"] == 64
     assert head_dim_of({**CONFIG, "head_dim": None}) == 16
-    assert sizes({**CONFIG, "head_dim": 10}) == {"D": 64, "Q": 40, "K": 20, "F": 96, "V": 128}
+    assert sizes({**CONFIG, "head_dim": 10}) == {
+        **{"D": 64, "Q": 40, "K": 20},
+        **{"W": 120, "F": 96, "V": 128},
+    }
     assert num_layers_of(CONFIG) == 6
     assert "self_attn.q_proj.bias" not in layer_tensors(CONVERTIBLE["llama"], CONFIG)
     assert "self_attn.q_proj.bias" in layer_tensors(CONVERTIBLE["qwen2"], CONFIG)
@@ -187,8 +190,16 @@ def test_defaults() -> None:
         ({"model_type": ["llama"]}, "no model_type"),
         ({"model_type": "gptj"}, "model_type 'gptj' is not supported; supported are llama"),
         ({"model_type": "abreast_llama"}, "converted already"),
-        ({"model_type": "gpt_neox"}, "a gpt_neox cannot be written as wide layers"),
-        ({"model_type": "gpt2"}, "its attention takes the size of a head from hidden_size"),
+        ({"model_type": "bloom"}, "a bloom cannot be written as wide layers"),
+        ({"model_type": "gpt2"}, "its matrices are stored transposed"),
+        (
+            {"model_type": "gpt_neox", "use_parallel_residual": False},
+            "its FFN reads the attention's result (use_parallel_residual)",
+        ),
+        (
+            {"model_type": "stablelm", "use_parallel_residual": True},
+            "its FFN reads what its attention reads (use_parallel_residual)",
+        ),
         ({"model_type": "mixtral"}, "how many experts (num_local_experts)"),
         ({"model_type": "mixtral", "num_local_experts": [4, 8]}, "num_local_experts"),
         (

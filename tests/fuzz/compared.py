@@ -111,7 +111,7 @@ _REDUCED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def alike(made: bytes, expected: bytes) -> bool:
+def same_content(made: bytes, expected: bytes) -> bool:
     """Whether contents agree up to rounding: short of memory, torch multiplies another way."""
     if made.startswith(b"{") and b'"data_offsets"' in made[:1000]:
         (header, tensors), (other, others) = map(_tensors, (made, expected))

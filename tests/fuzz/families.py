@@ -40,7 +40,7 @@ def families(folder: Path) -> None:
         settings = {**SIZES, **EXPERTS, **ROUTED[family], **more}
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
 
-    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as place:
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
         made = {
             "fp8": routed("qwen3_moe", moe_intermediate_size=32),
@@ -51,10 +51,10 @@ def families(folder: Path) -> None:
             ),
         }
         for name, model in made.items():
-            plain = Path(place, f"{name}-plain")
+            plain = Path(directory, f"{name}-plain")
             model.save_pretrained(plain)
             if name in ("fp8", "mxfp4"):
-                plain, _ = quantised(plain, name, Path(place, name))
+                plain, _ = quantised(plain, name, Path(directory, name))
             shutil.copytree(plain, folder / name)
             _shard(folder / name)
             for file in ("tokenizer.json", "tokenizer_config.json"):

@@ -114,8 +114,8 @@ def run(
     written to: V8, which draws a report's charts, sets aside more addresses than any limit leaves.
     before: called in the fork. learn: import here what the run imports, for later ones.
     """
-    with tempfile.TemporaryDirectory() as place:
-        logs = [Path(place, name) for name in ("out", "err", "tried", "imported")]
+    with tempfile.TemporaryDirectory() as directory:
+        logs = [Path(directory, name) for name in ("out", "err", "tried", "imported")]
         began = time.monotonic()
         # held back until the fork can end by it: Python's own hooks after a fork cannot
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -128,7 +128,7 @@ def prepare(origin: Path) -> None:
     (origin / "run/results.json").write_text(json.dumps({"plan": "1+2", "result": manifest}))
 
 
-def undamaged(targets: Mapping[str, Target], origin: Path, place: Path) -> list[str]:
+def undamaged(targets: Mapping[str, Target], origin: Path, directory: Path) -> list[str]:
     """The targets' commands that fail on what is whole: damage to it would show nothing.
 
     What they import is then imported here, so that later runs need not.
@@ -138,7 +138,7 @@ def undamaged(targets: Mapping[str, Target], origin: Path, place: Path) -> list[
         file = place_of(target, origin, random.Random(0))
         data = (origin / file).read_bytes()
         for command in target.commands:
-            ended, fault = tried(origin, place / "case", file, data, command, learn=True)
+            ended, fault = tried(origin, directory / "case", file, data, command, learn=True)
             if fault or ended.status:
                 faults.append(f"{name}, undamaged: {fault or ended.err.strip()[-300:]}")
     return faults
@@ -202,18 +202,18 @@ def keep(name: str, file: str, data: bytes, command: list[str], fault: str) -> P
     CORPUS.mkdir(exist_ok=True)
     digest = hashlib.sha256(data + " ".join(command).encode()).hexdigest()[:8]
     path = CORPUS / f"{name.replace(' ', '-')}-{digest}.json"
-    kept = {"file": file, "command": command, "fault": fault}
-    path.write_text(json.dumps({**kept, "data": base64.b64encode(data).decode()}, indent=1) + "\n")
+    case = {"file": file, "command": command, "fault": fault}
+    path.write_text(json.dumps({**case, "data": base64.b64encode(data).decode()}, indent=1) + "\n")
     return path
 
 
-def replay(origin: Path, place: Path) -> list[str]:
+def replay(origin: Path, directory: Path) -> list[str]:
     """What still fails of the corpus."""
     faults = []
     for path in sorted(CORPUS.glob("*.json")):
         case: dict[str, Any] = json.loads(path.read_text())
         data = base64.b64decode(case["data"])
-        fault = tried(origin, place / "case", case["file"], data, case["command"])[1]
+        fault = tried(origin, directory / "case", case["file"], data, case["command"])[1]
         if fault:
             faults.append(f"{path.name}: {fault}")
     return faults
@@ -230,17 +230,17 @@ def main() -> int:
     options = parser.parse_args()
     targets = {name: TARGETS[name] for name in options.targets.split(",")}
     warm_up()
-    with tempfile.TemporaryDirectory() as place:
-        origin = Path(place, "origin")
+    with tempfile.TemporaryDirectory() as directory:
+        origin = Path(directory, "origin")
         prepare(origin)
-        failed = undamaged(targets, origin, Path(place)) + replay(origin, Path(place))
+        failed = undamaged(targets, origin, Path(directory)) + replay(origin, Path(directory))
         for fault in failed:
             print(fault, flush=True)
         if options.replay:
             print(f"{len(failed)} of what is whole and of the corpus fail")
             return bool(failed)
         began = time.monotonic()
-        counts, faults = damage(targets, origin, Path(place), options)
+        counts, faults = damage(targets, origin, Path(directory), options)
         seconds = time.monotonic() - began
     succeeded = counts.pop("succeeded", 0)
     rate = round(60 * counts.total() / seconds)
@@ -254,7 +254,7 @@ def main() -> int:
 
 
 def damage(
-    targets: Mapping[str, Target], origin: Path, place: Path, options: argparse.Namespace
+    targets: Mapping[str, Target], origin: Path, directory: Path, options: argparse.Namespace
 ) -> tuple[Counter[str], int]:
     """Hand over inputs until the time is over, or somebody interrupts; counts by target, faults."""
     chance = random.Random(options.seed)
@@ -273,7 +273,7 @@ def damage(
             data = target.mutate((origin / file).read_bytes(), chance)
             plain = command[0] == "report" and chance.random() < 0.98
             settings = {"before": undrawn} if plain else {}
-            ended, fault = tried(origin, place / "case", file, data, command, **settings)
+            ended, fault = tried(origin, directory / "case", file, data, command, **settings)
             counts[name] += 1
             counts["succeeded"] += ended.status == 0
             if fault:

@@ -130,9 +130,9 @@ def unmount(folder: Path) -> None:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def mountable(place: Path) -> bool:
+def mountable(directory: Path) -> bool:
     """Whether this process may mount disks, which takes root; those of a kill are in memory."""
-    folder = place / "mounted"
+    folder = directory / "mounted"
     folder.mkdir()
     if allowed := bool(shutil.which("mount")) and mount(folder, 1 << 20):
         unmount(folder)
@@ -204,11 +204,13 @@ TROUBLES = {
 }
 
 
-def undisturbed(verb: str, origin: Path, place: Path) -> tuple[dict[str, bytes], set[str], float]:
+def undisturbed(
+    verb: str, origin: Path, directory: Path
+) -> tuple[dict[str, bytes], set[str], float]:
     """What a verb writes, which of it two runs do not agree on, and how long a run takes."""
     trees = []
     for turn in range(2):
-        folder = prepare(origin, place / f"{verb}-{turn}")
+        folder = prepare(origin, directory / f"{verb}-{turn}")
         ended = run(command(verb), folder, limited=False, learn=turn == 0)
         if ended.status:
             raise SystemExit(f"{verb} fails undisturbed: {ended.err.strip()[-500:]}")
@@ -279,24 +281,24 @@ def main() -> int:
     faults: list[str] = []
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+        directory = Path(name)
         kinds = dict.fromkeys(TROUBLES, 1) | {"signal": 15}
-        if not mountable(place):
+        if not mountable(directory):
             print("disk full: skipped, for only root may mount a small disk")
             del kinds["disk full"]
-        origin = place / "origin"
+        origin = directory / "origin"
         checkpoint(origin)
         gguf_files(origin)
         adapter(origin)
         ending(origin)
         make(origin)
-        known = {verb: undisturbed(verb, origin, place) for verb in verbs}
+        known = {verb: undisturbed(verb, origin, directory) for verb in verbs}
         lasting = {verb: seconds for verb, (_, _, seconds) in known.items()}
         for turn in range(options.n):
             if time.monotonic() > began + 60 * options.minutes:
                 break
             (verb,) = chance.choices(verbs, [1 / lasting[verb] for verb in verbs])
-            folder = prepare(origin, place / f"case-{turn}")
+            folder = prepare(origin, directory / f"case-{turn}")
             (kind,) = chance.choices(list(kinds), list(kinds.values()))
             stopped, kind, fault = disturbed(verb, kind, folder, chance, lasting[verb])
             if stopped.status == 0:

@@ -96,9 +96,9 @@ class Mutant:
 def changes(node: ast.AST) -> Iterator[Change]:
     """What may be changed at a node, the nodes inside it left out."""
     if isinstance(node, ast.Compare):
-        for place, old in enumerate(node.ops):
+        for index, old in enumerate(node.ops):
             for new in _OPERATORS[type(old)]:
-                yield _named(old, new), lambda p=place, n=new: node.ops.__setitem__(p, n())
+                yield _named(old, new), lambda p=index, n=new: node.ops.__setitem__(p, n())
     elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp | ast.UnaryOp):
         for new in _OPERATORS.get(type(node.op), ()):
             yield _named(node.op, new), lambda n=new: setattr(node, "op", n())
@@ -112,15 +112,15 @@ def changes(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert):
         yield "condition negated", lambda: setattr(node, "test", _negated(node.test))
     if isinstance(node, ast.comprehension):
-        for place, condition in enumerate(node.ifs):
+        for index, condition in enumerate(node.ifs):
             other = _negated(condition)
-            yield "condition negated", lambda p=place, o=other: node.ifs.__setitem__(p, o)
+            yield "condition negated", lambda p=index, o=other: node.ifs.__setitem__(p, o)
     for name in ("body", "orelse", "finalbody"):
         block = getattr(node, name, None)
-        for place, statement in enumerate(block if isinstance(block, list) else ()):
+        for index, statement in enumerate(block if isinstance(block, list) else ()):
             if _can_go(statement):
                 what = f"dropped: {ast.unparse(statement).splitlines()[0][:60]}"
-                yield what, lambda b=block, p=place: b.__setitem__(p, ast.Pass())
+                yield what, lambda b=block, p=index: b.__setitem__(p, ast.Pass())
 
 
 def _named(old: ast.AST, new: type[ast.AST]) -> str:
@@ -182,13 +182,13 @@ def source_of(module: str) -> str:
 
 
 def mutants_of(module: str) -> list[Mutant]:
-    found, line = [], 0
+    mutants, line = [], 0
     for number, (node, (what, _)) in enumerate(
         every_change(ast.parse(path_of(module).read_text()))
     ):
         line = getattr(node, "lineno", line)
-        found.append(Mutant(module, number, line, what))
-    return found
+        mutants.append(Mutant(module, number, line, what))
+    return mutants
 
 
 def compiled(mutant: Mutant | None, module: str) -> CodeType:
@@ -254,29 +254,29 @@ def attempt(
 ) -> Tried:
     """Run the tests of a module in a fork, those that last the shortest first."""
     code = compiled(mutant, module)
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         child = os.fork()
         if child == 0:
-            _child(module, code, Path(place), cpu_seconds, _Watch(lasting))
+            _child(module, code, Path(folder), cpu_seconds, _Watch(lasting))
         watch = os.pidfd_open(child)
         patience = None if math.isinf(cpu_seconds) else 10 * cpu_seconds  # for busy machines
         if not select.select([watch], [], [], patience)[0]:
             os.kill(child, signal.SIGKILL)
         os.close(watch)
         _, status, usage = os.wait4(child, 0)
-        shutil.rmtree(Path(place, "made"), ignore_errors=True)
-        said = Path(place, "said.json")
-        found = json.loads(said.read_text()) if said.exists() else ["", {}, []]
+        shutil.rmtree(Path(folder, "made"), ignore_errors=True)
+        said = Path(folder, "said.json")
+        report = json.loads(said.read_text()) if said.exists() else ["", {}, []]
     ended = os.waitstatus_to_exitcode(status)
     if ended < 0:
         name = signal.Signals(-ended).name
         noticed: str | None = "too slow" if name in ("SIGXCPU", "SIGKILL") else name
     else:
-        noticed = found[0] or f"status {ended}" if ended else None
-    return Tried(noticed, usage.ru_utime + usage.ru_stime, found[1], found[2])
+        noticed = report[0] or f"status {ended}" if ended else None
+    return Tried(noticed, usage.ru_utime + usage.ru_stime, report[1], report[2])
 
 
-def _child(module: str, code: CodeType, place: Path, cpu_seconds: float, watch: _Watch) -> None:
+def _child(module: str, code: CodeType, folder: Path, cpu_seconds: float, watch: _Watch) -> None:
     status = 1
     try:
         os.chdir(ROOT)
@@ -294,12 +294,12 @@ def _child(module: str, code: CodeType, place: Path, cpu_seconds: float, watch: 
 
         tests = [str(ROOT / "tests" / name) for name in COVERED_BY[module]]
         words = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
-        status = int(pytest.main([*words, f"--basetemp={place}/made", *tests], [watch]))
+        status = int(pytest.main([*words, f"--basetemp={folder}/made", *tests], [watch]))
     except BaseException as error:
         watch.failed = watch.failed or repr(error)[:100].replace("\n", " ")
     finally:
         said = [watch.failed, watch.seconds, sorted(sys.modules)]
-        Path(place, "said.json").write_text(json.dumps(said))
+        Path(folder, "said.json").write_text(json.dumps(said))
         os._exit(status)
 
 
@@ -404,8 +404,8 @@ def run(
         for mutant in left:
             if time.monotonic() > end:
                 break
-            whole, each = lasting[mutant.module]
-            tried = attempt(mutant.module, mutant, each, 3 * whole + SPARE_SECONDS)
+            whole, longest = lasting[mutant.module]
+            tried = attempt(mutant.module, mutant, longest, 3 * whole + SPARE_SECONDS)
             known[mutant.module, mutant.number] = tried.noticed
             result = {"noticed": tried.noticed, "seconds": round(tried.seconds, 1)}
             result |= {"source": source_of(mutant.module)}

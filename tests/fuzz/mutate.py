@@ -94,8 +94,8 @@ def json_value(value: Any, chance: random.Random) -> Any:
         if kind == 0:
             del container[key]
         elif kind == 1:
-            other, place = chance.choice(inside)
-            container[key] = copy.deepcopy(other[place])
+            other, at = chance.choice(inside)
+            container[key] = copy.deepcopy(other[at])
         elif kind == 2 and isinstance(container, dict):
             container[chance.choice((*KEYS, str(key) + "x", ""))] = container.pop(key)
         elif kind == 3 and isinstance(container, dict):
@@ -135,8 +135,10 @@ def safetensors_file(data: bytes, chance: random.Random) -> bytes:
 
 def template_file(data: bytes, chance: random.Random) -> bytes:
     text = data.decode()
-    cut = chance.randrange(len(text) + 1)
-    return (text[:cut] + chance.choice(TEMPLATES) + text[cut:]).encode("utf-8", "surrogatepass")
+    position = chance.randrange(len(text) + 1)
+    return (text[:position] + chance.choice(TEMPLATES) + text[position:]).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def yaml_file(data: bytes, chance: random.Random) -> bytes:
@@ -155,22 +157,22 @@ def raw_file(data: bytes, chance: random.Random, most: int = 1 << 30) -> bytes:
     """Bytes changed, cut out, put in or repeated, among the first `most`."""
     changed = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 4, 8))):
-        place = chance.randrange(max(1, min(len(changed), most)))
+        position = chance.randrange(max(1, min(len(changed), most)))
         kind = chance.randrange(6)
         if kind == 0:
-            changed[place : place + 1] = bytes([chance.randrange(256)])
+            changed[position : position + 1] = bytes([chance.randrange(256)])
         elif kind == 1:
             width = chance.choice((1, 2, 4, 8))
             number = chance.choice((0, 1, -1, 2 ** (8 * width - 1) - 1, -(2 ** (8 * width - 1))))
-            changed[place : place + width] = number.to_bytes(width, "little", signed=True)
+            changed[position : position + width] = number.to_bytes(width, "little", signed=True)
         elif kind == 2:
-            del changed[place : place + chance.choice((1, 4, 64, 4096))]
+            del changed[position : position + chance.choice((1, 4, 64, 4096))]
         elif kind == 3:
-            changed[place:place] = chance.randbytes(chance.choice((1, 4, 64)))
+            changed[position:position] = chance.randbytes(chance.choice((1, 4, 64)))
         elif kind == 4:
-            changed[place:place] = changed[place : place + chance.choice((4, 64, 1024))]
+            changed[position:position] = changed[position : position + chance.choice((4, 64, 1024))]
         else:
-            del changed[place:]
+            del changed[position:]
     return bytes(changed)
 
 

@@ -20,17 +20,17 @@ Value = tuple[int, Any]  # number of its type, and the value; of an array, a lis
 
 class _Reader:
     def __init__(self, data: bytes) -> None:
-        self.data, self.place = data, 4
+        self.data, self.cursor = data, 4
 
     def number(self, form: str) -> Any:
-        (value,) = struct.unpack_from("<" + form, self.data, self.place)
-        self.place += struct.calcsize("<" + form)
+        (value,) = struct.unpack_from("<" + form, self.data, self.cursor)
+        self.cursor += struct.calcsize("<" + form)
         return value
 
     def string(self) -> bytes:
-        start = self.place + 8
-        self.place = start + self.number("Q")
-        return self.data[start : self.place]
+        start = self.cursor + 8
+        self.cursor = start + self.number("Q")
+        return self.data[start : self.cursor]
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -69,8 +69,10 @@ def _other(kind: int, value: Any, chance: random.Random) -> Value:
 def _changed(kind: int, value: Any, chance: random.Random) -> Any:
     """Another value of this type."""
     if kind == _STRING:
-        cut = chance.randrange(len(value) + 1)
-        return chance.choice((*_TEXTS, value[:cut], value[:cut] + b"?" + value[cut:]))
+        position = chance.randrange(len(value) + 1)
+        return chance.choice(
+            (*_TEXTS, value[:position], value[:position] + b"?" + value[position:])
+        )
     if kind == _ARRAY:
         return _changed_array(list(value), chance)
     if _FORMATS[kind] in "fd":
@@ -83,17 +85,17 @@ def _changed(kind: int, value: Any, chance: random.Random) -> Any:
 def _changed_array(value: list[Value], chance: random.Random) -> list[Value]:
     if not value or chance.random() < 0.2:
         return chance.choice(([], [(4, 1)] * 3, [(_STRING, b"x")] * 200, value * 2))
-    place = chance.randrange(len(value))
+    index = chance.randrange(len(value))
     action = chance.randrange(4)
     if action == 0:
-        kind, old = value[place]
-        value[place] = (kind, _changed(kind, old, chance))
+        kind, old = value[index]
+        value[index] = (kind, _changed(kind, old, chance))
     elif action == 1:
-        del value[place]
+        del value[index]
     elif action == 2:
-        value.insert(place, chance.choice(value))
+        value.insert(index, chance.choice(value))
     else:
-        del value[place:]
+        del value[index:]
     return value
 
 
@@ -110,7 +112,7 @@ def gguf_file(data: bytes, chance: random.Random) -> bytes:
         name, dimensions = reader.string(), reader.number("I")
         shape = [reader.number("Q") for _ in range(dimensions)]
         table.append((name, shape, reader.number("I"), reader.number("Q")))
-    rest = data[reader.place + -reader.place % 32 :]
+    rest = data[reader.cursor + -reader.cursor % 32 :]
     counts = [0, 0]
     for _ in range(chance.choice((1, 1, 2))):
         if chance.random() < 0.7:
@@ -134,42 +136,42 @@ def gguf_file(data: bytes, chance: random.Random) -> bytes:
 def _change_fact(facts: list[tuple[bytes, Value]], chance: random.Random) -> None:
     if not facts:
         return
-    place = chance.randrange(len(facts))
-    name, value = facts[place]
+    index = chance.randrange(len(facts))
+    name, value = facts[index]
     action = chance.randrange(8)
     if action == 0:
-        del facts[place]
+        del facts[index]
     elif action == 1:
         facts.append((name, _other(*value, chance)))
     elif action == 2:
-        facts[place] = (chance.choice((name + b"x", b"", chance.choice(facts)[0])), value)
+        facts[index] = (chance.choice((name + b"x", b"", chance.choice(facts)[0])), value)
     elif action == 3:
         facts.append((chance.choice(_KEYS), _other(4, 1, chance)))
     else:
-        facts[place] = (name, _other(*value, chance))
+        facts[index] = (name, _other(*value, chance))
 
 
 def _change_tensor(table: list[tuple[bytes, list[int], int, int]], chance: random.Random) -> None:
     if not table:
         return
-    place = chance.randrange(len(table))
-    name, shape, kind, offset = table[place]
+    index = chance.randrange(len(table))
+    name, shape, kind, offset = table[index]
     other = chance.choice(table)
     action = chance.randrange(7)
     if action == 0:
-        del table[place]
+        del table[index]
     elif action == 1:
         table.append((chance.choice((name, name + b"x", b"blk.99.ffn_up.weight")), *other[1:]))
     elif action == 2:
-        table[place] = (other[0], shape, kind, offset)
+        table[index] = (other[0], shape, kind, offset)
     elif action == 3:
         shapes = ([], shape[::-1], [*shape, 1], other[1], [1] * 5, [2**32] * 2, [0], [2**63])
-        table[place] = (name, chance.choice(shapes), kind, offset)
+        table[index] = (name, chance.choice(shapes), kind, offset)
     elif action == 4:
         number = chance.choice((*range(40), 2**31))
-        table[place] = (name, shape, number, offset)
+        table[index] = (name, shape, number, offset)
     elif action == 5:
         odd = chance.choice((0, 1, 31, 32, offset + 32, 2**40, 2**63, other[3]))
-        table[place] = (name, shape, kind, odd)
+        table[index] = (name, shape, kind, odd)
     else:
-        table[place] = (name, [abs(n + chance.choice((-1, 0, 1))) for n in shape], kind, offset)
+        table[index] = (name, [abs(n + chance.choice((-1, 0, 1))) for n in shape], kind, offset)

@@ -198,11 +198,11 @@ def test_a_full_disk_is_one_on_which_nothing_is_free(monkeypatch, tmp_path):
     folder.mkdir()
     (folder / "before").write_text("x")
 
-    def write(words, place, **_):
-        (place / "out").mkdir()
+    def write(words, directory, **_):
+        (directory / "out").mkdir()
         try:
             for number in range(1000):
-                (place / "out" / str(number)).write_bytes(bytes(4096))
+                (directory / "out" / str(number)).write_bytes(bytes(4096))
         except OSError as error:
             return kill.Ended(2, "", f"abreast: {error.strerror}", 1.0, ())
 
@@ -273,9 +273,9 @@ print((folder / "tried").read_text())
 def test_a_write_outside_the_working_folder_counts_on_any_disk(disk):
     if disk and not os.access(disk, os.W_OK):
         pytest.skip(f"no {disk} here")
-    with tempfile.TemporaryDirectory(dir=disk) as place:
+    with tempfile.TemporaryDirectory(dir=disk) as directory:
         done = subprocess.run(
-            [sys.executable, "-c", WRITES, place], cwd=HERE, capture_output=True, text=True
+            [sys.executable, "-c", WRITES, directory], cwd=HERE, capture_output=True, text=True
         )
     assert done.returncode == 0, done.stderr
     said = [line.split("/")[-1] for line in done.stdout.split("\n") if line]

@@ -94,10 +94,10 @@ def test_training_brings_the_grouped_model_nearer(pair, tmp_path, train, optimiz
     # The curve's last point is what the trained model really does.
     ids = torch.from_numpy(words()[-4:])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        wanted = teacher(ids).logits
+        expected = teacher(ids).logits
         with grouped(model, PLAN):
             got = model(ids).logits
-    assert float(divergence(got, wanted)) == pytest.approx(result.after, rel=0.02)
+    assert float(divergence(got, expected)) == pytest.approx(result.after, rel=0.02)
     assert not model.training and all(p.requires_grad for p in model.parameters())
 
 
@@ -154,8 +154,8 @@ def test_groups_that_learn_alone_do_not_know_of_each_other(pair, tmp_path):
     model, teacher = pair
     other = copy.deepcopy(teacher)
     settings = recipe(group_share=1.0, bf16=False, clip=0.0)
-    for each, plan in ((model, PLAN), (other, Plan.parse("3|4:1", 6))):
-        distill(each, plan, words(), tmp_path / plan.shorthand, recipe=settings, teacher=teacher)
+    for student, plan in ((model, PLAN), (other, Plan.parse("3|4:1", 6))):
+        distill(student, plan, words(), tmp_path / plan.shorthand, recipe=settings, teacher=teacher)
     together, alone, start = map(weights_of, (model, other, teacher))
     moved = {name for name in changed(alone, start) if name.endswith("proj.weight")}
     assert len(moved) == 14
@@ -298,16 +298,16 @@ def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
 
     logits = {}
     with torch.no_grad():
-        for name, each, run in (
+        for name, student, run in (
             ("theirs", teacher, Plan(num_layers=6)),
             ("ours", model, plan),
         ):
-            layers = decoder_layers(each)
+            layers = decoder_layers(student)
             hooks = [
                 layers[end].register_forward_hook(collector(states[name])) for end in (3, 4, 5)
             ]
-            with grouped(each, run):
-                logits[name] = each(ids).logits
+            with grouped(student, run):
+                logits[name] = student(ids).logits
             for hook in hooks:
                 hook.remove()
     gaps = [
@@ -326,8 +326,8 @@ def test_the_loss_is_made_of_what_the_recipe_says(pair, tmp_path):
             recipe=recipe(steps=1, hidden_weight=hidden, lm_weight=lm, bf16=False),
             teacher=teacher,
         )
-        wanted = kl + hidden * sum(gaps) / 3 + lm * text
-        assert result.points[1].loss == pytest.approx(wanted, rel=1e-4)
+        expected = kl + hidden * sum(gaps) / 3 + lm * text
+        assert result.points[1].loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_muon_trains_the_matrices_of_layers_only(pair):
@@ -429,9 +429,9 @@ def test_checkpoints_of_an_earlier_format_are_refused(pair, tmp_path):
 def test_a_gathered_batch_is_a_whole_one(pair, tmp_path):
     model, teacher = pair
     other = copy.deepcopy(teacher)
-    for name, each, micro in (("whole", model, 4), ("parts", other, 1)):
+    for name, student, micro in (("whole", model, 4), ("parts", other, 1)):
         distill(
-            each,
+            student,
             PLAN,
             words(),
             tmp_path / name,
@@ -446,9 +446,9 @@ def test_a_gathered_batch_is_a_whole_one(pair, tmp_path):
 def test_recomputing_activations_changes_nothing(pair, tmp_path):
     model, teacher = pair
     other = copy.deepcopy(teacher)
-    for name, each, on in (("kept", model, False), ("recomputed", other, True)):
+    for name, student, on in (("kept", model, False), ("recomputed", other, True)):
         distill(
-            each,
+            student,
             PLAN,
             words(),
             tmp_path / name,

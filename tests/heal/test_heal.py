@@ -30,14 +30,14 @@ SHORT = Recipe(steps=4, batch_size=4, micro_batch=4, evaluate_every=2, save_ever
 
 
 def text(tokens: int = 1600, seed: int = 0, vocabulary: int = 128) -> TokenStream:
-    found = np.random.default_rng(seed).integers(0, vocabulary, tokens)
-    return TokenStream(found, source="words", num_documents=1, num_bytes=tokens)
+    ids = np.random.default_rng(seed).integers(0, vocabulary, tokens)
+    return TokenStream(ids, source="words", num_documents=1, num_bytes=tokens)
 
 
 def quick(model, out, **options):
     """`heal` with settings that suit tiny models."""
-    given = {"data": text(), "window": 32, "recipe": SHORT}
-    return heal(model, options.pop("plan", PLAN), out, **{**given, **options})
+    defaults = {"data": text(), "window": 32, "recipe": SHORT}
+    return heal(model, options.pop("plan", PLAN), out, **{**defaults, **options})
 
 
 def manifest_of(out) -> dict:
@@ -57,11 +57,11 @@ def test_a_healed_model_is_an_ordinary_converted_one(
     tiny_checkpoint, tmp_path, family, method, dtype
 ):
     source = tiny_checkpoint(family, dtype=dtype)
-    out, kept = tmp_path / "out", tmp_path / "kept"
-    found = quick(source, out, method=method, keep=kept, draw=draw_healing)
-    assert found.kl_after < found.kl_before
-    assert (found.refit is not None) == (method != "distill")
-    assert (found.distilled is not None) == (method != "refit")
+    out, repaired = tmp_path / "out", tmp_path / "kept"
+    report = quick(source, out, method=method, keep=repaired, draw=draw_healing)
+    assert report.kl_after < report.kl_before
+    assert (report.refit is not None) == (method != "distill")
+    assert (report.distilled is not None) == (method != "refit")
     # Same names, shapes and dtypes as the conversion of the original.
     convert(source, PLAN, tmp_path / "plain")
     healed, plain = (load_file(f / "model.safetensors") for f in (out, tmp_path / "plain"))
@@ -73,7 +73,7 @@ def test_a_healed_model_is_an_ordinary_converted_one(
         (tmp_path / "plain" / "config.json").read_text()
     )
     # Proven against the healed weights; against the original, files and source are.
-    exact = verify(out, kept, num_tokens=48, new_tokens=4)
+    exact = verify(out, repaired, num_tokens=48, new_tokens=4)
     assert exact.ok and not exact.healed
     loose = verify(out, source, num_tokens=48, new_tokens=4)
     assert loose.ok and loose.healed and loose.kl > exact.kl
@@ -90,26 +90,26 @@ def test_a_healed_model_is_an_ordinary_converted_one(
 
 
 def test_verify_sees_a_damaged_or_foreign_healed_checkpoint(tiny_checkpoint, tmp_path):
-    source, out, kept = tiny_checkpoint(), tmp_path / "out", tmp_path / "kept"
-    quick(source, out, method="refit", keep=kept)
+    source, out, healed = tiny_checkpoint(), tmp_path / "out", tmp_path / "kept"
+    quick(source, out, method="refit", keep=healed)
     with pytest.raises(CheckpointError, match="was not made from"):
         verify(out, tiny_checkpoint(seed=1))
-    (kept / "config.json").write_text("{}")
+    (healed / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="was not made from"):
-        verify(out, kept)
+        verify(out, healed)
     (out / "generation_config.json").write_text("{}")
-    found = verify(out, source)
-    assert not found.ok and "generation_config.json" in found.faults[0]
+    verification = verify(out, source)
+    assert not verification.ok and "generation_config.json" in verification.faults[0]
 
 
 @pytest.mark.slow
 def test_adapters_after_refit_learn_from_the_original(tiny_checkpoint, tmp_path):
     """The refitted weights cannot teach: what the first look measures is the distance left."""
     recipe = Recipe(**{**SHORT.to_dict(), "train": "lora", "lora_rank": 4, "bf16": False})
-    found = quick(tiny_checkpoint(), tmp_path / "out", recipe=recipe, data=text(4800))
-    assert found.refit is not None and not found.refit.kept
-    assert found.distilled is not None
-    assert found.distilled.before > found.refit.kl_after / 2
+    report = quick(tiny_checkpoint(), tmp_path / "out", recipe=recipe, data=text(4800))
+    assert report.refit is not None and not report.refit.kept
+    assert report.distilled is not None
+    assert report.distilled.before > report.refit.kl_after / 2
 
 
 def test_an_interrupted_call_goes_on_to_the_same_bits(tiny_checkpoint, tmp_path):
@@ -119,20 +119,20 @@ def test_an_interrupted_call_goes_on_to_the_same_bits(tiny_checkpoint, tmp_path)
     class Stop(Exception):
         pass
 
-    def stop_at(wanted: str):
+    def stop_at(beginning: str):
         def step(message: str) -> None:
-            if message.startswith(wanted):
+            if message.startswith(beginning):
                 raise Stop
 
         return step
 
-    for wanted in ("distil", "write"):
+    for beginning in ("distil", "write"):
         with pytest.raises(Stop):
-            quick(source, tmp_path / "cut", work=tmp_path / "b", step=stop_at(wanted))
+            quick(source, tmp_path / "cut", work=tmp_path / "b", step=stop_at(beginning))
         assert not (tmp_path / "cut").exists()
     quick(source, tmp_path / "cut", work=tmp_path / "b")
-    whole, cut = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    whole, resumed = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "cut"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert (tmp_path / "b" / "heal.csv").is_file()
 
 
@@ -149,10 +149,10 @@ def test_divergence_leaves_a_checkpoint_no_worse_and_says_so(tiny_checkpoint, tm
     recipe = Recipe(
         **{**SHORT.to_dict(), "train": "all", "learning_rate": 1.0, "warmup": 0.0, "clip": 1e6}
     )
-    found = quick(tiny_checkpoint(), tmp_path / "out", method="distill", recipe=recipe)
-    assert found.distilled is not None and found.distilled.diverged
-    assert any("diverged" in warning for warning in found.warnings)
-    assert found.kl_after <= found.kl_before
+    report = quick(tiny_checkpoint(), tmp_path / "out", method="distill", recipe=recipe)
+    assert report.distilled is not None and report.distilled.diverged
+    assert any("diverged" in warning for warning in report.warnings)
+    assert report.kl_after <= report.kl_before
     assert manifest_of(tmp_path / "out")["healed"]["distilled"]["diverged"]
 
 
@@ -248,15 +248,15 @@ def test_command_line(tiny_checkpoint, tmp_path):
     arguments += ["--optimizer", "muon", "--hidden-weight", "5", "--lm-weight", "0.1"]
     done = CliRunner().invoke(heal_verb, arguments, catch_exceptions=False)
     assert done.exit_code == 0
-    found = json.loads(done.stdout)
-    assert found["plan"] == "2+3" and found["kl_after"] < found["kl_before"]
-    assert found["data"]["source"] == "stdlib-train"
-    known, other = found["judged"]
+    printed = json.loads(done.stdout)
+    assert printed["plan"] == "2+3" and printed["kl_after"] < printed["kl_before"]
+    assert printed["data"]["source"] == "stdlib-train"
+    known, other = printed["judged"]
     assert (known["text"], known["known"]) == ("stdlib-train", True)
     assert (other["text"], other["known"]) == ("pydoc", False)
-    assert known["kl_before"] == found["kl_before"] and known["kl_after"] == found["kl_after"]
+    assert known["kl_before"] == printed["kl_before"] and known["kl_after"] == printed["kl_after"]
     assert 0 < other["kl_after_stderr"] < other["kl_before"]
-    assert manifest_of(out)["healed"]["judged"] == found["judged"]
+    assert manifest_of(out)["healed"]["judged"] == printed["judged"]
     recipe = manifest_of(out)["healed"]["recipe"]
     assert [recipe[key] for key in ("optimizer", "hidden_weight", "lm_weight")] == ["muon", 5, 0.1]
     model, tokenizer = load(out)

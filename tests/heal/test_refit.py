@@ -78,23 +78,23 @@ def test_ridge_is_the_least_squares_solution(tokens, inputs, targets, ridge, see
         torch.randint(-8, 9, shape, generator=generator).float()
         for shape in ((tokens, inputs), (tokens, targets), (targets, inputs))
     )
-    found = Moments(inputs, targets, torch.device("cpu"))
-    found.add(u, t)
-    weight = _ridge(found, start.double(), ridge)
+    sums = Moments(inputs, targets, torch.device("cpu"))
+    sums.add(u, t)
+    weight = _ridge(sums, start.double(), ridge)
     rows = np.concatenate([u.double(), math.sqrt(ridge) * np.eye(inputs)])
     right = np.concatenate([t.double(), math.sqrt(ridge) * start.double().T])
-    wanted = np.linalg.lstsq(rows, right, rcond=None)[0].T
-    assert np.allclose(weight, wanted, rtol=1e-8, atol=1e-8)
+    expected = np.linalg.lstsq(rows, right, rcond=None)[0].T
+    assert np.allclose(weight, expected, rtol=1e-8, atol=1e-8)
     direct = float((t.double() - u.double() @ weight.T).square().sum())
-    assert found.error(weight) == pytest.approx(direct, rel=1e-8, abs=1e-6)
+    assert sums.error(weight) == pytest.approx(direct, rel=1e-8, abs=1e-6)
 
 
 def test_solve_finds_what_is_there():
     generator = torch.Generator().manual_seed(0)
     u, true = torch.randn(600, 8, generator=generator), torch.randn(3, 8, generator=generator)
-    found, ridge, before, after = solve(*moments(u, u @ true.T), torch.zeros(3, 8).double())
+    solution, ridge, before, after = solve(*moments(u, u @ true.T), torch.zeros(3, 8).double())
     assert ridge == min(RIDGES)
-    assert torch.allclose(found.float(), true, atol=1e-3)
+    assert torch.allclose(solution.float(), true, atol=1e-3)
     assert before == pytest.approx(1) and after < 1e-6
 
 
@@ -120,20 +120,20 @@ def test_the_ridge_is_that_with_the_least_error_on_the_batches_left_out(noise):
 
     errors = [error(fitted(slice(30, 90), candidate)) for candidate in RIDGES]
     best = next((i for i, e in enumerate(errors[:-1]) if errors[i + 1] >= e), len(errors) - 1)
-    found, ridge, before, after = solve(*moments(u, t), start)
+    solution, ridge, before, after = solve(*moments(u, t), start)
     assert ridge == RIDGES[best] and before == pytest.approx(error(start), rel=1e-5)
     assert after == pytest.approx(errors[best], rel=1e-5)
-    assert torch.allclose(found, fitted(slice(0, 90), ridge), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(solution, fitted(slice(0, 90), ridge), rtol=1e-4, atol=1e-5)
 
 
 def test_solve_keeps_weights_where_nothing_can_be_learnt():
     generator = torch.Generator().manual_seed(0)
     u, noise = torch.randn(60, 30, generator=generator), torch.randn(60, 2, generator=generator)
     start = torch.zeros(2, 30).double()
-    found, ridge, before, after = solve(*moments(u, 0.01 * noise), start)
+    solution, ridge, before, after = solve(*moments(u, 0.01 * noise), start)
     # Sixty tokens of pure noise for thirty inputs: whatever is fitted is worse on the next fold.
     assert after <= before
-    assert ridge is None or float(found.norm()) < 0.01
+    assert ridge is None or float(solution.norm()) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -145,9 +145,9 @@ def test_solve_keeps_weights_where_nothing_can_be_learnt():
 def test_refit_brings_the_grouped_model_nearer(tiny_checkpoint, family, plan):
     model, _ = load(tiny_checkpoint(family, biases=True))
     before = weights_of(model)
-    found = refit(model, plan, words(40, 32))
-    assert found.kl_after < found.kl_before and not found.kept
-    assert found.num_tokens == 36 * 32  # one window in ten is held out
+    refitted = refit(model, plan, words(40, 32))
+    assert refitted.kl_after < refitted.kl_before and not refitted.kept
+    assert refitted.num_tokens == 36 * 32  # one window in ten is held out
     members = {f"layers.{layer}." for group in plan.groups for layer in group.layers}
     for name, weight in model.named_parameters():
         # matrices of grouped layers, and gains of norms behind them
@@ -155,8 +155,8 @@ def test_refit_brings_the_grouped_model_nearer(tiny_checkpoint, family, plan):
         assert (may_change and any(member in name for member in members)) or torch.equal(
             weight, before[name]
         ), name
-    assert {fit.step for fit in found.fits} == {"qkv", "gate_up", "out"}
-    assert all(fit.after <= fit.before for fit in found.fits)
+    assert {fit.step for fit in refitted.fits} == {"qkv", "gate_up", "out"}
+    assert all(fit.after <= fit.before for fit in refitted.fits)
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ def test_each_step_solves_for_its_own_matrices(tiny_checkpoint, monkeypatch, ste
     falling = iter((1.0, 0.5))  # so that what was found is kept, however little alone
     model, _ = load(tiny_checkpoint())
     before = weights_of(model)
-    found = refit(model, PLAN, words(40, 32), steps=(step,))
-    assert {fit.step for fit in found.fits} == {step}
+    refitted = refit(model, PLAN, words(40, 32), steps=(step,))
+    assert {fit.step for fit in refitted.fits} == {step}
     changed = {n.split(".")[-2] for n, w in model.named_parameters() if not w.equal(before[n])}
     assert changed == names
 
@@ -189,17 +189,17 @@ def test_a_group_that_equals_the_original_has_nothing_to_learn(tiny_checkpoint, 
         for name, weight in decoder_layers(model)[1].named_parameters():
             if any(part in name for part in ("o_proj", "dense", "down", "fc2", "c_proj")):
                 weight.zero_()
-    found = refit(model, Plan.parse("1+2", 6), words(12, 48), steps=("out",))
-    assert found.kl_before < 1e-6
-    assert found.fits[0].before < 1e-6
+    refitted = refit(model, Plan.parse("1+2", 6), words(12, 48), steps=("out",))
+    assert refitted.kl_before < 1e-6
+    assert refitted.fits[0].before < 1e-6
 
 
 @pytest.mark.parametrize("family", ["gemma2", "olmo2"])
 def test_output_matrices_are_refitted_under_norms_too(tiny_checkpoint, family):
     model, _ = load(tiny_checkpoint(family))
-    found = refit(model, PLAN, words(60, 48), steps=("out",))
-    assert [fit.layers for fit in found.fits] == [(1, 2), (3, 4)] and not found.kept
-    assert found.kl_after < 0.9 * found.kl_before
+    refitted = refit(model, PLAN, words(60, 48), steps=("out",))
+    assert [fit.layers for fit in refitted.fits] == [(1, 2), (3, 4)] and not refitted.kept
+    assert refitted.kl_after < 0.9 * refitted.kl_before
 
 
 def test_a_token_with_a_huge_residual_stream_does_not_decide(tiny_checkpoint):
@@ -220,8 +220,8 @@ def test_a_token_with_a_huge_residual_stream_does_not_decide(tiny_checkpoint):
         for reader in (mlp.gate_proj, mlp.up_proj):
             reader.weight[0] = torch.eye(64)[0]
         mlp.down_proj.weight[1:, 0] = 1000 * torch.randn(63, generator=torch.manual_seed(0))
-    found = refit(model, PLAN, tokens, steps=("out",))
-    assert found.kl_after < 0.7 * found.kl_before
+    refitted = refit(model, PLAN, tokens, steps=("out",))
+    assert refitted.kl_after < 0.7 * refitted.kl_before
 
 
 @pytest.mark.slow
@@ -256,8 +256,8 @@ def test_so_many_windows_are_held_out(tiny_checkpoint, windows, held_out, monkey
     model, _ = load(tiny_checkpoint())
     monkeypatch.setattr(least_squares, "_Streams", lambda *_: None)
     monkeypatch.setattr(least_squares, "_walk", lambda *_: ())
-    found = refit(model, PLAN, words(windows, 80), prefix=16)
-    assert found.num_tokens == (windows - held_out) * 64
+    refitted = refit(model, PLAN, words(windows, 80), prefix=16)
+    assert refitted.num_tokens == (windows - held_out) * 64
 
 
 def test_an_error_leaves_the_weights_alone(tiny_checkpoint):
@@ -347,5 +347,5 @@ def test_memory_is_what_is_really_allocated():
     config["num_key_value_heads"] = 4
     width = 2 * (64 + 96)
     sets = moments_pair(width, 64, torch.device("cpu"))
-    held = sum(each.gram.nbytes + each.cross.nbytes for each in sets)
+    held = sum(moments.gram.nbytes + moments.cross.nbytes for moments in sets)
     assert memory_needed(config)["moments"] == held

@@ -181,8 +181,8 @@ class Stock:
 
     def _part(self, index: int, kinds: tuple[str, ...]) -> nn.Module:
         parts = dict(self.layers[index].named_children())
-        (found,) = (part for name, part in parts.items() if name in kinds)
-        return found
+        (part_of_layer,) = (part for name, part in parts.items() if name in kinds)
+        return part_of_layer
 
     def a(self, index: int, x: torch.Tensor) -> torch.Tensor:
         with silenced(self._part(index, ("mlp", "block_sparse_moe"))):
@@ -215,14 +215,14 @@ class Stock:
 
 def last_hidden(model: PreTrainedModel, ids: torch.Tensor, **options: Any) -> torch.Tensor:
     """What the last decoder layer gives, before the final norm."""
-    kept: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     layer = decoder_layers(model)[-1]
-    handle = layer.register_forward_hook(lambda _, __, output: kept.append(output))
+    handle = layer.register_forward_hook(lambda _, __, output: states.append(output))
     try:
         logits(model, ids, **options)
     finally:
         handle.remove()
-    return kept[0]
+    return states[0]
 
 
 PLANS = ("1+2", "1|2", "1|2:1", "1+2+3", "1|2|3", "1|2|3:1", "1|2|3:2", "0+1", "3|4", "0+1+2+3+4")
@@ -282,9 +282,11 @@ def test_through_the_cache_and_in_batches(case):
         whole = logits(model, ids)
         step = model(ids[:, :12], use_cache=True)
         pieces = [step.logits]
-        for place in range(12, LENGTH):
+        for position in range(12, LENGTH):
             step = model(
-                ids[:, place : place + 1], **{cache_name(model): cache_of(step)}, use_cache=True
+                ids[:, position : position + 1],
+                **{cache_name(model): cache_of(step)},
+                use_cache=True,
             )
             pieces.append(step.logits)
         assert close(torch.cat(pieces, 1), whole)
@@ -310,24 +312,24 @@ def test_members_keep_the_window_of_their_own_layer(case):
     model = tiny(case)
     ids = tokens(1, LENGTH)
     assert CASES[case][1]["layer_types"][1:3] == [SLIDING, FULL]
-    kept: dict[str, list[torch.Tensor]] = {"x": [], "out": []}
+    recorded: dict[str, list[torch.Tensor]] = {"x": [], "out": []}
     first, last = decoder_layers(model)[1], decoder_layers(model)[2]
     with ExitStack() as stack:
-        hook = first.register_forward_pre_hook(lambda _, args: kept["x"].append(args[0]))
+        hook = first.register_forward_pre_hook(lambda _, args: recorded["x"].append(args[0]))
         stack.callback(hook.remove)
-        hook = last.register_forward_hook(lambda _, __, out: kept["out"].append(out))
+        hook = last.register_forward_hook(lambda _, __, out: recorded["out"].append(out))
         stack.callback(hook.remove)
         for plan in ("1+2", "1|2"):
             with grouped(model, plan):
                 logits(model, ids)
     stock = Stock(model, ids)
-    x, moved = kept["x"][0], kept["x"][0].clone()
+    x, moved = recorded["x"][0], recorded["x"][0].clone()
     moved[:, 0] += 1
     reach = [
         (stock.layer(index, moved) - stock.layer(index, x)).abs().amax(-1)[0] for index in (1, 2)
     ]
     assert (reach[0][5:] == 0).all() and (reach[1][5:] > 0).all()  # the fixture is what it says
-    for plan, out in zip(("1+2", "1|2"), kept["out"], strict=True):
+    for plan, out in zip(("1+2", "1|2"), recorded["out"], strict=True):
         assert close(out, stock.group(plan, x, case in PARALLEL)), plan
 
 
@@ -511,9 +513,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(case):
 def test_a_backward_pass_reaches_every_member():
     model = copy.deepcopy(tiny("llama"))
     with grouped(model, "1+2+3"):
-        found = gradients(model, tokens(2, LENGTH))
-    assert found.keys() == dict(model.named_parameters()).keys()
-    assert all(gradient.abs().max() > 0 for gradient in found.values())
+        gradients_of_group = gradients(model, tokens(2, LENGTH))
+    assert gradients_of_group.keys() == dict(model.named_parameters()).keys()
+    assert all(gradient.abs().max() > 0 for gradient in gradients_of_group.values())
 
 
 @pytest.mark.parametrize(
@@ -617,8 +619,8 @@ def plans(draw: st.DrawFn) -> Plan:
     """Any partition of the layers into stages, every group with a wiring of its own."""
     cuts = draw(st.lists(st.booleans(), min_size=LAYERS - 1, max_size=LAYERS - 1))
     stages: list[list[int]] = [[0]]
-    for layer, cut in enumerate(cuts, 1):
-        if cut:
+    for layer, boundary in enumerate(cuts, 1):
+        if boundary:
             stages.append([])
         stages[-1].append(layer)
     words = []

@@ -87,8 +87,8 @@ def as_reference(model: Any, plan: str, prompt: torch.Tensor) -> Iterator[None]:
     """Let `model` generate from the reference; tokens after `prompt` are decoded."""
     parsed = Plan.parse(plan, len(decoder_layers(model)))
 
-    def forward(input_ids: Any = None, attention_mask: Any = None, **given: Any) -> Any:
-        known = {n: given[n] for n in ("position_ids", "inputs_embeds") if n in given}
+    def forward(input_ids: Any = None, attention_mask: Any = None, **inputs: Any) -> Any:
+        known = {n: inputs[n] for n in ("position_ids", "inputs_embeds") if n in inputs}
         length = (known["inputs_embeds"] if input_ids is None else input_ids).shape[1]
         own = torch.zeros(length, dtype=torch.bool)
         own[: len(prompt)] = prompt[:length]
@@ -265,9 +265,9 @@ def test_a_pass_over_the_end_of_a_prompt(model, original):
     ids, mask = tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
     ids[0, :3] = mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    out = model(**given, prompt_tokens=7, use_cache=False, output_hidden_states=True)
-    want = reference(original, plan, torch.arange(12) < 7, **given)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    out = model(**inputs, prompt_tokens=7, use_cache=False, output_hidden_states=True)
+    want = reference(original, plan, torch.arange(12) < 7, **inputs)
     assert close(out.logits[mask.bool()], want[mask.bool()])
     assert {state.shape[:2] for state in out.hidden_states} == {(2, 12)}
     assert cache_of(out) is None

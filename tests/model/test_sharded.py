@@ -151,7 +151,9 @@ def test_the_weights_are_those_of_a_run_that_is_not_sharded(tiny_checkpoint, tmp
             assert one == pytest.approx(two, rel=1e-4), name
     for rank in (0, 1):
         # Model, teacher, the best weights and both moments of all of them.
-        parts = [results(jobs["all, tied", each])[rank]["held"] for each in (True, False)]
+        parts = [
+            results(jobs["all, tied", is_sharded])[rank]["held"] for is_sharded in (True, False)
+        ]
         model = sum(p.nbytes for p in load(jobs["all, tied", True]["folder"])[0].parameters())
         assert parts[1] > 5 * model
         assert parts[0] < 0.53 * parts[1], parts
@@ -169,11 +171,13 @@ def test_a_sharded_run_that_died_ends_with_the_same_bits(tiny_checkpoint, tmp_pa
         }
 
     whole = [job("whole-lora", "lora"), job("whole-all", "all")]
-    cut = [job("cut-lora", "lora", stops_after=5), job("cut-all", "all", dies_after=3)]
-    assert train(tmp_path, [*whole, *cut]).returncode != 0
-    left = [sorted(path.name for path in Path(f"{j['out']}.work").glob("step-*")) for j in cut]
+    interrupted = [job("cut-lora", "lora", stops_after=5), job("cut-all", "all", dies_after=3)]
+    assert train(tmp_path, [*whole, *interrupted]).returncode != 0
+    left = [
+        sorted(path.name for path in Path(f"{j['out']}.work").glob("step-*")) for j in interrupted
+    ]
     assert left == [["step-00000002", "step-00000004"], ["step-00000000", "step-00000002"]]
-    again = [{k: j[k] for k in ("folder", "plan", "recipe", "out")} for j in cut]
+    again = [{k: j[k] for k in ("folder", "plan", "recipe", "out")} for j in interrupted]
     done = train(tmp_path, again)
     assert done.returncode == 0, done.stderr[-3000:]
     for one, two in zip(whole, again, strict=True):
@@ -190,23 +194,23 @@ def test_heal_writes_the_checkpoint_that_it_writes_without(tmp_path, options):
     arguments += ["--batch-size", "2", "--micro-batch", "1", "--no-bf16"]
     arguments += ["--group-share", "0"]  # as sharded models are trained
     arguments += ["--learning-rate", "1e-3", "--out-dtype", "float32", *options]
-    out, kept = tmp_path / "out", tmp_path / "kept"
-    files = ["-o", str(out), "--keep-weights", str(kept)]
+    out, healed = tmp_path / "out", tmp_path / "kept"
+    files = ["-o", str(out), "--keep-weights", str(healed)]
     done = launch(
         *("--module", "abreast", "heal", str(model_folder()), *arguments, *files, "--shard")
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    printed = json.loads(done.stdout)
     plain = tmp_path / "plain"
     alone = [str(model_folder()), *arguments, "-o", str(plain)]
     other = json.loads(CliRunner().invoke(heal_verb, alone, catch_exceptions=False).stdout)
-    assert found["kl_after"] < found["kl_before"]
-    assert found["kl_after"] == pytest.approx(other["kl_after"], rel=1e-4)
+    assert printed["kl_after"] < printed["kl_before"]
+    assert printed["kl_after"] == pytest.approx(other["kl_after"], rel=1e-4)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, plain))
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert torch.allclose(ours[name], theirs[name], rtol=0, atol=1e-5), name
-    assert verify(out, kept, num_tokens=48, new_tokens=4).ok
+    assert verify(out, healed, num_tokens=48, new_tokens=4).ok
     assert verify(out, model_folder(), num_tokens=48, new_tokens=4).ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "out", "plain"]
 
@@ -230,9 +234,9 @@ def test_families_run_grouped_when_sharded(tiny_checkpoint, alone, family):
     assert all(isinstance(p, DTensor) for p in sharded.parameters())
     ids = torch.arange(48).view(2, 24)
     for plan in ("1+2+3", "1|2 3|4:1"):
-        for each in (model, sharded):
-            with grouped(each, plan):
-                each(ids, use_cache=False).logits.square().mean().backward()
+        for m in (model, sharded):
+            with grouped(m, plan):
+                m(ids, use_cache=False).logits.square().mean().backward()
         ours = dict(sharded.named_parameters())
         for name, parameter in model.named_parameters():
             got = full(ours[name].grad)

@@ -77,14 +77,14 @@ def test_programs_and_geometry_are_those_of_the_whole_model(pair):
     kinds = ("shuffle", "prune", "parallel", "cqil")
     programs = [p for ps in cases(6, kinds, max_length=3, permutations=1).values() for p in ps]
     original = tuple(range(6))
-    found, expected = (
+    result, expected = (
         {name_of(p): sums for p, sums, _ in run_programs(m, IDS, programs, reference=original)}
         for m in (spread, whole)
     )
-    assert found.keys() == expected.keys()
-    assert all(np.array_equal(found[name], expected[name]) for name in found)
-    found, expected = (geometry(model, TOKENS, 2, 2) for model in (spread, whole))
-    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    assert result.keys() == expected.keys()
+    assert all(np.array_equal(result[name], expected[name]) for name in result)
+    result, expected = (geometry(model, TOKENS, 2, 2) for model in (spread, whole))
+    assert all(np.array_equal(result[name], expected[name]) for name in result)
     assert torch.equal(logits(spread), logits(whole))
 
 
@@ -98,7 +98,7 @@ def test_layers_that_wait_elsewhere_are_not_merged(pair):
 def test_a_conversion_runs_from_the_disk(tiny_checkpoint, tmp_path, plan):
     convert(tiny_checkpoint(), plan, tmp_path / "out")
     whole, _ = load(tmp_path / "out")
-    places = {key: place for key, place in on_disk(1, 3).items() if not key.endswith(".5")}
+    places = {key: device for key, device in on_disk(1, 3).items() if not key.endswith(".5")}
     spread, _ = load(tmp_path / "out", device=places)
     assert any(parameter.is_meta for parameter in spread.parameters())
     assert torch.equal(logits(spread), logits(whole))
@@ -107,8 +107,8 @@ def test_a_conversion_runs_from_the_disk(tiny_checkpoint, tmp_path, plan):
 def test_auto_spreads(tiny_checkpoint, tmp_path):
     folder, stream = tiny_checkpoint(), TokenStream(TOKENS.ravel(), "random", 1, 64)
     spread, whole = (load(folder, device=device)[0] for device in ("auto", "cpu"))
-    found, expected = (perplexity(m, stream, window=16, stride=16) for m in (spread, whole))
-    assert found.nll == expected.nll
+    result, expected = (perplexity(m, stream, window=16, stride=16) for m in (spread, whole))
+    assert result.nll == expected.nll
 
     def merged(out: str, *devices: str):
         settings = StudySettings(num_windows=4, window=16, devices=devices)
@@ -145,34 +145,34 @@ class Placed(torch.Tensor):
     Ordinary tensors, such as constants that a function makes, go with any.
     """
 
-    place: torch.device
+    own_device: torch.device
 
     @classmethod
-    def put(cls, tensor: torch.Tensor, place: torch.device) -> Placed:
+    def on(cls, tensor: torch.Tensor, own_device: torch.device) -> Placed:
         placed = tensor.detach().as_subclass(torch.Tensor).as_subclass(cls)
-        placed.place = place
+        placed.own_device = own_device
         return placed
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function == torch.Tensor.device.__get__:
-            return args[0].place
+            return args[0].own_device
         if function == torch.Tensor.to:
             targets = [a for a in (*args[1:], kwargs.pop("device", None)) if a is not None]
             places = [torch.device(a) for a in targets if isinstance(a, torch.device | str)]
             rest = [a for a in targets if not isinstance(a, torch.device | str)]
             plain = args[0].as_subclass(torch.Tensor)
             moved = plain.to(*rest, **kwargs) if rest or kwargs else plain
-            return cls.put(moved, places[0] if places else args[0].place)
+            return cls.on(moved, places[0] if places else args[0].own_device)
         if function == torch.Tensor.copy_:  # goes from anywhere to anywhere
             args = (args[0], args[1].as_subclass(torch.Tensor))
-        found = {t.place for t in _placed((args, kwargs))}
-        if len(found) > 1:
-            raise RuntimeError(f"{function} got tensors on {found}")
+        devices = {t.own_device for t in _placed((args, kwargs))}
+        if len(devices) > 1:
+            raise RuntimeError(f"{function} got tensors on {devices}")
         out = super().__torch_function__(function, types, args, kwargs)
         for tensor in _placed(out):
-            tensor.place = next(iter(found))
+            tensor.own_device = next(iter(devices))
         return out
 
 
@@ -194,22 +194,22 @@ def apart(tiny_checkpoint):
     model, _ = load(tiny_checkpoint())
     one, other = torch.device("cpu", 1), torch.device("cpu", 2)
     for name, module in model.named_modules():
-        place = other if name.startswith(("model.layers.2", "model.layers.3")) else one
+        device = other if name.startswith(("model.layers.2", "model.layers.3")) else one
         for key, parameter in module.named_parameters(recurse=False):
-            setattr(module, key, torch.nn.Parameter(Placed.put(parameter, place), False))
+            setattr(module, key, torch.nn.Parameter(Placed.on(parameter, device), False))
         for key, buffer in module.named_buffers(recurse=False):
-            module._buffers[key] = Placed.put(buffer, place)
+            module._buffers[key] = Placed.on(buffer, device)
         if name != "model.layers" and name != "model":
             hook = AlignDevicesHook(io_same_device=not name)
             add_hook_to_module(module, hook)
-            hook.execution_device = place
+            hook.execution_device = device
     return model
 
 
 def test_members_on_two_devices_meet(apart, tiny_checkpoint):
     whole, _ = load(tiny_checkpoint())
-    expected, found = logits(whole), logits(apart)
-    assert torch.equal(found.as_subclass(torch.Tensor), expected)
+    expected, result = logits(whole), logits(apart)
+    assert torch.equal(result.as_subclass(torch.Tensor), expected)
     with grouped(whole, PLAN), grouped(apart, PLAN):
         assert torch.equal(logits(apart).as_subclass(torch.Tensor), logits(whole))
     programs = [(0, 1, 2, 3, 4, 5), (2, 1, 0, 3, 4, 5)]
@@ -221,5 +221,5 @@ def test_a_refit_of_members_on_two_devices(apart, tiny_checkpoint):
     tokens = np.random.default_rng(1).integers(128, size=(64, 16))
     whole, _ = load(tiny_checkpoint())
     plan = Plan.parse("1+2 3+4", 6)
-    found, expected = (refit(model, plan, tokens) for model in (apart, whole))
-    assert found.kl_after == pytest.approx(expected.kl_after, rel=1e-6) and len(found.fits) == 10
+    result, expected = (refit(model, plan, tokens) for model in (apart, whole))
+    assert result.kl_after == pytest.approx(expected.kl_after, rel=1e-6) and len(result.fits) == 10

@@ -67,8 +67,8 @@ def test_a_plan_costs_what_it_costs_on_held_out_text(texts, tmp_path):
     page = explain(planned.plan, planned.front)
     assert f"tokens of held-out text this plan costs KL {expected.kl:.5f}" in page
     assert f"{searched.kl - expected.kl:+.5f} against held-out text" in page
-    found = read_run(tmp_path)
-    assert [row.cost for row in found.front] == [planned.front.held_out[p] for p in best.values()]
+    run = read_run(tmp_path)
+    assert [row.cost for row in run.front] == [planned.front.held_out[p] for p in best.values()]
     ahead = r"full forward passes over 256 tokens down to 6 stages, (about \d+|less than a) minute"
     assert re.search(ahead, messages[0])
     find_plan(calibration, tmp_path, Budget(depth=6), held_out=held_out, step=messages.append)
@@ -125,9 +125,9 @@ def test_plans_for_several_machines(tiny_checkpoint, tmp_path, run):
     command += ("--max-group", 3, "--wirings", "lp,cqil", "--max-kl", 9, "--ranks", 2)
     status, out, err = run(*command, "--link", 1000, "--json")
     assert status == 0, err
-    found = json.loads(out)
-    assert found["plan"] == "1|2 3|4 5|6" and 1.9 < found["predicted_speedup"] < 2
-    assert {*found["front"][0]} >= {"predicted_seconds", "depth"}
+    printed = json.loads(out)
+    assert printed["plan"] == "1|2 3|4 5|6" and 1.9 < printed["predicted_speedup"] < 2
+    assert {*printed["front"][0]} >= {"predicted_seconds", "depth"}
     status, out, err = run(*command, "--link", 5, "--unpaired", "replicate")
     assert status == 0, err
     assert "best plan of each time" in out and "2xH100, link of 5 us" in out and "fastest: " in out

@@ -49,11 +49,11 @@ def test_costs_are_those_of_the_grouped_model(tiny_checkpoint, tmp_path):
     original, _ = load(folder)
     for plan, cost in zip(plans, score(calibration, plans), strict=True):
         grouped, _ = load(folder, plan=plan)
-        found = compare(grouped, original, text(), window=WINDOW, stride=WINDOW)
-        assert cost.kl == pytest.approx(found.kl, rel=1e-4, abs=1e-7)
-        assert cost.kl_stderr == pytest.approx(found.kl_stderr, rel=1e-3, abs=1e-7)
-        assert cost.loss_increase == pytest.approx(found.nll_difference, rel=1e-3, abs=1e-6)
-        assert cost.tokens == found.num_tokens
+        comparison = compare(grouped, original, text(), window=WINDOW, stride=WINDOW)
+        assert cost.kl == pytest.approx(comparison.kl, rel=1e-4, abs=1e-7)
+        assert cost.kl_stderr == pytest.approx(comparison.kl_stderr, rel=1e-3, abs=1e-7)
+        assert cost.loss_increase == pytest.approx(comparison.nll_difference, rel=1e-3, abs=1e-6)
+        assert cost.tokens == comparison.num_tokens
 
 
 def test_geometry_is_that_of_the_hidden_states(tiny_checkpoint, tmp_path):
@@ -66,12 +66,12 @@ def test_geometry_is_that_of_the_hidden_states(tiny_checkpoint, tmp_path):
         states = model(ids, output_hidden_states=True).hidden_states[:-1]
     for first in range(LAYERS):
         for second in range(first, LAYERS):
-            alike = torch.cosine_similarity(states[first], states[second], dim=-1).clamp(-1, 1)
-            assert stats.similarity[first, second] == pytest.approx(alike.mean().item(), abs=1e-5)
-            turned = alike.double().arccos().mean().item() / np.pi
+            cosine = torch.cosine_similarity(states[first], states[second], dim=-1).clamp(-1, 1)
+            assert stats.similarity[first, second] == pytest.approx(cosine.mean().item(), abs=1e-5)
+            turned = cosine.double().arccos().mean().item() / np.pi
             assert stats.angular[second, first] == pytest.approx(turned, abs=1e-3)
             if second == first + 1:
-                assert stats.influence[first] == pytest.approx(1 - alike.mean().item(), abs=1e-5)
+                assert stats.influence[first] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
 
 
 def test_dependency_is_how_a_contribution_turns(tiny_checkpoint, tmp_path):
@@ -93,13 +93,13 @@ def test_dependency_is_how_a_contribution_turns(tiny_checkpoint, tmp_path):
 
 def test_stats_file_holds_what_was_measured(tiny_checkpoint, tmp_path):
     stats = measure(run(tiny_checkpoint(), tmp_path / "run", wirings=["lp", "cqil-full"]))
-    found = Stats.load(tmp_path / "run" / "stats.safetensors")
-    assert dict(found.groups) == dict(stats.groups)
-    assert found.identity == stats.identity and found.loss == stats.loss
-    assert set(found.identity) >= {"model", "tokens", "seed", "num_windows", "window", "dtype"}
+    loaded = Stats.load(tmp_path / "run" / "stats.safetensors")
+    assert dict(loaded.groups) == dict(stats.groups)
+    assert loaded.identity == stats.identity and loaded.loss == stats.loss
+    assert set(loaded.identity) >= {"model", "tokens", "seed", "num_windows", "window", "dtype"}
     for name in ("similarity", "angular", "influence", "dependency"):
-        assert (getattr(found, name) == getattr(stats, name)).all()
-    assert len(found.groups) == 2 * (LAYERS - 3)
+        assert (getattr(loaded, name) == getattr(stats, name)).all()
+    assert len(loaded.groups) == 2 * (LAYERS - 3)
 
 
 def test_all_of_the_text_for_the_better_candidates_only(tiny_checkpoint, tmp_path):
@@ -107,8 +107,8 @@ def test_all_of_the_text_for_the_better_candidates_only(tiny_checkpoint, tmp_pat
     scored = {group: cost.tokens for group, cost in stats.groups.items()}
     part, whole = 2 * (WINDOW - 1), WINDOWS * (WINDOW - 1)
     assert sorted(scored.values()) == [part] * 4 + [whole] * 2
-    kept = {group.layers for group, tokens in scored.items() if tokens == whole}
-    assert len(kept) == 2
+    measured_fully = {group.layers for group, tokens in scored.items() if tokens == whole}
+    assert len(measured_fully) == 2
     every = measure(run(tiny_checkpoint(), tmp_path / "all", screen=1, keep=1))
     assert {cost.tokens for cost in every.groups.values()} == {whole}
 
@@ -120,11 +120,11 @@ def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, m
 
     def breaking(*arguments, **options):
         nonlocal programs
-        for each in real(*arguments, **options):
+        for scores in real(*arguments, **options):
             programs += 1
             if programs == 7:
                 raise KeyboardInterrupt
-            yield each
+            yield scores
 
     monkeypatch.setattr(measuring, "run_programs", breaking)
     with pytest.raises(KeyboardInterrupt):
@@ -137,7 +137,7 @@ def test_interrupted_run_goes_on_and_gives_the_same(tiny_checkpoint, tmp_path, m
     monkeypatch.setattr(
         measuring,
         "run_programs",
-        lambda *a, **k: ((ran.append(each), each)[1] for each in real(*a, **k)),
+        lambda *a, **k: ((ran.append(scores), scores)[1] for scores in real(*a, **k)),
     )
     again = measure(run(folder, tmp_path / "broken"))
     assert dict(again.groups) == dict(whole.groups)
@@ -314,13 +314,13 @@ def test_planted_independent_pairs_are_found(tiny_checkpoint, tmp_path):
     model = planted(tiny_checkpoint(num_layers=14), [(2, 3), (5, 6), (10, 11)])
     model.save_pretrained(tmp_path / "planted")
     calibration = run(tmp_path / "planted", tmp_path / "run" / "calibration")
-    found = find_plan(calibration, tmp_path / "run", Budget(depth=11))
-    assert found.plan.shorthand == "2+3 5+6 10+11"
-    true = set(found.plan.groups)
-    wrong = [cost.kl for plan, cost in found.front.plans.items() if not set(plan.groups) <= true]
-    assert abs(found.expected.kl) < min(wrong) / 20
+    planned = find_plan(calibration, tmp_path / "run", Budget(depth=11))
+    assert planned.plan.shorthand == "2+3 5+6 10+11"
+    true = set(planned.plan.groups)
+    wrong = [cost.kl for plan, cost in planned.front.plans.items() if not set(plan.groups) <= true]
+    assert abs(planned.expected.kl) < min(wrong) / 20
     limit = Budget(max_kl=min(wrong) / 10)
-    assert find_plan(calibration, tmp_path / "run", limit).plan == found.plan
+    assert find_plan(calibration, tmp_path / "run", limit).plan == planned.plan
 
 
 @pytest.mark.parametrize(

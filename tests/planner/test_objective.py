@@ -29,17 +29,19 @@ def test_an_objective_from_outside_ranks_candidates_plans_and_reasons(tiny_check
         stream=data,
     )
     messages: list[str] = []
-    found = find_plan(calibration, tmp_path, Budget(depth=7), objective=GAIN, step=messages.append)
-    costs = found.front.plans
-    assert found.plan == max(costs, key=lambda plan: costs[plan].loss_increase)
-    assert found.plan != min(costs, key=lambda plan: costs[plan].kl)
+    planned = find_plan(
+        calibration, tmp_path, Budget(depth=7), objective=GAIN, step=messages.append
+    )
+    costs = planned.front.plans
+    assert planned.plan == max(costs, key=lambda plan: costs[plan].loss_increase)
+    assert planned.plan != min(costs, key=lambda plan: costs[plan].kl)
     assert any(message.startswith("depth 7: Gain -") for message in messages)
-    [row] = reasons(found.plan, found.front)
-    assert row["gain"] == -found.front.stats.groups[found.plan.groups[0]].loss_increase
+    [row] = reasons(planned.plan, planned.front)
+    assert row["gain"] == -planned.front.stats.groups[planned.plan.groups[0]].loss_increase
     assert row["extra_gain"] >= 0 and row["rank"] == 1
-    page = explain(found.plan, found.front)
-    assert f"costs Gain {-found.expected.loss_increase:.5f}" in page and "| Gain alone |" in page
+    page = explain(planned.plan, planned.front)
+    assert f"costs Gain {-planned.expected.loss_increase:.5f}" in page and "| Gain alone |" in page
     # Of the candidates, those best by the objective were measured on all of the text.
-    measured = {g: c for g, c in found.front.stats.groups.items() if c.tokens == 8 * 31}
-    assert len(measured) == 3 and found.plan.groups[0] in measured
-    assert row["gain_stderr"] == pytest.approx(found.expected.loss_stderr)
+    measured = {g: c for g, c in planned.front.stats.groups.items() if c.tokens == 8 * 31}
+    assert len(measured) == 3 and planned.plan.groups[0] in measured
+    assert row["gain_stderr"] == pytest.approx(planned.expected.loss_stderr)

@@ -204,10 +204,10 @@ def test_worst_of_several_texts(tiny_checkpoint, tmp_path):
         costs += score(calibration, [plan])
     lines = read_journal(tmp_path / "worst")
     sums = np.concatenate([line["sums"] for _, line in sorted(lines.items())])
-    each = sums[::2, 2].sum() / (4 * 31), sums[1::2, 2].sum() / (4 * 31)
-    assert costs[0].kl == pytest.approx(np.mean(each))
-    assert costs[1].kl == pytest.approx(max(each)) and costs[1].tokens == 4 * 31
-    assert each[0] != pytest.approx(each[1])
+    means = sums[::2, 2].sum() / (4 * 31), sums[1::2, 2].sum() / (4 * 31)
+    assert costs[0].kl == pytest.approx(np.mean(means))
+    assert costs[1].kl == pytest.approx(max(means)) and costs[1].tokens == 4 * 31
+    assert means[0] != pytest.approx(means[1])
     assert calibration.objective.name == "worst KL"
     short = (Part("one", 160, 1, 160, ()), Part("two", 96, 1, 96, ()))
     stream = TokenStream(tokens, "one,two", 2, 256, (), short)

@@ -32,13 +32,13 @@ def pairs(num_layers: int, cost=lambda first: 1.0, *, size: int = 2) -> dict[Gro
 
 def every_plan(num_layers: int, costs: dict[Group, float]) -> list[Plan]:
     """All plans from these groups, by trying every subset of them."""
-    found = []
+    plans = []
     for count in range(len(costs) + 1):
         for groups in itertools.combinations(sorted(costs, key=lambda g: g.layers), count):
             layers = [layer for group in groups for layer in group.layers]
             if len(set(layers)) == len(layers) and layers == sorted(layers):
-                found.append(Plan(num_layers=num_layers, groups=groups))
-    return found
+                plans.append(Plan(num_layers=num_layers, groups=groups))
+    return plans
 
 
 some_costs = st.integers(4, 8).flatmap(
@@ -64,9 +64,9 @@ def test_additive_optimum_is_the_best_of_all_plans(given_costs):
     best = {}
     for plan in every_plan(num_layers, costs):
         best[plan.depth] = min(best.get(plan.depth, math.inf), total(plan, costs))
-    found = additive(num_layers, costs)
-    assert {depth: total(plans[0], costs) for depth, plans in found.items()} == pytest.approx(best)
-    assert all(plan.depth == depth for depth, plans in found.items() for plan in plans)
+    optima = additive(num_layers, costs)
+    assert {depth: total(plans[0], costs) for depth, plans in optima.items()} == pytest.approx(best)
+    assert all(plan.depth == depth for depth, plans in optima.items() for plan in plans)
 
 
 @given(some_costs, st.integers(2, 5))
@@ -92,7 +92,7 @@ def coupled(num_layers: int, costs: dict[Group, float], seed: int = 0) -> Candid
 def test_predicted_costs_are_sums_of_costs_and_couplings(given_costs, seed):
     num_layers, costs = given_costs
     candidates = coupled(num_layers, costs, seed)
-    place = {group: at for at, group in enumerate(candidates.groups)}
+    index_of = {group: at for at, group in enumerate(candidates.groups)}
     ranked = predicted(candidates, best=1000)
     assert sum(map(len, ranked.values())) == len(every_plan(num_layers, costs))
     for depth, plans in ranked.items():
@@ -100,7 +100,7 @@ def test_predicted_costs_are_sums_of_costs_and_couplings(given_costs, seed):
         for cost, choice in plans:
             plan = candidates.plan(choice)
             couplings = (
-                candidates.coupling[place[a], place[b]]
+                candidates.coupling[index_of[a], index_of[b]]
                 for a, b in itertools.combinations(plan.groups, 2)
             )
             assert plan == Plan.parse(plan.shorthand, num_layers) and plan.depth == depth
@@ -147,10 +147,10 @@ def test_couplings_are_learnt_by_the_number_of_layers_between_two_groups():
         between = abs(a - b) - 2
         return next((k for k, least in ((3, 4), (2, 2), (1, 1), (0, 0)) if between >= least), -1)
 
-    cost = {place: (place + 1) / 4 for place in range(len(candidates.groups))}
+    cost = {index: (index + 1) / 4 for index in range(len(candidates.groups))}
     rows, excess = [], []
     for choice in choices[1:]:
-        row, alone = [0.0] * 4, sum(cost[place] for place in choice)
+        row, alone = [0.0] * 4, sum(cost[index] for index in choice)
         for a, b in itertools.combinations(choice, 2):
             row[kind(a, b)] += math.sqrt(cost[a] * cost[b]) / alone
         rows.append(row)
@@ -173,18 +173,18 @@ def test_changes_of_a_full_stretch_shift_it():
 
 
 def test_a_stretch_for_every_start():
-    found = contiguous(8, 6, pairs(8))
-    assert [plan.shorthand for plan in found] == ["1+2 3+4", "2+3 4+5", "3+4 5+6"]
+    stretches = contiguous(8, 6, pairs(8))
+    assert [plan.shorthand for plan in stretches] == ["1+2 3+4", "2+3 4+5", "3+4 5+6"]
     assert contiguous(8, 4, pairs(8)) == []
     triples = contiguous(8, 6, pairs(8, size=3))
     assert [plan.shorthand for plan in triples] == [f"{f}+{f + 1}+{f + 2}" for f in range(1, 5)]
 
 
 def everything(num_layers, costs, score, **options):
-    found = {}
+    scored = {}
     for _, plans in refine(Candidates.of(num_layers, costs), score, **options):
-        found |= plans
-    return found
+        scored |= plans
+    return scored
 
 
 def test_search_finds_what_the_sum_does_not_see():
@@ -196,12 +196,12 @@ def test_search_finds_what_the_sum_does_not_see():
         touching = sum(b[0] - a[-1] == 1 for a, b in itertools.pairwise(edges))
         return total(plan, costs) + touching
 
-    found = everything(16, costs, lambda plans: [measured(p) for p in plans], least_depth=11)
+    scored = everything(16, costs, lambda plans: [measured(p) for p in plans], least_depth=11)
     for depth in range(15, 10, -1):
-        here = {plan: cost for plan, cost in found.items() if plan.depth == depth}
+        here = {plan: cost for plan, cost in scored.items() if plan.depth == depth}
         best = min(measured(p) for p in every_plan(16, costs) if p.depth == depth)
         assert min(here.values()) == pytest.approx(best, rel=0.02)
-    assert measured(additive(16, costs)[11][0]) > 1.5 * min(found.values())
+    assert measured(additive(16, costs)[11][0]) > 1.5 * min(scored.values())
 
 
 def test_contiguous_stretches_are_among_the_starting_points():
@@ -212,23 +212,23 @@ def test_contiguous_stretches_are_among_the_starting_points():
     def measured(plan: Plan) -> float:
         return 0.5 if plan == stretch else total(plan, costs) + len(plan.shorthand) / 100
 
-    found = everything(16, costs, lambda plans: [measured(p) for p in plans], least_depth=12)
-    assert found[stretch] == 0.5
+    scored = everything(16, costs, lambda plans: [measured(p) for p in plans], least_depth=12)
+    assert scored[stretch] == 0.5
 
 
 def test_search_keeps_to_its_budget_and_measures_nothing_twice():
-    asked: list[Plan] = []
+    requested: list[Plan] = []
 
     def measured(plans):
-        asked.extend(plans)
-        return [float(np.random.default_rng(len(asked)).random()) for _ in plans]
+        requested.extend(plans)
+        return [float(np.random.default_rng(len(requested)).random()) for _ in plans]
 
     candidates = Candidates.of(16, pairs(16))
     for depth, plans in refine(candidates, measured, least_depth=10, per_group=4):
         groups = 16 - depth
         assert all(plan.depth == depth for plan in plans)
         assert len(plans) <= 4 * groups
-    assert len(asked) == len(set(asked))
+    assert len(requested) == len(set(requested))
 
 
 def test_half_of_the_budget_goes_to_starting_points():
@@ -275,8 +275,8 @@ def test_stretches_that_end_where_published_ones_do_come_early(layers, end):
 
 def test_search_without_refinement_takes_the_additive_optimum():
     costs = pairs(12, lambda first: 1 / first)
-    found = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
-    assert list(found) == [plans[0] for d, plans in additive(12, costs).items() if 8 <= d < 12]
+    scored = everything(12, costs, lambda p: [0.0] * len(p), least_depth=8, per_group=0)
+    assert list(scored) == [plans[0] for d, plans in additive(12, costs).items() if 8 <= d < 12]
 
 
 def test_search_is_deterministic_and_breaks_ties_by_name():
@@ -305,11 +305,11 @@ def test_times_that_a_faster_plan_beats_are_left_out():
     seconds = {Group(layers=(1, 2)): 1.0, Group(layers=(4, 5)): 2.0}
     costs = dict(zip(seconds, (5.0, 1.0), strict=True))
     candidates = Candidates.of(8, costs, seconds)
-    found = {}
+    scored = {}
     for depth, plans in refine(candidates, lambda plans: [total(p, costs) for p in plans]):
-        found[depth] = {plan.shorthand for plan in plans}
+        scored[depth] = {plan.shorthand for plan in plans}
     # steps are thirds of what the best group saves per layer: 2 for the first, 3 for the second
-    assert found == {5: {"4+5"}, 3: {"1+2 4+5"}}
+    assert scored == {5: {"4+5"}, 3: {"1+2 4+5"}}
 
 
 def test_a_search_by_time_finds_the_fastest_plan_within_a_loss():
@@ -324,14 +324,14 @@ def test_a_search_by_time_finds_the_fastest_plan_within_a_loss():
     candidates = Candidates.of(7, costs, seconds)
     assert {*costs} - {*candidates.groups} == {slow}
     assert candidates.saved.tolist() == [seconds[group] for group in candidates.groups]
-    found, levels = dict[Plan, float](), list[tuple[int, float]]()
+    scored, levels = dict[Plan, float](), list[tuple[int, float]]()
     for depth, plans in refine(candidates, lambda plans: [total(p, costs) for p in plans]):
         levels.append((depth, min(plans.values())))
         assert all(7 - total(plan, seconds) == depth for plan in plans)
-        found |= plans
+        scored |= plans
     assert len(levels) > 3 and levels == sorted(levels, reverse=True)
     assert [cost for _, cost in levels] == sorted(cost for _, cost in levels)
     every = [plan for plan in every_plan(7, costs) if slow not in plan.groups]
     for limit in (0.7, 2.5, 4.0, 5.0, 8.0):
         fastest = max(total(plan, seconds) for plan in every if total(plan, costs) <= limit)
-        assert fastest == max(total(plan, seconds) for plan in found if found[plan] <= limit)
+        assert fastest == max(total(plan, seconds) for plan in scored if scored[plan] <= limit)

@@ -128,8 +128,8 @@ def answers_of_mlx(
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """What mlx_ranks.py makes of prompts together, then of some alone; its counts."""
     questions, answers = folder.parent / "questions.json", folder.parent / "answers.json"
-    asked = {"prompts": prompts, "tokens": tokens, "alone": [*alone]}
-    questions.write_text(json.dumps(asked))
+    request = {"prompts": prompts, "tokens": tokens, "alone": [*alone]}
+    questions.write_text(json.dumps(request))
     script = Path(__file__).with_name("mlx_ranks.py")
     command = [MLX / "python", script, folder, questions, answers]
     for status, output in in_mlx_ranks(command, folder.parent, ranks, ABREAST_UNPAIRED=unpaired):

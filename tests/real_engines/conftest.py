@@ -68,9 +68,9 @@ def run_apart(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def in_engine() -> InEngine:
-    """Run work(llm, **given) on every rank of a vLLM engine; return what rank 0 returns.
+    """Run work(llm, **arguments) on every rank of a vLLM engine; return what rank 0 returns.
 
-    in_engine(folder, work, tensor_parallel=1, given={}, pipeline=1, **options of vllm.LLM)
+    in_engine(folder, work, tensor_parallel=1, arguments={}, pipeline=1, **options of vllm.LLM)
     """
     import torch
 
@@ -81,7 +81,7 @@ def in_engine() -> InEngine:
         folder: Path | str,
         work: Work,
         tensor_parallel: int = 1,
-        given: Any = None,
+        arguments: Any = None,
         pipeline: int = 1,
         **options: Any,
     ) -> Any:
@@ -91,7 +91,8 @@ def in_engine() -> InEngine:
         ends = [context.Pipe(duplex=False) for _ in range(size)]
         ranks = [
             context.Process(
-                target=_rank, args=(rank, size, port, str(folder), work, given or {}, options, end)
+                target=_rank,
+                args=(rank, size, port, str(folder), work, arguments or {}, options, end),
             )
             for rank, (_, end) in enumerate(ends)
         ]
@@ -136,7 +137,7 @@ def _rank(
     port: int,
     folder: str,
     work: Work,
-    given: dict[str, Any],
+    arguments: dict[str, Any],
     options: dict[str, Any],
     end: Any,
 ) -> None:
@@ -166,7 +167,7 @@ def _rank(
         }
         llm = LLM(folder, **{**settings, **options})
         llm.collective_rpc(_hold_streams)
-        end.send((work(llm, **given), None))
+        end.send((work(llm, **arguments), None))
     except BaseException:
         end.send((None, traceback.format_exc()))
     os._exit(0)

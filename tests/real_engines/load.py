@@ -104,8 +104,8 @@ def serve(folder: Path, ranks: int) -> Iterator[Server]:
     assert command[:3] == ["python", "-m", "vllm.entrypoints.openai.api_server"]
     assert command[-2:] == ["--tensor-parallel-size", "2"] and "OUT" in command
     port, cores = free_port(), range(ranks if (os.cpu_count() or 1) >= ranks else 1)
-    with tempfile.TemporaryDirectory() as place:
-        template, log = Path(place, "chat.jinja"), Path(place, "log")
+    with tempfile.TemporaryDirectory() as directory:
+        template, log = Path(directory, "chat.jinja"), Path(directory, "log")
         template.write_text(TEMPLATE)
         here = ["--port", str(port), "--dtype", "float32", "--chat-template", str(template)]
         small = ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--max-num-seqs", "8"]
@@ -243,17 +243,17 @@ class Offline:
         answer has another length, or a token that is not among the two best."""
         ends = self.model.generation_config.eos_token_id
         if prompt not in self.known:
-            asked = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
+            prompt_ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"]
             with torch.inference_mode():
-                whole = self.model.generate(asked, max_new_tokens=MOST, do_sample=False)
-            new = whole[0, asked.shape[1] :].tolist()
-            self.known[prompt] = asked, [token for token in new if token != ends]
-        asked, best = self.known[prompt]
+                whole = self.model.generate(prompt_ids, max_new_tokens=MOST, do_sample=False)
+            new = whole[0, prompt_ids.shape[1] :].tolist()
+            self.known[prompt] = prompt_ids, [token for token in new if token != ends]
+        prompt_ids, best = self.known[prompt]
         ids = [token for token in ids if token != ends]
         places = [at for at, (a, b) in enumerate(zip(ids, best, strict=False)) if a != b]
         if not places:
             return 0.0 if len(ids) == min(count, len(best)) else float("inf")
-        text = torch.cat([asked, torch.tensor([best[: places[0]]], dtype=torch.long)], 1)
+        text = torch.cat([prompt_ids, torch.tensor([best[: places[0]]], dtype=torch.long)], 1)
         with torch.inference_mode():
             scores = self.model(text).logits[0, -1]
         top = scores.topk(2)
@@ -288,8 +288,8 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="add the counts to the ledger")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place, "OUT")
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory, "OUT")
         convert(model_folder(), PLAN, folder, dtype="float32")
         with serve(folder, options.ranks) as server:
             seen = traffic(server, 60 * options.minutes, options.seed)

@@ -57,10 +57,10 @@ if __name__ == "__main__":
         model, _ = sharded_load(folder, tensor_group=group, trust_remote_code=True)
     else:
         model, _ = load(folder, trust_remote_code=True)
-    given = json.loads(Path(questions).read_text())
-    made = answers_of(model, given["prompts"], given["tokens"])
-    for index in given["alone"]:
-        made += answers_of(model, [given["prompts"][index]], given["tokens"])
+    questions_read = json.loads(Path(questions).read_text())
+    made = answers_of(model, questions_read["prompts"], questions_read["tokens"])
+    for index in questions_read["alone"]:
+        made += answers_of(model, [questions_read["prompts"][index]], questions_read["tokens"])
     assert "abreast" not in sys.modules
     if group.rank() == 0:
         Path(answers).write_text(json.dumps({"answers": made, "sums": sums_of(model)}))

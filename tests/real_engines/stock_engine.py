@@ -36,7 +36,7 @@ def in_vllm(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str
         gpu_memory_utilization=0.1,
         seed=0,
     )
-    how = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True)
     questions = [{"prompt_token_ids": ids} for ids in prompts]
     return [
         {
@@ -46,7 +46,7 @@ def in_vllm(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str
                 for step in answer.outputs[0].logprobs
             ],
         }
-        for answer in llm.generate(questions, how, use_tqdm=False)
+        for answer in llm.generate(questions, sampling, use_tqdm=False)
     ]
 
 
@@ -55,7 +55,10 @@ def in_mlx(folder: str, prompts: list[list[int]], tokens: int) -> list[dict[str,
     from mlx_lm import load
     from mlx_lm.models.cache import make_prompt_cache
 
-    model, _ = load(folder, tokenizer_config={"trust_remote_code": False})
+    # transformers reads the tokenizer, and stops at a scaled RoPE in a configuration unknown to it;
+    # docs/serving.md says so.
+    scaled = bool(json.loads(Path(folder, "config.json").read_text()).get("rope_scaling"))
+    model, _ = load(folder, tokenizer_config={"trust_remote_code": scaled})
     answers = []
     # Prompts of one length are a batch.
     for length in sorted({len(ids) for ids in prompts}):

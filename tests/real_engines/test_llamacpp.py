@@ -57,8 +57,8 @@ def ask(server: xllamacpp.Server, prompt: list[int], tokens: int, best: int) -> 
 
 def compared(model: Any, server: xllamacpp.Server, prompt: list[int], tokens: int) -> float:
     """Asserts equal greedy tokens; returns the largest difference of a top-5 logprob."""
-    found = ask(server, prompt, tokens, 5)
-    ids = [entry["id"] for entry in found]
+    answer = ask(server, prompt, tokens, 5)
+    ids = [entry["id"] for entry in answer]
     with torch.inference_mode():
         inputs, longest = torch.tensor([prompt]), len(prompt) + tokens
         model.generation_config.eos_token_id = None
@@ -68,8 +68,8 @@ def compared(model: Any, server: xllamacpp.Server, prompt: list[int], tokens: in
     assert own[0, len(prompt) :].tolist() == ids
     logprobs = torch.log_softmax(logits.float(), -1)
     return max(
-        abs(logprobs[place, candidate["id"]].item() - candidate["logprob"])
-        for place, entry in enumerate(found)
+        abs(logprobs[position, candidate["id"]].item() - candidate["logprob"])
+        for position, entry in enumerate(answer)
         for candidate in entry["top_logprobs"]
     )
 
@@ -136,8 +136,8 @@ def test_quantised_files_run_and_stay_near(converted, prompts, tmp_path, kind, l
     assert made["quantization"] == kind
     assert small.stat().st_size < plain.stat().st_size * {"Q8_0": 0.3, "Q4_K_M": 0.21}[kind]
     first, second = serve(plain), serve(small)
-    found = [kl(ask(first, p, 1, 4096), ask(second, p, 1, 4096)) for p in prompts]
-    assert 0 < statistics.mean(found) < limit
+    divergences = [kl(ask(first, p, 1, 4096), ask(second, p, 1, 4096)) for p in prompts]
+    assert 0 < statistics.mean(divergences) < limit
 
 
 def kl(reference: list[Any], model: list[Any]) -> float:
@@ -381,14 +381,14 @@ def test_server_answers_a_client(tiny_checkpoint, words, tmp_path):
     _, tokenizer = load(folder)
     server = serve(tmp_path / "model.gguf", use_jinja=True)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, you"}]
-    wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert post(server, "/apply-template", {"messages": messages})["prompt"] == wanted
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert post(server, "/apply-template", {"messages": messages})["prompt"] == prompt
     client = OpenAI(base_url=f"{server.listening_address}/v1", api_key="none", max_retries=0)
     chat = client.chat.completions.create(
         model="any", messages=messages, max_tokens=8, temperature=0
     )
     assert chat.usage.completion_tokens == 8
-    assert chat.usage.prompt_tokens == len(tokenizer(wanted)["input_ids"])
+    assert chat.usage.prompt_tokens == len(tokenizer(prompt)["input_ids"])
     text = client.completions.create(model="any", prompt="def f(", max_tokens=8, temperature=0)
     pieces = client.completions.create(
         model="any", prompt="def f(", max_tokens=8, temperature=0, stream=True

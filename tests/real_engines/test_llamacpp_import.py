@@ -34,7 +34,7 @@ def test_files_of_every_architecture_say_what_their_originals_say(case, tiny_che
 
 @pytest.mark.parametrize("pre", SPLITS)
 def test_text_is_split_as_in_llamacpp(pre, tiny_checkpoint, tmp_path):
-    found = {}
+    reported = {}
     own = read_vocabulary(model_folder(), 4096)
 
     def bundled(facts, tensors):
@@ -50,10 +50,10 @@ def test_text_is_split_as_in_llamacpp(pre, tiny_checkpoint, tmp_path):
         )
         facts.pop("tokenizer.ggml.add_bos_token")
         facts.pop("tokenizer.ggml.eot_token_id")
-        found.update(facts)
+        reported.update(facts)
 
     file = write_file(tmp_path / "m.gguf", "llama", tiny_checkpoint(vocab_size=4096), bundled)
-    tokenizer, server = make_tokenizer(found, "m.gguf", 4096), serve(file)
+    tokenizer, server = make_tokenizer(reported, "m.gguf", 4096), serve(file)
     for text in TRICKY:
         request = {"content": text, "add_special": True, "parse_special": True}
         assert tokenizer(text)["input_ids"] == post(server, "/tokenize", request)["tokens"], text

@@ -213,8 +213,8 @@ def test_server(tmp_path, ranks):
         command, cwd=tmp_path, env=own | {"OMP_NUM_THREADS": "1"}, start_new_session=True
     )
     try:
-        asked = {"prompt": "import os", "max_tokens": 16, "temperature": 0}
-        text = answer(f"http://127.0.0.1:{port}/v1/completions", asked)["choices"][0]["text"]
+        question = {"prompt": "import os", "max_tokens": 16, "temperature": 0}
+        text = answer(f"http://127.0.0.1:{port}/v1/completions", question)["choices"][0]["text"]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
@@ -224,9 +224,9 @@ def test_server(tmp_path, ranks):
     assert text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def answer(url: str, asked: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
+def answer(url: str, question: dict[str, Any], seconds: float = 120) -> dict[str, Any]:
     """What a server says as soon as it is up."""
-    request = urllib.request.Request(url, json.dumps(asked).encode())
+    request = urllib.request.Request(url, json.dumps(question).encode())
     request.add_header("Content-Type", "application/json")
     end = time.monotonic() + seconds
     while True:

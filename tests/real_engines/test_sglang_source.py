@@ -41,8 +41,8 @@ def definition(module: str, name: str) -> Found | None:
             if node.level and path.name == "__init__.py":
                 parents = module.split(".")[: len(module.split(".")) - node.level + 1]
             inner = ".".join([*parents, *([node.module] if node.module else [])])
-            if inner.startswith("sglang") and (found := definition(inner, name)):
-                return found
+            if inner.startswith("sglang") and (imported := definition(inner, name)):
+                return imported
     return None
 
 
@@ -53,8 +53,8 @@ def method(module: str, kind: ast.ClassDef, *names: str) -> ast.FunctionDef | No
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 return node
     for base in kind.bases:
-        found = definition(module, ast.unparse(base))
-        if isinstance(found, ast.ClassDef) and (own := method(module, found, *names)):
+        parent = definition(module, ast.unparse(base))
+        if isinstance(parent, ast.ClassDef) and (own := method(module, parent, *names)):
             return own
     return None
 
@@ -75,17 +75,20 @@ def check(ours: inspect.Signature, theirs: ast.FunctionDef) -> None:
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_name_has_the_signature_of_the_stand_in(module, name):
     full = f"sglang.srt.{module}"
-    found, ours = definition(full, name), stand_in.MODULES[module][name]
-    assert found is not None, f"{full} has no {name}"
-    if isinstance(found, ast.FunctionDef):
-        check(inspect.signature(ours), found)
+    theirs, ours = definition(full, name), stand_in.MODULES[module][name]
+    assert theirs is not None, f"{full} has no {name}"
+    if isinstance(theirs, ast.FunctionDef):
+        check(inspect.signature(ours), theirs)
         return
-    init, forward = method(full, found, "__init__"), method(full, found, "forward", "forward_cuda")
+    init, forward = (
+        method(full, theirs, "__init__"),
+        method(full, theirs, "forward", "forward_cuda"),
+    )
     if name != "SiluAndMul":  # takes whatever it is given
         check(inspect.signature(ours.__init__), init)
     check(inspect.signature(ours.forward), forward)
-    if "weight_loader" in ast.dump(found):
-        load = method(full, found, "weight_loader")
+    if "weight_loader" in ast.dump(theirs):
+        load = method(full, theirs, "weight_loader")
         check(inspect.signature(ours.load), load)
 
 

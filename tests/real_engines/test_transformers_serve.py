@@ -37,8 +37,8 @@ def test_completion(tmp_path, plan):
             assert server.poll() is None, (tmp_path / "log").read_text()[-5000:]
             assert time.monotonic() - start < 200, (tmp_path / "log").read_text()[-5000:]
             try:
-                given = {"model": "OUT", "prompt": prompt, "max_tokens": 12, "temperature": 0}
-                answer = client.completions.create(**given)
+                request = {"model": "OUT", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+                answer = client.completions.create(**request)
                 break
             except openai.APIConnectionError:
                 time.sleep(1)

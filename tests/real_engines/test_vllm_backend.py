@@ -48,8 +48,8 @@ def test_a_family_runs_through_the_transformers_backend(
     source = tiny_checkpoint(family, **sizes, **windows, **OWN.get(family, {}))
     plan = "1+2" if said["lp"] != "-" else "1~2"
     plan += " 3~4" if said["ff"] != "-" else ""
-    alike = obstacle(open_checkpoint(source).config, (5, 6)) is None
-    folder = converted(source, plan + (" 5|6" if said["cqil"] != "-" and alike else ""))
-    given = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
-    done = in_engine(folder, complete, 1, given, skip_tokenizer_init=True)
+    same_kinds = obstacle(open_checkpoint(source).config, (5, 6)) is None
+    folder = converted(source, plan + (" 5|6" if said["cqil"] != "-" and same_kinds else ""))
+    arguments = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
+    done = in_engine(folder, complete, 1, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from functools import partial
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_vllm_serving as serving
 from agreement import compare
 from test_vllm_features import compiled, generate, ids_of
+from test_vllm_parity import SLIDING
 
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
@@ -52,11 +55,11 @@ def in_company(llm: Any, prompts: list[list[int]], others: list[list[int]]) -> d
 @pytest.mark.parametrize("plan", PLANS)
 def test_alone_and_among_others(in_engine, converted, plan, chunk):
     folder = converted(model_folder(), PLANS[plan])
-    given = {"prompts": PROMPTS, "others": OTHERS}
+    arguments = {"prompts": PROMPTS, "others": OTHERS}
     done = in_engine(
         folder,
         in_company,
-        given=given,
+        arguments=arguments,
         max_num_batched_tokens=chunk,
         max_num_seqs=24,
         block_size=32,
@@ -81,7 +84,7 @@ def turns(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
 def test_what_was_generated_is_read_again_as_a_prompt(in_engine, converted):
     """Its blocks in the prefix cache were computed abreast: only those before it may serve."""
     folder, prompts = converted(model_folder(), PLANS["lp"]), [ids_of(32, 1), ids_of(40, 2)]
-    done = in_engine(folder, turns, given={"prompts": prompts}, block_size=32)
+    done = in_engine(folder, turns, arguments={"prompts": prompts}, block_size=32)
     check(model_folder(), folder, prompts, done["first"])
     check(model_folder(), folder, done["longer"], done["second"])
     assert [answer["cached"] for answer in done["second"]] == [32, 32]
@@ -106,7 +109,7 @@ def test_preempted_requests_go_on_abreast(in_engine, converted, cached):
     """Their generated tokens are computed again, in one chunk with the prompt."""
     folder, prompts = converted(model_folder(), PLANS["lp"]), [ids_of(20, n) for n in range(4)]
     few = {"num_gpu_blocks_override": 9, "block_size": 32, "enable_prefix_caching": cached}
-    done = in_engine(folder, preempted, given={"prompts": prompts}, **few)
+    done = in_engine(folder, preempted, arguments={"prompts": prompts}, **few)
     assert max(done["times"]) > 12  # so that a block of it holds both kinds
     check(model_folder(), folder, prompts, done["answers"])
 
@@ -116,6 +119,8 @@ FAMILIES = {
     "mistral": {"sliding_window": 8, "tied": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
     "qwen3": {},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING[:8]},
+    "seed_oss": {"attention_bias": True, "mlp_bias": False},
 }
 
 
@@ -124,17 +129,19 @@ FAMILIES = {
 def test_every_native_family(in_engine, converted, tiny_checkpoint, family, tensor_parallel):
     source = tiny_checkpoint(family, head_dim=32, num_layers=8, **FAMILIES[family])
     folder = converted(source, "1+2 3|4 5|6:1")
-    given = {"prompts": [ids[:40] for ids in PROMPTS[1:5]], "others": OTHERS[:2]}
-    given = {name: [[i % 128 for i in ids] for ids in lists] for name, lists in given.items()}
+    arguments = {"prompts": [ids[:40] for ids in PROMPTS[1:5]], "others": OTHERS[:2]}
+    arguments = {
+        name: [[i % 128 for i in ids] for ids in lists] for name, lists in arguments.items()
+    }
     options = {"skip_tokenizer_init": True, "max_num_batched_tokens": 24, "max_num_seqs": 8}
-    done = in_engine(folder, in_company, tensor_parallel, given, **options)
+    done = in_engine(folder, in_company, tensor_parallel, arguments, **options)
     for answers in done.values():
-        check(source, folder, given["prompts"], answers)
+        check(source, folder, arguments["prompts"], answers)
 
 
-def whole(llm: Any, **given: Any) -> dict[str, Any]:
+def whole(llm: Any, **arguments: Any) -> dict[str, Any]:
     (heads,) = llm.apply_model(lambda model: model.model.layers[0].self_attn.num_heads)
-    return {**in_company(llm, **given), "heads": heads}
+    return {**in_company(llm, **arguments), "heads": heads}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -155,8 +162,8 @@ def test_beside_single_layers_whole_on_every_rank(in_engine, converted, tiny_che
 def test_more_ranks_than_key_value_heads(in_engine, converted, tiny_checkpoint):
     source = tiny_checkpoint("qwen3", head_dim=32, num_key_value_heads=1)
     folder, prompts = converted(source, "1+2 3|4"), [list(range(3, 20)), [5, 99, 7]]
-    given = {"prompts": prompts, "new_tokens": 8}
-    done = in_engine(folder, generate, 2, given, skip_tokenizer_init=True)
+    arguments = {"prompts": prompts, "new_tokens": 8}
+    done = in_engine(folder, generate, 2, arguments, skip_tokenizer_init=True)
     check(source, folder, prompts, done)
 
 
@@ -167,7 +174,7 @@ def test_decoding_is_compiled(in_engine, converted, tiny_checkpoint, tmp_path, m
     source = tiny_checkpoint(head_dim=32, num_layers=6)
     folder, prompts = converted(source, "1+2 3|4:1"), [list(range(3, 20)), [5, 99, 7]]
     options = {"enforce_eager": False, "skip_tokenizer_init": True}
-    done = in_engine(folder, compiled, given={"prompts": prompts}, **options)
+    done = in_engine(folder, compiled, arguments={"prompts": prompts}, **options)
     assert done["models"] == 1, done["mode"]
     assert done["mode"] != "NONE"
     check(source, folder, prompts, done["answers"])
@@ -178,8 +185,8 @@ def test_few_shot_copying_is_right_as_often_as_in_transformers(in_engine, conver
     folder, tasks = converted(model_folder(), PLANS["lp"]), few_shot(count=24)
     model, tokenizer = load(folder, dtype="float32")
     prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in tasks]
-    given = {"prompts": prompts, "new_tokens": 12}
-    done = in_engine(folder, generate, given=given)
+    arguments = {"prompts": prompts, "new_tokens": 12}
+    done = in_engine(folder, generate, arguments=arguments)
     right = [
         tokenizer.decode(written["ids"]).startswith(answer)
         for (_, answer), written in zip(tasks, done, strict=True)
@@ -188,6 +195,78 @@ def test_few_shot_copying_is_right_as_often_as_in_transformers(in_engine, conver
     assert sum(right) >= 6
     model.config.abreast_prefill = "grouped"
     assert sum(answered(model, tokenizer, tasks)) < sum(right)
+
+
+def speculated(llm: Any, prompts: list[list[int]], others: list[list[int]]) -> dict[str, Any]:
+    """Among others in small chunks, so that prompts and several drafts of a request share steps."""
+    done = serving.generate(llm, prompts + others)
+    again = serving.generate(llm, prompts)["answers"]
+    return {**done, "answers": done["answers"][: len(prompts)], "again": again}
+
+
+DRAFTS = {
+    "lookup": {"method": "ngram", "prompt_lookup_max": 3},
+    "original": {"method": "draft_model", "model": str(model_folder())},
+    "eagle": {"method": "eagle3"},
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_drafts_are_checked_abreast(in_engine, converted, tmp_path, drafts, plan):
+    """Whoever drafts, the answers are those without drafts: several tokens of a request in a step,
+    of which none is its prompt's."""
+    folder, settings = converted(model_folder(), PLANS[plan]), dict(DRAFTS[drafts])
+    if drafts == "eagle":
+        streams = {"eagle_aux_hidden_state_layer_ids": [4, 10, 13]}
+        head = serving.eagle_head(folder, tmp_path / "head", **streams)
+        settings["model"] = str(head)
+    prompts = [ids_of(11, 5) * 4, *PROMPTS[4:7]]
+    done = in_engine(
+        folder,
+        speculated,
+        arguments={"prompts": prompts, "others": OTHERS[:6]},
+        speculative_config={**settings, "num_speculative_tokens": 3},
+        disable_log_stats=False,
+        max_num_batched_tokens=64,
+        block_size=32,
+    )
+    assert serving.drafted(done, "draft") > 0
+    assert serving.drafted(done) > 0 or drafts == "eagle"  # whose head is random
+    check(model_folder(), folder, prompts, done["answers"])
+    check(model_folder(), folder, prompts, done["again"])
+
+
+def test_a_conversion_drafts_for_its_original(in_engine, converted):
+    """Its drafts are checked by the original, whose answers these are."""
+    folder = converted(model_folder(), PLANS["lp and cqil"])
+    done = in_engine(
+        model_folder(),
+        serving.generate,
+        arguments={"prompts": PROMPTS[2:6]},
+        speculative_config={
+            "method": "draft_model",
+            "model": str(folder),
+            "num_speculative_tokens": 3,
+        },
+        disable_log_stats=False,
+    )
+    compare(model_folder(), PROMPTS[2:6], done["answers"])
+    assert serving.drafted(done) > 0.2 * serving.drafted(done, "draft")
+
+
+def test_structured_output(in_engine, converted):
+    folder = converted(model_folder(), PLANS["lp and cqil"])
+    prompt = load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]
+    choice, number, text = in_engine(
+        folder,
+        serving.constrained,
+        arguments={"prompt": prompt},
+        structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+    )
+    assert choice in ("none of it", "all of it")
+    assert len(number) == 6 and number[3] == "-" and number.replace("-", "").isdigit()
+    assert isinstance(json.loads(text)["b"], bool)
 
 
 REFUSED = {
@@ -208,9 +287,9 @@ def test_other_families_are_refused_or_served_grouped(in_engine, tiny_checkpoint
     convert(source, "1+2", tmp_path / "exact", prefill="sequential")
     convert(source, "1+2", tmp_path / "grouped")
     prompts = [list(range(3, 20))]
-    given = {"prompts": prompts, "new_tokens": 4}
-    with pytest.raises(RuntimeError, match="for llama, mistral, qwen2 and qwen3 only; serve it gr"):
-        in_engine(tmp_path / "exact", generate, given=given, skip_tokenizer_init=True)
+    arguments = {"prompts": prompts, "new_tokens": 4}
+    with pytest.raises(RuntimeError, match="qwen2, qwen3 and seed_oss only; serve it gr"):
+        in_engine(tmp_path / "exact", generate, arguments=arguments, skip_tokenizer_init=True)
     override = {"skip_tokenizer_init": True, "hf_overrides": {"abreast_prefill": None}}
-    done = in_engine(tmp_path / "exact", generate, given=given, **override)
+    done = in_engine(tmp_path / "exact", generate, arguments=arguments, **override)
     compare(tmp_path / "grouped", prompts, done)

@@ -16,14 +16,9 @@ from safetensors.torch import load_file, save_file
 import abreast.modeling  # noqa: F401  teaches transformers the layers of different width
 from abreast.convert.rewrite import convert
 from abreast.demo import model_folder
-from abreast.model.grouping import load
 
 PLAN = "2+3 8|9 10|11:1"
 CHUNK = 48
-NEEDS_AVX512 = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512",
-    reason="vLLM has no 4-bit kernel for CPUs without AVX-512",
-)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +35,15 @@ def ids_of(count: int, seed: int) -> list[int]:
 def generate(llm: Any, prompts: list[list[int]], new_tokens: int, **more: Any) -> list[Any]:
     from vllm import SamplingParams
 
-    how = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=5, ignore_eos=True)
-    given = [{"prompt_token_ids": ids} for ids in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=5, ignore_eos=True)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
     return [
         {
             "ids": list(answer.outputs[0].token_ids),
             "logprobs": [{t: e.logprob for t, e in s.items()} for s in answer.outputs[0].logprobs],
             "cached": answer.num_cached_tokens,
         }
-        for answer in llm.generate(given, how, use_tqdm=False, **more)
+        for answer in llm.generate(requests, sampling, use_tqdm=False, **more)
     ]
 
 
@@ -82,7 +77,7 @@ def test_chunked_prefill_batching_and_prefix_cache(in_engine, folder):
     done = in_engine(
         folder,
         crowd,
-        given={"prompts": prompts},
+        arguments={"prompts": prompts},
         max_num_batched_tokens=CHUNK,
         max_num_seqs=4,
         block_size=32,
@@ -187,119 +182,6 @@ def test_lora_on_wide_layers(in_engine, folder, tmp_path, tensor_parallel):
     compare(tmp_path / "merged", prompts, done["adapted"])
     compare(folder, prompts, done["plain"])
     assert done["adapted"] != done["plain"]
-
-
-def quantized(folder: Path, out: Path, bits: int, group: int | None) -> Path:
-    """Round every nn.Linear of a converted checkpoint, as compressed-tensors stores it.
-
-    Returns a folder with the rounded weights as plain ones, to compare with. Matrices whose members
-    stay apart are no nn.Linear, and quantisers leave them alone.
-    """
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    linear = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    weights = load_file(folder / "model.safetensors")
-    packed, rounded = {}, {}
-    most = 2 ** (bits - 1) - 1
-    for name, weight in weights.items():
-        module = name.removesuffix(".weight")
-        if module not in linear:
-            packed[name] = rounded[name] = weight
-            continue
-        grouped = weight.view(weight.shape[0], -1, group or weight.shape[1])
-        scale = grouped.abs().amax(-1, keepdim=True) / most
-        whole = (grouped / scale).round().clamp(-most - 1, most)
-        rounded[name] = (whole * scale).view_as(weight)
-        whole = whole.view_as(weight).to(torch.int8)
-        packed[f"{module}.weight_scale"] = scale.squeeze(-1)
-        if bits == 8:
-            packed[name] = whole
-        else:
-            packed[f"{module}.weight_packed"] = pack_to_int32(whole, bits)
-            packed[f"{module}.weight_shape"] = torch.tensor(weight.shape)
-    plain = out.with_name(f"{out.name}-plain")
-    for target, tensors in ((out, packed), (plain, rounded)):
-        shutil.copytree(folder, target)
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    scheme = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-    shape = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized" if bits == 8 else "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**scheme, **shape},
-                "input_activations": {**activations, "strategy": "token"} if bits == 8 else None,
-            }
-        },
-    }
-    (out / "config.json").write_text(json.dumps(config))
-    return plain
-
-
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-@pytest.mark.parametrize(
-    ("bits", "group", "tolerance"),
-    [
-        pytest.param(8, None, 0.5, id="W8A8"),
-        pytest.param(4, 32, 0.3, id="W4A16", marks=NEEDS_AVX512),
-    ],
-)
-def test_compressed_tensors(in_engine, folder, tmp_path, bits, group, tolerance, tensor_parallel):
-    """Against transformers with the same rounded weights: what differs is the arithmetic.
-
-    All of it runs in bfloat16, and W8A8 rounds activations as well. Scales or shards in the wrong
-    place change log probabilities by several units.
-    """
-    plain = quantized(folder, tmp_path / "small", bits, group)
-    prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
-    given = {"prompts": prompts, "new_tokens": 8}
-    done = in_engine(tmp_path / "small", generate, tensor_parallel, given, dtype="bfloat16")
-    compare(plain, prompts, done, tolerance=tolerance)
-
-
-TORCHAO = """
-import sys
-import torch
-import abreast.modeling
-from torchao.quantization import Int8WeightOnlyConfig
-from transformers import AutoModelForCausalLM, TorchAoConfig
-
-torch.set_num_threads(1)
-model = AutoModelForCausalLM.from_pretrained(
-    sys.argv[1], dtype=torch.bfloat16, quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
-)
-model.save_pretrained(sys.argv[2])
-"""
-
-
-def quantized_by_torchao(llm: Any, **given: Any) -> Any:
-    assert llm.llm_engine.vllm_config.model_config.quantization == "torchao"
-    return generate(llm, **given)
-
-
-@pytest.mark.parametrize("tensor_parallel", [1, 2])
-def test_torchao(in_engine, folder, tmp_path, run_apart, tensor_parallel):
-    """8-bit weights, a scale per row, against the unrounded model: they cost little."""
-    done = run_apart(TORCHAO, str(folder), str(tmp_path / "small"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    prompts = [load(folder)[1]("import os\nimport sys\n\ndef main(")["input_ids"]]
-    given = {"prompts": prompts, "new_tokens": 8}
-    options = {"dtype": "bfloat16", "skip_tokenizer_init": True}
-    small = tmp_path / "small"
-    answers = in_engine(small, quantized_by_torchao, tensor_parallel, given, **options)
-    compare(folder, prompts, answers, tolerance=0.3)
 
 
 def refused(llm: Any) -> None:

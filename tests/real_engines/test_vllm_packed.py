@@ -32,8 +32,8 @@ def test_every_form_is_the_batched_product(dtype, rows, bias):
     assert large == (rows > 64)
     layer.pack()
     packed = large and not layer.weights_first
-    assert len(layer.each) == 3 * packed
-    copies = [layer.weight, *(one.weight for one in layer.each)]
+    assert len(layer.packed) == 3 * packed
+    copies = [layer.weight, *(one.weight for one in layer.packed)]
     assert not (packed and sum(copy.numel() for copy in copies))
     for count in (1, 9):
         x = torch.randn(count, 3, 128, generator=generator).to(plain.weight.dtype).transpose(0, 1)
@@ -51,9 +51,9 @@ def products(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
     from vllm import SamplingParams
 
     def ask(prompts: list[list[int]], count: int) -> Any:
-        how = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
-        return [answer.outputs[0] for answer in llm.generate(given, how, use_tqdm=False)]
+        sampling = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return [answer.outputs[0] for answer in llm.generate(requests, sampling, use_tqdm=False)]
 
     answers = [
         {
@@ -66,20 +66,25 @@ def products(llm: Any, prompts: list[list[int]]) -> dict[str, Any]:
         ask(prompts[:1], 1)
     counts = {event.key: event.count for event in profiled.key_averages()}
 
-    def look(model: Any) -> tuple[Any, int]:
+    def inspected(model: Any) -> tuple[Any, int]:
         linear = model.model.layers[1].mlp.gate_up_proj
         outputs = linear(torch.eye(64).expand(2, -1, -1))[0]
         return outputs.transpose(1, 2).numpy(), linear.weight.numel()
 
-    ((weights, kept),) = llm.apply_model(look)
-    return {"answers": answers, "bmm": counts.get("aten::bmm", 0), "weights": weights, "kept": kept}
+    ((weights, members),) = llm.apply_model(inspected)
+    return {
+        "answers": answers,
+        "bmm": counts.get("aten::bmm", 0),
+        "weights": weights,
+        "kept": members,
+    }
 
 
 def test_large_matrices_of_a_group_are_packed(in_engine, converted, tiny_checkpoint):
     source = tiny_checkpoint(head_dim=32, num_layers=4, intermediate_size=2048, biases=True)
     folder = converted(source, "1|2")
-    given = {"prompts": PROMPTS}
-    done = in_engine(folder, products, given=given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS}
+    done = in_engine(folder, products, arguments=arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["bmm"] == 1  # the outputs of both attentions, which are small
     assert done["kept"] == 0
@@ -90,3 +95,21 @@ def test_large_matrices_of_a_group_are_packed(in_engine, converted, tiny_checkpo
     bias = torch.cat([part.unflatten(0, (2, -1)) for part in biases], 1)
     expected = (stored + bias.unsqueeze(-1)).numpy()
     np.testing.assert_allclose(done["weights"], expected, atol=1e-6)  # a sum of two
+
+
+def test_float8_of_members_that_stand_apart_becomes_numbers_again():
+    """Their matrices are none of vLLM's, so they are read as bfloat16; all others stay float8."""
+    from abreast.convert import fp8
+    from abreast.engines.vllm.quantized import dequantized
+
+    matrix = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))
+    numbers, scales = fp8.quantise(matrix)
+    stored = [
+        (f"{name}.{kind}", tensor)
+        for name in ("a.o_proj", "b.o_proj")
+        for kind, tensor in (("weight", numbers), ("weight_scale_inv", scales))
+    ]
+    got = dict(dequantized(stored, {"a.o_proj"}))
+    assert got.keys() == {"a.o_proj.weight", "b.o_proj.weight", "b.o_proj.weight_scale_inv"}
+    assert got["a.o_proj.weight"].equal(fp8.rounded(matrix).to(torch.bfloat16))
+    assert got["b.o_proj.weight"] is numbers

@@ -39,9 +39,9 @@ def complete(
     assert native is None or (name == "abreast.engines.vllm.models") == native, name
 
     def ask(prompts: list[list[int]], count: int) -> Any:
-        how = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
-        given = [{"prompt_token_ids": ids} for ids in prompts]
-        return llm.generate(given, how, use_tqdm=False)
+        sampling = SamplingParams(temperature=0, max_tokens=count, logprobs=5, ignore_eos=True)
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
+        return llm.generate(requests, sampling, use_tqdm=False)
 
     calls: collections.Counter[str] = collections.Counter()
     for name in ("all_reduce", "all_gather", "gather", "broadcast", "send", "recv"):
@@ -100,8 +100,8 @@ def test_bundled_model_is_the_one_of_transformers(in_engine, converted, plan, te
     folder = converted(model_folder(), PLANS[plan])
     tokenizer = load(folder)[1]
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
-    given = {"prompts": prompts, "new_tokens": NEW_TOKENS}
-    done = in_engine(folder, complete, tensor_parallel, given)
+    arguments = {"prompts": prompts, "new_tokens": NEW_TOKENS}
+    done = in_engine(folder, complete, tensor_parallel, arguments)
     assert [len(answer["ids"]) for answer in done["answers"]] == [NEW_TOKENS] * len(prompts)
     compare(folder, prompts, done["answers"])
     assert done["per_token"] == (expected(16, PLANS[plan]) if tensor_parallel > 1 else {})
@@ -113,9 +113,9 @@ def test_single_layers_whole_on_every_rank(in_engine, converted, tiny_checkpoint
     """lp takes two exchanges, cqil one, with a bypass two, ff one; all else none."""
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=10, biases=True, **sizes)
     folder = converted(source, MIXED)
-    given = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "native": True}
+    arguments = {"prompts": PROMPTS, "new_tokens": NEW_TOKENS, "native": True}
     options = {"hf_overrides": {"abreast_unpaired": "replicate"}, "skip_tokenizer_init": True}
-    done = in_engine(folder, complete, 2, given, **options)
+    done = in_engine(folder, complete, 2, arguments, **options)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == {"all_reduce": 1 + 2 + 1 + 1 + 1, "all_gather": 1 + 1}
 
@@ -126,11 +126,20 @@ def test_two_layers_in_a_row_need_four_exchanges(in_engine):
     assert done["per_token"] == expected(16, "") == {"all_reduce": 33, "all_gather": 1}
 
 
+SLIDING = ["full_attention"] * 5 + ["sliding_attention"] * 5
 FAMILIES = {
     "llama": {"biases": True},
     "mistral": {"sliding_window": 8, "tied": True},
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 5},
     "qwen3": {"biases": True},
+    "ministral": {"sliding_window": 8, "layer_types": SLIDING},
+    "seed_oss": {"biases": True},
+}
+# gpt-oss, whose pairs of layers 1 + 2 and 3 ~ 4 are of one kind, and of two
+ALIKE = ["full_attention", *["sliding_attention"] * 3, "full_attention", "sliding_attention"]
+YARN = {  # the only RoPE that vLLM's gpt-oss has
+    **{"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "truncate": False},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 128},
 }
 HEAD_DIM = 32  # vLLM's attention on a CPU knows no 16
 # Of layers 0 to 9: an lp pair, a cqil pair, one with a bypass (in Qwen 2 past its sliding window),
@@ -144,8 +153,8 @@ def test_native_family(in_engine, converted, tiny_checkpoint, family, tensor_par
     folder = converted(
         tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=10, **FAMILIES[family]), MIXED
     )
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == (expected(10, MIXED) if tensor_parallel > 1 else {})
 
@@ -156,6 +165,7 @@ def test_native_family(in_engine, converted, tiny_checkpoint, family, tensor_par
     [
         ("mixtral", {}),
         ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [5], "attention_bias": True}),
+        ("gpt_oss", {"layer_types": ALIKE, "sliding_window": 8, "rope_parameters": YARN}),
     ],
 )
 def test_native_family_with_experts(
@@ -164,8 +174,8 @@ def test_native_family_with_experts(
     more = {**more, "moe_intermediate_size": 64, "intermediate_size": 128}
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more)
     folder = converted(source, "1+2 3~4")
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 16, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == (expected(6, "1+2 3~4") if tensor_parallel > 1 else {})
 
@@ -181,8 +191,8 @@ def test_members_and_ranks_need_not_be_equal(
 ):
     source = tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **FAMILIES[family])
     folder = converted(source, plan)
-    given = {"prompts": PROMPTS, "new_tokens": 8, "native": True}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 8, "native": True}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])
     assert done["per_token"] == expected(6, plan, joined)
 
@@ -202,9 +212,9 @@ def test_pipeline_parallel(
     folder = converted(
         tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=8), plan, prefill=prefill
     )
-    given = {"prompts": PROMPTS, "new_tokens": 16, "native": family == "llama"}
+    arguments = {"prompts": PROMPTS, "new_tokens": 16, "native": family == "llama"}
     options = {"pipeline": 2, "skip_tokenizer_init": True}
-    done = in_engine(folder, complete, tensor_parallel, given, **options)
+    done = in_engine(folder, complete, tensor_parallel, arguments, **options)
     compare(folder, PROMPTS, done["answers"])
     assert done["elsewhere"] >= 3  # half of 6 layers, in the later stage
 
@@ -228,6 +238,6 @@ def test_other_families_run_through_the_transformers_backend(
     in_engine, converted, tiny_checkpoint, family, more, plan, tensor_parallel
 ):
     folder = converted(tiny_checkpoint(family, head_dim=HEAD_DIM, num_layers=6, **more), plan)
-    given = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
-    done = in_engine(folder, complete, tensor_parallel, given, skip_tokenizer_init=True)
+    arguments = {"prompts": PROMPTS, "new_tokens": 8, "native": False}
+    done = in_engine(folder, complete, tensor_parallel, arguments, skip_tokenizer_init=True)
     compare(folder, PROMPTS, done["answers"])

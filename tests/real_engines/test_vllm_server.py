@@ -54,8 +54,8 @@ def greedy(folder) -> Any:
 
 
 def ask(client: Any, **more: Any) -> Any:
-    given = {"model": "OUT", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
-    return client.completions.create(**{**given, **more})
+    request = {"model": "OUT", "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    return client.completions.create(**{**request, **more})
 
 
 def test_completion_with_logprobs(client, greedy):
@@ -78,12 +78,12 @@ def test_streaming(client, greedy):
 
 
 def test_chat(client, greedy):
-    given = {"model": "OUT", "max_tokens": 16, "temperature": 0, "logprobs": True}
+    request = {"model": "OUT", "max_tokens": 16, "temperature": 0, "logprobs": True}
     said = [{"role": "user", "content": "write a function"}]
-    answer = client.chat.completions.create(messages=said, **given).choices[0]
+    answer = client.chat.completions.create(messages=said, **request).choices[0]
     assert answer.message.content == greedy("# user: write a function\n# ", 16)[0]
     assert len(answer.logprobs.content) == 16
-    parts = client.chat.completions.create(messages=said, stream=True, **given)
+    parts = client.chat.completions.create(messages=said, stream=True, **request)
     text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
     assert text == answer.message.content
 

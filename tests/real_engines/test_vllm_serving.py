@@ -41,14 +41,14 @@ def generate(llm: Any, prompts: list[list[int]], **more: Any) -> dict[str, Any]:
     """Greedy answers, and what vLLM counted of drafts."""
     from vllm import SamplingParams
 
-    how = SamplingParams(temperature=0, max_tokens=24, logprobs=5, ignore_eos=True)
-    given = [{"prompt_token_ids": ids} for ids in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=5, ignore_eos=True)
+    requests = [{"prompt_token_ids": ids} for ids in prompts]
     answers = [
         {
             "ids": list(answer.outputs[0].token_ids),
             "logprobs": [{t: e.logprob for t, e in s.items()} for s in answer.outputs[0].logprobs],
         }
-        for answer in llm.generate(given, how, use_tqdm=False, **more)
+        for answer in llm.generate(requests, sampling, use_tqdm=False, **more)
     ]
     metrics = llm.get_metrics() if llm.llm_engine.log_stats else []
     counted = {
@@ -69,7 +69,7 @@ def test_drafts_by_prompt_lookup(in_engine, folder, prompts):
     done = in_engine(
         folder,
         generate,
-        given={"prompts": repeated},
+        arguments={"prompts": repeated},
         speculative_config=settings,
         disable_log_stats=False,
     )
@@ -85,7 +85,7 @@ def test_drafts_by_a_model(in_engine, folder, prompts, draft):
     done = in_engine(
         target,
         generate,
-        given={"prompts": prompts},
+        arguments={"prompts": prompts},
         speculative_config={
             "method": "draft_model",
             "model": str(drafter),
@@ -165,7 +165,7 @@ def test_drafts_by_eagle_heads_of_the_original(
     done = in_engine(
         folder,
         with_streams,
-        given={"prompts": prompts},
+        arguments={"prompts": prompts},
         speculative_config={"method": "eagle3", "model": str(head), "num_speculative_tokens": 2},
         disable_log_stats=False,
     )
@@ -180,7 +180,7 @@ def test_eagle_heads_whose_streams_are_one(in_engine, folder, prompts, tmp_path)
         in_engine(
             folder,
             generate,
-            given={"prompts": prompts},
+            arguments={"prompts": prompts},
             speculative_config={
                 "method": "eagle3",
                 "model": str(head),
@@ -224,7 +224,7 @@ def test_structured_output(in_engine, folder, prompts):
     choice, number, text = in_engine(
         folder,
         constrained,
-        given={"prompt": prompts[0]},
+        arguments={"prompt": prompts[0]},
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
     )
     model, tokenizer = load(folder, dtype="float32")
@@ -307,7 +307,7 @@ def test_adapter_that_vllm_would_ignore(
         in_engine(
             folder,
             adapted,
-            given={"prompts": prompts, "adapter": str(tmp_path / "folded")},
+            arguments={"prompts": prompts, "adapter": str(tmp_path / "folded")},
             enable_lora=True,
             max_lora_rank=8,
             skip_tokenizer_init=True,

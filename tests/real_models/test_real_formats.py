@@ -1,4 +1,7 @@
-"""SmolLM2 in stock vLLM and stock mlx-lm, in the formats that they load, against transformers."""
+"""SmolLM2 in stock vLLM and stock mlx-lm, in the formats that they load, against transformers.
+
+In float32: the same 64 greedy tokens for 8 prompts, top-5 log probabilities within 1e-3.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,28 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "real_engines"))
 from agreement import answers_of_mlx, answers_of_stock, compare
 
 LP, FF = "14+15 20+21+22", "14~15 20~21~22"
-CASES = [("vllm", "deci", LP), ("mlx", "deci-ff", FF), ("mlx", "openelm", LP)]
+CASES = [
+    ("vllm", "deci", LP),
+    ("vllm", "deci-ff", FF),
+    ("mlx", "deci-ff", FF),
+    ("mlx", "openelm", LP),
+]
 TEXTS = ["The capital of France is", "import os\n\ndef main():", "Once upon a time"]
+MORE = [
+    "<|im_start|>user\nWhat is the largest planet?<|im_end|>\n<|im_start|>assistant\n",
+    "Water boils at a lower temperature on a mountain, because",
+    "1, 1, 2, 3, 5, 8,",
+    "Dear Sir or Madam,\n\nI am writing to you about",
+    "The quick brown fox jumps over the lazy dog. " * 8,
+]
 
 
 @pytest.mark.parametrize(("engine", "form", "plan"), CASES)
 def test_stock_engines_write_the_same(smollm2, tmp_path, engine, form, plan):
     convert(smollm2, plan, tmp_path / "out", form=form, dtype="float32")
-    prompts = load_tokenizer(smollm2)(TEXTS)["input_ids"]
-    answers = answers_of_stock(engine, tmp_path / "out", prompts, tokens=16)
+    prompts = load_tokenizer(smollm2)(TEXTS + MORE)["input_ids"]
+    answers = answers_of_stock(engine, tmp_path / "out", prompts, tokens=64)
+    assert [len(answer["ids"]) for answer in answers] == [64] * 8
     compare(smollm2, prompts, answers, plan=plan)
 
 

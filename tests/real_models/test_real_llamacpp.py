@@ -108,12 +108,12 @@ def test_next_tokens_are_as_likely_as_in_llamacpp(name, half, request, gguf_file
     a CPU with AVX2 only; the next test shows that nothing else differs.
     """
     model, tokenizer = load(request.getfixturevalue(name), dtype="float32")
-    server, found = serve(gguf_files[name]), []
+    server, kl = serve(gguf_files[name]), []
     texts = [text for _, text in documents(HELD_OUT) if len(text) > 8 * WINDOW]
     for text in texts[half:WINDOWS:2]:
-        found += divergences(model, server, tokenizer(text)["input_ids"][:WINDOW])
-    assert len(found) > 1000
-    assert sum(found) / len(found) <= {"smollm2": 5e-3, "gemma3": 8e-3}[name]
+        kl += divergences(model, server, tokenizer(text)["input_ids"][:WINDOW])
+    assert len(kl) > 1000
+    assert sum(kl) / len(kl) <= {"smollm2": 5e-3, "gemma3": 8e-3}[name]
 
 
 @MODELS
@@ -131,5 +131,5 @@ def test_next_tokens_are_those_of_llamacpp_without_quantising(name, request, ggu
     file = write_file(tmp_path / "f32.gguf", architecture, folder, its_tokenizer)
     model, tokenizer = load(folder, dtype="float32")
     text = next(text for _, text in documents(HELD_OUT) if len(text) > 8 * WINDOW)
-    found = divergences(model, serve(file), tokenizer(text)["input_ids"][:128])
-    assert sum(found) / len(found) <= 1e-4
+    kl = divergences(model, serve(file), tokenizer(text)["input_ids"][:128])
+    assert sum(kl) / len(kl) <= 1e-4

@@ -33,9 +33,9 @@ def test_loss_is_that_of_a_plain_loop(name: str, begins: list[int], request) -> 
     del model
     ours, tokenizer = load(folder, dtype="float32")
     stream = load_tokens(tokenizer, str(TEXT), max_tokens=WINDOWS * step)
-    found = perplexity(ours, stream, window=WINDOW, stride=WINDOW)
-    assert found.num_tokens == WINDOWS * (WINDOW - 1)
-    assert found.nll == pytest.approx(sum(losses) / WINDOWS, abs=1e-5)
+    result = perplexity(ours, stream, window=WINDOW, stride=WINDOW)
+    assert result.num_tokens == WINDOWS * (WINDOW - 1)
+    assert result.nll == pytest.approx(sum(losses) / WINDOWS, abs=1e-5)
     if begins:  # without its first token it predicts far worse, and must not be measured so
         plain = load_tokens(tokenizer, str(TEXT), max_tokens=2 * WINDOW, add_bos=False)
         without = perplexity(ours, plain, window=WINDOW, stride=WINDOW)

@@ -138,15 +138,15 @@ def test_a_format_is_loaded_by_its_engine(out):
 
 
 def test_llama_cpp_is_named_for_lp_plans_only(made, tmp_path):
-    found = read_run(made).last
-    commands, (note,) = serving("OUT", found)
+    conversion = read_run(made).last
+    commands, (note,) = serving("OUT", conversion)
     assert [engine for engine, _ in commands] == ["vLLM", "transformers"]
     assert note.startswith("Not llama.cpp:") and "convert with an lp plan" in note
-    config = json.loads((found.target / "config.json").read_text())
+    config = json.loads((conversion.target / "config.json").read_text())
     for entry in config["per_layer_config"].values():
         entry.pop("abreast_bypass", None)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    commands, notes = serving("my out", replace(found, target=tmp_path))
+    commands, notes = serving("my out", replace(conversion, target=tmp_path))
     assert "abreast export 'my out'" in dict(commands)["llama.cpp"] and not notes
 
 
@@ -163,14 +163,18 @@ def call(*arguments: object) -> str:
 
 def test_dry_run_lists_what_would_go(out):
     (out / "notes.txt").write_text("mine")
-    found = json.loads(call("push", out, "org/name", "--dry-run", "--json"))
-    assert {"config.json", "model.safetensors", "abreast.json", "README.md"} <= set(found["files"])
-    assert found["left_out"] == ["notes.txt"] and found["bytes"] == sum(found["files"].values())
+    printed = json.loads(call("push", out, "org/name", "--dry-run", "--json"))
+    assert {"config.json", "model.safetensors", "abreast.json", "README.md"} <= set(
+        printed["files"]
+    )
+    assert printed["left_out"] == ["notes.txt"] and printed["bytes"] == sum(
+        printed["files"].values()
+    )
     assert not (out / "README.md").exists()
     assert "org/name (private)" in call("push", out, "org/name", "--dry-run")
     assert "org/name (public)" in call("push", out, "org/name", "--dry-run", "--public")
     write_card(read_conversion(out))
-    assert found["files"]["README.md"] == (out / "README.md").stat().st_size
+    assert printed["files"]["README.md"] == (out / "README.md").stat().st_size
 
 
 def test_what_older_versions_copied_does_not_go(out):
@@ -180,10 +184,10 @@ def test_what_older_versions_copied_does_not_go(out):
     manifest["files"]["hf_token.txt"] = hash_entry(out / "hf_token.txt")
     manifest["files"]["../hf_token.txt"] = hash_entry(out / "hf_token.txt")
     (out / "abreast.json").write_text(json.dumps(manifest))
-    found = json.loads(call("push", out, "org/name", "--dry-run", "--json"))
-    assert "model.safetensors" in found["files"] and "generation_config.json" in found["files"]
-    assert not any("token" in name for name in found["files"])
-    assert found["left_out"] == ["hf_token.txt"]
+    printed = json.loads(call("push", out, "org/name", "--dry-run", "--json"))
+    assert "model.safetensors" in printed["files"] and "generation_config.json" in printed["files"]
+    assert not any("token" in name for name in printed["files"])
+    assert printed["left_out"] == ["hf_token.txt"]
 
 
 @pytest.mark.parametrize(
@@ -263,9 +267,9 @@ class Answers(BaseHTTPRequestHandler):
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if "/preupload/" in self.path:
-            asked = json.loads(body)["files"]
+            files = json.loads(body)["files"]
             kind = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            modes = [{"path": f["path"], **kind} for f in asked]
+            modes = [{"path": f["path"], **kind} for f in files]
             return self.answer({"files": modes})
         if "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):

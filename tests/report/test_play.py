@@ -37,16 +37,8 @@ from abreast.report.answers import (
     segments,
 )
 from abreast.report.guard import Guard
-from abreast.report.playground import (
-    about,
-    agreement,
-    build_page,
-    complaint,
-    front_picture,
-    heading,
-    panel,
-    serve,
-)
+from abreast.report.panels import about, agreement, complaint, front_picture, heading, panel
+from abreast.report.playground import build_page, serve
 from abreast.report.records import Choice, Choices, read_choices
 
 PROMPT = "abc abc"
@@ -66,12 +58,12 @@ def run(playable_run, tmp_path):
 
 def last(models, choice, settings=None, prompt=PROMPT):
     ids = encode(models, prompt)
-    *_, found = answers(models, choice, ids, settings or Settings(max_new_tokens=12))
-    return found
+    *_, final = answers(models, choice, ids, settings or Settings(max_new_tokens=12))
+    return final
 
 
 @pytest.mark.parametrize(
-    ("left", "right", "place"),
+    ("left", "right", "position"),
     [
         ((), (), None),
         ((1, 2), (1, 2), None),
@@ -81,8 +73,8 @@ def last(models, choice, settings=None, prompt=PROMPT):
         ((1, 2), (1, 3, 2), 1),
     ],
 )
-def test_parting(left, right, place):
-    assert parting(left, right) == parting(right, left) == place
+def test_parting(left, right, position):
+    assert parting(left, right) == parting(right, left) == position
 
 
 def test_segments_never_cut_a_character():
@@ -93,8 +85,8 @@ def test_segments_never_cut_a_character():
     assert segments(decode, tokens, None) == Segments("añb€")
     assert segments(decode, tokens, 0) == Segments("", "a", "ñb€")
     assert segments(decode, tokens, 2) == Segments("a", "ñ", "b€")  # its second byte differs
-    for place in range(len(tokens)):
-        parts = segments(decode, tokens, place)
+    for position in range(len(tokens)):
+        parts = segments(decode, tokens, position)
         assert parts.same + parts.first + parts.rest == "añb€"
 
 
@@ -115,10 +107,10 @@ def test_a_conversion_is_offered_whether_its_depth_is_in_the_front_or_not(run):
     rows = json.loads((run / "front.json").read_text())
     rows["plans"] = [row for row in rows["plans"] if len(row["plan"].split()) == 1]
     (run / "front.json").write_text(json.dumps(rows))
-    found = read_choices(run)
-    assert found.depths == (4, 5, 6) and found.first == 4
-    assert [choice.way for choice in found.at(4)] == ["converted checkpoint", "grouped in memory"]
-    assert found.at(4)[0].cost is None
+    choices = read_choices(run)
+    assert choices.depths == (4, 5, 6) and choices.first == 4
+    assert [choice.way for choice in choices.at(4)] == ["converted checkpoint", "grouped in memory"]
+    assert choices.at(4)[0].cost is None
 
 
 def test_depths_without_a_plan_give_the_nearest():
@@ -143,13 +135,13 @@ def test_healed_conversions_and_other_plans_are_offered_and_a_profile_predicts(r
     (run / "plans" / "other" / "converted" / "abreast.json").write_text(json.dumps(other))
     profile = {"about": "here", "single": 1.0, "groups": {"lp 2": 1.25}, "rest": 2.0}
     (run / "profile.json").write_text(json.dumps({"rests_on": {}, "profile": profile}))
-    found = read_choices(run)
-    first, second, third, fourth = found.at(4)
+    choices = read_choices(run)
+    first, second, third, fourth = choices.at(4)
     assert first.way == "converted and healed (both)" and second.way == "converted checkpoint"
     assert (third.plan.shorthand, third.cost, third.speedup) == ("1+2+3", None, None)
     assert fourth.way == "grouped in memory" and fourth.speedup == pytest.approx(8 / 6.5)
-    assert "0.50000 → 0.25000" in about(found, first)
-    assert "not measured" in about(found, third) and "rests on: here" in about(found, fourth)
+    assert "0.50000 → 0.25000" in about(choices, first)
+    assert "not measured" in about(choices, third) and "rests on: here" in about(choices, fourth)
 
 
 def test_original_answers_as_generate_does(models):
@@ -209,8 +201,11 @@ def test_an_answer_ends_while_the_other_goes_on(models):
     original, other = last(models, choice, settings)
     end = next(token for token in original.tokens[5:] if token not in other.tokens)
     ended = replace(models, ends=frozenset([end]))
-    cut, full = last(ended, choice, settings)
-    assert cut.ended and cut.tokens == original.tokens[: original.tokens.index(end) + 1]
+    ended_early, full = last(ended, choice, settings)
+    assert (
+        ended_early.ended
+        and ended_early.tokens == original.tokens[: original.tokens.index(end) + 1]
+    )
     assert not full.ended and full.tokens == other.tokens
 
 
@@ -292,31 +287,31 @@ def test_weights_that_overflow_give_one_line(run, models):
         last(replace(models, original=broken), choice)
 
 
-def spoil(run, how):
-    if how == "no front":
+def spoil(run, damage):
+    if damage == "no front":
         (run / "front.json").unlink()
-    elif how == "nothing measured":
+    elif damage == "nothing measured":
         (run / "front.json").unlink()
         (run / "calibration" / "stats.safetensors").unlink()
-    elif how == "empty":
+    elif damage == "empty":
         shutil.rmtree(run)
         run.mkdir()
-    elif how == "damaged":
+    elif damage == "damaged":
         (run / "front.json").write_text('{"plans": [{"plan": 3}]}')
-    elif how == "no statistics":
+    elif damage == "no statistics":
         (run / "calibration" / "stats.safetensors").unlink()
-    elif how == "bad conversion":
+    elif damage == "bad conversion":
         (run / "plans" / "depth-4-x" / "converted" / "abreast.json").write_text("{}")
-    elif how == "bad profile":
+    elif damage == "bad profile":
         (run / "profile.json").write_text("{}")
-    elif how == "other checkpoint":
+    elif damage == "other checkpoint":
         (run / "config.json").write_text("{}")
-    elif how == "absent":
+    elif damage == "absent":
         shutil.rmtree(run)
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("damage", "message"),
     [
         ("absent", "no folder '.*run'; give the folder that `abreast plan`"),
         ("empty", "is not a run: .*; give the folder that `abreast plan`"),
@@ -329,8 +324,8 @@ def spoil(run, how):
         ("other checkpoint", "is a checkpoint that abreast did not make"),
     ],
 )
-def test_folders_that_cannot_be_played(run, how, message):
-    spoil(run, how)
+def test_folders_that_cannot_be_played(run, damage, message):
+    spoil(run, damage)
     with pytest.raises(AbreastError, match=message):
         read_choices(run)
 
@@ -350,14 +345,14 @@ def test_a_model_that_moved_is_asked_for(run, tmp_path, playable_run, tiny_check
 
 def test_a_conversion_without_a_run_is_played_against_its_source(run, tiny_checkpoint):
     folder = run / "plans" / "depth-4-x" / "converted"
-    found = read_choices(folder)
-    assert found.depths == (4, 6) and found.at(4)[0].folder == folder
-    assert found.model == read_choices(run).model
+    choices = read_choices(folder)
+    assert choices.depths == (4, 6) and choices.at(4)[0].folder == folder
+    assert choices.model == read_choices(run).model
     with pytest.raises(AbreastError, match="is not the original of the conversion, its weights"):
         read_choices(folder, str(tiny_checkpoint(seed=1)))
-    models = open_models(found)
-    assert last(models, found.at(4)[0])[1].tokens
-    assert front_picture(found, found.at(4)[0]) == ""
+    models = open_models(choices)
+    assert last(models, choices.at(4)[0])[1].tokens
+    assert front_picture(choices, choices.at(4)[0]) == ""
 
 
 def test_everything_from_outside_is_escaped():
@@ -365,13 +360,13 @@ def test_everything_from_outside_is_escaped():
     plan = Plan.parse("2+3", 8)
     choice = Choice(plan, Cost(0.1, 0.01, 0.1, 0.01, 100), 1.2, healed={"method": evil})
     run = Choices(evil, (Choice(Plan(num_layers=8)), choice), evil)
-    found = Answer((1, 2), 0.1, 0.1, True)
+    answer = Answer((1, 2), 0.1, 0.1, True)
     texts = (
         heading(run),
         about(run, choice),
         complaint(evil),
-        panel("Original", "", found, Segments(evil, evil, evil), 1, running=False),
-        agreement((found, found), 1, (evil, evil), running=False),
+        panel("Original", "", answer, Segments(evil, evil, evil), 1, running=False),
+        agreement((answer, answer), 1, (evil, evil), running=False),
     )
     for text in texts:
         assert "<script" not in text and "&lt;script" in text

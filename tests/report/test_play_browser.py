@@ -31,17 +31,17 @@ def models(playable_run):
 @pytest.fixture(scope="module")
 def connections():
     """Addresses outside this machine that this process has tried to reach, ever since."""
-    found = []
+    addresses = []
 
     def watch(event, arguments):
         if event == "socket.connect" and isinstance(arguments[1], tuple):
             if arguments[1][0] not in ("127.0.0.1", "::1", "localhost"):
-                found.append(arguments[1])
+                addresses.append(arguments[1])
         elif event == "socket.getaddrinfo" and arguments[0] not in (None, "127.0.0.1", "localhost"):
-            found.append(arguments[0])
+            addresses.append(arguments[0])
 
     sys.addaudithook(watch)
-    return found
+    return addresses
 
 
 @pytest.fixture(scope="module")
@@ -54,25 +54,28 @@ def address(models, connections):
 
 def faults_of(tab, address):
     """What goes wrong in a page from now on, and what it asks of any other address."""
-    found = []
+    faults = []
     own = (address, "data:", "blob:")
-    tab.on("console", lambda message: found.append(message.text) if message.type == "error" else 0)
-    tab.on("pageerror", lambda error: found.append(str(error)))
-    tab.on("request", lambda asked: None if asked.url.startswith(own) else found.append(asked.url))
-    return found
+    tab.on("console", lambda message: faults.append(message.text) if message.type == "error" else 0)
+    tab.on("pageerror", lambda error: faults.append(str(error)))
+    tab.on(
+        "request",
+        lambda request: None if request.url.startswith(own) else faults.append(request.url),
+    )
+    return faults
 
 
 @pytest.fixture
-def look(browser, address):
+def open_page(browser, address):
     """Opens the page; at the end nothing may have gone wrong in it, or come from elsewhere."""
-    contexts, found = [], []
+    contexts, faults = [], []
 
     def opened(**options):
         context = browser.new_context(viewport={"width": 1360, "height": 900}, **options)
         contexts.append(context)
         tab = context.new_page()
         tab.set_default_timeout(PATIENT)
-        found.append(faults_of(tab, address))
+        faults.append(faults_of(tab, address))
         tab.goto(address)
         expect(tab.locator("#ab-prompt textarea")).to_be_visible(timeout=PATIENT)
         return tab
@@ -80,7 +83,7 @@ def look(browser, address):
     yield opened
     for context in contexts:
         context.close()
-    assert not any(found), found
+    assert not any(faults), faults
 
 
 def ask(tab, prompt="abc abc"):
@@ -93,17 +96,17 @@ def done(tab):
 
 
 def axe_faults(tab):
-    found = Axe().run(tab).response["violations"]
+    violations = Axe().run(tab).response["violations"]
     return [
         (fault["id"], node["html"])
-        for fault in found
+        for fault in violations
         if fault["impact"] in ("serious", "critical")
         for node in fault["nodes"]
     ]
 
 
-def test_both_answers_stream_and_part(look):
-    tab = look()
+def test_both_answers_stream_and_part(open_page):
+    tab = open_page()
     tab.get_by_role("button", name="Settings").click()
     tab.get_by_label("New tokens, at most").fill("200")
     texts = tab.locator("#ab-original .ab-text"), tab.locator("#ab-conversion .ab-text")
@@ -141,8 +144,8 @@ def test_both_answers_stream_and_part(look):
     assert texts[0].evaluate(before) == texts[1].evaluate(before)
 
 
-def test_slider_changes_the_plan_and_original_agrees_with_itself(look):
-    tab = look()
+def test_slider_changes_the_plan_and_original_agrees_with_itself(open_page):
+    tab = open_page()
     expect(tab.locator("#ab-about")).to_contain_text("6 layers in 4 stages")
     expect(tab.locator("#ab-about")).to_contain_text("converted checkpoint")
     before = tab.locator(".ab-ring").get_attribute("cx")
@@ -165,8 +168,8 @@ def test_slider_changes_the_plan_and_original_agrees_with_itself(look):
     expect(tab.locator("mark")).to_have_count(0)
 
 
-def test_a_conversion_can_be_run_grouped_instead(look):
-    tab = look()
+def test_a_conversion_can_be_run_grouped_instead(open_page):
+    tab = open_page()
     tab.get_by_label("grouped in memory").check()
     expect(tab.locator("#ab-about")).to_contain_text("shares the original's weights")
     ask(tab)
@@ -174,8 +177,8 @@ def test_a_conversion_can_be_run_grouped_instead(look):
     expect(tab.locator("#ab-conversion")).to_contain_text("4 of 6 stages, grouped in memory")
 
 
-def test_stop_keeps_what_is_there_and_the_next_run_works(look):
-    tab = look()
+def test_stop_keeps_what_is_there_and_the_next_run_works(open_page):
+    tab = open_page()
     tab.get_by_role("button", name="Settings").click()
     tab.get_by_label("New tokens, at most").fill("500")
     ask(tab)
@@ -184,10 +187,10 @@ def test_stop_keeps_what_is_there_and_the_next_run_works(look):
     status = expect(tab.locator("#ab-status"))
     status.to_have_text("Stopped.", timeout=PATIENT, use_inner_text=True)
     expect(tab.locator("#ab-original .ab-cursor")).to_be_hidden()
-    kept = tab.inner_text("#ab-original .ab-text")
+    answer = tab.inner_text("#ab-original .ab-text")
     tab.wait_for_timeout(1000)
     assert tab.inner_text("#ab-status") == "Stopped."
-    assert tab.inner_text("#ab-original .ab-text") == kept
+    assert tab.inner_text("#ab-original .ab-text") == answer
     tab.get_by_label("New tokens, at most").fill("8")
     ask(tab)
     done(tab)
@@ -201,22 +204,22 @@ def test_stop_keeps_what_is_there_and_the_next_run_works(look):
         ("a" * 600, "the prompt has 600 tokens, the model holds 512 with the answer; shorten it"),
     ],
 )
-def test_prompts_that_cannot_be_run_give_a_message(look, prompt, message):
-    tab = look()
+def test_prompts_that_cannot_be_run_give_a_message(open_page, prompt, message):
+    tab = open_page()
     ask(tab, prompt)
     expect(tab.locator("#ab-status .ab-error")).to_contain_text(message, timeout=PATIENT)
 
 
-def test_a_long_prompt_says_that_the_answer_was_cut(look):
-    tab = look()
+def test_a_long_prompt_says_that_the_answer_was_cut(open_page):
+    tab = open_page()
     ask(tab, "a" * 500)
     expect(tab.locator("#ab-status")).to_have_text(
         "Done. The model holds 512 tokens, so the answer was cut there.", timeout=PATIENT
     )
 
 
-def test_users_wait_for_each_other(look):
-    tabs = [look(), look()]
+def test_users_wait_for_each_other(open_page):
+    tabs = [open_page(), open_page()]
     for tab in tabs:
         ask(tab)
     for tab in tabs:
@@ -224,8 +227,8 @@ def test_users_wait_for_each_other(look):
     assert len({tab.inner_text("#ab-original .ab-text") for tab in tabs}) == 1
 
 
-def test_names_with_html_are_text(look, models):
-    tab = look()
+def test_names_with_html_are_text(open_page, models):
+    tab = open_page()
     assert "<b>" in models.run.model and "${1+1}" in models.run.model
     expect(tab.locator("#ab-heading code")).to_have_text(models.run.model)
     assert tab.locator("#ab-heading b").count() == 0
@@ -233,8 +236,8 @@ def test_names_with_html_are_text(look, models):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1360, 390])
-def test_no_serious_accessibility_fault(look, scheme, width):
-    tab = look(color_scheme=scheme)
+def test_no_serious_accessibility_fault(open_page, scheme, width):
+    tab = open_page(color_scheme=scheme)
     tab.set_viewport_size({"width": width, "height": 844})
     tab.get_by_role("button", name="Settings").click()
     assert axe_faults(tab) == []
@@ -264,12 +267,12 @@ def test_nothing_was_sent_elsewhere(address, connections):
 
 def test_faults_would_be_seen(browser, address):
     tab = browser.new_page()
-    found = faults_of(tab, address)
+    faults = faults_of(tab, address)
     tab.goto(address)
     tab.evaluate("fetch('http://127.0.0.2:9/').catch(() => console.error('x'))")
     # the page's own policy stops it before it is a request
-    assert "http://127.0.0.2:9/" in found[0] and "Content Security Policy" in found[0]
-    assert found[-1] == "x"
+    assert "http://127.0.0.2:9/" in faults[0] and "Content Security Policy" in faults[0]
+    assert faults[-1] == "x"
     tab.close()
 
 

@@ -59,15 +59,15 @@ class Page(HTMLParser):
         self.text = " ".join(" ".join(self._text).split())
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        if tag == "script" and found.get("type") is None:
+        attributes = dict(attrs)
+        if tag == "script" and attributes.get("type") is None:
             self.scripts.append("")
         if tag in ("script", "style", "title", "pre", "td"):
             self._within.append(tag)
         self.addresses += [v for k, v in attrs if k in ("src", "href", "action", "data")]
         self.ids += [v for k, v in attrs if k == "id"]
-        if found.get("http-equiv") == "Content-Security-Policy":
-            self.policy = found["content"]
+        if attributes.get("http-equiv") == "Content-Security-Policy":
+            self.policy = attributes["content"]
 
     def handle_endtag(self, tag):
         if self._within and self._within[-1] == tag:
@@ -108,9 +108,9 @@ def test_a_whole_run(made, tmp_path):
     drawn += ["plan", "position-kl", "speed", "tasks"]
     assert sorted(p.stem for p in folder.glob("*.png")) == drawn
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in folder.glob("*.png"))
-    found = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
-    assert found["last"]["plan"] == PLAN and found["last"]["quality"]["kl"] == 0.0625
-    assert len(found["groups"]) == 6 and sum(row["chosen"] for row in found["groups"]) == 2
+    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["last"]["plan"] == PLAN and results["last"]["quality"]["kl"] == 0.0625
+    assert len(results["groups"]) == 6 and sum(row["chosen"] for row in results["groups"]) == 2
 
 
 def test_the_page_needs_nothing_else(made, tmp_path):
@@ -222,8 +222,8 @@ def test_a_damaged_manifest_is_named(run):
 
 def test_the_other_plans_of_a_run(run, tmp_path):
     add_plan(run, "1+2 3+4 5+6", "depth-5-other")
-    found = read_run(run)
-    assert found.last.folder.name == NAME and len(found.others) == 1
+    read = read_run(run)
+    assert read.last.folder.name == NAME and len(read.others) == 1
     page = Page(write_report(run).read_text(encoding="utf-8"))
     assert "Other plans in this run" in page.text and "1+2 3+4 5+6" in page.text
     (run / "results.json").unlink()
@@ -342,22 +342,22 @@ def test_stages_in_words():
 
 def test_a_large_plan_is_drawn_in_lines():
     plan = Plan.parse("10+11+12+13", 80)
-    found = draw_plan(plan, reporting.LIGHT)
-    assert float(re.search(r'width="([\d.]+)"', found).group(1)) <= 1220
-    assert found.count("<g ") == plan.depth
+    drawing = draw_plan(plan, reporting.LIGHT)
+    assert float(re.search(r'width="([\d.]+)"', drawing).group(1)) <= 1220
+    assert drawing.count("<g ") == plan.depth
 
 
 def test_a_conversion_outside_a_run(made, tmp_path):
     shutil.copytree(made / "plans" / NAME / "converted", tmp_path / "alone")
-    found = read_conversion(tmp_path / "alone")
-    assert found.plan.shorthand == PLAN and found.quality is None
+    conversion = read_conversion(tmp_path / "alone")
+    assert conversion.plan.shorthand == PLAN and conversion.quality is None
     assert read_conversion(made / "plans" / NAME / "converted").quality["kl"] == 0.0625
     with pytest.raises(AbreastError, match=r"holds no abreast\.json"):
         read_conversion(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "place"),
+    ("ours", "theirs", "position"),
     [
         ([1, 2], [1, 2], None),
         ([1, 2], [1, 3], 1),
@@ -366,8 +366,8 @@ def test_a_conversion_outside_a_run(made, tmp_path):
         ([2, 3, 4], [9, 3, 4], 0),
     ],
 )
-def test_first_difference(ours, theirs, place):
-    assert first_difference(ours, theirs) == place
+def test_first_difference(ours, theirs, position):
+    assert first_difference(ours, theirs) == position
 
 
 @pytest.mark.slow
@@ -381,28 +381,29 @@ def test_samples_of_two_models():
     stream = load_tokens(tokenizer, max_tokens=2000)
     sizes = {"count": 2, "prompt_tokens": 16, "new_tokens": 12}
     same = sample(model, model, tokenizer, stream, **sizes)
-    assert [each["first_difference"] for each in same] == [None, None]
-    assert all(each["shared"] == len(each["original"]) > 0 for each in same)
-    found = sample(model, other, tokenizer, stream, **sizes)
-    assert [each["prompt"] for each in found] == [each["prompt"] for each in same]
-    assert any(each["first_difference"] is not None for each in found)
-    for each in found:
-        shared = each["shared"]
-        assert each["original"][:shared] == each["converted"][:shared]
+    assert [answer["first_difference"] for answer in same] == [None, None]
+    assert all(answer["shared"] == len(answer["original"]) > 0 for answer in same)
+    samples = sample(model, other, tokenizer, stream, **sizes)
+    assert [answer["prompt"] for answer in samples] == [answer["prompt"] for answer in same]
+    assert any(answer["first_difference"] is not None for answer in samples)
+    for answer in samples:
+        shared = answer["shared"]
+        assert answer["original"][:shared] == answer["converted"][:shared]
     assert (
-        max(len(each["prompt"]) for each in sample(model, model, tokenizer, stream, count=1)) > 16
+        max(len(answer["prompt"]) for answer in sample(model, model, tokenizer, stream, count=1))
+        > 16
     )
 
 
 def test_charts_are_of_what_the_search_made_small(made):
-    found = read_run(made)
+    read = read_run(made)
     margins = [
         replace(row, cost=replace(row.cost, margin_loss=-0.25, margin_stderr=0.1))
-        for row in found.baselines
+        for row in read.baselines
     ]
-    stats = replace(found.stats, identity={"score": "tasks"})
-    charts = reporting._charts(replace(found, stats=stats, baselines=tuple(margins)))
+    stats = replace(read.stats, identity={"score": "tasks"})
+    charts = reporting._charts(replace(read, stats=stats, baselines=tuple(margins)))
     (chart,) = [chart for chart in charts if chart.name == "depth-margin lost"]
     assert chart.columns[-1] == "margin of the right choice lost, nats per item"
     assert "-0.25" in chart.rows[0][-1] and "depth-kl" not in {chart.name for chart in charts}
-    assert {chart.name for chart in reporting._charts(found)} >= {"depth-kl", "depth-loss"}
+    assert {chart.name for chart in reporting._charts(read)} >= {"depth-kl", "depth-loss"}

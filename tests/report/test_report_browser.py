@@ -31,7 +31,7 @@ def report(tiny_checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture
 def opened(browser, report) -> Iterator[Any]:
     """open(scheme, size) -> the page, all charts drawn; afterwards: nothing asked for, no fault."""
-    contexts, asked, faults = [], [], []
+    contexts, requests, faults = [], [], []
 
     def open_page(scheme: str = "light", size: str = "desktop", **options: Any) -> Page:
         width, height = SIZES[size]
@@ -41,7 +41,7 @@ def opened(browser, report) -> Iterator[Any]:
         contexts.append(context)
         context.set_default_timeout(120_000)  # shared machines stall
         page = context.new_page()
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda message: faults.append(message.text))
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.goto(report.as_uri())
@@ -52,7 +52,7 @@ def opened(browser, report) -> Iterator[Any]:
     yield open_page
     for context in contexts:
         context.close()
-    assert asked == [report.as_uri()] * len(contexts)
+    assert requests == [report.as_uri()] * len(contexts)
     assert faults == []
 
 
@@ -98,9 +98,11 @@ def test_axe_finds_no_serious_fault(opened, scheme, size):
 
     page = opened(scheme, size, bypass_csp=True)  # axe is a script of its own
     page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
-    found = Axe().run(page).response
-    assert len(found["passes"]) > 20  # it really looked
-    serious = [fault for fault in found["violations"] if fault["impact"] in ("serious", "critical")]
+    result = Axe().run(page).response
+    assert len(result["passes"]) > 20  # it really looked
+    serious = [
+        fault for fault in result["violations"] if fault["impact"] in ("serious", "critical")
+    ]
     assert not serious, [(fault["id"], fault["nodes"][0]["html"]) for fault in serious]
 
 

@@ -23,10 +23,10 @@ def test_the_run_over_which_the_state_turns_least_is_left_out():
 
 
 def test_cqil_groups_the_most_similar_inputs_in_its_own_wiring():
-    alike = np.ones((11, 11)) * 0.5
-    alike[3, 4] = alike[6, 7] = 0.99
+    similarity = np.ones((11, 11)) * 0.5
+    similarity[3, 4] = similarity[6, 7] = 0.99
     every = [*PAIRS, *(Group.wired(pair.layers, "cqil-full") for pair in PAIRS)]
-    assert by_similarity(alike, 8, every).shorthand == "3|4 6|7"
+    assert by_similarity(similarity, 8, every).shorthand == "3|4 6|7"
     assert by_similarity(np.eye(11), 3, PAIRS) is None
 
 

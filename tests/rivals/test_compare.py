@@ -26,7 +26,7 @@ from abreast.plan import Group, Plan
 from abreast.planner.calibration import calibrate
 from abreast.planner.front import Profile
 from abreast.planner.settings import CalibrationSettings
-from abreast.rivals.compare import compare, described, program_of
+from abreast.rivals.compare import compare_rivals, described, program_of
 from abreast.rivals.repair import Streams, marked
 
 module = import_module("abreast.rivals.compare")
@@ -52,11 +52,11 @@ def model(request, tiny_checkpoint):
 def without(model, layers):
     """The model with these layers deleted."""
     left = copy.deepcopy(model)
-    kept = [i for i in range(LAYERS) if i not in layers]
-    left.base_model.layers = torch.nn.ModuleList(left.base_model.layers[i] for i in kept)
-    left.config.num_hidden_layers = len(kept)
+    indices = [i for i in range(LAYERS) if i not in layers]
+    left.base_model.layers = torch.nn.ModuleList(left.base_model.layers[i] for i in indices)
+    left.config.num_hidden_layers = len(indices)
     if getattr(left.config, "layer_types", None):
-        left.config.layer_types = [model.config.layer_types[i] for i in kept]
+        left.config.layer_types = [model.config.layer_types[i] for i in indices]
     return left
 
 
@@ -188,7 +188,7 @@ def run(request, tiny_checkpoint, tmp_path):
     profile = Profile("made up", single=1.0, groups={"lp 2": 1.5, "ff 2": 1.6}, rest=2.0)
 
     def call(**options):
-        return compare(ours, arrays, *texts, tmp_path, profile=profile, **options)
+        return compare_rivals(ours, arrays, *texts, tmp_path, profile=profile, **options)
 
     return call, texts, arrays
 
@@ -223,7 +223,7 @@ def test_every_rival_is_measured_on_the_other_text(run, tmp_path):
 def test_sleb_leaves_out_greedily_what_costs_least(run, monkeypatch):
     call, (chosen_on, _), _ = run
     monkeypatch.setattr(module, "FINALISTS", LAYERS)  # all on all windows
-    found = {
+    plans = {
         r.depth: r.plan
         for r in call(methods=("planner", "sleb"), refit=False)
         if r.method == "sleb"
@@ -233,10 +233,10 @@ def test_sleb_leaves_out_greedily_what_costs_least(run, monkeypatch):
     for depth in (5, 4):
         losses = {}
         for layer in set(range(LAYERS)) - set(left_out):
-            cut = without(chosen_on.model, (*left_out, layer))
-            losses[layer] = token_scores(logits(cut, ids)[:, :-1], ids[:, 1:]).mean()
+            pruned = without(chosen_on.model, (*left_out, layer))
+            losses[layer] = token_scores(logits(pruned, ids)[:, :-1], ids[:, 1:]).mean()
         left_out += (min(losses, key=losses.get),)
-        assert found[depth] == " ".join(["without", *map(str, sorted(left_out))])
+        assert plans[depth] == " ".join(["without", *map(str, sorted(left_out))])
 
 
 @pytest.mark.parametrize("run", ["llama", "gemma3_text"], indirect=True)

@@ -218,9 +218,9 @@ def test_a_model_is_not_judged_on_its_own_text(read, model, tmp_path, monkeypatc
     refused = CliRunner().invoke(cli, ["eval", str(out), "--data", "self", *size])
     assert "no model is judged on text of its own" in str(refused.exception)
     paired = [*("eval", str(out), "--against", str(model)), *size, "-o", str(tmp_path / "kept")]
-    found = json.loads(CliRunner().invoke(cli, paired, catch_exceptions=False).stdout)
+    printed = json.loads(CliRunner().invoke(cli, paired, catch_exceptions=False).stdout)
     by_original = read(role="judge", max_tokens=200)
-    assert found["data"]["sha256"] == by_original.sha256
+    assert printed["data"]["sha256"] == by_original.sha256
     assert (tmp_path / "kept" / "text" / "judge.safetensors").is_file()
 
 
@@ -291,9 +291,9 @@ def test_chat_stands_beside_data(model, tmp_path, monkeypatch):
     size = ["--max-tokens", "200", "--window", "16", "--stride", "16", "--json"]
     for data in ([], ["--data", "stdlib"]):
         words = ["eval", str(model), *data, "--chat", str(path), *size]
-        found = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
-        found = found.get("corpora", [found])
-        assert [corpus["data"]["source"] for corpus in found] == [*data[1:], f"chat:{path}"]
+        corpora = json.loads(CliRunner().invoke(cli, words, catch_exceptions=False).stdout)
+        corpora = corpora.get("corpora", [corpora])
+        assert [corpus["data"]["source"] for corpus in corpora] == [*data[1:], f"chat:{path}"]
     size = ["--windows", "8", "--window", "16", "--max-length", "2", "--no-plots"]
     words = ["study", str(model), "-o", str(tmp_path / "study"), "--data", "stdlib", *size]
     words += ["--chat", str(path), "--interventions", "prune"]
@@ -312,12 +312,12 @@ def test_a_text_too_short_is_refused_before_anything_is_computed(model, tmp_path
     path = tmp_path / "short.txt"
     path.write_text("A few words, and no more.")
     out, plan = str(tmp_path / "out"), ["--plan", "1+2"]
-    found = [str(model), "--data", "stdlib", "--depth", "5", "--windows", "8", "--window", "64"]
+    arguments = [str(model), "--data", "stdlib", "--depth", "5", "--windows", "8", "--window", "64"]
     for words in (
         ["eval", str(model), "--data", "stdlib", "--data", str(path)],
         ["measure", str(model), "--data", str(path)],
-        ["plan", *found, "--baselines", "--baseline-data", str(path)],
-        ["optimize", *found, "--baseline-data", "stdlib", "--eval-data", str(path)],
+        ["plan", *arguments, "--baselines", "--baseline-data", str(path)],
+        ["optimize", *arguments, "--baseline-data", "stdlib", "--eval-data", str(path)],
         ["study", str(model), "--data", str(path)],
         ["heal", str(model), *plan, "--data", str(path)],
     ):

@@ -72,15 +72,15 @@ def converted(tiny_checkpoint, tmp_path) -> tuple[Path, Path]:
 
 def test_eager_measures_three_tasks_and_memory(converted):
     job = job_of(*converted, tasks=("prefill", "decode", "generate"), dtype="float32")
-    found = run(job)
-    assert [r.task for r in found.results] == ["prefill", "decode", "generate"]
-    assert [r.new_tokens for r in found.results] == [0, 3, 3]
-    for r in found.results:
+    report = run(job)
+    assert [r.task for r in report.results] == ["prefill", "decode", "generate"]
+    assert [r.new_tokens for r in report.results] == [0, 3, 3]
+    for r in report.results:
         # 6 layers of 2 KV heads of 16, keys and values, 2 rows, float32; grouping changes nothing.
         length = {"prefill": 9, "decode": 12, "generate": 11}[r.task]
         assert {m.kv_cache for m in r.memory.values()} == {6 * 2 * 2 * 16 * 2 * length * 4}
         assert all(m.device_peak is None and m.weights > 0 for m in r.memory.values())
-    row = json.loads(json.dumps(found.to_dict()))
+    row = json.loads(json.dumps(report.to_dict()))
     assert row["results"][0]["timings"]["m1"]["ttft"] > 0
     tpot = row["results"][1]["timings"]["m1"]
     assert tpot["tpot"] == pytest.approx(tpot["median"] / 3)
@@ -134,26 +134,26 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path)
 
 @pytest.mark.slow
 def test_tensor_parallel_job_comes_back_from_torchrun(converted):
-    found = run(job_of(*converted, backend="tp", dtype="float32", tasks=("prefill", "decode")))
-    assert [r.task for r in found.results] == ["prefill", "decode"]
-    assert found.results[0].ranks == 2
-    assert found.results[0].seconds["m1"].shape == (2,)
+    report = run(job_of(*converted, backend="tp", dtype="float32", tasks=("prefill", "decode")))
+    assert [r.task for r in report.results] == ["prefill", "decode"]
+    assert report.results[0].ranks == 2
+    assert report.results[0].seconds["m1"].shape == (2,)
     # Each rank has half of the KV heads.
-    assert found.results[0].memory["m1"].kv_cache == 6 * 2 * 1 * 16 * 2 * 9 * 4
+    assert report.results[0].memory["m1"].kv_cache == 6 * 2 * 1 * 16 * 2 * 9 * 4
 
 
 @pytest.mark.slow
 def test_slower_links_are_simulated_and_labelled(converted):
     job = job_of(*converted, backend="tp", dtype="float32", unpaired=("replicate", "shard"))
-    found = run(replace(job, link_delay=500)).results[0]
-    assert list(found.timings) == ["original", "on one device", "m1", "m1, replicate"]
-    assert "simulated link" in found.name
-    assert found.backend == "tp, simulated link of 500 us"
+    result = run(replace(job, link_delay=500)).results[0]
+    assert list(result.timings) == ["original", "on one device", "m1", "m1, replicate"]
+    assert "simulated link" in result.name
+    assert result.backend == "tp, simulated link of 500 us"
     # 3 tokens: the logits' exchange; 6 layers of 2; 2 layers of 2 and 2 + 1; the groups' 2 + 1
-    exchanges = [found.memory[name].exchanges for name in found.timings]
+    exchanges = [result.memory[name].exchanges for name in result.timings]
     assert exchanges == [3 * 13, 0, 3 * 8, 3 * 3]
-    for name, count in zip(found.timings, exchanges, strict=True):
-        assert found.timings[name].min > count * 500e-6
+    for name, count in zip(result.timings, exchanges, strict=True):
+        assert result.timings[name].min > count * 500e-6
 
 
 def test_tensor_parallel_refusal_is_one_line(tiny_checkpoint, tmp_path):
@@ -182,16 +182,16 @@ def test_out_of_memory_keeps_what_is_there_and_names_the_knob(tiny_checkpoint, m
     monkeypatch.setattr(backends, "bench", full)
     cases = tuple(Case("decode", batch, context, 1) for batch in (1, 8) for context in (8, 16, 128))
     job = Job((Contender("original", str(tiny_checkpoint())),), cases)
-    found = run(job)
-    assert [r.context for r in found.results] == [8, 16, 8]
-    assert [f.case for f in found.failures] == [
+    report = run(job)
+    assert [r.context for r in report.results] == [8, 16, 8]
+    assert [f.case for f in report.failures] == [
         "decode at batch 1, context 128",
         "decode at batch 8, context 16",
         "decode at batch 8, context 128",
     ]
-    assert found.failures[0].reason == "out of memory; use --context below 128"
-    assert found.failures[1].reason == "out of memory; use --batch below 8 or --context below 16"
-    assert found.failures[2].reason.startswith("left out, larger than what ran out of memory")
+    assert report.failures[0].reason == "out of memory; use --context below 128"
+    assert report.failures[1].reason == "out of memory; use --batch below 8 or --context below 16"
+    assert report.failures[2].reason.startswith("left out, larger than what ran out of memory")
     with pytest.raises(AbreastError, match="context 128: out of memory; use --context below 128"):
         run(Job(job.contenders, (Case("decode", 1, 128, 1),)))
 
@@ -205,9 +205,9 @@ def test_a_killed_rank_keeps_the_finished_cases(tiny_checkpoint, monkeypatch):
 
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setattr(backends.subprocess, "run", killed)
-    found = run(job_of(tiny_checkpoint(), backend="tp", tasks=("decode", "generate")))
-    assert [r.task for r in found.results] == ["decode"]
-    assert found.failures == (
+    report = run(job_of(tiny_checkpoint(), backend="tp", tasks=("decode", "generate")))
+    assert [r.task for r in report.results] == ["decode"]
+    assert report.failures == (
         Failure(
             "generate at batch 2, context 9",
             "out of memory; use --batch below 2 or --context below 9",
@@ -246,9 +246,9 @@ def test_simulated_links_in_vllm_are_labelled(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0"))
     with mock.patch.dict(os.environ):
         import vllm_decode
-    found = {(wait, "original"): [{"token": 1e-3, "prefill": 1e-2}] for wait in (0.0, 25.0)}
+    times = {(wait, "original"): [{"token": 1e-3, "prefill": 1e-2}] for wait in (0.0, 25.0)}
     models = {"original": (root, 66)}
-    row = vllm_decode.row(found, 25.0, "original", models, [25.0], 2, True, 1)
+    row = vllm_decode.row(times, 25.0, "original", models, [25.0], 2, True, 1)
     assert row["simulated_link_us"] == 25
     assert "simulated link, µs" in vllm_decode.table([row])
 
@@ -263,17 +263,17 @@ def test_vllm_is_asked_in_turns_and_its_times_are_taken_apart(tmp_path):
         rounds=2,
         vllm=(sys.executable, str(script)),
     )
-    found = run(job)
-    prefill, decode = found.results
+    report = run(job)
+    prefill, decode = report.results
     assert prefill.seconds["original"] == pytest.approx([0.1, 0.1])
     assert prefill.timings["converted"].ratio == pytest.approx(2)
     assert prefill.timings["converted"].tokens_per_second == pytest.approx(200 / 0.05)
     # 6 tokens less 1: five steps.
     assert decode.seconds["original"] == pytest.approx([0.05, 0.05])
     assert decode.timings["original"].tokens_per_second == pytest.approx(10 / 0.05)
-    assert found.failures[0].reason == "out of memory; use --batch below 8 or --context below 100"
-    asked = [line.split()[0] for line in log.read_text().splitlines()]
-    assert asked[:4] == ["slow", "fast", "fast", "slow"]
+    assert report.failures[0].reason == "out of memory; use --batch below 8 or --context below 100"
+    turns = [line.split()[0] for line in log.read_text().splitlines()]
+    assert turns[:4] == ["slow", "fast", "fast", "slow"]
 
 
 def test_a_difference_below_zero_keeps_the_finished_cases(tmp_path):
@@ -287,9 +287,9 @@ def test_a_difference_below_zero_keeps_the_finished_cases(tmp_path):
         rounds=2,
         vllm=(sys.executable, str(script)),
     )
-    found = run(job)
-    assert [result.batch_size for result in found.results] == [2, 1]
-    assert found.failures == (
+    report = run(job)
+    assert [result.batch_size for result in report.results] == [2, 1]
+    assert report.failures == (
         Failure(
             "decode at batch 2, context 100",
             "noise hides what 5 tokens take 'original'; raise --steps",
@@ -299,9 +299,9 @@ def test_a_difference_below_zero_keeps_the_finished_cases(tmp_path):
 
 def test_a_case_that_a_model_cannot_hold_keeps_the_finished_ones(tiny_checkpoint):
     cases = (Case("prefill", 1, 4, 0), Case("prefill", 1, 600, 0), Case("prefill", 1, 8, 0))
-    found = run(Job((Contender("original", str(tiny_checkpoint())),), cases, rounds=1))
-    assert [result.context for result in found.results] == [4, 8]
-    (failure,) = found.failures
+    report = run(Job((Contender("original", str(tiny_checkpoint())),), cases, rounds=1))
+    assert [result.context for result in report.results] == [4, 8]
+    (failure,) = report.failures
     assert failure.case == "prefill at batch 1, context 600" and "512 tokens" in failure.reason
 
 
@@ -438,9 +438,9 @@ def test_verb_prints_a_table_and_a_verdict_or_one_line_of_json(converted, tmp_pa
 )
 def test_bad_input_is_one_line(tiny_checkpoint, monkeypatch, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = CliRunner().invoke(cli, ["bench", str(tiny_checkpoint()), *arguments])
-    assert isinstance(found.exception, AbreastError)
-    assert message in str(found.exception)
+    outcome = CliRunner().invoke(cli, ["bench", str(tiny_checkpoint()), *arguments])
+    assert isinstance(outcome.exception, AbreastError)
+    assert message in str(outcome.exception)
 
 
 @pytest.mark.parametrize(

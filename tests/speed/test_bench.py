@@ -18,8 +18,8 @@ from abreast.speed.timing import (
     BenchResult,
     Measurement,
     claim,
-    measure,
     ratio_interval,
+    time_in_turn,
     timings,
     verdict,
 )
@@ -85,7 +85,7 @@ def drifting(factor: float, rounds: int = 20, seed: int = 0, noise: float = 0.02
         return lambda: next(drift) * rng.lognormal(0, noise) / speed
 
     candidates = {"original": clock.work(seconds(1)), "abreast": clock.work(seconds(factor))}
-    return result_of(measure(candidates, rounds=rounds, warmup=0, clock=clock))
+    return result_of(time_in_turn(candidates, rounds=rounds, warmup=0, clock=clock))
 
 
 def test_rounds_alternate_and_warmup_is_dropped() -> None:
@@ -99,11 +99,11 @@ def test_rounds_alternate_and_warmup_is_dropped() -> None:
 
         return call
 
-    found = measure({name: run(name) for name in "AB"}, rounds=3, warmup=1, clock=clock)
+    measurement = time_in_turn({name: run(name) for name in "AB"}, rounds=3, warmup=1, clock=clock)
     assert "".join(order) == "ABBAABBA"
-    assert found.seconds["A"].tolist() == [4, 5, 8]
-    assert found.seconds["B"].tolist() == [3, 6, 7]
-    assert found.tokens == {"A": 7, "B": 7}
+    assert measurement.seconds["A"].tolist() == [4, 5, 8]
+    assert measurement.seconds["B"].tolist() == [3, 6, 7]
+    assert measurement.tokens == {"A": 7, "B": 7}
 
 
 def test_preparation_is_not_timed_but_queued_work_is() -> None:
@@ -117,7 +117,7 @@ def test_preparation_is_not_timed_but_queued_work_is() -> None:
         queued.append(2.0)
         return 1
 
-    found = measure(
+    measurement = time_in_turn(
         {"A": run},
         rounds=2,
         warmup=0,
@@ -125,7 +125,7 @@ def test_preparation_is_not_timed_but_queued_work_is() -> None:
         synchronize=synchronize,
         clock=clock,
     )
-    assert found.seconds["A"].tolist() == [2, 2]
+    assert measurement.seconds["A"].tolist() == [2, 2]
 
 
 def test_collection_is_off_while_timing_and_on_again_after_failure() -> None:
@@ -138,7 +138,7 @@ def test_collection_is_off_while_timing_and_on_again_after_failure() -> None:
         return 1
 
     with pytest.raises(RuntimeError):
-        measure({"A": run}, rounds=5, warmup=0)
+        time_in_turn({"A": run}, rounds=5, warmup=0)
     assert seen == [False] * 3
     assert gc.isenabled()
 
@@ -146,13 +146,13 @@ def test_collection_is_off_while_timing_and_on_again_after_failure() -> None:
 def test_changing_work_is_refused() -> None:
     counts = iter([4, 5])
     with pytest.raises(AbreastError, match="4 tokens in one run and 5"):
-        measure({"A": lambda: next(counts)}, rounds=2, warmup=0)
+        time_in_turn({"A": lambda: next(counts)}, rounds=2, warmup=0)
 
 
 @pytest.mark.parametrize("factor", [1.25, 0.8])
 def test_interval_holds_the_truth_in_spite_of_drift(factor: float) -> None:
-    found = drifting(factor)
-    timing = found.timings["abreast"]
+    summary = drifting(factor)
+    timing = summary.timings["abreast"]
     assert timing.ratio_low < factor < timing.ratio_high
     assert timing.ratio_high - timing.ratio_low < 0.05
     # Unpaired, the drift swamps the difference.
@@ -172,8 +172,8 @@ def test_spells_of_noise_widen_the_interval(correlation: float) -> None:
     held = 0
     for _ in range(200):
         noise = rng.normal(size=80)
-        for place in range(1, 80):
-            noise[place] += correlation * noise[place - 1]
+        for index in range(1, 80):
+            noise[index] += correlation * noise[index - 1]
         _, low, high = ratio_interval(np.exp(0.02 * noise[40:]), np.ones(40))
         held += low <= 1 <= high
     assert held >= 180  # 90 %; at 0.4 a bootstrap over rounds holds it 84 % of the time
@@ -191,8 +191,8 @@ def test_summary_by_hand() -> None:
         {"original": np.array([2.0, 4.0, 6.0, 8.0]), "abreast": np.array([1.0, 4.0, 3.0, 4.0])},
         {"original": 12, "abreast": 12},
     )
-    found = timings(measurement)
-    original, other = found["original"], found["abreast"]
+    summary = timings(measurement)
+    original, other = summary["original"], summary["abreast"]
     assert (original.median, original.min, original.max, original.iqr) == (5, 2, 8, 3)
     assert (original.ratio, original.ratio_low, original.ratio_high) == (1, 1, 1)
     assert original.tokens_per_second == pytest.approx(12 / 5)
@@ -224,10 +224,10 @@ def test_verdict_in_words() -> None:
 
 
 def test_verdict_shows_an_interval_that_excludes_1() -> None:
-    found = drifting(1.25)
-    barely = replace(found.timings["abreast"], ratio=1.004, ratio_low=1.001, ratio_high=1.008)
-    timing = {**found.timings, "abreast": barely}
-    assert verdict(replace(found, timings=timing)) == "faster by 1.004x [1.001, 1.008]"
+    slower = drifting(1.25)
+    barely = replace(slower.timings["abreast"], ratio=1.004, ratio_low=1.001, ratio_high=1.008)
+    timing = {**slower.timings, "abreast": barely}
+    assert verdict(replace(slower, timings=timing)) == "faster by 1.004x [1.001, 1.008]"
 
 
 def test_verdict_names_several_candidates() -> None:
@@ -252,18 +252,20 @@ def ticking(clock: Clock, cost: float, seen: list[torch.Tensor]) -> LlamaForCaus
 def test_prefill_times_one_pass_over_the_prompt() -> None:
     clock, seen = Clock(), []
     models = {"original": ticking(clock, 2.0, seen), "abreast": ticking(clock, 1.0, seen)}
-    found = bench(models, task="prefill", batch_size=3, context=11, rounds=6, warmup=1, clock=clock)
-    assert found.seconds["original"].tolist() == [22] * 6
-    assert found.timings["original"].tokens_per_second == pytest.approx(33 / 22)
-    assert verdict(found) == "faster by 2.00x [2.00, 2.00]"
+    result = bench(
+        models, task="prefill", batch_size=3, context=11, rounds=6, warmup=1, clock=clock
+    )
+    assert result.seconds["original"].tolist() == [22] * 6
+    assert result.timings["original"].tokens_per_second == pytest.approx(33 / 22)
+    assert verdict(result) == "faster by 2.00x [2.00, 2.00]"
     assert len(seen) == 2 * (7 + 1)  # and one untimed pass each, for the memory
     assert all(torch.equal(ids, seen[0]) for ids in seen)
-    assert found.new_tokens == 0
+    assert result.new_tokens == 0
 
 
 def test_decode_times_only_the_new_tokens() -> None:
     clock, seen = Clock(), []
-    found = bench(
+    result = bench(
         {"original": ticking(clock, 1.0, seen)},
         task="decode",
         batch_size=2,
@@ -273,8 +275,8 @@ def test_decode_times_only_the_new_tokens() -> None:
         warmup=1,
         clock=clock,
     )
-    assert found.seconds["original"].tolist() == [5, 5]
-    assert found.timings["original"].tokens_per_second == pytest.approx(2)
+    assert result.seconds["original"].tolist() == [5, 5]
+    assert result.timings["original"].tokens_per_second == pytest.approx(2)
     assert [ids.shape[1] for ids in seen] == [11, 1, 1, 1, 1, 1] * 4
 
 
@@ -312,12 +314,12 @@ def test_prompts_depend_on_the_seed_and_modes_are_restored() -> None:
 
 
 def test_result_is_json() -> None:
-    found = bench({"m": tiny_model()}, task="decode", context=4, new_tokens=2, rounds=2)
-    dumped = found.to_dict()
+    result = bench({"m": tiny_model()}, task="decode", context=4, new_tokens=2, rounds=2)
+    dumped = result.to_dict()
     assert json.loads(json.dumps(dumped)) == dumped
     assert "seconds" not in dumped
     assert dumped["dtype"] == "float32"
-    assert len(found.to_dict(seconds=True)["seconds"]["m"]) == 2
+    assert len(result.to_dict(seconds=True)["seconds"]["m"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,8 @@ def test_decode_on_an_ideal_device_is_the_time_to_read_everything():
     weights = 32 * (shape.attention + shape.ffn) + shape.head
     cache = 2 * 1024 * 5000 * 32
     want = 2 * (weights / fraction["bandwidth"] + cache / fraction["attention"]) / 1e9
-    found = forward_cost(CONFIG, None, Setting(ideal, context=5000)).seconds
-    assert found == pytest.approx(want, rel=1e-3)  # the rest are the gaps between kernels
+    seconds = forward_cost(CONFIG, None, Setting(ideal, context=5000)).seconds
+    assert seconds == pytest.approx(want, rel=1e-3)  # the rest are the gaps between kernels
     # The same weights are read in groups: nothing but kernels can be won on one device.
     assert speedup(CONFIG, PAIRS, Setting(ideal, context=5000)) == pytest.approx(1, rel=1e-3)
 
@@ -117,15 +117,15 @@ def test_long_prompts_are_bound_by_arithmetic():
     tokens = 4 * 512
     flops = 2 * 32 * (shape.attention + shape.ffn) * tokens
     least = flops / (9.89e14 * table()["fractions"]["flops"])
-    found = forward_cost(CONFIG, None, on("H100", batch=4, context=512, phase="prefill"))
-    assert least < found.seconds < 1.2 * least
+    cost = forward_cost(CONFIG, None, on("H100", batch=4, context=512, phase="prefill"))
+    assert least < cost.seconds < 1.2 * least
 
 
 def test_where_the_program_decides_the_speed_up_is_that_of_depth():
     slow = speedup(CONFIG, PAIRS, on("2xH100-NVLink", runtime="eager", context=16))
     assert slow == pytest.approx(32 / 28, rel=0.02)
-    found = estimate(CONFIG, PAIRS, on("2xH100-NVLink", runtime="eager", context=16))
-    assert found.bound == "program"
+    estimated = estimate(CONFIG, PAIRS, on("2xH100-NVLink", runtime="eager", context=16))
+    assert estimated.bound == "program"
     assert estimate(CONFIG, PAIRS, on("2xH100-NVLink")).bound == "device"
 
 
@@ -202,11 +202,11 @@ def test_hardware_joined_by_another_link():
 
 
 def test_the_ways_to_hold_a_conversion_are_compared(tmp_path, run):
-    found = ways(CONFIG, MEMBERS, on("2xM3Ultra-Thunderbolt"))
-    assert list(found) == ["shard", "replicate", "on one device"]
-    seconds = {way: entry.converted for way, entry in found.items()}
+    compared = ways(CONFIG, MEMBERS, on("2xM3Ultra-Thunderbolt"))
+    assert list(compared) == ["shard", "replicate", "on one device"]
+    seconds = {way: entry.converted for way, entry in compared.items()}
     assert seconds["replicate"] < seconds["on one device"] < seconds["shard"]
-    weights = [entry.weights for entry in found.values()]
+    weights = [entry.weights for entry in compared.values()]
     assert weights[0] < weights[1] < weights[2]
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     options = ("--plan", MEMBERS.shorthand, "--hardware", "2xM3Ultra-Thunderbolt")
@@ -352,17 +352,17 @@ def test_published_speed_ups_within_ten_percent(row):
 
 
 def test_the_gap_is_calibrated_to_the_405b():
-    found = PUBLISHED["calibration"]()
-    assert found["predicted"] == pytest.approx(found["published"], rel=0.05)
+    calibrated = PUBLISHED["calibration"]()
+    assert calibrated["predicted"] == pytest.approx(calibrated["published"], rel=0.05)
 
 
 def test_memory_per_device():
-    found = estimate(CONFIG, PAIRS, on("2xA100-NVLink", batch=2, context=1000))
+    estimated = estimate(CONFIG, PAIRS, on("2xA100-NVLink", batch=2, context=1000))
     shape = shape_of(CONFIG)
     parameters = 32 * (shape.attention + shape.ffn) + shape.head + shape.embedding
-    assert found.weights == parameters * 2 // 2
-    assert found.kv_cache == 2 * 1024 * 32 * 2 * 1000 * 2 // 2
-    assert found.fits
+    assert estimated.weights == parameters * 2 // 2
+    assert estimated.kv_cache == 2 * 1024 * 32 * 2 * 1000 * 2 // 2
+    assert estimated.fits
     assert not estimate(CONFIG, PAIRS, on("L40S", batch=64, context=8192)).fits
 
 
@@ -436,14 +436,14 @@ def test_the_verb_says_which_way_to_hold_a_model_wins(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     arguments = ["estimate", str(tmp_path), "--plan", "14|15", "--batch", "8,1"]
     two = [*arguments, "--hardware", "2xM3Ultra-Thunderbolt"]
-    found = json.loads(CliRunner().invoke(cli, [*two, "--json"]).stdout)
+    printed = json.loads(CliRunner().invoke(cli, [*two, "--json"]).stdout)
     plan, setting = Plan.parse("14|15", 32), on("2xM3Ultra-Thunderbolt", batch=8)
     expected = {way: entry.to_dict() for way, entry in ways(CONFIG, plan, setting).items()}
-    assert found["ways"] == json.loads(json.dumps(expected))
-    assert {*found["ways"]} == {"shard", "replicate", "on one device"}
-    assert found["fastest"] == min(expected, key=lambda way: expected[way]["converted"])
+    assert printed["ways"] == json.loads(json.dumps(expected))
+    assert {*printed["ways"]} == {"shard", "replicate", "on one device"}
+    assert printed["fastest"] == min(expected, key=lambda way: expected[way]["converted"])
     text = " ".join(CliRunner().invoke(cli, two).stdout.split())
-    assert f"fastest: {found['fastest']}" in text
+    assert f"fastest: {printed['fastest']}" in text
     assert f"shard {1e3 * expected['shard']['converted']:.2f} ms" in text
     alone = CliRunner().invoke(cli, [*arguments, "--hardware", "M3Ultra", "--json"])
     assert json.loads(alone.stdout)["ways"] == {}
@@ -455,11 +455,11 @@ def test_verb_on_bad_input(tmp_path):
         (tmp_path, "has no config.json"),
         ("nope", "no model at 'nope'"),
     ):
-        found = CliRunner().invoke(
+        outcome = CliRunner().invoke(
             cli, ["estimate", str(model), "--plan", "1+2", "--hardware", "A100"]
         )
-        assert isinstance(found.exception, AbreastError)
-        assert message in str(found.exception)
+        assert isinstance(outcome.exception, AbreastError)
+        assert message in str(outcome.exception)
 
 
 def test_estimating_needs_no_torch():

@@ -85,6 +85,6 @@ def test_a_device_waits_between_two_graphs():
     ideal = replace(graphs, hardware=replace(hardware_of("A100"), bandwidth=1e30))
     kernels = 32 * 11 + 5
     arithmetic = 2 * 6.61e9 / (3.12e14 * table()["fractions"]["flops"])
-    found = forward_cost(config, None, ideal).seconds
-    assert found == pytest.approx(1.6e-4 + kernels * table()["gap"] + arithmetic, rel=0.01)
-    assert forward_cost(config, None, replace(graphs, runtime="eager")).host > found
+    seconds = forward_cost(config, None, ideal).seconds
+    assert seconds == pytest.approx(1.6e-4 + kernels * table()["gap"] + arithmetic, rel=0.01)
+    assert forward_cost(config, None, replace(graphs, runtime="eager")).host > seconds

@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def make(family: str = "llama", seed: int = 0) -> Path:
         if (family, seed) not in made:
-            name, extra = MODELS[family]
+            name, extra = {**MODELS, "mixtral": ("MixtralConfig", {"num_local_experts": 2})}[family]
             config = getattr(transformers, name)(**COMMON, **extra)
             torch.manual_seed(seed)
             model = transformers.AutoModelForCausalLM.from_config(config)
@@ -103,11 +103,11 @@ def run(model: Path, out: Path, **changes):
     data, progress = values.pop("data", stream()), values.pop("progress", None)
     kinds = [{f.name for f in fields(kind)} & values.keys() for kind in (Changes, StudySettings)]
     assert set.union(*kinds) == values.keys()
-    what, how = ({name: values[name] for name in names} for names in kinds)
+    what, options = ({name: values[name] for name in names} for names in kinds)
     if isinstance(data, str):
-        data, how["data"] = None, data
+        data, options["data"] = None, data
     return study(
-        *(model, out, Changes(**what), StudySettings(**how)), stream=data, progress=progress
+        *(model, out, Changes(**what), StudySettings(**options)), stream=data, progress=progress
     )
 
 
@@ -148,8 +148,8 @@ def naive_loss(model: nn.Module, intervention: str, start: int, end: int) -> flo
             losses.append(loss_of(changed))
         return float(np.mean(losses))
     if intervention == "prune":
-        kept = before + after
-        return loss_of(with_layers(model, kept, [layers[i] for i in kept]))
+        left = before + after
+        return loss_of(with_layers(model, left, [layers[i] for i in left]))
     if intervention == "merge":
         mean = copy.deepcopy(layers[start])
         weights = {
@@ -158,8 +158,8 @@ def naive_loss(model: nn.Module, intervention: str, start: int, end: int) -> flo
         }
         mean.load_state_dict(weights)
         order = [*before, start, *after]
-        kept = [*(layers[i] for i in before), mean, *(layers[i] for i in after)]
-        return loss_of(with_layers(model, order, kept))
+        left = [*(layers[i] for i in before), mean, *(layers[i] for i in after)]
+        return loss_of(with_layers(model, order, left))
     width = int(intervention[0]) if intervention[0].isdigit() else LAYERS
     parts = [inside[at : at + width] for at in range(0, len(inside), width)]
     sign = "|" if "cqil" in intervention else "~" if "ff" in intervention else "+"
@@ -188,8 +188,8 @@ def test_every_intervention_equals_a_naive_run(folder, tmp_path, family):
         assert row.perplexity == pytest.approx(np.exp(expected), rel=2 * TOLERANCE), row
     # The interventions are not one and the same on these models.
     at = {row.intervention: row.loss for row in result.rows if (row.start, row.end) == (1, 4)}
-    alike = {"cqil", "cqil-full", "2-parallel-cqil-full"} if family == "gpt_neox" else set()
-    losses = sorted(at[name] for name in {*PAPERS} - alike)
+    coinciding = {"cqil", "cqil-full", "2-parallel-cqil-full"} if family == "gpt_neox" else set()
+    losses = sorted(at[name] for name in {*PAPERS} - coinciding)
     assert np.diff(losses).min() > 3 * TOLERANCE
 
 
@@ -198,7 +198,7 @@ def test_groups_of_every_size_and_wiring_equal_a_naive_run(folder, start):
     model = load(folder())
     ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
     named = {name: programs_under(name, start, LAYERS - 1, LAYERS)[0] for name in IN_GROUPS}
-    sums = {p: found for p, found, _ in run_programs(model, ids, named.values())}
+    sums = {p: scores for p, scores, _ in run_programs(model, ids, named.values())}
     for name, program in named.items():
         expected = naive_loss(model, name, start, LAYERS - 1)
         assert sums[program].mean() / (WINDOW - 1) == pytest.approx(expected, abs=TOLERANCE), name
@@ -237,10 +237,10 @@ def test_programs_by_hand():
 def test_shuffles_are_seeded_distinct_and_as_many_as_there_are():
     assert programs_under("shuffle", 2, 3, 6, permutations=3) == ((0, 1, 3, 2, 4, 5),)
     assert len(programs_under("shuffle", 0, 2, 6, permutations=99)) == 5
-    found = programs_under("shuffle", 0, 5, 6, permutations=3, seed=1)
-    assert len(set(found)) == 3
-    assert found == programs_under("shuffle", 0, 5, 6, permutations=3, seed=1)
-    assert found != programs_under("shuffle", 0, 5, 6, permutations=3, seed=2)
+    programs = programs_under("shuffle", 0, 5, 6, permutations=3, seed=1)
+    assert len(set(programs)) == 3
+    assert programs == programs_under("shuffle", 0, 5, 6, permutations=3, seed=1)
+    assert programs != programs_under("shuffle", 0, 5, 6, permutations=3, seed=2)
 
 
 def test_costs():
@@ -265,21 +265,21 @@ def test_layers_really_run_are_as_many_as_counted(folder):
 
     for layer in decoder_layers(model):
         layer.mlp.register_forward_hook(count)
-    wanted = {program for group in cases(LAYERS).values() for program in group}
+    programs = {program for group in cases(LAYERS).values() for program in group}
     ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
-    found = list(run_programs(model, ids, wanted))
-    assert {program for program, _, _ in found} == wanted
-    assert len(found) == len(wanted)
-    assert calls == sum(evaluated for *_, evaluated in found) == planned(wanted)
+    scores = list(run_programs(model, ids, programs))
+    assert {program for program, _, _ in scores} == programs
+    assert len(scores) == len(programs)
+    assert calls == sum(evaluated for *_, evaluated in scores) == planned(programs)
 
 
 def test_counts_of_evaluations(folder, tmp_path):
     result = run(folder(), tmp_path / "out", interventions=["prune", "parallel"], batch_size=2)
     stretches = [(s, e) for s in range(LAYERS) for e in range(s + 1, LAYERS)]
-    kept = sum(LAYERS - (e - s + 1) for s, e in stretches)
+    count = sum(LAYERS - (e - s + 1) for s, e in stretches)
     suffix = sum(LAYERS - 1 - e for _, e in stretches)
     counts, batches = result.evaluations, 2
-    assert counts.without_reuse == batches * (LAYERS + kept + LAYERS * len(stretches))
+    assert counts.without_reuse == batches * (LAYERS + count + LAYERS * len(stretches))
     parallel = sum(LAYERS - s for s, _ in stretches)
     assert counts.prefix_only == batches * (LAYERS + suffix + parallel)
     # Nothing but prefixes is shared here.
@@ -354,7 +354,7 @@ def test_standard_error_is_paired_over_windows(folder, tmp_path):
     ids = torch.from_numpy(stream().tokens).view(-1, WINDOW)
     original = tuple(range(LAYERS))
     sums = {
-        p: found[:, 0] for p, found, _ in run_programs(load(folder()), ids, [original, (0, 3, 4)])
+        p: scores[:, 0] for p, scores, _ in run_programs(load(folder()), ids, [original, (0, 3, 4)])
     }
     differences = (sums[0, 3, 4] - sums[original]) / (WINDOW - 1)
     assert row.stderr == pytest.approx(np.std(differences, ddof=1) / len(differences) ** 0.5)
@@ -431,7 +431,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
         ({"window": 1}, "window is 1; give at least 2"),
         ({"window": 65}, "the model holds 64 tokens"),
         ({"window": 40}, "less than one window"),
-        ({"norms": "split"}, "that of a gpt_neox is not known"),
+        ({"norms": "split"}, "that of a mixtral is not known"),
         ({"permutations": 0}, "number of permutations is 0"),
         ({"batch_size": 0}, "batch size is 0"),
         ({"devices": []}, "no device"),
@@ -442,7 +442,7 @@ def test_folder_of_something_else_is_refused(folder, tmp_path):
     ],
 )
 def test_mistakes_are_named_and_nothing_is_made(folder, tmp_path, changes, message):
-    family = "gpt_neox" if "norms" in changes else "llama"
+    family = "mixtral" if "norms" in changes else "llama"
     with pytest.raises(AbreastError, match=message):
         run(folder(family), tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
@@ -471,11 +471,11 @@ def test_grouped_model_is_refused_and_the_model_left_as_it_was(folder):
 
 
 def test_split_keeps_starts_together_and_loses_nothing():
-    wanted = {program for group in cases(8).values() for program in group}
+    programs = {program for group in cases(8).values() for program in group}
     original = tuple(range(8))
-    parts = split(wanted, original, 3)
-    assert set.union(*parts) == wanted
-    assert sum(map(len, parts)) == len(wanted)
+    parts = split(programs, original, 3)
+    assert set.union(*parts) == programs
+    assert sum(map(len, parts)) == len(programs)
     starts = [{shared_steps(program, original) for program in part} for part in parts]
     assert not (starts[0] & starts[1] or starts[0] & starts[2] or starts[1] & starts[2])
     loads = [planned(part) for part in parts]
@@ -545,15 +545,15 @@ def test_cqil_names_of_stretches(folder, tmp_path):
 
 def test_what_it_takes_is_said_before_and_is_what_it_takes(folder, tmp_path):
     said: list[str] = []
-    how = StudySettings(num_windows=3, window=WINDOW, batch_size=2)
+    settings = StudySettings(num_windows=3, window=WINDOW, batch_size=2)
     what = Changes(("2-parallel", "prune"))
-    expected = study_cost(folder(), what, how)
-    result = study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
+    expected = study_cost(folder(), what, settings)
+    result = study(folder(), tmp_path / "out", what, settings, stream=stream(), step=said.append)
     (words,) = said
     assert re.fullmatch(rf"{expected.text}, (about \d+|less than a) minutes? here", words)
     assert expected.full_forwards == result.evaluations.spent / LAYERS / 2
     assert f"{expected.full_forwards:.1f} full forward passes over 3 windows" in expected.text
-    study(folder(), tmp_path / "out", what, how, stream=stream(), step=said.append)
+    study(folder(), tmp_path / "out", what, settings, stream=stream(), step=said.append)
     assert len(said) == 1  # nothing is left to do
 
 

@@ -267,15 +267,15 @@ def test_the_command_says_what_it_takes_and_shows_the_best(tiny_checkpoint, tmp_
     common = ["study", str(folder), "-o", str(tmp_path / "out"), "--sweep", "--data", str(text)]
     common += ["--sizes", "2", "--wirings", "cqil", "--windows", "2", "--window", "16"]
     minutes = r", (about \d+|less than a) minutes?"
-    told = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
-    assert told.startswith("9 changed models, ")
-    assert re.search(f"over 2 windows of 16 tokens{minutes} here\n$", told)
+    printed = CliRunner().invoke(cli, [*common, "--dry-run"], catch_exceptions=False).output
+    assert printed.startswith("9 changed models, ")
+    assert re.search(f"over 2 windows of 16 tokens{minutes} here\n$", printed)
     plain = [*common[:4], "--baselines", "5,4", "--dry-run"]
     both = CliRunner().invoke(cli, plain, catch_exceptions=False).output
     assert re.search(f"\nrivals: at most .* to judge{minutes}\n$", both)
     assert not (tmp_path / "out").exists()
     shown = CliRunner().invoke(cli, common, catch_exceptions=False)
-    assert told.rpartition(", ")[0] in shown.stderr
+    assert printed.rpartition(", ")[0] in shown.stderr
     assert "P2 D0 S0 E6" in shown.stdout and "9 plans: " in shown.stdout
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
         "cqil-2.png",

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         unrecorded,
         write_manifest,
     )
-    from abreast.checkpoint.loaded import as_loaded, check_depth
+    from abreast.checkpoint.loaded import as_loaded, check_has_layers, unpacked
     from abreast.checkpoint.publish import (
         LEAVING,
         check_free,

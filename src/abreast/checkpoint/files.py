@@ -110,7 +110,7 @@ def _download(
 
     get = partial(snapshot_download, name, revision=revision)
     try:
-        # snapshot_download asks the same, but waits for minutes where nobody answers.
+        # snapshot_download asks the same, but waits for minutes if there is no answer.
         timeout = constants.HF_HUB_ETAG_TIMEOUT
         info = HfApi().model_info(name, revision=revision, timeout=timeout)
     except Exception:
@@ -136,7 +136,7 @@ def check_files(folder: Path) -> None:
         if weights or _READ.fullmatch(name):
             try:
                 own_file(path, folder, most=None if weights else MOST_TEXT)
-            except FileNotFoundError:  # a dangling link, which is read by nobody
+            except FileNotFoundError:  # a dangling link, which nothing reads
                 continue
             except OSError as error:
                 raise CheckpointError(

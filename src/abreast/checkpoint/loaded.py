@@ -24,7 +24,7 @@ COMPARE_BYTES = 2 << 20
 GROUP = 32  # numbers that share a scale in mxfp4
 
 
-def _unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+def unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     """The tensors, quantised ones with their scales as one of bfloat16 numbers."""
     settings, left = checkpoint.config.get("quantization_config"), dict(checkpoint.tensors)
     if not settings:
@@ -60,7 +60,7 @@ def _unpacked(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     return left
 
 
-def check_depth(checkpoint: Checkpoint, num_layers: int) -> None:
+def check_has_layers(checkpoint: Checkpoint, num_layers: int) -> None:
     """Refuse more layers than there are tensors, before anybody makes as many."""
     count = len(checkpoint.tensors) + len(checkpoint.others)  # a wrapper's may have any names
     if num_layers > count:
@@ -86,7 +86,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             f"to them; {MERGE}, or move it away"
         )
     config = {**dict(family.defaults), **checkpoint.config}
-    check_depth(checkpoint, num_layers_of(config))
+    check_has_layers(checkpoint, num_layers_of(config))
     for name in checkpoint.absent:  # old versions of transformers list the heads of tied models
         if not ((is_tied(config) and name == family.head) or name.endswith(family.ignore)):
             raise CheckpointError(
@@ -94,7 +94,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             )
     known = all_tensors(family, {**config, "tie_word_embeddings": False})
     prefix = family.layer_prefix.split(".")[0] + "."
-    for stored, tensor in _unpacked(checkpoint).items():
+    for stored, tensor in unpacked(checkpoint).items():
         name = stored
         for pattern, own in family.renames:
             name = re.sub(pattern, own, name)

@@ -123,7 +123,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str | None:
-    """The process that has locked a path, None where nobody has."""
+    """The process that has locked a path, None if it is not locked."""
     try:
         with _locked(path):
             return None

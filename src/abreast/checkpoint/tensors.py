@@ -55,6 +55,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+_STORED = DTYPES | {"F8_E4M3": torch.float8_e4m3fn}  # which has no meaning without its scales
 
 
 @dataclass(frozen=True)
@@ -249,8 +250,7 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
         first = start // rows
         factors = read_rows(scales, first, -(-stop // rows)).float()
         factors = factors.repeat_interleave(rows, 0)[start - first * rows :][: stop - start]
-        values = _read_bytes(numbers, start, stop).view(torch.float8_e4m3fn)
-        values = values.view(stop - start, -1).float()
+        values = read_rows(numbers, start, stop).float()
         factors = factors.repeat_interleave(columns, 1)[:, : values.shape[1]]
         return (values * factors).to(torch.bfloat16)
     if tensor.parts:
@@ -260,7 +260,7 @@ def read_rows(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> to
             for i in range(start // size, -(-stop // size))
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    values = _read_bytes(tensor, start, stop).view(DTYPES[tensor.dtype])
+    values = _read_bytes(tensor, start, stop).view(_STORED[tensor.dtype])
     return values.view(stop - start, *tensor.shape[1:][-1:])
 
 
@@ -313,7 +313,7 @@ class NewTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _STORED[self.dtype].itemsize
 
 
 def lay_out(

@@ -21,8 +21,10 @@ shard_option = click.option(
 
 @console.verb()
 @click.argument("model", required=False)
-@click.option("--known", is_flag=True, help="Judge 40 well-known checkpoints instead.")
-@click.option("--hardware", help="Say how to hold it on these devices, as in estimate.")
+@click.option("--known", is_flag=True, help="Check 40 well-known checkpoints instead.")
+@click.option(
+    "--hardware", help="Show how best to split it over this hardware, named as in estimate."
+)
 @console.revision_option
 @console.json_option
 def inspect(
@@ -140,7 +142,7 @@ def import_gguf(
     revision: str | None,
     as_json: bool,
 ) -> None:
-    """Make a checkpoint of a GGUF file.
+    """Make a checkpoint from a GGUF file.
 
     MODEL.gguf is a file, or ORG/NAME:FILE.gguf on the Hugging Face Hub.
     """
@@ -179,6 +181,7 @@ def import_gguf(
     default="auto",
     help="auto, or deci, deci-ff, openelm or mlx, which other engines load without a plugin.",
 )
+@click.option("--quantize", help="fp8: float8 weights, a scale for each block of 128 x 128.")
 @console.force_option
 @console.revision_option
 @console.json_option
@@ -188,6 +191,7 @@ def convert(
     out: str,
     prefill: str,
     form: str,
+    quantize: str | None,
     dry_run: bool,
     dtype: str | None,
     max_shard_size: str,
@@ -208,6 +212,7 @@ def convert(
         "dtype": dtype,
         "prefill": prefill,
         "form": form,
+        "quantize": quantize,
         "max_shard_bytes": console.parse_size(max_shard_size),
     }
     planned = preview(model, plan, **options)
@@ -295,10 +300,10 @@ def verify(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Check that OUT computes what the original does, grouped.
+    """Check that OUT computes what the grouped original does.
 
-    Without --against: that OUT's files are those that abreast.json records, and no others are read.
-    Exit status 0 if so, 1 if not.
+    Without --against, only check that OUT's files have the hashes recorded in abreast.json, and
+    that no others would be read. The exit status is 0 if all is well, else 1.
     """
     if against is None:
         return _verify_files(out, as_json)

@@ -54,7 +54,7 @@ effort_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_take_effort,
-    help="How much text and search; options that you give yourself stand. night heals as well.",
+    help="How much text and search. Explicit options take precedence. night also heals.",
 )
 
 
@@ -68,7 +68,7 @@ class Texts(NamedTuple):
 
 @console.verb()
 @click.argument("model")
-@click.option("--dry-run", is_flag=True, help="Only print what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only print the time and memory it would take.")
 @out_option
 @console.chat_option
 @calibration_options
@@ -78,8 +78,8 @@ def measure(
 ) -> None:
     """Measure what each group of layers costs alone.
 
-    Also how the layers depend on each other. Writes OUT/calibration/stats.safetensors. An
-    interrupted run resumes.
+    Also measures how much the layers depend on each other. Writes
+    OUT/calibration/stats.safetensors. An interrupted run can be resumed.
     """
     from abreast.planner import calibrate, expect, expected_work
     from abreast.planner import measure as run
@@ -121,7 +121,7 @@ def measure(
     default=1,
     help="Searches, each on a text of its own, to see how far they differ.",
 )
-@click.option("--dry-run", is_flag=True, help="Only print what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only print the time and memory it would take.")
 @out_option
 @console.chat_option
 @calibration_options
@@ -224,9 +224,9 @@ def optimize(
 ) -> None:
     """Do it all: plan, heal, convert, verify, evaluate, time.
 
-    Heals only if told to, and reports at the end. Needs no options: without a budget it makes the
-    deepest cut that costs no more than quantising an 8B model to 3 bits does. Every step leaves a
-    file in OUT and is not repeated; another budget adds only what is new.
+    Heals only with --heal, and ends with a report. Without a budget it makes the deepest cut that
+    costs no more than quantising an 8B model to 3 bits. Every step leaves a file in OUT and is not
+    repeated; another budget adds only what is new.
     """
     from abreast.cli.forecast import forecast, resumed
     from abreast.evaluate import find_tasks
@@ -408,7 +408,7 @@ def _find(
         profile_here,
     )
     from abreast.report import draw_front
-    from abreast.rivals import compare
+    from abreast.rivals import compare_rivals
     from abreast.runs import record_environment
 
     machine, questions = search.machine, texts.questions
@@ -455,7 +455,7 @@ def _find(
         rows: tuple[Measured, ...] = ()
         if compare_baselines:
             front = planned.front
-            rows = compare(
+            rows = compare_rivals(
                 front.best(),
                 front.stats.geometry,
                 calibration,

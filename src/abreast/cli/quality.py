@@ -89,8 +89,8 @@ def evaluate(
 ) -> None:
     """Measure perplexity on text, or accuracy on --tasks.
 
-    With --against, also how far it is from that model: KL divergence and loss increase with
-    standard errors and intervals, or the share of accuracy kept and a test on the same items.
+    With --against, also compare MODEL with that model: KL divergence and loss increase with
+    standard errors and intervals, or the share of accuracy kept and a paired test.
     """
     from abreast.checkpoint import open_checkpoint, resolve
     from abreast.data import OWN, check_tokenizers
@@ -361,7 +361,7 @@ def _score(value: float | None, stderr: float | None) -> str:
     "preset",
     type=click.Choice(["ours", "lp-paper", "cqil"]),
     default="ours",
-    help="Whose settings the training options below start from.",
+    help="Preset that the training options below start from.",
 )
 @console.settings("recipe", "abreast.heal", "Recipe")
 @click.option("--dtype", default="float32", help="Dtype of the weights in memory.")
@@ -379,7 +379,7 @@ def _score(value: float | None, stderr: float | None) -> str:
 @console.remote_option
 @console.device_option
 @console.seed_option
-@click.option("--dry-run", is_flag=True, help="Only print what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only print the time and memory it would take.")
 @console.json_option
 @click.pass_context
 def heal(
@@ -409,7 +409,7 @@ def heal(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Convert MODEL and win back the quality that this costs."""
+    """Convert MODEL, and win back lost quality."""
     from abreast.heal import RECIPES
     from abreast.heal import heal as run
     from abreast.report import check_drawing, draw_healing

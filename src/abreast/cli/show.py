@@ -128,7 +128,7 @@ def report(run: str, out: str | None, as_json: bool) -> None:
 @click.argument("run")
 @click.option("--against", help="Location of the original, if not where RUN says.")
 @click.option(
-    "--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860."
+    "--port", type=click.IntRange(1, 65535), help="Default: the first free port from 7860 on."
 )
 @click.option("--no-browser", is_flag=True, help="Only print the address.")
 @console.dtype_option

@@ -48,7 +48,7 @@ batch_option = click.option("--batch", default="1", help="Batch sizes, comma-sep
 @click.option("--ranks", type=int, help="Processes of tp (default: 2) or devices of vllm (1).")
 @click.option("--vllm", default="vllm", help="Command that starts vLLM.")
 @click.option("--fallback-cpu", is_flag=True, help="Use the CPU if there is no such device.")
-@click.option("-o", "--out", help="Also draw the result to this PNG file.")
+@click.option("-o", "--out", help="Also draw the result into this PNG file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one line of JSON.")
 def bench(
     original: str,
@@ -123,7 +123,7 @@ def estimate(
     the hardware, not from the hardware.
     """
     from abreast.plan import Plan
-    from abreast.speed import Setting, fastest, read_config, shape_of, typical_plan, ways
+    from abreast.speed import Setting, fastest_way, read_config, shape_of, typical_plan, ways
     from abreast.speed import estimate as compute
 
     config = read_config(model)
@@ -153,7 +153,7 @@ def estimate(
             "plan": parsed.shorthand,
             "estimates": [entry.to_dict() for entry in estimates],
             "ways": {way: entry.to_dict() for way, entry in by_way.items()},
-            "fastest": fastest(by_way),
+            "fastest": fastest_way(by_way),
         }
         return console.print_json(record)
     _print_estimates(parsed, estimates, tables.compared(config, parsed, setting))

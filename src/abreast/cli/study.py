@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     type=console.RunFolder(),
     help="Folder of results; a later call resumes.",
 )
-@click.option("--dry-run", is_flag=True, help="Only say what it would take.")
+@click.option("--dry-run", is_flag=True, help="Only print the time and memory it would take.")
 @console.settings("changes", "abreast.study", "Changes")
-@click.option(
-    "--sweep", is_flag=True, help="Measure plans instead: groups of a size from a layer on."
-)
+@click.option("--sweep", is_flag=True, help="Measure every regular plan instead of every stretch.")
 @console.settings("grid", "abreast.study", "Grid")
 @click.option("--timed", is_flag=True, help="With --sweep: time each kind of group here as well.")
 @click.option("--tasks", help="With --sweep: run these tasks under every plan, as in eval.")
 @click.option("--num-fewshot", type=int, help="With --tasks: examples per prompt.")
 @click.option("--limit", type=int, help="With --tasks: items of each task.")
-@click.option("--baselines", help="Measure at these depths what published methods choose: 12,10.")
+@click.option(
+    "--baselines", help="Also measure what published methods choose at these depths: 12,10."
+)
 @console.settings("settings", "abreast.study", "StudySettings")
 @console.chat_option
 @click.option("--no-plots", is_flag=True, help="Draw no charts (needs no altair).")
@@ -58,12 +58,12 @@ def study(
     as_json: bool,
     **task_options: Any,
 ) -> None:
-    """Measure what changes of MODEL's layers cost.
+    """Measure what it costs to change MODEL's layers.
 
-    The layers are shuffled, pruned, merged or parallelised.
+    Shuffles, prunes, merges and parallelises every stretch of layers.
 
-    With --sweep, what it loses, and how fast it is, under every plan of groups of one size and
-    wiring, one after another from a first layer on.
+    With --sweep, measures the loss, and the speed, under every regular plan instead: adjacent
+    groups of one size and wiring.
     """
     from abreast.planner import KL
     from abreast.report import check_drawing, draw_study
@@ -163,12 +163,12 @@ def _rivals(
 ) -> tuple[Measured, ...]:
     """What published methods choose at these depths."""
     from abreast.model import geometry
-    from abreast.rivals import compare
+    from abreast.rivals import compare_rivals
     from abreast.runs import RIVALS_FOLDER
 
     text = texts[0]
     with console.progress_bar("study", as_json) as progress:
-        return compare(
+        return compare_rivals(
             {},
             geometry(text.model, text.tokens, text.size, 1, text.prefix),
             *(*texts, Path(out) / RIVALS_FOLDER),

@@ -190,14 +190,14 @@ def print_plan(model: str, planned: Planned, machine: Hardware | None) -> None:
 def compared(config: Mapping[str, Any], plan: Plan, setting: Setting) -> str:
     """How long a pass takes and what memory, sharded, replicated and on one device, and which of
     those that fit wins; empty for one device."""
-    from abreast.speed import fastest, ways
+    from abreast.speed import fastest_way, ways
 
     by_way = ways(config, plan, setting)
     words = [
         f"{way} {1e3 * entry.converted:.2f} ms and {console.bytes_text(entry.weights)} per device"
         for way, entry in by_way.items()
     ]
-    first = fastest(by_way)
+    first = fastest_way(by_way)
     return f"{setting.phase}: {', '.join(words)}; fastest: {first}" if first else ""
 
 

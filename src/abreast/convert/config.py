@@ -47,12 +47,14 @@ def converted_config(
     width = _common_width(blocks)
     if (
         width
-        and not (apart or family.grown_biases)
+        and not (apart or family.grown_biases or family.derived_head_size)
         and config["hidden_size"] % (width * config["num_attention_heads"]) == 0
     ):
         new.update({key: width * value for key, value in base.items()})
         new.update(model_type=family.model_type, architectures=[family.stock])
         return new
+    for key in family.grown_biases:
+        new.setdefault(key, False)
     digits = len(str(len(blocks) - 1))
     new["per_layer_config"] = {
         str(index).zfill(digits): _layer_entry(family, config, block, base)

@@ -194,7 +194,8 @@ class _Layer:
                 yield self._bias(matrix)
             else:
                 yield self._weight(matrix)
-                if self.family.grown_biases and not has_bias(matrix, self.config):
+                grows = matrix.bias in self.family.grown_biases
+                if grows and not has_bias(matrix, self.config):
                     yield self._grown_bias(matrix)
 
     def _sources(self, tensor: str) -> tuple[str, ...]:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json, read_rows
+from abreast.checkpoint import DTYPES, Checkpoint, TensorInfo, read_json
+from abreast.convert import fp8
+from abreast.convert.numbers import in_blocks, read, row_spans, wrong
 from abreast.families import (
     FORMATS,
     Family,
@@ -30,8 +32,6 @@ from abreast.families import (
 )
 from abreast.plan import Block, Plan
 from abreast.targets import format_of
-
-CHUNK_BYTES = 2 << 20
 
 
 def main_dtype(folder: Path) -> torch.dtype:
@@ -86,18 +86,19 @@ class Refold:
             tensor, fold = made[name], expected[name]
             if tensor.shape != fold.shape:
                 yield f"tensor '{name}' has shape {list(tensor.shape)}, not {list(fold.shape)}"
-            elif DTYPES.get(tensor.dtype) not in (main, DTYPES[fold.dtype]):
+            elif not tensor.block and DTYPES.get(tensor.dtype) not in (main, DTYPES[fold.dtype]):
                 yield f"tensor '{name}' has dtype {tensor.dtype}, not {fold.dtype}"
 
     def faults(self) -> Iterator[str]:
         """Tensors that hold other numbers than the original's fold to."""
         for name, fold in self._written():
             start, count, first = 0, 0, None
-            for values, slack in fold.rows():
-                wrong = _wrong(self.made.tensors[name], start, values, slack)
-                if wrong.any():
-                    count += int(wrong.sum())
-                    first = start + int(np.argwhere(wrong)[0][0]) if first is None else first
+            tensor, chunks = self.made.tensors[name], fold.rows()
+            for values, slack in in_blocks(chunks, tensor.block[0]) if tensor.block else chunks:
+                differ = wrong(tensor, start, values, slack)
+                if differ.any():
+                    count += int(differ.sum())
+                    first = start + int(np.argwhere(differ)[0][0]) if first is None else first
                 start += len(values)
             if count:
                 yield (
@@ -115,8 +116,9 @@ class Refold:
         stored = main_dtype(self.made.folder)
         form = format_of(self.made.config)
         made = {
-            name: DTYPES.get(self.made.tensors[name_in(form, name)].dtype, stored)
+            name: fp8.KIND if tensor.block else DTYPES.get(tensor.dtype, stored)
             for name, _ in self._folds()
+            for tensor in (self.made.tensors[name_in(form, name)],)
         }
         dtypes = {name: dtype for name, dtype in made.items() if not name.startswith(prefix)}
         at = wrapped_name if self.source.wrapper else str
@@ -143,11 +145,12 @@ class Refold:
                 members = [model.get_submodule(at(f"{prefix}{layer}")) for layer in layers]
                 name = f"{prefix}{layers[0]}.{matrix.name}"
                 dtype, norm = dtypes.get(f"{name}.weight", stored), family.norm_of(matrix)
+                of_bias = dtypes.get(f"{name}.bias", stored)
                 maps = [member.get_submodule(matrix.name) for member in members]
                 if norm is not None:
                     for member, linear in zip(members, maps, strict=True):
                         norms = member.get_submodule(norm)
-                        _round_product(linear, norms, family, dtype)
+                        _round_product(linear, norms, family, dtype, of_bias)
                         folded |= {id(p) for m in (linear, norms) for p in m.parameters()}
                 elif matrix.join == "columns" and maps[0].bias is not None:
                     bias = self.made.tensors.get(f"{prefix}{index}.{matrix.name}.bias")
@@ -155,11 +158,11 @@ class Refold:
                         total = torch.stack([linear.bias for linear in maps]).sum(0)
                         for linear in maps:
                             linear.bias.zero_()
-                        maps[0].bias.copy_(total.to(dtype))
+                        maps[0].bias.copy_(total.to(of_bias))
         for name, parameter in model.named_parameters():
             if id(parameter) not in folded:
                 own = decoder_name(name) if self.source.wrapper else None
-                parameter.copy_(parameter.to(dtypes.get(own or name, stored)))
+                parameter.copy_(_as_stored(parameter, dtypes.get(own or name, stored)))
 
     def _written(self) -> Iterator[tuple[str, Fold]]:
         """The folds by the names, and in the shapes, that the conversion's format gives them."""
@@ -254,7 +257,7 @@ class Refold:
             yield name, (_stacked if apart else _side_by_side)(tensors)
             if biases:
                 yield prefix + bias, (_stacked if apart else _summed)(biases)
-            elif family.grown_biases:
+            elif matrix.bias in family.grown_biases:
                 shape = (len(members) * rows if apart else rows,)
                 yield prefix + bias, _constant(shape, tensors[0].dtype, 0.0)
             return
@@ -281,13 +284,20 @@ def _round_stack(
     weight.copy_(torch.where(gain == 0, weight, (weight * gain).to(dtype).float() / gain))
 
 
-def _round_product(linear: Any, norm: Any, family: Family, dtype: torch.dtype) -> None:
+def _as_stored(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Float32 numbers after they were written in a dtype, which may be that of fp8's blocks."""
+    return fp8.rounded(values) if dtype == fp8.KIND else values.to(dtype).float()
+
+
+def _round_product(
+    linear: Any, norm: Any, family: Family, dtype: torch.dtype, of_bias: torch.dtype
+) -> None:
     """Round W diag(g), and b + W beta, of a matrix that reads a norm; take the norm out again."""
     weight, gain = linear.weight, norm.weight + family.gain_offset
-    rounded = torch.where(gain == 0, weight, (weight * gain).to(dtype).float() / gain)
+    rounded = torch.where(gain == 0, weight, _as_stored(weight * gain, dtype) / gain)
     if family.norm_bias:
         shift = weight.double() @ norm.bias.double()
-        total = (shift if linear.bias is None else linear.bias + shift).to(dtype)
+        total = (shift if linear.bias is None else linear.bias + shift).to(of_bias)
         bias = total.double() - rounded.double() @ norm.bias.double()
         linear.bias = torch.nn.Parameter(bias.float(), requires_grad=False)
     weight.copy_(rounded)
@@ -306,8 +316,8 @@ def _stacked(
     def rows() -> Iterator[tuple[np.ndarray, None]]:
         for first, last in spans or [(0, tensors[0].rows)]:
             for index, tensor in enumerate(tensors):
-                for start, stop in _spans(first, last, tensor.row_bytes):
-                    values = _read(tensor, start, stop)
+                for start, stop in row_spans(first, last, tensor.row_bytes):
+                    values = read(tensor, start, stop)
                     yield (
                         values if gains is None else values * gains[index].astype(values.dtype),
                         None,
@@ -323,11 +333,11 @@ def _counted(tensors: list[TensorInfo], stack: Stack, gains: list[np.ndarray]) -
 
     def rows() -> Iterator[tuple[np.ndarray, None]]:
         if stack.axis:
-            yield np.concatenate([_read(tensor) for tensor in tensors], stack.axis), None
+            yield np.concatenate([read(tensor) for tensor in tensors], stack.axis), None
             return
         for tensor, gain in zip(tensors, gains, strict=True):
-            for start, stop in _spans(0, tensor.rows, tensor.row_bytes):
-                values = _read(tensor, start, stop)
+            for start, stop in row_spans(0, tensor.rows, tensor.row_bytes):
+                values = read(tensor, start, stop)
                 if stack.gain == -1:
                     values = values * gain.astype(values.dtype)
                 elif stack.gain == -2:  # rows of the hidden size, those of one expert after another
@@ -342,8 +352,8 @@ def _side_by_side(tensors: list[TensorInfo]) -> Fold:
     rows, columns = tensors[0].shape
 
     def chunks() -> Iterator[tuple[np.ndarray, None]]:
-        for start, stop in _spans(0, rows, sum(tensor.row_bytes for tensor in tensors)):
-            yield np.concatenate([_read(tensor, start, stop) for tensor in tensors], 1), None
+        for start, stop in row_spans(0, rows, sum(tensor.row_bytes for tensor in tensors)):
+            yield np.concatenate([read(tensor, start, stop) for tensor in tensors], 1), None
 
     return Fold((rows, len(tensors) * columns), _common_dtype(tensors), chunks)
 
@@ -352,7 +362,7 @@ def _gains(tensors: list[TensorInfo], repeats: int) -> Fold:
     """One row per member, or per head of a member."""
 
     def rows() -> Iterator[tuple[np.ndarray, None]]:
-        yield np.repeat(np.stack([_read(tensor) for tensor in tensors]), repeats, 0), None
+        yield np.repeat(np.stack([read(tensor) for tensor in tensors]), repeats, 0), None
 
     shape = (len(tensors) * repeats, *tensors[0].shape)
     return Fold(shape, _common_dtype(tensors), rows)
@@ -362,7 +372,7 @@ def _summed(tensors: list[TensorInfo]) -> Fold:
     """Members added in float32, in any order if there are more than two."""
 
     def rows() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        values = np.stack([_read(tensor) for tensor in tensors])
+        values = np.stack([read(tensor) for tensor in tensors])
         yield values.sum(0), np.abs(values).sum(0) * ((len(tensors) - 2) * 2.0**-23)
 
     return Fold(tensors[0].shape, _common_dtype(tensors), rows)
@@ -374,10 +384,10 @@ def _shifted(weights: list[TensorInfo], shifts: list[TensorInfo], biases: list[T
 
     def chunks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for index, (weight, shift) in enumerate(zip(weights, shifts, strict=True)):
-            beta = _read(shift).astype(np.float64)
-            for start, stop in _spans(0, rows, weight.row_bytes):
-                matrix = _read(weight, start, stop).astype(np.float64)
-                bias = _read(biases[index], start, stop) if biases else np.zeros(stop - start)
+            beta = read(shift).astype(np.float64)
+            for start, stop in row_spans(0, rows, weight.row_bytes):
+                matrix = read(weight, start, stop).astype(np.float64)
+                bias = read(biases[index], start, stop) if biases else np.zeros(stop - start)
                 size = abs(matrix) @ abs(beta) + abs(bias)
                 yield bias + matrix @ beta, size * columns * 2.0**-53
 
@@ -417,7 +427,7 @@ def _filled_up(fold: Fold, axis: int, blocks: int, to: int) -> Fold:
                 yield piece, None
                 done += len(piece)
                 if done % size == 0 and len(piece):
-                    for start, stop in _spans(0, room - size, 4 * fold.shape[1]):
+                    for start, stop in row_spans(0, room - size, 4 * fold.shape[1]):
                         yield np.zeros((stop - start, fold.shape[1]), np.float32), None
 
     return Fold(shape, fold.dtype, rows)
@@ -428,60 +438,11 @@ def _constant(shape: tuple[int, ...], dtype: str, value: float) -> Fold:
 
 
 def _gain(tensor: TensorInfo, offset: float) -> np.ndarray:
-    values = _read(tensor)
+    values = read(tensor)
     return values + values.dtype.type(offset)
-
-
-def _wrong(
-    tensor: TensorInfo, start: int, values: np.ndarray, slack: np.ndarray | None
-) -> np.ndarray:
-    """Which of the rows from `start` on are not `values`, rounded once to the tensor's dtype."""
-    made = _raw(tensor, start, start + len(values))
-    if slack is None:
-        return made != _rounded(values, tensor.dtype)
-    low, high = (
-        _widened(_rounded(bound, tensor.dtype), tensor.dtype)
-        for bound in (values - slack, values + slack)
-    )
-    numbers = _widened(made, tensor.dtype)
-    return ~((low <= numbers) & (numbers <= high))
-
-
-def _spans(first: int, last: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    return ((start, min(last, start + step)) for start in range(first, last, step))
 
 
 def _common_dtype(tensors: list[TensorInfo]) -> str:
     """The narrowest dtype that holds the numbers of all."""
     names = {tensor.dtype for tensor in tensors}
     return names.pop() if len(names) == 1 else "F64" if "F64" in names else "F32"
-
-
-def _read(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
-    return _widened(_raw(tensor, start, stop), tensor.dtype)
-
-
-def _raw(tensor: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """Rows of a tensor as integers of its size."""
-    rows = read_rows(tensor, start, stop)
-    raw: np.ndarray = rows.view(torch.uint8).numpy().view(f"u{rows.itemsize}")
-    return raw
-
-
-def _widened(raw: np.ndarray, dtype: str) -> np.ndarray:
-    """The numbers, in float32 or wider, that integers stand for."""
-    if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
-    numbers = raw.view(f"f{raw.itemsize}")
-    return numbers.astype(np.float32) if dtype == "F16" else numbers
-
-
-def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Numbers rounded to the nearest of a dtype, in the middle to the even one, as integers."""
-    if dtype == "F64":
-        return values.astype(np.float64).view(np.uint64)
-    bits = values.astype(np.float32).view(np.uint32)
-    if dtype == "BF16":
-        return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    return bits.view(np.float32).astype(np.float16).view(np.uint16) if dtype == "F16" else bits

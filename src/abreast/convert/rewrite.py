@@ -21,7 +21,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from abreast.checkpoint import (
@@ -30,7 +29,6 @@ from abreast.checkpoint import (
     MAX_SHARD_BYTES,
     Checkpoint,
     NewTensor,
-    TensorInfo,
     as_loaded,
     check_free,
     companions,
@@ -41,22 +39,14 @@ from abreast.checkpoint import (
     model_hash,
     open_checkpoint,
     publish,
-    read_rows,
     write_manifest,
     write_shards,
 )
+from abreast.convert import fp8
 from abreast.convert.config import REMOTE_CODE, converted_config, write_tokenizer
-from abreast.convert.fold import (
-    TensorRule,
-    fold_gain,
-    fold_shift,
-    join_columns,
-    join_rows,
-    pad,
-    sum_biases,
-    tensor_rules,
-)
+from abreast.convert.fold import TensorRule, tensor_rules
 from abreast.convert.rules import attention_kinds, check_format, check_plan, unreadable
+from abreast.convert.stream import CHUNK_BYTES, stream
 from abreast.errors import AbreastError, CheckpointError
 from abreast.families import (
     DECI_CODE,
@@ -77,14 +67,7 @@ from abreast.plan import Plan
 from abreast.targets import refused_by
 from abreast.version import __version__
 
-CHUNK_BYTES = 2 << 20  # fits the cache; 16 MB was slower and took 5 times the memory
 _SAFETENSORS_NAME = {dtype: name for name, dtype in DTYPES.items()}
-_BITS = {  # integer type of the same size, mask without the sign, pattern of infinity
-    torch.float64: (torch.int64, np.int64(0x7FFF_FFFF_FFFF_FFFF), 0x7FF0_0000_0000_0000),
-    torch.float32: (torch.int32, np.int32(0x7FFF_FFFF), 0x7F80_0000),
-    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
-    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
-}
 Progress = Callable[[int, int], None]
 
 
@@ -118,7 +101,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A conversion that has passed every check that needs no weights."""
+    """A conversion that has passed every check that needs no weights.
+
+    tensors: what the rules make. quantised: which of them are written as two, see fp8.
+    """
 
     checkpoint: Checkpoint
     family: Family
@@ -126,13 +112,14 @@ class Rewrite:
     config: dict[str, Any]
     rules: tuple[TensorRule, ...]
     tensors: dict[str, NewTensor]
+    quantised: frozenset[str]
     format_bytes: int
     shards: dict[str, list[NewTensor]]
     warnings: tuple[str, ...]
 
     @property
     def bytes_written(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for shard in self.shards.values() for tensor in shard)
 
 
 def preview(
@@ -144,6 +131,7 @@ def preview(
     dtype: str | None = None,
     prefill: str = "grouped",
     form: str = "auto",
+    quantize: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Preview:
     """Check everything that can be checked without reading weights, and say what would be done.
@@ -151,7 +139,7 @@ def preview(
     Arguments and errors as for `convert`.
     """
     checkpoint = open_checkpoint(model, revision=revision, weights=False)
-    job = prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
+    job = prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes, quantize)
     return Preview(
         source=job.checkpoint.source,
         family=job.family.model_type,
@@ -181,6 +169,7 @@ def convert(
     dtype: str | None = None,
     prefill: str = "grouped",
     form: str = "auto",
+    quantize: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     healed: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -193,7 +182,8 @@ def convert(
     "float16" to cast, None to keep. prefill: "sequential" lets the converted model run prompts in
     the original order and only decode abreast. form: "auto" for our classes, or stock ones where
     all layers come out alike; "deci", "deci-ff", "openelm" for other engines', and "mlx" for the
-    original's layers with a model file for mlx-lm (families/formats).
+    original's layers with a model file for mlx-lm (families/formats). quantize: "fp8" for the
+    matrices of layers in float8 with a scale for every block of 128 x 128 (fp8), None for none.
     max_shard_bytes: size limit of one safetensors file.
     healed: where `model` holds healed weights: how they were made, and under "source" the entry of
     the true original, which the manifest then names as the source. progress(done, total) is called
@@ -205,7 +195,7 @@ def convert(
     target = Path(out)
     check_free(target)
     checkpoint = open_checkpoint(model, revision=revision)
-    job = prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes)
+    job = prepare(checkpoint, plan, force, dtype, prefill, form, max_shard_bytes, quantize)
     with publish(target, needed_bytes=job.bytes_written + (1 << 20)) as staging:
         _write_companions(job, staging)
         stop = threading.Event()
@@ -266,8 +256,11 @@ def prepare(
     prefill: str,
     form: str,
     max_shard_bytes: int,
+    quantize: str | None = None,
 ) -> Rewrite:
     family = family_of(checkpoint.config)
+    if quantize is not None:
+        fp8.check_request(quantize, form, family)
     num_layers = num_layers_of(checkpoint.config)
     if isinstance(plan, str):
         plan = Plan.read(plan, num_layers)
@@ -284,13 +277,19 @@ def prepare(
         raise AbreastError(f"--prefill {prefill} needs --format auto or mlx")
     cast = _cast_name(dtype)
     rules = tensor_rules(family, config, plan if joins else plan.ungrouped)
+    quantised = frozenset[str]()
+    if quantize is not None:
+        quantised, warning = fp8.whole_blocks(family, config, rules, checkpoint.tensors)
+        warnings += [warning] if warning else []
     if checkpoint.wrapper:
+        quantised = frozenset(map(wrapped_name, quantised))
         rules = [replace(rule, name=wrapped_name(rule.name)) for rule in rules]
         rules += [TensorRule(name, "copy", (name,)) for name in checkpoint.others]
         whole = {**checkpoint.tensors, **checkpoint.others}
         checkpoint = replace(checkpoint, tensors=whole, others={})
     new = _new_tensors(rules, checkpoint, cast)
-    dtypes = {tensor.dtype for tensor in new.values()}
+    new |= {name: replace(new[name], dtype="F32") for name in quantised}
+    dtypes = {tensor.dtype for name, tensor in new.items() if name not in quantised}
     main = str(DTYPES[next(iter(new.values())).dtype]).removeprefix("torch.")
     folded = sum(tensor.nbytes for tensor in new.values())
     if joins:
@@ -300,6 +299,9 @@ def prepare(
         new_config |= {"abreast_prefill": prefill} if prefill == "sequential" else {}
     if checkpoint.wrapper is not None:
         new_config = wrapped_config(checkpoint.wrapper, new_config)
+    if quantised:
+        head = wrapped_name(family.head) if checkpoint.wrapper else family.head
+        new_config["quantization_config"] = fp8.settings(new, quantised, head)
     if form != "auto" and joins:
         paddings = [padding_in(form, new_config, rule.name) for rule in rules]
         rules = [
@@ -310,6 +312,11 @@ def prepare(
         new_config = format_config(form, new_config)
     if len(dtypes) > 1:
         warnings.append(f"the checkpoint mixes dtypes {', '.join(sorted(dtypes))}; they are kept")
+    written = [
+        part
+        for name, tensor in new.items()
+        for part in (fp8.stored(tensor) if name in quantised else (tensor,))
+    ]
     return Rewrite(
         checkpoint=checkpoint,
         family=family,
@@ -317,8 +324,9 @@ def prepare(
         config=new_config,
         rules=tuple(rules),
         tensors=new,
+        quantised=quantised,
         format_bytes=sum(tensor.nbytes for tensor in new.values()) - folded,
-        shards=lay_out(new.values(), max_shard_bytes),
+        shards=lay_out(written, max_shard_bytes),
         warnings=tuple(warnings),
     )
 
@@ -369,98 +377,6 @@ def _new_tensors(
     return made
 
 
-def _stream(job: Rewrite, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
-    total, done = job.bytes_written, 0
-    for rule in job.rules:
-        new = job.tensors[rule.name]
-        dtype = DTYPES[new.dtype]
-        gains = [_gain(job.checkpoint.tensors[name], rule) for name in rule.gains]
-        chunks = _chunks(rule, job.checkpoint, gains, new)
-        for chunk in pad(chunks, rule.padding) if rule.padding else chunks:
-            cast = chunk.to(dtype)
-            if not _is_finite(cast):
-                _refuse_not_finite(rule, job.checkpoint, cast.dtype)
-            done += cast.nbytes
-            if progress is not None:  # before the yield: nobody comes back after the last one
-                progress(done, total)
-            yield new.name, cast
-
-
-def _gain(tensor: TensorInfo, rule: TensorRule) -> torch.Tensor:
-    gain = read_rows(tensor)
-    if not rule.gain_offset:
-        return gain
-    return gain.to(torch.promote_types(gain.dtype, torch.float32)) + rule.gain_offset
-
-
-def _chunks(
-    rule: TensorRule, checkpoint: Checkpoint, gains: list[torch.Tensor], new: NewTensor
-) -> Iterator[torch.Tensor]:
-    dtype = DTYPES[new.dtype]
-    sources = [checkpoint.tensors[name] for name in rule.members]
-    if rule.operation in ("copy", "rows"):
-        for index, start, stop in _row_spans(rule, sources):
-            rows = read_rows(sources[index], start, stop)
-            if rule.transposed:
-                places = torch.arange(start, stop) % len(gains[index])
-                yield fold_gain(rows, gains[index][places, None], dtype)
-                continue
-            yield fold_gain(rows, gains[index], dtype) if gains else rows
-    elif rule.operation == "columns":
-        for start, stop in _spans(sources[0].shape[0], sum(s.row_bytes for s in sources)):
-            yield join_columns([read_rows(source, start, stop) for source in sources])
-    elif rule.operation == "sum":
-        yield sum_biases([read_rows(source) for source in sources])
-    elif rule.operation == "shift":
-        for index, (shift, weight) in enumerate(zip(rule.shifts, rule.weights, strict=True)):
-            matrix, beta = checkpoint.tensors[weight], read_rows(checkpoint.tensors[shift])
-            bias = read_rows(sources[index]) if sources else torch.zeros(matrix.shape[0])
-            for start, stop in _spans(matrix.shape[0], matrix.row_bytes):
-                yield fold_shift(read_rows(matrix, start, stop), beta, bias[start:stop])
-    elif rule.operation == "heads":
-        yield join_rows([read_rows(source).expand(rule.heads, -1) for source in sources])
-    else:
-        yield torch.full(new.shape, rule.fill)
-
-
-def _row_spans(rule: TensorRule, sources: list[TensorInfo]) -> Iterator[tuple[int, int, int]]:
-    """(member, start, stop) of every chunk of stacked rows, part by part if there are parts."""
-    first = 0
-    for part in rule.parts or (sources[0].rows,):
-        for index, source in enumerate(sources):
-            for start, stop in _spans(part, source.row_bytes):
-                yield index, first + start, first + stop
-        first += part
-
-
-def _spans(rows: int, row_bytes: int) -> Iterator[tuple[int, int]]:
-    step = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for start in range(0, rows, step):
-        yield start, min(rows, start + step)
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    # NaN and Inf are the bit patterns whose exponent is all ones, the largest there are but for the
-    # sign. Looking for them as integers is 10 times faster than torch.isfinite.
-    signed, magnitude, infinite = _BITS[tensor.dtype]
-    bits: np.ndarray[Any, Any] = tensor.view(signed).numpy()
-    return bits.size == 0 or int((bits & magnitude).max()) < infinite
-
-
-def _refuse_not_finite(rule: TensorRule, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    for name in rule.gains + rule.shifts + rule.weights + rule.members:
-        source = checkpoint.tensors[name]
-        for start, stop in _spans(source.rows, source.row_bytes):
-            if not read_rows(source, start, stop).isfinite().all():
-                raise CheckpointError(
-                    f"tensor '{source.name}' holds NaN or Inf; the checkpoint is damaged"
-                )
-    name = str(dtype).removeprefix("torch.")
-    raise CheckpointError(
-        f"tensor '{rule.name}' exceeds the range of {name}; convert with --dtype bfloat16"
-    )
-
-
 def hash_inputs(
     checkpoint: Checkpoint, stop: threading.Event | None = None
 ) -> dict[str, dict[str, Any]]:
@@ -486,6 +402,15 @@ def _write_companions(job: Rewrite, staging: Path) -> None:
     write_tokenizer(job.checkpoint.folder, staging)
 
 
+def _stream(job: Rewrite, progress: Progress | None) -> Iterator[tuple[str, torch.Tensor]]:
+    total, done = job.bytes_written, 0
+    for name, piece in stream(job.rules, job.checkpoint, job.tensors, job.quantised):
+        done += piece.nbytes
+        if progress is not None:  # before the yield: nobody comes back after the last one
+            progress(done, total)
+        yield name, piece
+
+
 def _peak_memory(job: Rewrite) -> int:
     # A chunk is read, widened to float32 twice over while folding, and cast; four finished ones
     # wait for the writer, one is being written, and two hash buffers stand beside them.
@@ -495,5 +420,8 @@ def _peak_memory(job: Rewrite) -> int:
     chunk = max(CHUNK_BYTES, max(map(len, job.plan.stages)) * widest)
     packed = [t.shape for t in job.checkpoint.tensors.values() if t.block and len(t.shape) == 3]
     expert = max((12 * math.prod(shape[1:]) for shape in packed), default=0)  # is unpacked whole
+    # Rows of a block are collected, joined, divided by their scales and rounded.
+    columns = max((job.tensors[name].shape[-1] for name in job.quantised), default=0)
+    blocks = 6 * 4 * fp8.BLOCK * columns
     rest = 64 << 20  # buffers of the interpreter, threads, libraries
-    return 12 * chunk + expert + rest
+    return 12 * chunk + expert + blocks + rest

@@ -154,7 +154,7 @@ def obstacle(
     for key, value in family.only:
         if config.get(key, value) != value:
             return f"they norm what they add to ({key} {config[key]})"
-    if in_order and family.parallel:
+    if in_order and family.parallel and family.converts(config):
         return NOT_IN_ORDER
     for differ in (_unknown_routing, _unlike_experts) if family.routes else ():
         if reason := differ(family, config, layers):

@@ -27,6 +27,7 @@ from abreast.checkpoint import (
     open_checkpoint,
     read_manifest,
     resolve,
+    unpacked,
 )
 from abreast.convert.refold import Refold, main_dtype
 from abreast.data import check_tokenizers
@@ -122,9 +123,9 @@ def verify(
     family = family_of(source.config)
     source = as_loaded(source, family)
     plan.check_layers(num_layers_of(source.config))
-    made, source = (
-        replace(c, tensors={**c.tensors, **c.others}) for c in (open_checkpoint(folder), source)
-    )
+    made = open_checkpoint(folder)
+    made = replace(made, tensors={**unpacked(made), **made.others})
+    source = replace(source, tensors={**source.tensors, **source.others})
     refold = Refold(made, source, family, plan)
     if not healed:
         if faults := list(refold.misfits()):

@@ -18,11 +18,16 @@ def biases(config: Any) -> tuple[bool, bool, bool]:
     Configs of other families may have the same keys, without meaning.
     """
     family = config.model_type.removeprefix("abreast_")
-    attention = bool(getattr(config, "attention_bias", False)) and family in (
-        *("llama", "qwen3", "qwen3_moe"),
+
+    def has(key: str, *families: str) -> bool:
+        return family in families and bool(getattr(config, key, False))
+
+    attention = has("attention_bias", "llama", "qwen3", "qwen3_moe")
+    return (
+        attention or family == "qwen2" or has("attention_bias", "seed_oss"),
+        attention or has("attention_out_bias", "seed_oss"),
+        has("mlp_bias", "llama", "seed_oss"),
     )
-    ffn = bool(getattr(config, "mlp_bias", False)) and family == "llama"
-    return attention or family == "qwen2", attention, ffn
 
 
 class HeadNorm(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from abreast.errors import AbreastError, first_line
 from abreast.families import Family
-from abreast.model import Member, by_name, cache_in
+from abreast.model import GroupMember, by_name, cache_in
 from abreast.plan import Group
 
 MINUTES = 5.0  # that processes wait for each other at the start
@@ -133,7 +133,7 @@ class Link:
             dist.broadcast(x, rank, group=self.group)
         return x
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' equally wide [.., X] side by side."""
         x = self._start(x)
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(self.group))]
@@ -176,7 +176,7 @@ class SplitHead(nn.Module):
         weight = self.weight if tied is None else tied.weight.narrow(0, *self.span)
         part = nn.functional.linear(x, weight, self.bias)
         part = nn.functional.pad(part, (0, self.size - part.shape[-1]))
-        return self.link.gather(part)[..., : self.words]
+        return self.link.all_gather(part)[..., : self.words]
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,9 @@ class Dealt:
             cache.update(nothing, nothing, self.first + index)
         return None
 
-    def member(self, index: int, arguments: dict[str, Any]) -> Member:
+    def member(self, index: int, arguments: dict[str, Any]) -> GroupMember:
         layer, names = self.members[index], self.family.branches
-        return Member(layer, self.members, names, layer.forward, arguments, "own", "")
+        return GroupMember(layer, self.members, names, layer.forward, arguments, "own", "")
 
     def run(self, x: Tensor) -> Tensor:
         """The group's output from its input, both [B, L, D]."""

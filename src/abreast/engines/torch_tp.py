@@ -113,7 +113,7 @@ def load_parallel(
     repeat = neighbours == "repeat"
     if neighbours == "auto" and any(b.group and b.group.ffn_band for b in blocks):
         repeat = _repeating_pays(family, checkpoint.config, blocks, link, kind, device)
-    layout = lay_out(family, checkpoint.config, rank, world, unpaired, repeat)
+    layout = rank_layout(family, checkpoint.config, rank, world, unpaired, repeat)
     built = _build(checkpoint, family, layout, unpaired, kind, link)
     _fill(built, checkpoint, family, blocks, layout)
     built = built.to(device).eval()
@@ -154,7 +154,7 @@ def blocks_of(config: Mapping[str, Any]) -> tuple[Block, ...]:
     return blocks
 
 
-def lay_out(
+def rank_layout(
     family: Family,
     config: Mapping[str, Any],
     rank: int,

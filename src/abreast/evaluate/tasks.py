@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import random
@@ -177,13 +178,11 @@ def evaluate_tasks(
     if against is not None:
         original, _ = resolve(against, revision=against_revision)
         subjects.insert(0, _Subject(original, None, settings, trust_remote_code))
-    total, done = len(subjects) * len(tasks.loaded), 0
+    total, finished = len(subjects) * len(tasks.loaded), itertools.count(1)
 
     def advance() -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(done, total)
+            progress(next(finished), total)
 
     *theirs, ours = [subject.answer(tasks, out, step, advance) for subject in subjects]
     before = theirs[0] if theirs else {}

@@ -223,7 +223,7 @@ def sample(
     and stop at the end of text. Per prompt: prompt, original, converted (text), new_tokens (how
     many each wrote), first_difference: the position, from 0, of the first token that differs, None
     where all agree; shared: how many characters of text both begin with up to there. Shorter where
-    a model cannot hold so many tokens.
+    a model cannot hold that many tokens.
     """
     prefix = list(stream.prefix)
     room = _clip_to_context(len(prefix) + prompt_tokens + new_tokens, original, converted)

@@ -13,7 +13,7 @@ from abreast.families.row import EXPERT_COUNTS, Branches, Family, Matrix
 _STATE = "carry a state from token to token, which no wider layer holds"
 _MAMBA = f"its Mamba mixers {_STATE}"
 DELTA = f"its linear attentions {_STATE}"
-_HEADS = "its attention takes the size of a head from hidden_size, which a wider layer shares"
+_NO_BIASES = "its norms have biases, which matrices without any cannot take up"
 _BIASED = "all that its heads see of positions is a bias made once, for as many heads in all layers"
 # Only says that some layers have an FFN of their own instead of experts.
 _DENSE = (Matrix("mlp.gate_proj", "F", "D", "rows"),)
@@ -24,23 +24,6 @@ _EXPERTS: dict[str, Any] = {"expert_keys": EXPERT_COUNTS, "dense": _DENSE}
 
 IN_MEMORY = (
     Family(
-        "gpt_neox",
-        "GPTNeoX",
-        branches=Branches(
-            attention="attention",
-            after_attention=("post_attention_dropout",),
-            after_mlp=("post_mlp_dropout",),
-            parallel="use_parallel_residual",
-        ),
-        unfoldable=_HEADS,
-    ),
-    Family(
-        "stablelm",
-        "StableLm",
-        branches=Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
-        unfoldable=_HEADS,
-    ),
-    Family(
         "gpt2",
         "GPT2",
         branches=Branches(attention="attn", before_attention=("ln_1",), before_mlp=("ln_2",)),
@@ -50,7 +33,7 @@ IN_MEMORY = (
             ("intermediate_size", "n_inner"),
             ("max_position_embeddings", "n_positions"),
         ),
-        unfoldable=_HEADS,
+        unfoldable="its matrices are stored transposed, which no rule here folds",
     ),
     Family(
         "opt",
@@ -58,7 +41,7 @@ IN_MEMORY = (
         branches=Branches(mixers=("self_attn",), ffns=("fc1", "fc2")),
         names=(("intermediate_size", "ffn_dim"),),
         only=(("do_layer_norm_before", True),),
-        unfoldable=_HEADS,
+        unfoldable="its FFN is two matrices of the layer itself, which no row describes",
     ),
     Family(
         "falcon",
@@ -70,7 +53,7 @@ IN_MEMORY = (
             tuples=True,
         ),
         names=(("num_key_value_heads", "num_kv_heads"), ("intermediate_size", "ffn_hidden_size")),
-        unfoldable=_HEADS,
+        unfoldable=_NO_BIASES,
     ),
     Family(
         "bloom",

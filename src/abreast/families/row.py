@@ -6,11 +6,12 @@ join, the norms, the config keys that give sizes and kinds of attention, and wha
 run it. Rows without matrices run grouped in memory only; a model_type without a row is refused.
 
 Sizes are written in the symbols of the config: D hidden_size, H num_attention_heads, Q
-H * head_dim, K num_key_value_heads * head_dim, F intermediate_size, V vocab_size; with experts, E
-how many there are, C how many of them a token chooses, X the width of one, S that of those which
-every token uses. Attention through latent vectors (MLA, arXiv 2405.04434, section 2.1): A and L are
-the lengths of those of queries and of keys and values, R that of L with a rotated key, B and M the
-heads' together made from A and from L, O what they give; N is B where there is no A.
+H * head_dim, K num_key_value_heads * head_dim, W q, k and v of one head after another, F
+intermediate_size, V vocab_size; with experts, E how many there are, C how many of them a token
+chooses, X the width of one, S that of those which every token uses. Attention through latent
+vectors (MLA, arXiv 2405.04434, section 2.1): A and L are the lengths of those of queries and of
+keys and values, R that of L with a rotated key, B and M the heads' together made from A and from L,
+O what they give; N is B where there is no A.
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ class Family:
     alone: there are checkpoints of it by itself, not only within a wrapper.
 
     own_attentions: those of a group stay whole, each in a layer of its own with its own cache, and
-    only FFNs are joined, whatever the wiring.
+    only FFNs are joined, whatever the wiring. derived_head_size: its stock attention takes the size
+    of a head from hidden_size, which a wider one needs told. one_input: where `branches.parallel`
+    is an attribute, whether models are converted that have it or those that have it not.
 
     vllm_layers: vLLM runs it in native layers of ours, other families in its transformers backend.
     deci_lacks: what llama.cpp's architecture deci lacks to run its layers, None if nothing.
@@ -168,6 +171,8 @@ class Family:
     deci_lacks: str | None = "its layers have not been compared with llama.cpp's"
     unfoldable: str = ""
     own_attentions: bool = False
+    derived_head_size: bool = False
+    one_input: bool = False
     code: str = ""
     names: tuple[tuple[str, str], ...] = ()
     only: tuple[tuple[str, Any], ...] = ()
@@ -193,8 +198,31 @@ class Family:
 
     @property
     def parallel(self) -> bool:
-        """Whether the FFN always reads the layer's input, which makes all wirings one."""
-        return self.branches.parallel is True
+        """Whether the FFN reads the layer's input, which makes all wirings one: always, or in all
+        models that can be converted."""
+        return self.branches.parallel is True or self.one_input
+
+    def reads_one_input(self, config: Mapping[str, Any]) -> bool:
+        """Whether the FFN of a model with this config.json reads the layer's input."""
+        key = self.branches.parallel
+        known = {**dict(self.defaults), **config}
+        return key if isinstance(key, bool) else known.get(key) is True
+
+    def converts(self, config: Mapping[str, Any]) -> bool:
+        """Whether a model with this config.json is of the kind that can be converted."""
+        told = isinstance(self.branches.parallel, str)
+        return bool(self.matrices) and (not told or self.reads_one_input(config) == self.one_input)
+
+    @property
+    def why_in_memory(self) -> str:
+        """Why models of the family, or of the kind that is not converted, only run grouped."""
+        reads = "the attention's result" if self.one_input else "what its attention reads"
+        return self.unfoldable or f"its FFN reads {reads} ({self.branches.parallel})"
+
+    @property
+    def transformers_only(self) -> bool:
+        """Whether only transformers runs conversions of checkpoints that hold just this model."""
+        return self.derived_head_size and self.alone
 
     @property
     def routes(self) -> bool:
@@ -259,6 +287,7 @@ def sizes(config: Mapping[str, Any]) -> dict[str, int]:
         "D": hidden,
         "Q": heads * head_dim,
         "K": kv_heads * head_dim,
+        "W": 3 * heads * head_dim,
         "F": positive(config, "intermediate_size"),
         "V": positive(config, "vocab_size"),
     }

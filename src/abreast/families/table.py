@@ -10,9 +10,16 @@ from typing import Any
 
 from abreast.families.in_memory import IN_MEMORY, with_usual_names
 from abreast.families.parts import (
+    LATENT_SIZES,
+    NORMED_AFTER,
+    ONE_NORM,
+    QK_BY_HEAD,
+    QK_HEADS,
+    SANDWICHED,
     attention,
     experts,
     gated_ffn,
+    latent,
     plain_ffn,
     routing,
     shared_experts,
@@ -26,69 +33,29 @@ from abreast.families.row import (
     Matrix,
     Stack,
 )
-from abreast.families.wrappers import HOLDERS, OTHERS, decoder_config
+from abreast.families.wrappers import DECODERS, HOLDERS, OTHERS, decoder_config
 
 _BIASED = attention("attention_bias", "attention_bias")
 _PACKED_FFN = (
     Matrix("mlp.gate_up_proj", "FF", "D", "rows"),
     Matrix("mlp.down_proj", "D", "F", "columns"),
 )
-_QK_HEADS = (("self_attn.q_norm", "Q"), ("self_attn.k_norm", "K"))
 _TIED = ("tie_word_embeddings", True)
 # What config.json of the larger models leaves out.
 _GEMMA3_HEADS = (("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_heads", 4))
 _GEMMA3_DEFAULTS = (_TIED, *_GEMMA3_HEADS, ("vocab_size", 262_208))
 _GLM_DEFAULTS = (("attention_bias", True), ("head_dim", 128))
 
-_SANDWICHED = Branches(
-    after_attention=("post_attention_layernorm",),
-    before_mlp=("pre_feedforward_layernorm",),
-    after_mlp=("post_feedforward_layernorm",),
-)
-_NORMED_AFTER = Branches(
-    before_attention=(),
-    after_attention=("post_attention_layernorm",),
-    before_mlp=(),
-    after_mlp=("post_feedforward_layernorm",),
-)
-_ONE_NORM = Branches(before_mlp=("input_layernorm",), parallel=True)
-
 # What deci lacks.
 _LAYER_NORM = "its norms subtract the mean and add a bias"
 _PARALLEL = "its attention and FFN read the same norm"
 _NORM_AFTER = "it norms the output of its attention and FFN"
-_QK_BY_HEAD = "it norms q and k by head, in a group with other gains for every member"
 _ROTATION = "it rotates q and k in another order"
 _EXPERTS = "it has experts, which every member of a group would choose by itself"
 # What published configs call the routing that modeling_members.MemberRouter computes.
 _SOFTMAX = routing("softmax", "greedy")
 _SIGMOID = routing("sigmoid", "noaux_tc")
-_OLMO: dict[str, Any] = {"flat_norms": _QK_HEADS, "deci_lacks": _NORM_AFTER}
-
-
-def _latent(bias: str = "") -> dict[str, Any]:
-    """Attention through latent vectors, and experts beside some that every token uses."""
-    return {
-        "matrices": (
-            Matrix("self_attn.q_proj", "N", "D", "rows"),
-            Matrix("self_attn.q_a_proj", "A", "D", "rows", "attention_bias"),
-            Matrix("self_attn.q_b_proj", "B", "A", "rows"),
-            Matrix("self_attn.kv_a_proj_with_mqa", "R", "D", "rows", "attention_bias"),
-            Matrix("self_attn.kv_b_proj", "M", "L", "rows"),
-            Matrix("self_attn.o_proj", "D", "O", "columns", "attention_bias"),
-            *shared_experts("mlp.shared_experts", bias),
-        ),
-        "flat_norms": (("self_attn.q_a_layernorm", "A"), ("self_attn.kv_a_layernorm", "L")),
-        "own_attentions": True,
-        **{"dense": gated_ffn(bias), "expert_keys": (*EXPERT_COUNTS, *SHARED_COUNTS)},
-        "deci_lacks": _EXPERTS,
-    }
-
-
-_LATENT_SIZES = (
-    *(("kv_lora_rank", 512), ("qk_nope_head_dim", 128), ("qk_rope_head_dim", 64)),
-    ("v_head_dim", 128),
-)
+_OLMO: dict[str, Any] = {"flat_norms": QK_HEADS, "deci_lacks": _NORM_AFTER}
 
 _ROWS = (
     Family("llama", "Llama", _BIASED + gated_ffn("mlp_bias"), vllm_layers=True, deci_lacks=None),
@@ -100,22 +67,23 @@ _ROWS = (
         vllm_layers=True,
         deci_lacks=None,
     ),
-    Family("ministral", "Ministral", attention() + gated_ffn()),
+    Family("ministral", "Ministral", attention() + gated_ffn(), vllm_layers=True),
     Family("qwen2", "Qwen2", attention("always") + gated_ffn(), vllm_layers=True, deci_lacks=None),
     Family(
         "qwen3",
         "Qwen3",
         _BIASED + gated_ffn(),
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         defaults=(("head_dim", 128),),
         vllm_layers=True,
-        deci_lacks=_QK_BY_HEAD,
+        deci_lacks=QK_BY_HEAD,
     ),
     Family(
         "seed_oss",
         "SeedOss",
         attention("attention_bias", "attention_out_bias") + gated_ffn("mlp_bias"),
         defaults=(("attention_bias", True), ("head_dim", 128)),
+        vllm_layers=True,
         deci_lacks=None,
     ),
     Family(
@@ -187,7 +155,7 @@ _ROWS = (
         "gemma2",
         "Gemma2",
         _BIASED + gated_ffn(),
-        _SANDWICHED,
+        SANDWICHED,
         gain_offset=1.0,
         defaults=(_TIED, ("head_dim", 256)),
         window_period=2,
@@ -197,20 +165,20 @@ _ROWS = (
         "gemma3_text",
         "Gemma3",
         _BIASED + gated_ffn(),
-        _SANDWICHED,
+        SANDWICHED,
         gain_offset=1.0,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         defaults=_GEMMA3_DEFAULTS,
         window_period=6,
         deci_lacks=_NORM_AFTER,
     ),
-    Family("olmo2", "Olmo2", _BIASED + gated_ffn(), _NORMED_AFTER, **_OLMO),
-    Family("olmo3", "Olmo3", _BIASED + gated_ffn(), _NORMED_AFTER, window_period=4, **_OLMO),
+    Family("olmo2", "Olmo2", _BIASED + gated_ffn(), NORMED_AFTER, **_OLMO),
+    Family("olmo3", "Olmo3", _BIASED + gated_ffn(), NORMED_AFTER, window_period=4, **_OLMO),
     Family(
         "cohere2",
         "Cohere2",
         _BIASED + gated_ffn(),
-        _ONE_NORM,
+        ONE_NORM,
         defaults=(_TIED,),
         window_period=4,
         deci_lacks=_PARALLEL,
@@ -219,8 +187,8 @@ _ROWS = (
         "cohere",
         "Cohere",
         _BIASED + gated_ffn(),
-        _ONE_NORM,
-        wide_norms=_QK_HEADS,
+        ONE_NORM,
+        wide_norms=QK_HEADS,
         defaults=(_TIED,),
         deci_lacks=_PARALLEL,
     ),
@@ -259,6 +227,42 @@ _ROWS = (
         deci_lacks=_PARALLEL,
     ),
     Family(
+        "gpt_neox",
+        "GPTNeoX",
+        (
+            Matrix("attention.query_key_value", "W", "D", "rows", "attention_bias"),
+            Matrix("attention.dense", "D", "Q", "columns", "attention_bias"),
+            *plain_ffn("dense_h_to_4h", "dense_4h_to_h", "always"),
+        ),
+        Branches(
+            attention="attention",
+            after_attention=("post_attention_dropout",),
+            after_mlp=("post_mlp_dropout",),
+            parallel="use_parallel_residual",
+        ),
+        norm_bias=True,
+        derived_head_size=True,
+        wide=("num_attention_heads", "intermediate_size"),
+        one_input=True,
+        renames=((r"^embed_out\.", "lm_head."),),
+        ignore=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+        defaults=(("attention_bias", True), ("use_parallel_residual", True)),
+        layer_prefix="gpt_neox.layers.",
+        embedding="gpt_neox.embed_in.weight",
+        final_norm="gpt_neox.final_layer_norm",
+        deci_lacks=_LAYER_NORM,
+    ),
+    Family(
+        "stablelm",
+        "StableLm",
+        attention("use_qkv_bias") + gated_ffn("mlp_bias"),
+        Branches(after_mlp=("dropout",), parallel="use_parallel_residual"),
+        norm_bias=True,
+        grown_biases=("use_qkv_bias", "mlp_bias"),
+        derived_head_size=True,
+        deci_lacks=_LAYER_NORM,
+    ),
+    Family(
         "olmo",
         "Olmo",
         _BIASED + gated_ffn(),
@@ -270,8 +274,8 @@ _ROWS = (
         "exaone4",
         "Exaone4",
         attention() + gated_ffn(),
-        _NORMED_AFTER,
-        head_norms=_QK_HEADS,
+        NORMED_AFTER,
+        head_norms=QK_HEADS,
         window_period=4,
         deci_lacks=_NORM_AFTER,
     ),
@@ -280,7 +284,7 @@ _ROWS = (
         "HunYuanDenseV1",
         _BIASED + gated_ffn(),
         head_norms=(("self_attn.query_layernorm", "Q"), ("self_attn.key_layernorm", "K")),
-        deci_lacks=_QK_BY_HEAD,
+        deci_lacks=QK_BY_HEAD,
     ),
     Family(
         "jais2",
@@ -330,7 +334,7 @@ _ROWS = (
         dense=gated_ffn(),
         expert_keys=EXPERT_COUNTS,
         routing=_SOFTMAX,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         vllm_layers=True,
         deci_lacks=_EXPERTS,
     ),
@@ -341,7 +345,7 @@ _ROWS = (
         stacks=experts(width="F"),
         expert_keys=EXPERT_COUNTS,
         routing=_SOFTMAX,
-        flat_norms=_QK_HEADS,
+        flat_norms=QK_HEADS,
         deci_lacks=_EXPERTS,
     ),
     Family(
@@ -376,6 +380,7 @@ _ROWS = (
         routing=_SOFTMAX,
         defaults=(("attention_bias", True), ("head_dim", 64)),
         window_period=2,
+        vllm_layers=True,
         deci_lacks=_EXPERTS,
     ),
     Family(
@@ -386,7 +391,7 @@ _ROWS = (
         dense=gated_ffn(),
         expert_keys=(*EXPERT_COUNTS, *SHARED_COUNTS),
         routing=_SIGMOID,
-        head_norms=_QK_HEADS,
+        head_norms=QK_HEADS,
         defaults=(("first_k_dense_replace", 1), ("n_shared_experts", 1), ("use_qk_norm", False)),
         deci_lacks=_EXPERTS,
     ),
@@ -412,20 +417,20 @@ _ROWS = (
         stacks=(*experts(), Stack("mlp.gate.e_score_correction_bias", ("E",))),
         defaults=(
             *(("first_k_dense_replace", 3), ("n_shared_experts", 1), ("q_lora_rank", 1536)),
-            *_LATENT_SIZES,
+            *LATENT_SIZES,
         ),
         code="deepseek",
         routing=_SIGMOID,
-        **_latent(),
+        **latent(_EXPERTS),
     ),
     Family(
         "deepseek_v2",
         "DeepseekV2",
         stacks=experts(),
-        defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *_LATENT_SIZES),
+        defaults=(("n_shared_experts", 2), ("q_lora_rank", 1536), *LATENT_SIZES),
         code="deepseek",
         routing=routing("softmax", "greedy", "group_limited_greedy"),
-        **_latent("mlp_bias"),
+        **latent(_EXPERTS, "mlp_bias"),
     ),
     Family(
         "glm4_moe_lite",
@@ -437,21 +442,10 @@ _ROWS = (
             ("v_head_dim", 256),
         ),
         routing=_SIGMOID,
-        **_latent(),
-    ),
-    # Decoders that exist within a wrapper only.
-    Family("qwen2_5_vl_text", "Qwen2_5_VLText", attention("always") + gated_ffn(), alone=False),
-    Family(
-        "qwen3_vl_text",
-        "Qwen3VLText",
-        _BIASED + gated_ffn(),
-        head_norms=_QK_HEADS,
-        defaults=(("head_dim", 128),),
-        deci_lacks=_QK_BY_HEAD,
-        alone=False,
+        **latent(_EXPERTS),
     ),
 )
-FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *IN_MEMORY)}
+FAMILIES: dict[str, Family] = {row.model_type: row for row in (*_ROWS, *DECODERS, *IN_MEMORY)}
 CONVERTIBLE: dict[str, Family] = {
     name: row for name, row in FAMILIES.items() if row.matrices and row.alone
 }
@@ -469,7 +463,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if (holder := config.get("within")) in HOLDERS:
         reason = HOLDERS[holder].unfoldable
         raise FamilyError(f"a {holder}'s decoder cannot be converted, only run grouped: {reason}")
-    if (row := FAMILIES.get(model_type)) is not None and row.matrices:
+    if (row := FAMILIES.get(model_type)) is not None and row.converts(config):
         return row
     if model_type.startswith("abreast_"):
         raise FamilyError(
@@ -478,7 +472,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if row is not None:
         raise FamilyError(
             f"a {model_type} cannot be written as wide layers, only run grouped in memory "
-            f"(abreast.grouped, or eval with --plan): {row.unfoldable}"
+            f"(abreast.grouped, or eval with --plan): {row.why_in_memory}"
         )
     if model_type in OTHERS:
         raise FamilyError(f"a {model_type} cannot be converted: {OTHERS[model_type]}")

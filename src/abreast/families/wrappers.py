@@ -11,7 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from abreast.families.in_memory import DELTA
-from abreast.families.row import FamilyError
+from abreast.families.parts import QK_BY_HEAD, QK_HEADS, attention, gated_ffn
+from abreast.families.row import Family, FamilyError
+
+DECODERS = (  # that exist within a wrapper only
+    Family(
+        "qwen2_5_vl_text",
+        "Qwen2_5_VLText",
+        attention("always") + gated_ffn(),
+        derived_head_size=True,
+        alone=False,
+    ),
+    Family(
+        "qwen3_vl_text",
+        "Qwen3VLText",
+        attention("attention_bias", "attention_bias") + gated_ffn(),
+        head_norms=QK_HEADS,
+        defaults=(("head_dim", 128),),
+        deci_lacks=QK_BY_HEAD,
+        alone=False,
+    ),
+)
 
 # The decoder's tensors in the three layouts there are; all others belong to the rest.
 _DECODER = re.compile(

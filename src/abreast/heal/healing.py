@@ -12,28 +12,24 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
 from abreast.checkpoint import (
     DTYPES,
     MAX_SHARD_BYTES,
-    Checkpoint,
     NewTensor,
-    as_loaded,
     check_free,
     copy_companions,
     finite,
     lay_out,
-    open_checkpoint,
     plan_for,
     publish,
     replacing,
@@ -42,25 +38,21 @@ from abreast.checkpoint import (
 )
 from abreast.convert import convert, hash_inputs, preview
 from abreast.data import AUTO, HELD_OUT, TokenStream
-from abreast.errors import AbreastError, CheckpointError
+from abreast.errors import AbreastError
 from abreast.families import all_tensors, family_of
-from abreast.heal.judging import Judge, Judged, other_kind
+from abreast.heal.judging import Judge, Judged
 from abreast.heal.least_squares import STEPS, Fit, Refit, refit
 from abreast.heal.losses import computes_bf16
-from abreast.heal.recipe import Recipe, check_enough, is_main_process, processes
+from abreast.heal.recipe import Recipe, is_main_process, processes
+from abreast.heal.setup import HealingText, Setup, check_weights, healable, healing_text
 from abreast.heal.student import full
-from abreast.heal.train import HELD_OUT_TOKENS, Distilled, Point, distill, step_seconds
+from abreast.heal.train import Distilled, Point, distill, step_seconds
 from abreast.model import decoder_layers, load
 from abreast.plan import Plan
-from abreast.runs import check_run, open_run, to_csv, token_stream, whole_windows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from abreast.runs import check_run, open_run, to_csv
 
 Method = Literal["refit", "distill", "both"]
-REFIT_TOKENS = 65_536
 CURVE, FIGURE = "heal.csv", "heal.png"
-_HELD_OUT_LOGITS = 2**28  # values kept of the original's predictions: 1 GiB in float32
 Draw = Callable[[Refit | None, Distilled | None, Path], None]
 
 
@@ -89,40 +81,6 @@ class Healed:
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values (NaN and infinity become None)."""
         return finite(asdict(self))
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The healing text as windows [n, window]: for the regression, for training.
-
-    judged: what neither saw, by source, and text of another kind. prefix: tokens before the text of
-    every window.
-    """
-
-    refit: np.ndarray
-    train: np.ndarray
-    judged: dict[str, np.ndarray]
-    prefix: tuple[int, ...]
-    about: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """What is healed and how. load: the original into memory; model: what it gave.
-
-    tensors: name -> shape of the original's.
-    """
-
-    source: Checkpoint
-    tensors: Mapping[str, tuple[int, ...]]
-    load: Callable[..., tuple[PreTrainedModel, Any]]
-    model: PreTrainedModel
-    plan: Plan
-    recipe: Recipe
-    work: Path
-    seed: int
-    step: Callable[[str], None]
-    progress: Callable[[int, int], None] | None
 
 
 def heal(
@@ -158,7 +116,7 @@ def heal(
     model: the original, folder or Hugging Face id, of a family that can be converted. method:
     "refit" (closed form, see least_squares.py), "distill" (training, see train.py), or "both" in
     that order. data: text to heal on, never the text to evaluate on, see `token_stream`; add_bos:
-    see `prefix_of`. tokens: read at most so many; None: what the recipe's steps need, or 65,536 for
+    see `prefix_of`. tokens: most to read; None: what the recipe's steps need, or 65,536 for
     refit alone. Refit takes the first 65,536.
     window: tokens the model sees at once, clipped to what it can hold, and to an eighth of a short
     text. dtype: in which the model is healed; float32 is right for training weights themselves.
@@ -183,7 +141,7 @@ def heal(
     if keep is not None:
         check_free(Path(keep))
     planned = preview(model, plan, revision=revision, force=force, prefill=prefill)
-    source = _healable(model, revision)
+    source = healable(model, revision)
     family = family_of(source.config)
     if method != "refit":
         recipe.check_targets({matrix.name.rpartition(".")[2] for matrix in family.matrices})
@@ -196,10 +154,10 @@ def heal(
     load_original = partial(load, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     student, tokenizer = load_original(device=device)
     tensors = all_tensors(family, source.config)
-    _check_weights(student, tensors, model, source.source)
+    check_weights(student, tensors, model, source.source)
     folder = Path(work) if work is not None else target.with_name(f"{target.name}.work")
     check_run(folder, "heal")
-    setup = _Setup(
+    setup = Setup(
         source=source,
         tensors=tensors,
         load=load_original,
@@ -211,23 +169,15 @@ def heal(
         step=step,
         progress=progress,
     )
-    text = _text(setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder))
+    text = healing_text(
+        setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder)
+    )
     if method != "refit" and processes() == 1:
         times = step_seconds(student, plan, text.train, recipe, len(text.prefix))
         products = "bfloat16" if computes_bf16(recipe, student.device) else "float32"
         step(f"training in {products}: {recipe.pace(times, text.train.shape[1])}")
-    identity = {
-        "model": source.sha256,
-        "plan": plan.shorthand,
-        "method": method,
-        "data": {key: value for key, value in text.about.items() if key != "parts"},
-        "recipe": recipe.to_dict() if method != "refit" else None,
-        "refit_steps": list(refit_steps) if method != "distill" else None,
-        "seed": seed,
-        "dtype": dtype,
-        **({"prefix": text.prefix} if text.prefix else {}),
-    }
     if is_main_process():
+        identity = {**_identity(setup, text, method, refit_steps), "dtype": dtype}
         open_run(folder, "heal", json.loads(json.dumps(identity)))
 
     judge = Judge(student, plan, text.judged, len(text.prefix), recipe.micro_batch)
@@ -273,101 +223,23 @@ def heal(
     return healed
 
 
-def _healable(model: str | Path, revision: str | None) -> Checkpoint:
-    """The original, of a family that can be healed. Raises AbreastError for others."""
-    source = open_checkpoint(model, revision=revision)
-    family = family_of(source.config)
-    if family.routes:
-        raise AbreastError(
-            f"a {family.model_type} has experts, which cannot be healed; convert it without healing"
-        )
-    if source.wrapper is not None:
-        raise AbreastError(
-            f"'{model}' is a decoder within a {source.config['within']}, which cannot be healed; "
-            "convert it without healing"
-        )
-    return as_loaded(source, family)
-
-
-def _check_weights(
-    student: PreTrainedModel, tensors: Iterable[str], model: str | Path, source: str
-) -> None:
-    """Raise AbreastError unless all weights are in memory, under the names in the checkpoint."""
-    if any(parameter.is_meta for parameter in student.parameters()):
-        raise AbreastError(
-            f"'{model}' is larger than the devices here, and healing changes weights where they "
-            "compute; use --device cpu, more devices, or several processes with --shard"
-        )
-    for name in sorted(set(tensors) - student.state_dict().keys()):
-        raise CheckpointError(
-            f"tensor '{name}' of '{source}' has another name in the loaded model; "
-            "this architecture cannot be healed with this version of transformers"
-        )
-
-
-def _text(
-    setup: _Setup,
-    data: str | TokenStream,
-    tokenizer: Any,
-    method: str,
-    tokens: int | None,
-    window: int,
-    add_bos: bool | None,
-    texts: Path,
-) -> _Text:
-    config = setup.model.config.get_text_config(decoder=True)
-    longest = getattr(config, "max_position_embeddings", None)
-    vocabulary = setup.model.get_input_embeddings().weight.shape[0]
-    window = min(window, longest or window)
-    if tokens is None:
-        tokens = 0 if method == "distill" else REFIT_TOKENS
-        if method != "refit":
-            tokens = max(tokens, setup.recipe.steps * setup.recipe.batch_size * window)
-        tokens += HELD_OUT_TOKENS
-    stream = token_stream(
-        data,
-        tokenizer,
-        setup.source.folder,
-        max_tokens=tokens,
-        window=window,
-        seed=setup.seed,
-        add_bos=add_bos,
-        # what several processes write may differ in the last bit, and then in every word
-        author=(lambda: setup.model) if processes() == 1 else None,
-        folder=texts,
-        mixed=True,  # what is fitted on one kind of text helps another little
-        step=setup.step,
-    )
-    size = min(len(stream), tokens)
-    window = min(window, max(2, size // 8))
-    windows = whole_windows(stream, size // window, window, longest=longest, vocabulary=vocabulary)
-    most = max(1, min(HELD_OUT_TOKENS, _HELD_OUT_LOGITS // vocabulary) // window)
-    num_held_out = max(1, min(most, len(windows) // 10))
-    about = {
-        "source": stream.source,
-        "sha256": stream.sha256,
-        "tokens": int(windows.size),
-        "window": window,
-        "held_out_tokens": num_held_out * window,
-        "parts": stream.about()["parts"],
-        **({"prefix": list(stream.prefix)} if stream.prefix else {}),
+def _identity(
+    setup: Setup, text: HealingText, method: str, refit_steps: Sequence[str]
+) -> dict[str, Any]:
+    """What a later call must agree in to go on with the same work."""
+    return {
+        "model": setup.source.sha256,
+        "plan": setup.plan.shorthand,
+        "method": method,
+        "data": {key: value for key, value in text.about.items() if key != "parts"},
+        "recipe": setup.recipe.to_dict() if method != "refit" else None,
+        "refit_steps": list(refit_steps) if method != "distill" else None,
+        "seed": setup.seed,
+        **({"prefix": text.prefix} if text.prefix else {}),
     }
-    train, held_out = windows[:-num_held_out], windows[-num_held_out:]
-    few = train[: max(1, REFIT_TOKENS // window)]
-    if method != "distill":
-        check_enough(few, "refit")
-    if method != "refit":
-        check_enough(train, "train")
-    judged = {stream.source: held_out}
-    if (other := other_kind(stream, tokenizer, num_held_out * window)) is not None:
-        size = min(num_held_out, len(other) // window)
-        judged[other.source] = whole_windows(
-            other, size, window, longest=longest, vocabulary=vocabulary
-        )
-    return _Text(few, train, judged, stream.prefix, about)
 
 
-def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
+def _refit(setup: Setup, text: HealingText, steps: Sequence[str]) -> Refit:
     """Refit, or take the matrices that an interrupted run left."""
     setup.step("refit: solve the grouped layers' matrices on calibration text")
     result, weights = setup.work / "refit.json", setup.work / "refit.safetensors"
@@ -401,7 +273,7 @@ def _refit(setup: _Setup, text: _Text, steps: Sequence[str]) -> Refit:
     return solved
 
 
-def _distil(setup: _Setup, text: _Text, solved: Refit | None) -> Distilled:
+def _distil(setup: Setup, text: HealingText, solved: Refit | None) -> Distilled:
     """Distil, and write the curve as it grows, to TensorBoard as well where that is installed."""
     setup.step("distil")
     is_changed = solved is not None and not solved.kept
@@ -440,14 +312,14 @@ def _distil(setup: _Setup, text: _Text, solved: Refit | None) -> Distilled:
     )
 
 
-def _whole_tensors(setup: _Setup) -> Iterator[torch.Tensor]:
+def _whole_tensors(setup: Setup) -> Iterator[torch.Tensor]:
     """The weights as the original names them, one at a time, wherever they are."""
     state = setup.model.state_dict()
     for name in setup.tensors:
         yield full(state[name].detach())
 
 
-def _write_weights(setup: _Setup, folder: Path, healed: Healed, draw: Draw | None) -> str | None:
+def _write_weights(setup: Setup, folder: Path, healed: Healed, draw: Draw | None) -> str | None:
     """The healed weights as a checkpoint like the original; returns the dtype to convert it with.
 
     float32, so that what conversion folds is rounded once; where the original mixes dtypes, each
@@ -473,7 +345,7 @@ def _write_weights(setup: _Setup, folder: Path, healed: Healed, draw: Draw | Non
     return str(DTYPES[dtypes.pop()]).removeprefix("torch.") if uniform else None
 
 
-def _manifest_entry(setup: _Setup, healed: Healed) -> dict[str, Any]:
+def _manifest_entry(setup: Setup, healed: Healed) -> dict[str, Any]:
     """The manifest's entry "healed", and the source that the manifest names."""
     keys = ("method", "seed", "data", "kl_before", "kl_after", "judged", "refit", "distilled")
     return {
@@ -488,7 +360,7 @@ def _manifest_entry(setup: _Setup, healed: Healed) -> dict[str, Any]:
     }
 
 
-def _warnings(text: _Text, trained: Distilled | None) -> Iterator[str]:
+def _warnings(text: HealingText, trained: Distilled | None) -> Iterator[str]:
     if HELD_OUT in text.about["source"].split(","):
         yield f"healed on '{HELD_OUT}', which eval may take by default; evaluate on other text"
     if trained is not None and trained.diverged:

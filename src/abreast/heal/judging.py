@@ -1,4 +1,4 @@
-"""What healing won: on text like that which was healed on, and on another kind."""
+"""What healing won: on held-out text of the kind that was healed on, and on another kind."""
 
 from __future__ import annotations
 

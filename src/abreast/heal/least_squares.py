@@ -318,8 +318,8 @@ def _fit_group(
         if step == "out":
             yield _fit_outputs(streams, group, names)
             continue
-        # in an ff group an attention reads what those before it, refitted, leave
-        in_turn = group.wiring == "ff" and step == "qkv"
+        # attentions in order read what those before them, refitted, leave
+        in_turn = group.is_in_order and step == "qkv"
         for members in [(m,) for m in group.layers] if in_turn else [group.layers]:
             yield from _fit_inputs(streams, group, step, members, names, original_inputs)
 

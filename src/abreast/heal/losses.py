@@ -178,7 +178,7 @@ def running(
 
 @contextmanager
 def recorded(model: nn.Module, depths: Collection[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Inside, keep the residual stream [batch, window, hidden] after so many layers, by number.
+    """Inside, keep the residual stream [batch, window, hidden] by number of layers before it.
 
     transformers' own output_hidden_states has the last one after the final norm only.
     """

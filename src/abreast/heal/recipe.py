@@ -53,7 +53,7 @@ class Recipe:
     hidden_weight: float = option(20.0, "Weight of the hidden-state loss beside the KL.")
     lm_weight: float = option(0.0, "Weight of the language-model loss beside the KL.")
     steps: int = option(400, "Training steps.")
-    minutes: float | None = option(None, "Train for so long, whatever --steps says.")
+    minutes: float | None = option(None, "Minutes to train; replaces --steps.")
     batch_size: int = option(8, "Windows per step.")
     micro_batch: int = option(8, "Windows per forward pass on a device.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
@@ -61,7 +61,7 @@ class Recipe:
         None, "Peak while each group is trained alone. Default: --learning-rate."
     )
     schedule: Schedule = option("cosine", "How the learning rate falls to zero.")
-    warmup: float = option(0.05, "Share in which the learning rate rises.")
+    warmup: float = option(0.05, "Share of the training in which the learning rate rises.")
     weight_decay: float = option(0.0, "AdamW's weight decay.")
     betas: tuple[float, float] = option((0.9, 0.95), "AdamW's betas.")
     clip: float = option(1.0, "Largest gradient norm; 0 for none.")
@@ -107,7 +107,7 @@ class Recipe:
         return peak * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
     def check(self) -> None:
-        """Raise AbreastError for values that make no sense, alone or with so many processes."""
+        """Raise AbreastError for values that make no sense, alone or with this many processes."""
         choices = {
             "train": Train,
             "objective": Objective,

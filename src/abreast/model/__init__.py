@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.model.branches import Member, by_name
+    from abreast.model.branches import GroupMember, by_name
     from abreast.model.devices import (
         check_device,
         fitting_dtype,

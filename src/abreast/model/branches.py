@@ -48,7 +48,7 @@ def tensor_of(returned: Any) -> torch.Tensor:
 
 
 @dataclass(eq=False)
-class Member:
+class GroupMember:
     """A layer of a group in one forward pass; its branches take and give [batch, length, hidden].
 
     members: the layers of the group. forward: the layer's own, as it was before it was grouped.

@@ -64,7 +64,12 @@ def dequantised(settings: Any) -> Any:
 
 
 def as_converted(model: Any, checkpoint: Checkpoint) -> Any:
-    """The model with those weights that were quantised rounded to bfloat16, as `convert` reads."""
+    """The model with those weights that were quantised rounded to bfloat16, as `convert` reads.
+
+    A conversion, whose weights `convert` quantised itself, stays as transformers loads it.
+    """
+    if "abreast" in checkpoint.config:
+        return model
     family = FAMILIES[checkpoint.config["model_type"]]
     tensors = as_loaded(checkpoint, family).tensors if family.matrices else {}
     for name, parameter in model.named_parameters():

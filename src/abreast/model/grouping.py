@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
-from abreast.checkpoint import check_depth, open_checkpoint, plan_for, resolve
+from abreast.checkpoint import check_has_layers, open_checkpoint, plan_for, resolve
 from abreast.errors import AbreastError, CheckpointError, first_line, is_fault
 from abreast.families import FAMILIES, Branches, Family, as_ours
-from abreast.model.branches import Member, by_name, is_parallel, lacks
+from abreast.model.branches import GroupMember, by_name, is_parallel, lacks
 from abreast.model.devices import as_converted, check_device, dequantised, named_dtype
 from abreast.model.forward import CACHES
 from abreast.plan import Group, Norms, Plan
@@ -87,7 +87,7 @@ def load(
     options |= {"attn_implementation": attn_implementation} if attn_implementation else {}
     config, names = as_ours(checkpoint.config)
     if isinstance(count := config.get("num_hidden_layers", config.get("n_layer")), int):
-        check_depth(checkpoint, count)
+        check_has_layers(checkpoint, count)
     joined = format_of(checkpoint.config) != "mlx"  # whose layers are the original's
     # Left alone, transformers fills what is missing or does not fit with random numbers.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -392,7 +392,7 @@ class _Forwards:
         """The group's output from its input, both [batch, length, hidden]."""
         group, branches = self.group, self.branches
         members = [
-            Member(layer, self.members, branches, own, received, self.norms, self.last_matrix)
+            GroupMember(layer, self.members, branches, own, received, self.norms, self.last_matrix)
             for layer, own, received in zip(self.members, self.forwards, arguments, strict=True)
         ]
         read: list[torch.Tensor] = []

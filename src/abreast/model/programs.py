@@ -25,7 +25,7 @@ from abreast.errors import AbreastError
 from abreast.model.branches import by_name, tensor_of
 from abreast.model.forward import parameters
 from abreast.model.grouping import branches_of, decoder_layers, device_of, grouped, returned
-from abreast.model.scores import token_scores
+from abreast.model.scores import Reference, token_scores
 from abreast.plan import WIRING_NAMES, Group, Norms, Plan
 
 if TYPE_CHECKING:
@@ -154,8 +154,9 @@ def run_programs(
     evaluated: layers run for it. A layer keeps its own mask and positions wherever it runs; a
     merged one has those of its first layer. Held in memory: one state [batch, window, hidden] in
     the model's dtype per step of the current program and one more, one merged layer, and the
-    reference's logits [batch, window, vocab]. norms: of every group, see `apply`. Raises
-    AbreastError for layers of different shape, which cannot be merged, and as `apply`.
+    reference's log-probabilities [batch, window, vocab], float32. norms: of every group, see
+    `apply`. Raises AbreastError for layers of different shape, which cannot be merged, and as
+    `apply`.
     """
     layers = decoder_layers(model)
     if any("forward" in vars(layer) and not hasattr(layer, "_hf_hook") for layer in layers):
@@ -165,7 +166,7 @@ def run_programs(
     first = [] if reference is None else [reference]
     previous: Program = ()
     states = [embedded]
-    logits: list[torch.Tensor | None] = []
+    scored_against: list[Reference] = []
     if prompts is not None:
         prompts = prompts.to(ids.device)[..., None]
     with _prompts_held(model, layers, prompts):
@@ -176,10 +177,11 @@ def run_programs(
                 states.append(advance(model, layers, arguments, step, states[-1], norms))
             previous, last = program, states[-1]
             if program == reference:
-                logits, theirs = list(_logits(model, layers, last, ids, prefix)), last
+                parts = _logits(model, layers, last, ids, prefix)
+                scored_against, theirs = [Reference.of(part) for part in parts], last
             if prompts is not None:
                 last = torch.where(prompts, theirs, last)
-            sums = _score(model, layers, last, ids, prefix, logits, scored)
+            sums = _score(model, layers, last, ids, prefix, scored_against, scored)
             yield program, sums, cost_of(program[shared:])
 
 
@@ -393,12 +395,12 @@ def _score(
     state: torch.Tensor,
     ids: torch.Tensor,
     prefix: int,
-    reference: list[torch.Tensor | None],
+    reference: list[Reference],
     scored: torch.Tensor | None = None,
 ) -> np.ndarray:
-    """Sums per window as `run_programs` yields; reference: logits from `_logits`, or empty."""
+    """Sums per window as `run_programs` yields; reference: of `_logits`, or empty."""
     targets = ids[:, max(prefix, 1) :].split(_rows(model, ids))
-    others = reference or [None] * len(targets)
+    others: Sequence[Reference | None] = reference or [None] * len(targets)
     parts = zip(_logits(model, layers, state, ids, prefix), targets, others, strict=True)
     scores = np.concatenate([token_scores(*part) for part in parts])
     if scored is not None:  # what is not scored may be no number

@@ -148,7 +148,7 @@ def candidates(
     if not 2 <= max_group <= num_layers:
         raise AbreastError(f"groups of up to {max_group} layers: choose from 2 to {num_layers}")
     family = FAMILIES.get(str(config.get("model_type")))
-    if family is not None and family.parallel:
+    if family is not None and family.reads_one_input(config):
         wirings = ("lp",)
     edge = 0 if force else 1
     groups = []

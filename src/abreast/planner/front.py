@@ -195,7 +195,7 @@ class Budget:
     max_ppl_increase: float | None = option(None, "Budget: 0.02 allows 2 % more perplexity.")
     speedup: float | None = option(None, "Budget: predicted speed-up of decoding.")
     keep_quality: float | None = option(
-        None, "Budget: share of the accuracy above chance to keep on --score-tasks, 0.98 say."
+        None, "Budget: share of the accuracy above chance to keep on --score-tasks, such as 0.98."
     )
 
     def __post_init__(self) -> None:

@@ -183,7 +183,8 @@ def measured_profile(
     for kind, plan in plans.items():
         with scratch(".profile.partial-", work) as staging:
             target, converted = staging / "converted", None
-            if whole.config.model_type in CONVERTIBLE:
+            row = CONVERTIBLE.get(whole.config.model_type)
+            if row is not None and row.converts(whole.config.to_dict()):
                 convert(folder, plan, target, force=True)
                 converted = loaded(target)
             # what the machine does at the time slows both

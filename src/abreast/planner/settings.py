@@ -74,14 +74,12 @@ class Search:
 
     hardware: str | None = option(
         None,
-        "Predict speed for this hardware, as in estimate, and with a limit on quality "
-        "make that fastest. Default: measure it here.",
+        "Predict speed for this hardware, named as in estimate; with a limit on quality, "
+        "find the fastest plan there. Default: measure speed here.",
     )
-    ranks: int | None = option(
-        None, "Predict for so many of --hardware (H100 where it is not named)."
-    )
+    ranks: int | None = option(None, "Predict for this many of --hardware (default: H100).")
     link: float | None = option(
-        None, "Predict for a link on which an all-reduce takes so many microseconds."
+        None, "Predict for a link on which an all-reduce takes this many microseconds."
     )
     unpaired: Unpaired = option("shard", "How devices hold layers in no group, as in estimate.")
     per_group: int = option(4, "Plans to measure at each depth, per group of the plan.")

@@ -53,7 +53,7 @@ def card(conversion: Conversion) -> str:
     if manifest is None:
         raise AbreastError(f"'{conversion.target}' holds no conversion; convert first")
     source = str(conversion.source or "an unnamed model")
-    path = Path(source).expanduser()  # where it lay is nobody's business
+    path = Path(source).expanduser()  # where it lay is private
     shown = path.name if path.is_absolute() or path.exists() else source
     short = re.sub(r"[^\w.-]+", "-", Path(source).name).strip("-.") or "model"
     name = f"{short}-abreast-{plan.depth}"
@@ -250,7 +250,7 @@ def push(out: str | Path, repo: str, *, private: bool = True) -> str:
     write_card(read_conversion(out))
     api = HfApi()
     try:
-        # Creating a repository waits for minutes where nobody answers.
+        # Creating a repository waits for minutes if the Hub does not answer.
         get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(

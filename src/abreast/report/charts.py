@@ -185,7 +185,7 @@ def _curves(points: Sequence[Row], x: Any, objective: Objective) -> dict[str, An
     )
     layers = [
         # Vega-Lite makes a legend clickable for the first layer's parameters only
-        interval(base, axis).add_params(selection),
+        draw_interval(base, axis).add_params(selection),
         base.mark_line(strokeWidth=1.8).encode(y=axis),
         base.mark_point(filled=True, size=64).encode(y=axis, shape=shape),
     ]
@@ -225,7 +225,7 @@ def groups_chart(rows: Sequence[Row]) -> Chart:
     )
     shape = alt.Shape("use:N").scale(domain=uses, range=["diamond", "circle"])
     layers = alt.layer(
-        interval(base, axis),
+        draw_interval(base, axis),
         base.mark_point(filled=True, size=80, opacity=1).encode(y=axis, shape=shape),
     )
     least = min(points, key=lambda point: point["value"])
@@ -263,7 +263,7 @@ def position_chart(rows: Sequence[Row]) -> Chart:
         tooltip=_tooltips(span="positions", exact="KL"),
     )
     layers = alt.layer(
-        interval(base, axis),
+        draw_interval(base, axis),
         base.mark_line().encode(y=axis),
         base.mark_point(filled=True, size=52, opacity=1).encode(y=axis),
     )
@@ -299,7 +299,7 @@ def tasks_chart(rows: Sequence[Row]) -> Chart:
         tooltip=_tooltips(task="task", model="model", exact="score"),
     )
     layers = alt.layer(
-        interval(base, axis), base.mark_point(filled=True, size=70, opacity=1).encode(x=axis)
+        draw_interval(base, axis), base.mark_point(filled=True, size=70, opacity=1).encode(x=axis)
     )
     scores = (f"{row['task']} {row['original']:.3f} and {row['converted']:.3f}" for row in rows)
     return Chart(
@@ -337,7 +337,7 @@ def speed_chart(rows: Sequence[Row]) -> Chart:
     same = alt.Chart(alt.Data(values=[{"value": 1}])).mark_rule(strokeDash=[4, 4])
     layers = alt.layer(
         same.encode(x="value:Q", color=alt.value("var(--muted)")),
-        interval(base, axis),
+        draw_interval(base, axis),
         base.mark_point(filled=True, size=90, opacity=1).encode(
             x=axis.scale(zero=False, padding=16)
         ),
@@ -384,7 +384,7 @@ def value_axis(channel: Any, title: str, *, logarithmic: bool = False) -> Any:
     return axis.scale(type="log") if logarithmic else axis
 
 
-def interval(base: Any, axis: Any) -> Any:
+def draw_interval(base: Any, axis: Any) -> Any:
     """Rules from the field "low" to "high" along an axis."""
     low = axis.copy()
     low.shorthand = "low:Q"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from abreast.checkpoint import write
 from abreast.errors import AbreastError, install
-from abreast.report.charts import CONFIG, error_bar, interval, png, value_axis
+from abreast.report.charts import CONFIG, draw_interval, error_bar, png, value_axis
 from abreast.rivals import Measured
 from abreast.study import best_by_depth
 
@@ -34,7 +34,7 @@ def check_drawing(otherwise: str = "use --no-plots") -> None:
 def draw_front(planned: Planned, rows: Sequence[Measured], out: str | Path) -> None:
     """Draw pareto.png, quality against depth, and with a profile pareto-speed.png.
 
-    rows: as `rivals.compare` returns them, or none to draw the front on the calibration text alone.
+    rows: as `compare_rivals` returns them, or none to draw the front on the calibration text alone.
     """
     front, profile = planned.front, planned.profile
     text = "held-out" if rows or front.held_out else "calibration"
@@ -180,7 +180,7 @@ def draw_bench(report: Report, path: str | Path) -> None:
     one = alt.Chart().mark_rule(color="var(--fg)").encode(y=alt.datum(1))
     layers = alt.layer(
         base.mark_bar().encode(y=axis, color=_colour(names)),
-        interval(base, axis),
+        draw_interval(base, axis),
         one,
         data=alt.Data(values=bars),
     )
@@ -215,7 +215,7 @@ def _lines(points: Sequence[Mapping[str, Any]], xlabel: str, ylabel: str, log: b
         ),
     ]
     if any("low" in point for point in points):
-        layers.insert(0, interval(base, y))
+        layers.insert(0, draw_interval(base, y))
     return alt.layer(*layers).properties(height=380)
 
 

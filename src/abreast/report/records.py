@@ -150,7 +150,7 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The model as it was named, MODEL where nobody knows."""
+        """The model as it was named, MODEL if that is unknown."""
         source = self.last.source if self.last is not None else None
         return source or (self.stats.source if self.stats is not None else None) or "MODEL"
 

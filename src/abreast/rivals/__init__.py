@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.rivals.compare import compare
+    from abreast.rivals.compare import compare_rivals
     from abreast.rivals.measured import (
         BASELINES_FILE,
         LEFT_OUT,

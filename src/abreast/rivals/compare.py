@@ -154,7 +154,7 @@ class _Choices:
         return {depth: choices[depth] for depth in depths}
 
 
-def compare(
+def compare_rivals(
     ours: Mapping[int, Plan],
     geometry: Mapping[str, np.ndarray],
     calibration: Calibration,
@@ -323,7 +323,7 @@ def _speed(program: Program, num_layers: int, profile: Profile | None) -> dict[s
             seconds += profile.single
             continue
         bypassed = step
-        if step.wiring == "cqil":
+        if step.ffn_band is not None:
             bypassed = step.model_copy(update={"bypass": len(step.layers) - 1})
         kind = next((k for k in map(kind_of, (step, bypassed)) if k in profile.groups), None)
         if kind is None:

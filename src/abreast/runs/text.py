@@ -192,7 +192,7 @@ def _sources(data: str) -> list[str]:
 
 
 def _mixed(streams: Sequence[TokenStream], piece: int, max_tokens: int) -> TokenStream:
-    """Several streams as one: a piece of so many tokens of each in turn, until all have ended.
+    """Several streams as one: a piece of each in turn, of a given size, until all have ended.
 
     So any long enough stretch of it holds all of them in equal shares.
     """
@@ -313,7 +313,7 @@ def _own(
     folder: Path | None,
     step: Callable[[str], None],
 ) -> TokenStream:
-    """Text that the model writes; in the run's folder a later call finds it, or goes on with it.
+    """Text that the model writes. A later call finds it in the run's folder, or continues it.
 
     length: tokens of a text, of which at most ROWS are written at a time. The last batch has only
     as many as are missing, by the mean length so far.
@@ -397,7 +397,7 @@ def _write(
     batches: int,
     step: Callable[[str], None],
 ) -> list[np.ndarray]:
-    """A batch of texts, int32 each: its first tokens, if any, and what the model goes on with.
+    """A batch of texts, int32 each: its first tokens, if any, and what the model continues with.
 
     They begin with the prefix, or what else begins a text, which is left out of them. Every second
     one then has a beginning from the list. first: number of the first. batches: still to write.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
         Estimate,
         Setting,
         estimate,
-        fastest,
+        fastest_way,
         forward_cost,
         stage_cost,
         stage_seconds,

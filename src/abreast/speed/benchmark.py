@@ -18,7 +18,7 @@ import torch
 
 from abreast.errors import AbreastError
 from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
-from abreast.speed.timing import BenchResult, Footprint, Task, measure, timings
+from abreast.speed.timing import BenchResult, Footprint, Task, time_in_turn, timings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -144,7 +144,7 @@ def bench(
     progress: Callable[[int, int], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> BenchResult:
-    """Time models against the first of them on one task, in interleaved rounds (see `measure`).
+    """Time models against the first of them on one task, in interleaved rounds.
 
     The prompts are batch_size rows of `context` random tokens, the same for all models and rounds.
 
@@ -199,7 +199,7 @@ def bench(
         for name, model in models.items():
             steps = EXECUTIONS[execution](model, context + generated, task)
             candidates[name] = _Candidate(steps, ids, task, generated, held)
-        measurement = measure(
+        measurement = time_in_turn(
             {name: candidate.run for name, candidate in candidates.items()},
             rounds=rounds,
             warmup=warmup,

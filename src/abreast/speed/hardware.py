@@ -52,7 +52,7 @@ class Hardware:
         return self.latency + self.latency_per_doubling * math.log2(ranks) + volume
 
     def joined(self, ranks: int | None = None, link: float | None = None) -> Hardware:
-        """So many of it, with so many microseconds of an all-reduce. Raises HardwareError."""
+        """The same with this many devices and microseconds per all-reduce. Raises HardwareError."""
         count = self.count if ranks is None else ranks
         if count < 1 or (link is not None and (count < 2 or not 0 <= link < math.inf)):
             raise HardwareError(

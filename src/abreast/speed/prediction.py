@@ -42,14 +42,18 @@ class Setting:
     """
 
     hardware: Hardware = field(
-        metadata={"help": "Such as H100, 8xA100-PCIe.", "parse": hardware_of, "default": "H100"}
+        metadata={
+            "help": "For example H100 or 8xA100-PCIe.",
+            "parse": hardware_of,
+            "default": "H100",
+        }
     )
     batch: int = 1
     context: int = 1024
     phase: Phase = "decode"
     runtime: Runtime = "graphs"
     ranks: int | None = option(None, "Devices that share the work. Default: all of them.")
-    baseline_ranks: int | None = option(None, "Devices for the original. Default: as many.")
+    baseline_ranks: int | None = option(None, "Devices for the original. Default: the same number.")
     unpaired: Unpaired = option(
         "shard",
         "replicate: single layers are whole on every device, as in CQIL's "
@@ -127,19 +131,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ForwardCost:
     """Seconds that the program (host) and the device need; costs add up."""
 
     host: float
     device: float
     synchronous: bool = False
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: ForwardCost) -> ForwardCost:
         host, device = self.host + other.host, self.device + other.device
-        return Cost(host, device, self.synchronous or other.synchronous)
+        return ForwardCost(host, device, self.synchronous or other.synchronous)
 
-    def __mul__(self, times: int) -> Cost:
-        return Cost(self.host * times, self.device * times, self.synchronous)
+    def __mul__(self, times: int) -> ForwardCost:
+        return ForwardCost(self.host * times, self.device * times, self.synchronous)
 
     @property
     def seconds(self) -> float:
@@ -152,7 +156,7 @@ class Estimate:
 
     bound: what limits the speed under the plan, "program" or "device". all_reduces: per forward
     pass, of the original and under the plan. weights, kv_cache: bytes per device. fits: whether
-    they fit into its memory. refused: why no engine splits the plan over so many devices, None
+    they fit into its memory. refused: why no engine splits the plan over that many devices, None
     where one does.
     """
 
@@ -185,7 +189,7 @@ class Estimate:
         return asdict(self)
 
 
-def forward_cost(config: Mapping[str, Any], plan: Plan | None, setting: Setting) -> Cost:
+def forward_cost(config: Mapping[str, Any], plan: Plan | None, setting: Setting) -> ForwardCost:
     """Cost of a whole forward pass, of the original where plan is None.
 
     Raises AbreastError for a plan of another model, FamilyError for an unknown one.
@@ -279,8 +283,8 @@ def ways(config: Mapping[str, Any], plan: Plan, setting: Setting) -> dict[str, E
     return {way: entry for way, entry in estimates.items() if entry.refused is None}
 
 
-def fastest(by_way: Mapping[str, Estimate]) -> str | None:
-    """Which of the `ways` that fit into the devices' memory takes the least time, None for none."""
+def fastest_way(by_way: Mapping[str, Estimate]) -> str | None:
+    """Which of the `ways` that fit into the devices' memory takes the least time, if any fits."""
     fitting = {way: entry.converted for way, entry in by_way.items() if entry.fits}
     return min(fitting, key=fitting.__getitem__) if fitting else None
 
@@ -303,7 +307,7 @@ def _context_bytes(config: Mapping[str, Any], setting: Setting) -> int:
     return int(per_token * setting.batch * setting.context * setting.cache_bytes)
 
 
-def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "both") -> Cost:
+def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "both") -> ForwardCost:
     """With a bypass, whichever is faster: exchanging attentions or repeating the neighbours'."""
     ways = (False, True) if part == "both" and setting.repeated(group) is not None else (False,)
     costs = [_stage_way(shape, group, setting, part, repeats) for repeats in ways]
@@ -312,7 +316,7 @@ def _stage(shape: Shape, group: Group | None, setting: Setting, part: Part = "bo
 
 def _stage_way(
     shape: Shape, group: Group | None, setting: Setting, part: Part, repeats: bool
-) -> Cost:
+) -> ForwardCost:
     kernels_of = table()["runtimes"][setting.runtime]["kernels"]
     width = len(group.layers) if group is not None else 1
     attentions, ffns = setting.held(group)
@@ -334,7 +338,7 @@ def _stage_way(
     return _launched(kernels, len(all_reduces), device, setting)
 
 
-def _outside(shape: Shape, setting: Setting) -> Cost:
+def _outside(shape: Shape, setting: Setting) -> ForwardCost:
     """Embedding, last norm, output head (of one position per row), choice of the token; and, where
     graphs are replayed, how long the device waits for the next one."""
     ranks = 1 if setting.unpaired == "replicate" else setting.devices
@@ -376,13 +380,13 @@ def _attention_seconds(shape: Shape, layers: float, setting: Setting) -> float:
     )
 
 
-def _launched(kernels: int, all_reduces: int, device: float, setting: Setting) -> Cost:
+def _launched(kernels: int, all_reduces: int, device: float, setting: Setting) -> ForwardCost:
     """The cost with the time to launch kernels and all-reduces, and the gaps between kernels."""
     runtime = table()["runtimes"][setting.runtime]
     host = all_reduces * runtime["host_collective"]
     if setting.hardware.synchronous:
-        return Cost(host + kernels * table()["synchronous_kernel"], device, True)
-    return Cost(host + kernels * runtime["host_kernel"], device + kernels * table()["gap"])
+        return ForwardCost(host + kernels * table()["synchronous_kernel"], device, True)
+    return ForwardCost(host + kernels * runtime["host_kernel"], device + kernels * table()["gap"])
 
 
 def _all_reduces(

@@ -93,7 +93,7 @@ def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, 
 
 
 def typical_plan(config: Mapping[str, Any]) -> Plan:
-    """Pairs next to the middle, so many that five sixths of the layers are left as stages.
+    """Pairs next to the middle, as many as leave five sixths of the layers as stages.
 
     lp pairs; where no two neighbours can be joined so, pairs with their attentions in order (ff).
     The first and the last layer stay alone, in models of 4 layers and more.
@@ -103,9 +103,10 @@ def typical_plan(config: Mapping[str, Any]) -> Plan:
     first = (count - 2 * pairs) // 2
     ends = (max(1, first % 2), count - 1) if count > 3 else (0, count)
     for wiring in ("lp", "ff"):
+        in_order = Group.wired((0, 1), wiring).is_in_order
         starts, start = [], ends[0] + (first - ends[0]) % 2
         while start + 1 < ends[1]:
-            legal = obstacle(config, (start, start + 1), in_order=wiring == "ff") is None
+            legal = obstacle(config, (start, start + 1), in_order=in_order) is None
             starts += [start] * legal
             start += 1 + legal
         if starts:

@@ -67,7 +67,7 @@ class Job:
         "eager", "compile: static cache, CUDA graphs on a GPU; tp: tensor parallel under torchrun."
     )
     rounds: int = option(20, "Rounds; in each, every model is timed once.")
-    warmup: int = option(2, "Rounds before, not counted.")
+    warmup: int = option(2, "Warm-up rounds, not counted.")
     seed: int = option(0, "Random seed.")
     device: str = option("cpu", "cpu, cuda, cuda:1, ...")
     dtype: str = option("auto", "float32, bfloat16, float16 or auto.")
@@ -76,7 +76,7 @@ class Job:
         ("shard",), "How the processes of tp hold layers in no group: shard or replicate, or both."
     )
     link_delay: int = option(
-        0, "Microseconds that every exchange of tp waits in addition: a simulated link."
+        0, "Microseconds added to every exchange of tp: a simulated slower link."
     )
     vllm: tuple[str, ...] = ("vllm",)
     trust_remote_code: bool = option(False, "Allow code inside the checkpoints to run.")
@@ -240,7 +240,7 @@ class Report:
         }
 
 
-def measure(
+def time_in_turn(
     candidates: Mapping[str, Callable[[], int]],
     *,
     rounds: int,

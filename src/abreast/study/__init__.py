@@ -7,6 +7,6 @@ from abreast.lazy import attach
 if TYPE_CHECKING:
     from abreast.study.interventions import Study, StudyRow, best_by_depth, study, wins
     from abreast.study.settings import Changes, Grid, StudySettings
-    from abreast.study.sweep import Sweep, SweepRow, check_parquet, study_cost, sweep
+    from abreast.study.sweep import Sweep, SweepRow, study_cost, sweep
 
 attach(__name__)

@@ -7,7 +7,7 @@ intervention of arXiv 2502.02790, section 3, the model is run with that stretch 
 - ``prune``: without them;
 - ``merge``: one layer in their place, whose every weight is the mean of theirs;
 - ``parallel``: all of them as one ``lp`` group;
-- ``2-parallel`` to ``6-parallel``: as consecutive ``lp`` groups of so many from `start` on; what is
+- ``2-parallel`` to ``6-parallel``: as ``lp`` groups of that size from `start` on; what is
   left over at the end is a smaller group, or a single layer as it was;
 - ``cqil``, ``cqil-full``, ``ff``: as one group of another wiring, of CQIL's (arXiv 2404.06709,
   section 3.2) with bypass distance 0 or full causal visibility;

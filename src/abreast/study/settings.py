@@ -74,8 +74,10 @@ class Grid:
 
     sizes: tuple[int, ...] = option((2, 3, 4), "With --sweep: layers per group, comma-separated.")
     wirings: tuple[str, ...] = option(WIRING_NAMES, "With --sweep: comma-separated.")
-    max_groups: int | None = option(None, "With --sweep: most groups of a plan. Default: all.")
-    min_depth: int | None = option(None, "With --sweep: least effective depth. Default: any.")
+    max_groups: int | None = option(None, "With --sweep: most groups in a plan. Default: no limit.")
+    min_depth: int | None = option(
+        None, "With --sweep: smallest effective depth. Default: no limit."
+    )
     hardware: str | None = option(
         None, "With --sweep: predict decoding on this hardware, as in estimate."
     )

@@ -105,7 +105,7 @@ class Sweep:
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready values (NaN and infinity become None)."""
         record = asdict(self)
-        return {**record, "rows": finite(table(self.rows))}
+        return {**record, "rows": finite(_flat(self.rows))}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class StudyCost:
 
 
 def plans_of(grid: Grid, num_layers: int) -> list[tuple[str, int, Plan]]:
-    """(wiring, size, plan) of every regular plan in the grid. Raises AbreastError for none."""
+    """Every regular plan with its wiring and size. Raises AbreastError if the grid has none."""
     bounds = {"the most groups": grid.max_groups, "the least depth": grid.min_depth}
     check_least({label: (n, 1) for label, n in bounds.items() if n is not None})
     check_least({"the least size": (min(grid.sizes, default=0), 2)})
@@ -215,7 +215,7 @@ def sweep(
     original = Plan(num_layers=num_layers)
     rows = [
         SweepRow(
-            **_place(wiring, size, plan),
+            **_about_plan(wiring, size, plan),
             **_scored(scores[plan]),
             **_timed("predicted", plan, predicted),
             **_timed("measured", plan, measured),
@@ -233,7 +233,7 @@ def sweep(
         identity=run.identity,
         folder=str(run.out),
     )
-    columns = table(rows)
+    columns = _flat(rows)
     write(run.out / CSV, to_csv(columns))
     if grid.parquet:
         _write_parquet(columns, run.out / PARQUET)
@@ -242,7 +242,7 @@ def sweep(
     return result
 
 
-def table(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
+def _flat(rows: Iterable[SweepRow]) -> list[dict[str, Any]]:
     """The rows with a column per task, without the columns that no row has."""
     flat = []
     for row in rows:
@@ -278,7 +278,7 @@ def _regular(wiring: str, size: int, count: int, first: int, num_layers: int) ->
     return Plan(num_layers=num_layers, groups=groups)
 
 
-def _place(wiring: str, size: int, plan: Plan) -> dict[str, Any]:
+def _about_plan(wiring: str, size: int, plan: Plan) -> dict[str, Any]:
     return {
         "wiring": wiring,
         "size": size,

@@ -6,15 +6,17 @@ see that some of ours take inputs member by member; those it must leave alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from abreast.engines.vllm.models import without_adapters
 from abreast.engines.vllm.plugin import StreamsOfOriginal
+from abreast.engines.vllm.quantized import dequantized
 from abreast.modeling_members import ThroughViews
 
 
@@ -37,10 +39,15 @@ class AbreastForCausalLM(StreamsOfOriginal, TransformersForCausalLM):
         for parent, name, module in protected:
             setattr(parent, name, module)
         parts = {module for _, _, part in protected for module in part.modules()}
-        apart = [
-            n for n, m in self.model.named_modules() if m in parts and isinstance(m, nn.Linear)
-        ]
-        self.hf_to_vllm_mapper = without_adapters(self.hf_to_vllm_mapper, apart)
+        self.apart = {
+            f"model.{name}"
+            for name, module in self.model.named_modules()
+            if module in parts and isinstance(module, nn.Linear)
+        }
+        self.hf_to_vllm_mapper = without_adapters(self.hf_to_vllm_mapper, self.apart)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights(dequantized(weights, self.apart))
 
 
 def _member_modules(layer: Any) -> Iterator[tuple[nn.Module, str, nn.Module]]:

@@ -206,10 +206,10 @@ class _Rows(MemberLinear):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         for name, loaded in weights:
-            place = list(self.shares).index(loaded.shard_id)  # type: ignore[attr-defined]
+            share = list(self.shares).index(loaded.shard_id)  # type: ignore[attr-defined]
             parts = self.get_parameter(name).data.split([n for _, n in self.shares.values()], 1)
             own = loaded.unflatten(0, (self.members, -1))
-            parts[place].copy_(own.narrow(1, *list(self.shares.values())[place]))
+            parts[share].copy_(own.narrow(1, *list(self.shares.values())[share]))
             yield name
 
 

@@ -8,6 +8,7 @@ the map of experts unread, both ranks ended with a segmentation fault.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -53,6 +54,62 @@ class Experts(nn.Module):
         logits, _ = self.gate(hidden_ND)
         out: torch.Tensor = self.experts(hidden_states=hidden_ND, router_logits=logits)
         return out
+
+
+class BiasedExperts(nn.Module):
+    """Those of gpt-oss, which have biases and a clamped activation: [N, D] -> [N, D].
+
+    The chosen ones share a softmax of their own, which is that of all, normalised.
+    """
+
+    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+        from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
+
+        hidden, members = config.hidden_size, getattr(config, "abreast_members", None) or 1
+        self.router = ReplicatedLinear(
+            hidden, config.num_local_experts, bias=True, prefix=f"{prefix}.router"
+        )
+        self.experts = FusedMoEFactory(
+            num_experts=config.num_local_experts,
+            top_k=members * config.num_experts_per_tok,
+            hidden_size=hidden,
+            intermediate_size=config.intermediate_size,
+            renormalize=False,
+            custom_routing_function=partial(choose, members, True),
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.experts",
+            has_bias=True,
+            activation="swigluoai",
+            routed_experts_cls=GptOssRoutedExperts,
+        )
+
+    def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        logits, _ = self.router(hidden_ND)
+        out: torch.Tensor = self.experts(hidden_states=hidden_ND, router_logits=logits)
+        return out
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+        """Called by vLLM's loader, with names from here on; experts come all in one tensor."""
+        names = {"gate_up_proj": "w13", "down_proj": "w2"}
+        routed = self.experts.routed_experts
+        for name, loaded in weights:
+            matrix = name.removeprefix("experts.").removesuffix("_bias")
+            if matrix not in names:
+                self.get_parameter(name).data.copy_(loaded)
+                yield name
+                continue
+            own = names[matrix] + ("_bias" if name.endswith("_bias") else "_weight")
+            for number, expert in enumerate(loaded):
+                routed.weight_loader(
+                    getattr(routed, own),
+                    expert,
+                    weight_name=own,
+                    shard_id=f"gpt_oss_{names[matrix]}",
+                    expert_id=number,
+                )
+            yield f"experts.routed_experts.{own}"
 
 
 def choose(

@@ -47,8 +47,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 
 from abreast.engines.members import HeadNorm, biases, output_loader, visible
-from abreast.engines.vllm.experts import Experts, has_experts
+from abreast.engines.vllm.experts import BiasedExperts, Experts, has_experts
 from abreast.engines.vllm.packed import PackedLinear
+from abreast.engines.vllm.quantized import QuantizedMembers
 
 
 class Attention(LlamaAttention):
@@ -92,6 +93,47 @@ class Attention(LlamaAttention):
         return output
 
 
+@functools.cache
+def sink_attention() -> Any:
+    """vLLM's attention of gpt-oss, which adds a sink per head to the softmax, at any width.
+
+    Made when it is needed, so that where vLLM renames it other models are served.
+    """
+    from vllm.model_executor.layers.attention import Attention as Attend
+    from vllm.model_executor.models.gpt_oss import OAIAttention
+
+    class SinkAttention(OAIAttention):  # type: ignore[misc,unused-ignore]
+        def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
+            if not config.attention_bias or config.rope_parameters["rope_type"] != "yarn":
+                raise ValueError("vLLM's gpt-oss has attention_bias, and rope_type yarn only")
+            super().__init__(config, vllm_config.quant_config, vllm_config.cache_config, prefix)
+            self.sinks.weight_loader = self._load_sinks
+
+        def _build_attention(self, config: Any, prefix: str, **given: Any) -> nn.Module:
+            slides = config.layer_types[self.layer_idx] == "sliding_attention"
+            return Attend(
+                self.num_local_attention_heads,
+                self.head_dim,
+                self.scaling,
+                num_kv_heads=self.num_local_key_value_heads,
+                per_layer_sliding_window=config.sliding_window if slides else None,
+                prefix=f"{prefix}.attn",
+                sinks=self.sinks,
+                **given,
+            )
+
+        def _load_sinks(self, parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+            heads = len(parameter)
+            first = get_tensor_model_parallel_rank() * heads
+            parameter.data.copy_(loaded[first : first + heads])
+
+        def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = super().forward(hidden_states, positions)
+            return output
+
+    return SinkAttention
+
+
 class Layer(nn.Module):
     """A single layer or an lp group: two all-reduces, whatever its width.
 
@@ -102,14 +144,17 @@ class Layer(nn.Module):
         super().__init__()
         base: Any = vllm_config.model_config.hf_config
         replicate, single = replicates(base), base.to_dict()
+        sinks = config.model_type == "abreast_gpt_oss"
         with whole(replicate and config.num_attention_heads == single["num_attention_heads"]):
-            self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
+            kind = sink_attention() if sinks else Attention
+            self.self_attn = kind(config, vllm_config, f"{prefix}.self_attn")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: Any = None
         if config.intermediate_size == 0:
             return
         if has_experts(config, extract_layer_index(prefix)):
-            self.mlp = Experts(config, vllm_config, f"{prefix}.mlp")
+            kind = BiasedExperts if sinks else Experts
+            self.mlp = kind(config, vllm_config, f"{prefix}.mlp")
         else:
             self.mlp = LlamaMLP(
                 hidden_size=config.hidden_size,
@@ -181,7 +226,7 @@ class CqilLayer(nn.Module):
         self.first, self.lead = rank * self.members // size, rank == 0
         self.group = member_group(self.members) if self.sharing > 1 else None
         self.self_attn = Attention(config, vllm_config, f"{prefix}.self_attn")
-        self.self_attn.o_proj = _member_outputs(self, self.self_attn, config, f"{prefix}.self_attn")
+        self.self_attn.o_proj = self._outputs(vllm_config.quant_config, prefix)
         self.mlp = MemberMLP(config, vllm_config, self.here, f"{prefix}.mlp")
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -198,6 +243,32 @@ class CqilLayer(nn.Module):
         if bias is not None and self.lead:
             fed_ND = fed_ND + bias
         return tensor_model_parallel_all_reduce(fed_ND), x_ND
+
+    def _outputs(self, quant_config: Any, prefix: str) -> nn.Module:
+        """The output matrices of the members here: [P, N, X] -> [P, N, D]; the sum over ranks is
+        whole.
+
+        In the checkpoint they lie one below the other, [p * D, X]: a rank takes the rows of its
+        members and of those its share of the columns.
+        """
+        attention, here = self.self_attn, self.here
+        hidden, bias = attention.hidden_size, attention.o_proj.bias is not None
+        columns, name = attention.q_size // here, f"{prefix}.self_attn.o_proj"
+        if quant_config is not None and self.sharing == 1:
+            each = [
+                ReplicatedLinear(columns, hidden, bias, quant_config=quant_config, prefix=name)
+                for _ in range(here)
+            ]
+            return QuantizedMembers(each, self.first, self.members)
+        if here > 1:
+            linear: Any = PackedLinear(here, hidden, columns, bias)
+        else:
+            linear = ReplicatedLinear(columns, hidden, bias, prefix=name)
+        share = get_tensor_model_parallel_rank() % self.sharing
+        load = output_loader(self.first, here, hidden, columns, share)
+        for parameter in linear.parameters():
+            parameter.weight_loader = load
+        return linear
 
     def visible(self, part_PND: torch.Tensor) -> torch.Tensor:
         """For each member here, the sum of the attention outputs that its FFN sees: [P, N, D]."""
@@ -226,23 +297,37 @@ class MemberMLP(nn.Module):
     def __init__(self, config: Any, vllm_config: VllmConfig, here: int, prefix: str) -> None:
         super().__init__()
         hidden, wide = config.hidden_size, config.intermediate_size
-        self.here, bias = here, biases(config)[2]
+        self.here, bias, quant_config = here, biases(config)[2], vllm_config.quant_config
+        name, members = f"{prefix}.gate_up_proj", config.abreast_members
         if config.hidden_act != "silu":
             raise ValueError(f"activation {config.hidden_act} is not silu, which vLLM needs here")
         if here == 1:
             self.gate_up_proj = MergedColumnParallelLinear(
-                hidden, [wide] * 2, bias=bias, prefix=f"{prefix}.gate_up_proj"
+                hidden, [wide] * 2, bias, quant_config=quant_config, prefix=name
             )
+        elif quant_config is not None:
+            each = [
+                MergedColumnParallelLinear(
+                    hidden,
+                    [wide // members] * 2,
+                    bias,
+                    quant_config=quant_config,
+                    prefix=name,
+                    disable_tp=True,
+                )
+                for _ in range(here)
+            ]
+            first = get_tensor_model_parallel_rank() * here
+            self.gate_up_proj = QuantizedMembers(each, first, members)
         else:
-            rows = 2 * wide // config.abreast_members
-            self.gate_up_proj = _GateUp(here, rows, hidden, bias)
+            self.gate_up_proj = _GateUp(here, 2 * wide // members, hidden, bias)
         self.down_proj = RowParallelLinear(
             wide,
             hidden,
             bias=bias,
             skip_bias_add=True,
             reduce_results=False,
-            quant_config=vllm_config.quant_config,
+            quant_config=quant_config,
             prefix=f"{prefix}.down_proj",
         )
         self.act_fn = SiluAndMul()
@@ -271,26 +356,6 @@ class _GateUp(PackedLinear):
             own = own.reshape(members, half, *own.shape[1:])
             parameter.data.narrow(1, shard * half, half).copy_(own)
             yield name
-
-
-def _member_outputs(group: CqilLayer, attention: Attention, config: Any, prefix: str) -> nn.Module:
-    """The output matrices of the members here: [P, N, X] -> [P, N, D]; the sum over ranks is whole.
-
-    In the checkpoint they lie one below the other, [p * D, X]: a rank takes the rows of its members
-    and of those its share of the columns.
-    """
-    hidden, bias = config.hidden_size, attention.o_proj.bias is not None
-    columns = attention.q_size // group.here
-    if group.here > 1:
-        linear: Any = PackedLinear(group.here, hidden, columns, bias)
-    else:
-        linear = ReplicatedLinear(columns, hidden, bias=bias, prefix=f"{prefix}.o_proj")
-    share = get_tensor_model_parallel_rank() % group.sharing
-
-    load = output_loader(group.first, group.here, hidden, columns, share)
-    for parameter in linear.parameters():
-        parameter.weight_loader = load
-    return linear
 
 
 @functools.cache

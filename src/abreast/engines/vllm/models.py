@@ -5,7 +5,7 @@ vLLM imports this file in its workers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from abreast.engines.vllm.layers import (
 )
 from abreast.engines.vllm.packed import PackedLinear
 from abreast.engines.vllm.plugin import StreamsOfOriginal, is_sequential
+from abreast.engines.vllm.quantized import dequantized
 
 
 def _layer(vllm_config: VllmConfig, prefix: str) -> nn.Module:
@@ -56,16 +57,22 @@ class _ForCausalLM(StreamsOfOriginal, LlamaForCausalLM):
         if size > 1 and replicates(config):
             every_rank_alone()
         super().__init__(vllm_config=vllm_config, prefix=prefix, layer_type=_layer)
-        self.apart = {
-            f"model.layers.{index}.{name}"
-            for index, layer in enumerate(layers)
-            if _has_band(layer)
+        banded = {f"model.layers.{i}": layer for i, layer in enumerate(layers) if _has_band(layer)}
+        apart = [
+            f"{layer}.{name}"
+            for layer in banded
             for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        ]
+        self.hf_to_vllm_mapper = without_adapters(self.hf_to_vllm_mapper, apart)
+        # Of these a rank has some columns of its member's rows, which no quantised layer can load.
+        self.cut_both_ways = {
+            f"{name}.self_attn.o_proj"
+            for name, layer in banded.items()
+            if size > layer.abreast_members
         }
-        self.hf_to_vllm_mapper = without_adapters(self.hf_to_vllm_mapper, self.apart)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return super().load_weights(_dequantized(weights, self.apart))
+        return super().load_weights(dequantized(weights, self.cut_both_ways))
 
     def process_weights_after_loading(self) -> None:
         """Called by vLLM's loader."""
@@ -83,45 +90,20 @@ def without_adapters(mapper: WeightsMapper, modules: Iterable[str]) -> WeightsMa
     return mapper | WeightsMapper(orig_to_new_substr=names)
 
 
-def _dequantized(
-    weights: Iterable[tuple[str, torch.Tensor]], apart: set[str]
-) -> Iterable[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint, those of the modules in `apart` as plain weights.
-
-    Knows compressed-tensors' integers of up to 8 bits, [rows, columns] with a scale for each of
-    equal parts of a row, and tensors that have a `dequantize`, which torchao's have.
-    """
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in weights:
-        module, _, kind = name.rpartition(".")
-        if module in apart and type(tensor) is not torch.Tensor and hasattr(tensor, "qdata"):
-            tensor = tensor.dequantize()
-        if module in apart and (kind.startswith("weight_") or tensor.dtype == torch.int8):
-            parts.setdefault(module, {})[kind] = tensor
-        else:
-            yield name, tensor
-    for module, own in parts.items():
-        whole = own["weight"] if "weight" in own else _unpacked(own)
-        scale = own["weight_scale"].float()
-        wide = whole.float().view(*scale.shape, -1) * scale.unsqueeze(-1)
-        yield f"{module}.weight", wide.view_as(whole).to(own["weight_scale"].dtype)
-
-
-def _unpacked(own: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Signed integers [rows, columns] from int32 that hold several each, the first one lowest."""
-    packed, columns = own["weight_packed"], int(own["weight_shape"][1])
-    bits = 32 * packed.shape[1] // columns
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-    unsigned = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
-    return unsigned.flatten(1)[:, :columns] - 2 ** (bits - 1)
-
-
 class AbreastLlamaForCausalLM(_ForCausalLM):
     """Llama with layers of their own width."""
 
 
 class AbreastMistralForCausalLM(_ForCausalLM):
     """Mistral with layers of their own width."""
+
+
+class AbreastMinistralForCausalLM(_ForCausalLM):
+    """Ministral with layers of their own width."""
+
+
+class AbreastSeedOssForCausalLM(_ForCausalLM):
+    """Seed-OSS with layers of their own width."""
 
 
 class AbreastQwen2ForCausalLM(_ForCausalLM):
@@ -138,3 +120,7 @@ class AbreastMixtralForCausalLM(_ForCausalLM):
 
 class AbreastQwen3MoeForCausalLM(_ForCausalLM):
     """Qwen 3 with experts, and layers of their own width and number of them."""
+
+
+class AbreastGptOssForCausalLM(_ForCausalLM):
+    """gpt-oss with layers of their own width and number of experts."""

@@ -26,7 +26,7 @@ class PackedLinear(MemberLinear):
 
     def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
         super().__init__(members, rows, columns, bias)
-        self.weights_first, self.each = False, cast(Any, nn.ModuleList())
+        self.weights_first, self.packed = False, cast(Any, nn.ModuleList())
 
     def pack(self) -> None:
         """Choose the form, once all weights are there; those that are packed are not kept."""
@@ -36,11 +36,11 @@ class PackedLinear(MemberLinear):
             self.weights_first = True  # AMX reads rows as they are, if they come first
         elif self.weight.nbytes > SMALL:
             biases: Any = [None] * len(self.weight) if self.bias is None else self.bias
-            self.each.extend(map(_packed, self.weight, biases))
+            self.packed.extend(map(_packed, self.weight, biases))
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if self.each:
+        if self.packed:
             return torch.stack(list(self.products(x_PNX))), None
         if not self.weights_first:
             return super().forward(x_PNX)
@@ -49,10 +49,10 @@ class PackedLinear(MemberLinear):
 
     def products(self, x_PNX: torch.Tensor) -> Iterator[torch.Tensor]:
         """The members' outputs one by one, [N, out] each, so that what follows may come between."""
-        if not self.each:
+        if not self.packed:
             yield from self(x_PNX)[0]
             return
-        for one, x_NX in zip(self.each, x_PNX, strict=True):
+        for one, x_NX in zip(self.packed, x_PNX, strict=True):
             yield one.cpu_linear(x_NX, one.weight, one.bias)
 
 

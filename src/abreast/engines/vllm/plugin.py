@@ -65,18 +65,22 @@ def is_too_old(version: str) -> bool:
     return len(release) == 2 and release != (0, 0) and release < OLDEST
 
 
-def check(config: Any, tensor_parallel: int) -> None:
+def check(config: Any, tensor_parallel: int, quantization: str | None = None) -> None:
     """Raise ServingError if vLLM cannot run a converted model of this config at this degree.
 
-    config: transformers' config object. vLLM calls this in its main process, before its workers.
+    config: transformers' config object. quantization: how vLLM takes its weights to be quantised,
+    or shall quantise them. vLLM calls this in its main process, before its workers.
     """
+    known = config.to_dict()
+    if quantization is not None:
+        known["quantization_config"] = {"quant_method": quantization}
     family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
-    how: Any = getattr(config, "abreast_unpaired", "shard")
-    if how not in get_args(Unpaired):
+    unpaired: Any = getattr(config, "abreast_unpaired", "shard")
+    if unpaired not in get_args(Unpaired):
         raise ServingError(
-            f"abreast_unpaired is {how!r}, not one of {', '.join(get_args(Unpaired))}"
+            f"abreast_unpaired is {unpaired!r}, not one of {', '.join(get_args(Unpaired))}"
         )
-    for reason in refusals(VLLM, config.to_dict(), family, degree=tensor_parallel, unpaired=how):
+    for reason in refusals(VLLM, known, family, degree=tensor_parallel, unpaired=unpaired):
         raise ServingError(reason)
 
 
@@ -198,7 +202,8 @@ class _Check:
         config, parallel = vllm_config.model_config.hf_config, vllm_config.parallel_config
         drafts = vllm_config.speculative_config
         try:
-            check(config, parallel.tensor_parallel_size)
+            quantization = vllm_config.model_config.quantization
+            check(config, parallel.tensor_parallel_size, quantization)
             if drafts is not None and drafts.method == "eagle3":
                 head = drafts.draft_model_config.hf_config
                 named = getattr(head, "eagle_aux_hidden_state_layer_ids", None)
