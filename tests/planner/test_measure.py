@@ -231,7 +231,7 @@ LP, FF, BOTH = ("lp",), ("ff",), ("lp", "ff")
         ),
         ("gemma2", dict.fromkeys(("vllm", "transformers", "torch_tp"), ALL)),
         ("mixtral", {"vllm": BOTH, "transformers": ALL, "torch_tp": ALL}),
-        ("gpt_neox", {"transformers": ALL}),
+        ("opt", {"transformers": ALL}),
     ],
 )
 def test_every_engine_and_format_is_a_name(family, loads):
