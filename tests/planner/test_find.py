@@ -277,7 +277,7 @@ def test_every_engine_is_told_the_best_plan_that_it_loads(tiny_checkpoint, tmp_p
             costs = [cost.kl for cost in score(calibration, loaded, batches=few)]
             assert score(calibration, [plan], batches=few)[0].kl == min(costs)
     other = searched("cqil-full")[0]
-    assert "llama.cpp" not in other.engines and "cqil wiring" in other.not_for["llama.cpp"]
+    assert "llama.cpp" not in other.engines and "cqil groups" in other.not_for["llama.cpp"]
     assert set(other.engines) | set(other.not_for) == set(ENGINES)
 
 
