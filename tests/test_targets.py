@@ -148,7 +148,12 @@ def test_replicate_has_a_member_for_every_process():
     [
         (VLLM, {"abreast_prefill": "sequential"}, "1~2", "prefill of ff groups .*--hf-overrides"),
         (SGLANG, {"abreast_prefill": "sequential"}, "1+2", "without --prefill sequential"),
-        (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1|2", "by fp8; use an lp plan"),
+        (
+            SGLANG,
+            {"quantization_config": {"quant_method": "fp8"}},
+            "1|2",
+            "fp8 weights; use an lp plan",
+        ),
         (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1+2", None),
         (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1|2", "awq; use compressed-tens"),
         (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1+2 3~4", None),

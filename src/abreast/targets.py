@@ -22,7 +22,7 @@ SERVE_GROUPED = "serve it grouped with --hf-overrides '{\"abreast_prefill\": nul
 REPLICATE = "torch_tp (abreast bench --backend tp --unpaired replicate)"
 EXPERT_WIDTH = "moe_intermediate_size"
 _SGLANGS = ("llama", "mistral", "qwen2", "qwen3")
-_QUANTISED = ("compressed-tensors", "fp8", "torchao")  # vLLM's backend lacks the last
+_QUANTISED = ("compressed-tensors", "torchao", "fp8 in blocks")  # vLLM's backend has the first
 NOT_IN_ORDER = "their attention and FFN read the same input, which ff would take apart"
 
 
@@ -289,7 +289,7 @@ def _vllm(model: Model, degree: int) -> Iterator[str]:
     if model.unpaired == "replicate" and not _is_native(model):
         yield f"abreast_unpaired: replicate {only}; leave it out, or use {REPLICATE}"
     if not (model.family and model.family.routes):
-        yield from _quantised(model, "vLLM", *_QUANTISED[: 2 + _is_native(model)])
+        yield from _quantised(model, "vLLM", *_QUANTISED[: 3 if _is_native(model) else 1])
     yield from _degree(model, degree, '--hf-overrides \'{"abreast_unpaired": "replicate"}\'')
 
 
@@ -306,12 +306,12 @@ def _sglang(model: Model, degree: int) -> Iterator[str]:
 
 
 def _quantised(model: Model, engine: str, *methods: str) -> Iterator[str]:
-    how = (model.config.get("quantization_config") or {}).get("quant_method")
-    if how and how not in methods and any(layer.members > 1 for layer in model.layers):
-        yield (
-            f"{engine} runs no groups whose members stay apart with weights quantised by {how}; "
-            f"use {' or '.join((*methods, 'an lp plan'))}"
-        )
+    settings = model.config.get("quantization_config") or {}
+    method = settings.get("quant_method", "")
+    method += " in blocks" if settings.get("weight_block_size") else ""
+    if method and method not in methods and any(layer.members > 1 for layer in model.layers):
+        use = " or ".join((*methods, "an lp plan"))
+        yield f"{engine} runs no members that stay apart with {method} weights; use {use}"
 
 
 def _degree(model: Model, degree: int, replicate_by: str = "") -> Iterator[str]:

@@ -72,7 +72,7 @@ def check(config: Any, tensor_parallel: int, quantization: str | None = None) ->
     or shall quantise them. vLLM calls this in its main process, before its workers.
     """
     known = config.to_dict()
-    if quantization is not None:
+    if quantization is not None and not known.get("quantization_config"):
         known["quantization_config"] = {"quant_method": quantization}
     family = CONVERTIBLE.get(config.model_type.removeprefix("abreast_"))
     unpaired: Any = getattr(config, "abreast_unpaired", "shard")
