@@ -381,9 +381,9 @@ def page(rows: dict[str, Row]) -> str:
     bought = [f"{name}:\n\n{text}" for m, (name, _) in MODELS.items() if (text := buy(rows, m))]
     if bought:
         parts += [f"## Quality at equal speed\n\n{BUY}\n", *bought]
-    unmeasured, every = [], every_row()
+    unmeasured, measured = [], {name.rpartition("-")[2] for name in rows}
     for heading, (kinds, about, section) in SECTIONS.items():
-        if not any(every[name][2] in kinds for name in rows):
+        if measured.isdisjoint(kinds):
             unmeasured.append(f"`{kinds[0]}` ({heading[0].lower()}{heading[1:]})")
             continue
         parts.append(f"## {heading}\n")

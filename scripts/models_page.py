@@ -60,7 +60,7 @@ their sources.
 
 def page() -> str:
     """The text of docs/models.md."""
-    lines = [HEAD, *(f"| {' | '.join(cells)} |\n" for cells in families())]
+    lines = [HEAD, *(f"|{'|'.join(cells)}|\n" for cells in families())]
     lines.append(
         "\nDecoders within models that read images, converted where they are: "
         f"{', '.join(WRAPPERS)}.\n\nOnly grouped in memory (`abreast.grouped`, `plan`, "
@@ -70,7 +70,7 @@ def page() -> str:
     lines += _lines({name: row.unfoldable for name, row in known.items() if row.unfoldable})
     lines.append("\nRefused, and why:\n\n")
     lines += [*_lines(OTHERS), KNOWN_HEAD]
-    lines += [f"| {' | '.join(cells)} |\n" for cells in checkpoints()]
+    lines += [f"|{'|'.join(cells)}|\n" for cells in checkpoints()]
     lines += ["\nRefused on 8, since:\n\n", *_lines(refused())]
     return "".join(lines)
 

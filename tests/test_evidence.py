@@ -104,6 +104,7 @@ def bought(model: str) -> dict[str, Any]:
 def test_a_page_of_every_kind_of_row() -> None:
     empty = _evidence.page({})
     assert all(f"`{kinds[0]}` (" in empty for kinds, _, _ in _evidence.SECTIONS.values())
+    assert "not measured yet" in _evidence.page({"smollm2-buy": bought("smollm2")})
     assert "Of these not measured yet: `smollm2-25-tasks`" in _evidence.page(
         {
             name: {"date": "2026-11-26", "results": made_up("tasks")}
