@@ -442,7 +442,7 @@ TRANSFORMERS = Target(
     install='pip install abreast "transformers[serving]" accelerate',
     serve="python -m abreast.engines.transformers serve {out} --port 8000",
 )
-TORCH_TP = Target(name="transformers under torchrun", refuse=_torch_tp)
+TORCH_TP = Target(name="torch_tp", refuse=_torch_tp)
 VLLM = Target(
     name="vLLM",
     refuse=_vllm,

@@ -207,7 +207,7 @@ def test_only_groups_that_an_engine_loads(tiny_checkpoint, tmp_path):
     assert set(candidates(config, engines=["vllm", "llama.cpp"], **options)) == stock
     with pytest.raises(AbreastError, match=r"llama.cpp loads no such group: cqil groups"):
         candidates(config, engines=["llama.cpp"], wirings=["cqil-full"])
-    with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from vllm, ") as told:
+    with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from transf") as told:
         candidates(config, engines=["mxnet"])
     assert str(told.value).endswith(", ".join(ENGINES))
     (option,) = [entry for entry in fields(CalibrationSettings) if entry.name == "engines"]
@@ -226,7 +226,7 @@ LP, FF, BOTH = ("lp",), ("ff",), ("lp", "ff")
             {
                 **dict.fromkeys(("vllm", "transformers", "sglang", "torch_tp", "mlx-lm:mlx"), ALL),
                 **{"llama.cpp": LP, "vllm:deci": BOTH, "vllm:deci-ff": FF},
-                **{"mlx-lm:openelm": LP, "mlx-lm:deci-ff": FF},
+                **{"sglang:deci-ff": FF, "mlx-lm:openelm": LP, "mlx-lm:deci-ff": FF},
             },
         ),
         ("gemma2", dict.fromkeys(("vllm", "transformers", "torch_tp"), ALL)),

@@ -10,23 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from abreast import targets
 from abreast.convert import check_format
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES, family_of, num_layers_of
 from abreast.plan import Group, Plan
-from abreast.targets import (
-    LLAMACPP,
-    MLX,
-    MLX_MODEL,
-    SGLANG,
-    STOCK_VLLM,
-    TORCH_TP,
-    TRANSFORMERS,
-    VLLM,
-    Target,
-    Unpaired,
-    refusals,
-)
+from abreast.targets import TRANSFORMERS, Target, Unpaired, refusals
 
 
 @dataclass(frozen=True)
@@ -60,13 +49,10 @@ class Engine:
 
 
 ENGINES = {
-    "vllm": Engine(VLLM),
-    "transformers": Engine(TRANSFORMERS),
-    "llama.cpp": Engine(LLAMACPP),
-    "sglang": Engine(SGLANG),
-    "torch_tp": Engine(TORCH_TP),
-    **{f"vllm:{form}": Engine(STOCK_VLLM, form) for form in STOCK_VLLM.formats},
-    **{f"mlx-lm:{form}": Engine(t, form) for t in (MLX_MODEL, MLX) for form in t.formats},
+    target.name.lower() + (f":{form}" if form != "auto" else ""): Engine(target, form)
+    for target in vars(targets).values()
+    if isinstance(target, Target)
+    for form in target.formats
 }
 
 

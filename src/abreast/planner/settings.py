@@ -44,8 +44,8 @@ class CalibrationSettings:
     engines: tuple[str, ...] = option(
         (),
         "Only plans that these load: vllm, transformers, llama.cpp, sglang, torch_tp; "
-        "in a format of convert vllm:deci, vllm:deci-ff, mlx-lm:mlx, mlx-lm:openelm, "
-        "mlx-lm:deci-ff.",
+        "in a format of convert vllm:deci, vllm:deci-ff, sglang:deci-ff, mlx-lm:mlx, "
+        "mlx-lm:openelm, mlx-lm:deci-ff.",
         "--for",
     )
     screen: float = option(0.125, "Fraction of the text that every group is measured on.")
