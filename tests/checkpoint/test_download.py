@@ -178,7 +178,7 @@ def test_a_look_reads_headers_and_downloads_no_weights(hub, read_headers, monkey
 def test_minutes_are_unknown_before_the_weights_are_here(hub):
     (hub.folder / "tokenizer.json").unlink()  # holds nothing
     assert pace_here(NAME, 32, dtype="auto", device="cpu") is None
-    assert not hub.asked() & shards_of(hub)
+    assert not hub.downloaded() & shards_of(hub)
     resolve(NAME)
     assert pace_here(NAME, 32, dtype="auto", device="cpu").layers > 0
 

@@ -28,7 +28,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from compared import alike, content
+from compared import content, same_content
 from forked import Ended, memory, run, warm_up
 from ledger import add
 from samples import FEW, SEARCH, adapter, checkpoint, ending, gguf_files, make
@@ -305,7 +305,7 @@ def main() -> int:
                 lasting[verb] = min(lasting[verb], stopped.seconds)
             counts[counted(kind, stopped)] += 1
             expected, differ, _ = known[verb]
-            same = alike if kind == "no memory" else operator.eq
+            same = same_content if kind == "no memory" else operator.eq
             fault = fault or rerun(verb, stopped, folder, expected, differ, same)
             if fault:
                 faults.append(f"{verb}, {kind}, {stopped.seconds:.2f} s: {fault}")

@@ -18,7 +18,7 @@ from pathlib import Path
 import kill
 import numpy as np
 import pytest
-from compared import alike, content
+from compared import content, same_content
 from made_gguf import write_file
 from mutants import every_change, wilson
 from mutate_gguf import gguf_file
@@ -76,16 +76,16 @@ def test_damaged_gguf_files_differ_and_parse_as_far_as_they_should(tiny_checkpoi
 
 def test_numbers_are_compared_up_to_rounding_and_everything_else_exactly():
     line = b'{"kl": 0.25, "plan": "1+2", "count": 3}'
-    assert alike(line, line.replace(b"0.25", b"0.2500001"))
+    assert same_content(line, line.replace(b"0.25", b"0.2500001"))
     for other in (b"0.26", b"0.25, 0.25"):
-        assert not alike(line, line.replace(b"0.25", other))
-    assert not alike(line, line.replace(b"1+2", b"2+3"))
-    assert not alike(line, line.replace(b"3}", b"4}"))
+        assert not same_content(line, line.replace(b"0.25", other))
+    assert not same_content(line, line.replace(b"1+2", b"2+3"))
+    assert not same_content(line, line.replace(b"3}", b"4}"))
     header = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
     tensor = np.array([1, 2], "<f4")
     stored = header + tensor.tobytes()
-    assert alike(stored, header + (tensor * (1 + 1e-6)).astype("<f4").tobytes())
-    assert not alike(stored, header + (tensor + 1).astype("<f4").tobytes())
+    assert same_content(stored, header + (tensor * (1 + 1e-6)).astype("<f4").tobytes())
+    assert not same_content(stored, header + (tensor + 1).astype("<f4").tobytes())
 
 
 def front(other: str, kl: float, forwards: float = 1.0) -> dict:

@@ -64,7 +64,7 @@ def test_a_card(out):
         "| `first_task` | `acc` | 0.600 ± 0.020 | 0.570 ± 0.020 | 95.0% |",
         "vllm serve OUT",
         "python -m abreast.engines.transformers serve OUT",
-        "Not llama.cpp: the checkpoint has groups with cqil wiring",
+        "Not llama.cpp: cqil groups are no layers of llama.cpp",
         json.loads((out / "abreast.json").read_text())["files"]["model.safetensors"]["sha256"],
     ):
         assert seen in text, seen

@@ -99,7 +99,7 @@ def test_a_whole_run(made, tmp_path):
         "abreast optimize 'org/<script>alert(1)</script>' -o 'my run' --depth 6",
         "The first difference, marked, is at token 3.",
         "Both wrote the same 2 tokens.",
-        "Not llama.cpp: the checkpoint has groups with cqil wiring",
+        "Not llama.cpp: cqil groups are no layers of llama.cpp",
     ):
         assert seen in page.text, seen
     assert len(page.ids) == len(set(page.ids))
