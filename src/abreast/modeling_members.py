@@ -180,9 +180,9 @@ class OwnHeadSize:
         plain.num_attention_heads = config.hidden_size // config.head_dim
         wide.hidden_size = config.num_attention_heads * config.head_dim
         super().__init__(plain, index)  # type: ignore[call-arg]
-        place = "self_attn" if hasattr(self, "self_attn") else "attention"
-        attention = type(getattr(self, place))(wide, index)
-        setattr(self, place, attention)
+        branch = "self_attn" if hasattr(self, "self_attn") else "attention"
+        attention = type(getattr(self, branch))(wide, index)
+        setattr(self, branch, attention)
         *read, last = (name for name, one in attention.named_children() if type(one) is nn.Linear)
         for name in (*read, last):
             stock = getattr(attention, name)

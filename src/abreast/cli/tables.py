@@ -61,12 +61,12 @@ def print_expected(record: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         return console.print_json(record)
     least, minutes, searches = record["least_depth"], record["minutes"], record["searches"]
-    each = f"{searches} searches, each " if searches > 1 else ""
+    repeated = f"{searches} searches, each " if searches > 1 else ""
     down = "" if least is None else f", down to {least} stages"
     rows = {
         "candidates": str(record["candidates"]),
-        "takes": f"{each}about {record['likely']:.0f} full forward passes over the text, at most "
-        f"{record['full_forwards']:.1f}{down}",
+        "takes": f"{repeated}about {record['likely']:.0f} full forward passes over the text, "
+        f"at most {record['full_forwards']:.1f}{down}",
         "here": "unknown before the weights are here"
         if minutes is None
         else f"{minutes_text(60 * minutes)}, by a window that was timed now",

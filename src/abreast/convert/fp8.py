@@ -61,8 +61,8 @@ def whole_blocks(
         shape = " x ".join(map(str, tensors[rule.members[0]].shape))
         odd = odd or ("" if fits else f"{matrix.name} of layer {layer} is {shape}")
         beside.setdefault((layer, family.is_ffn(matrix.name), matrix.join), []).append((rule, fits))
-    found = [own for own in beside.values() if all(fits for _, fits in own)]
-    names = frozenset(rule.name for own in found for rule, _ in own)
+    fitting = [own for own in beside.values() if all(fits for _, fits in own)]
+    names = frozenset(rule.name for own in fitting for rule, _ in own)
     count = sum(map(len, beside.values()))
     if not names:
         raise FoldError(

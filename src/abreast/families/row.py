@@ -210,8 +210,10 @@ class Family:
 
     def converts(self, config: Mapping[str, Any]) -> bool:
         """Whether a model with this config.json is of the kind that can be converted."""
-        told = isinstance(self.branches.parallel, str)
-        return bool(self.matrices) and (not told or self.reads_one_input(config) == self.one_input)
+        depends = isinstance(self.branches.parallel, str)
+        return bool(self.matrices) and (
+            not depends or self.reads_one_input(config) == self.one_input
+        )
 
     @property
     def why_in_memory(self) -> str:

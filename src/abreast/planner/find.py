@@ -259,7 +259,7 @@ def per_engine(
         except AbreastError as error:
             reasons[name] = str(error).partition(": ")[2]
     few = share_of(calibration.batches, PLAN_SCREEN)
-    measured, found = measured_plans(calibration, least=few), dict[Any, tuple[Plan, Cost]]()
+    measured, chosen_at = measured_plans(calibration, least=few), dict[Any, tuple[Plan, Cost]]()
     for some in dict.fromkeys(loads.values()):
         optima = additive(num_layers, {g: alone[g] for g in alone if g in some}, best=BEAM)
         depths = [d for d, best in front.best().items() if not some.issuperset(best.groups)]
@@ -277,9 +277,9 @@ def per_engine(
                 values = _screened(calibration, front.objective, progress, plans)
                 chosen = plans[values.index(min(values))]
             (cost,) = score(held_out or calibration, [chosen], progress=progress)
-            found[some, depth] = chosen, cost
+            chosen_at[some, depth] = chosen, cost
     engines = {
-        name: tuple(found[some, depth] for depth in front.best() if (some, depth) in found)
+        name: tuple(chosen_at[some, depth] for depth in front.best() if (some, depth) in chosen_at)
         for name, some in loads.items()
     }
     return replace(planned, engines=engines, not_for=reasons)

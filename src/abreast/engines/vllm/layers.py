@@ -109,7 +109,7 @@ def sink_attention() -> Any:
             super().__init__(config, vllm_config.quant_config, vllm_config.cache_config, prefix)
             self.sinks.weight_loader = self._load_sinks
 
-        def _build_attention(self, config: Any, prefix: str, **given: Any) -> nn.Module:
+        def _build_attention(self, config: Any, prefix: str, **options: Any) -> nn.Module:
             slides = config.layer_types[self.layer_idx] == "sliding_attention"
             return Attend(
                 self.num_local_attention_heads,
@@ -119,7 +119,7 @@ def sink_attention() -> Any:
                 per_layer_sliding_window=config.sliding_window if slides else None,
                 prefix=f"{prefix}.attn",
                 sinks=self.sinks,
-                **given,
+                **options,
             )
 
         def _load_sinks(self, parameter: torch.Tensor, loaded: torch.Tensor) -> None:
@@ -255,11 +255,11 @@ class CqilLayer(nn.Module):
         hidden, bias = attention.hidden_size, attention.o_proj.bias is not None
         columns, name = attention.q_size // here, f"{prefix}.self_attn.o_proj"
         if quant_config is not None and self.sharing == 1:
-            each = [
+            linears = [
                 ReplicatedLinear(columns, hidden, bias, quant_config=quant_config, prefix=name)
                 for _ in range(here)
             ]
-            return QuantizedMembers(each, self.first, self.members)
+            return QuantizedMembers(linears, self.first, self.members)
         if here > 1:
             linear: Any = PackedLinear(here, hidden, columns, bias)
         else:
@@ -306,7 +306,7 @@ class MemberMLP(nn.Module):
                 hidden, [wide] * 2, bias, quant_config=quant_config, prefix=name
             )
         elif quant_config is not None:
-            each = [
+            linears = [
                 MergedColumnParallelLinear(
                     hidden,
                     [wide // members] * 2,
@@ -318,7 +318,7 @@ class MemberMLP(nn.Module):
                 for _ in range(here)
             ]
             first = get_tensor_model_parallel_rank() * here
-            self.gate_up_proj = QuantizedMembers(each, first, members)
+            self.gate_up_proj = QuantizedMembers(linears, first, members)
         else:
             self.gate_up_proj = _GateUp(here, 2 * wide // members, hidden, bias)
         self.down_proj = RowParallelLinear(

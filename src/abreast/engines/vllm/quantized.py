@@ -27,30 +27,30 @@ _DEQUANTIZED = {"weight", "weight_packed", "weight_shape", *_SCALES, "input_scal
 class QuantizedMembers(nn.Module):
     """One matrix for each of several members: [P, N, in] -> [P, N, out].
 
-    each: vLLM's layers for members first.. of a group of `members`.
+    linears: vLLM's layers for members first.. of a group of `members`.
     """
 
-    def __init__(self, each: Sequence[nn.Module], first: int, members: int) -> None:
+    def __init__(self, linears: Sequence[nn.Module], first: int, members: int) -> None:
         super().__init__()
-        self.each, self.first, self.members = nn.ModuleList(each), first, members
+        self.linears, self.first, self.members = nn.ModuleList(linears), first, members
 
     def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
         return torch.stack(list(self.products(x_PNX))), None
 
     def products(self, x_PNX: torch.Tensor) -> Iterator[torch.Tensor]:
         """The members' outputs one by one, [N, out] each."""
-        for layer, x_NX in zip(self.each, x_PNX, strict=True):
+        for layer, x_NX in zip(self.linears, x_PNX, strict=True):
             yield layer(x_NX)[0]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
         for name, loaded in weights:
             # Of several matrices that are one here, which; vLLM's loader notes it on the tensor.
-            place = [loaded.shard_id] if hasattr(loaded, "shard_id") else []
-            for number, layer in enumerate(self.each):
+            shard = [loaded.shard_id] if hasattr(loaded, "shard_id") else []
+            for number, layer in enumerate(self.linears):
                 parameter = layer.get_parameter(name)
                 load: Any = getattr(parameter, "weight_loader", default_weight_loader)
-                load(parameter, self._part(name, loaded, self.first + number), *place)
-                yield f"each.{number}.{name}"
+                load(parameter, self._part(name, loaded, self.first + number), *shard)
+                yield f"linears.{number}.{name}"
 
     def _part(self, name: str, whole: torch.Tensor, member: int) -> torch.Tensor:
         if name == "weight_shape":
