@@ -256,7 +256,7 @@ def test_the_table_of_limits_has_every_family_where_it_belongs() -> None:
         assert sorted(listed) == sorted(
             row.model_type for row in rows if bool(row.matrices) != in_memory
         )
-    mixed = re.findall(r"^\| (.+) \| - \| - \| members \|", read("docs/models.md"), re.MULTILINE)
+    mixed = re.findall(r"^\|(.+)\|-\|-\|members\|", read("docs/models.md"), re.MULTILINE)
     mixed = re.findall(r"`(\w+)`", " ".join(mixed))
     assert f"{' and '.join(mixed)} alternate two kinds" in readme
 

@@ -23,7 +23,7 @@ def claimed() -> dict[str, dict[str, str]]:
     """The rows of docs/models.md for the families that are said to run so."""
     rows = {}
     for line in (PAGES / "models.md").read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        cells = [cell.strip() for cell in line[1:-1].split("|")]
         if len(cells) == len(COLUMNS) and cells[COLUMNS.index("vLLM")] == "backend":
             row = dict(zip(COLUMNS, cells, strict=True))
             rows |= dict.fromkeys(re.findall(r"`(\w+)`", row["model types"]), row)
