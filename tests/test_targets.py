@@ -143,6 +143,9 @@ def test_replicate_has_a_member_for_every_process():
     assert not list(refusals(TORCH_TP, CONFIG, row, plan, 2, "replicate"))
 
 
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 @pytest.mark.parametrize(
     ("target", "more", "plan", "reason"),
     [
@@ -155,9 +158,16 @@ def test_replicate_has_a_member_for_every_process():
             "fp8 weights; use an lp plan",
         ),
         (SGLANG, {"quantization_config": {"quant_method": "fp8"}}, "1+2", None),
-        (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1|2", "awq; use compressed-tens"),
+        (
+            VLLM,
+            {"quantization_config": {"quant_method": "awq"}},
+            "1|2",
+            "awq weights; use compress",
+        ),
         (VLLM, {"quantization_config": {"quant_method": "awq"}}, "1+2 3~4", None),
         (VLLM, {"quantization_config": {"quant_method": "torchao"}}, "1|2", None),
+        (VLLM, {"quantization_config": {"quant_method": "fp8"}}, "1|2", "fp8 weights; use"),
+        (VLLM, {"quantization_config": BLOCKS}, "1|2", None),
     ],
 )
 def test_reasons_of_one_config(target, more, plan, reason):
