@@ -86,9 +86,8 @@ def _kl(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     probability = theirs.exp()
     terms = (theirs - ours).mul_(probability)
     kl = terms.sum(-1)
-    if (
-        kl.isnan().any()
-    ):  # tokens that the reference rules out (-inf) add nothing, but 0 * inf is NaN
+    # Tokens that the reference rules out (-inf) add nothing, but 0 * inf is NaN.
+    if kl.isnan().any():
         kl = torch.where(probability > 0, terms, 0.0).sum(-1)
     return kl
 

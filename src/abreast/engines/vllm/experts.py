@@ -29,31 +29,44 @@ class Experts(nn.Module):
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        # Here, so that where vLLM renames it models without experts are served.
-        from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-
-        hidden, members = config.hidden_size, getattr(config, "abreast_members", None) or 1
         mixtral = config.model_type == "abreast_mixtral"
         self.gate = ReplicatedLinear(
-            hidden, config.num_local_experts, bias=False, prefix=f"{prefix}.gate"
+            config.hidden_size, config.num_local_experts, bias=False, prefix=f"{prefix}.gate"
         )
-        self.experts = FusedMoEFactory(
-            num_experts=config.num_local_experts,
-            top_k=members * config.num_experts_per_tok,
-            hidden_size=hidden,
-            intermediate_size=(
-                config.intermediate_size if mixtral else config.moe_intermediate_size
-            ),
-            renormalize=False,
-            custom_routing_function=partial(choose, members, mixtral or config.norm_topk_prob),
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
-        )
+        width = config.intermediate_size if mixtral else config.moe_intermediate_size
+        normalised = mixtral or config.norm_topk_prob
+        self.experts = _fused(config, vllm_config, prefix, width, normalised)
 
     def forward(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         logits, _ = self.gate(hidden_ND)
         out: torch.Tensor = self.experts(hidden_states=hidden_ND, router_logits=logits)
         return out
+
+
+def _fused(
+    config: Any,
+    vllm_config: VllmConfig,
+    prefix: str,
+    width: int,
+    normalised: bool,
+    **options: Any,
+) -> Any:
+    """vLLM's layer for all experts of a group, of which every member chooses among its own."""
+    # Here, so that where vLLM renames it models without experts are served.
+    from vllm.model_executor.layers.fused_moe import FusedMoEFactory
+
+    members = getattr(config, "abreast_members", None) or 1
+    return FusedMoEFactory(
+        num_experts=config.num_local_experts,
+        top_k=members * config.num_experts_per_tok,
+        hidden_size=config.hidden_size,
+        intermediate_size=width,
+        renormalize=False,
+        custom_routing_function=partial(choose, members, normalised),
+        quant_config=vllm_config.quant_config,
+        prefix=f"{prefix}.experts",
+        **options,
+    )
 
 
 class BiasedExperts(nn.Module):
@@ -64,22 +77,17 @@ class BiasedExperts(nn.Module):
 
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        from vllm.model_executor.layers.fused_moe import FusedMoEFactory
         from vllm.model_executor.models.gpt_oss import GptOssRoutedExperts
 
-        hidden, members = config.hidden_size, getattr(config, "abreast_members", None) or 1
         self.router = ReplicatedLinear(
-            hidden, config.num_local_experts, bias=True, prefix=f"{prefix}.router"
+            config.hidden_size, config.num_local_experts, bias=True, prefix=f"{prefix}.router"
         )
-        self.experts = FusedMoEFactory(
-            num_experts=config.num_local_experts,
-            top_k=members * config.num_experts_per_tok,
-            hidden_size=hidden,
-            intermediate_size=config.intermediate_size,
-            renormalize=False,
-            custom_routing_function=partial(choose, members, True),
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
+        self.experts = _fused(
+            config,
+            vllm_config,
+            prefix,
+            config.intermediate_size,
+            True,
             has_bias=True,
             activation="swigluoai",
             routed_experts_cls=GptOssRoutedExperts,
