@@ -26,6 +26,7 @@ from abreast.heal import Recipe, heal
 from abreast.model import (
     cache_name,
     cache_of,
+    device_of,
     grouped,
     inference,
     load,
@@ -70,8 +71,9 @@ class Setting:
     """Where models, texts and unfinished work are. rows: where finished ones go.
 
     text, minutes: what a model is trained on with an accelerator, files of text or of token ids
-    (.npy), and for how long. dtype: of models in rows `tasks`, whose answers are counted; losses
-    are always measured in float32.
+    (.npy), and for how long. device: None for cuda in rows `accelerated`, the CPU in all others.
+    dtype: of models in rows `tasks`, whose answers are counted; losses are always measured in
+    float32.
     """
 
     models: Path
@@ -81,7 +83,7 @@ class Setting:
     rows: Path = ROWS
     text: tuple[Path, ...] = ()
     minutes: float = 10
-    device: str = "cuda"
+    device: str | None = None
     dtype: str = "float32"
 
     def half(self, number: int) -> Path:
@@ -129,9 +131,13 @@ class Subject:
                 more = {"method": "both", "recipe": Recipe(minutes=60), "tokens": 600_000}
             elif self.variant == "accelerated":
                 more = self.with_accelerator()
-            more |= self.setting.sizes.heal
+            more |= {"device": self.device, **dict(self.setting.sizes.heal)}
             heal(self.original, self.plan, out, step=say, **more)
         return out
+
+    @property
+    def device(self) -> str:
+        return self.setting.device or ("cuda" if self.variant == "accelerated" else "cpu")
 
     def with_accelerator(self) -> dict[str, Any]:
         """Arguments of `heal`."""
@@ -142,7 +148,9 @@ class Subject:
             minutes=self.setting.minutes,
             batch_size=48,
             micro_batch=48,
-            evaluate_every=100,
+            evaluate_every=250,
+            save_every=10**9,  # minutes, that a checkpoint of all weights would take a tenth of
+            compile=True,
         )
         if not self.setting.text:
             raise AbreastError("training with an accelerator reads much text; name it with --text")
@@ -166,7 +174,6 @@ class Subject:
             "data": stream,
             "tokens": len(stream),
             "window": 512,
-            "device": self.setting.device,
         }
 
     def made(self, name: str) -> Path:
@@ -179,8 +186,10 @@ class Subject:
         return self.plan.shorthand
 
     def load(self) -> tuple[Any, Any]:
-        plan = self.plan if self.variant == "plan" else None
-        return load(self.folder, plan=plan, dtype="float32")
+        return self.loaded(self.folder, self.plan if self.variant == "plan" else None)
+
+    def loaded(self, folder: Path, plan: Plan | None = None) -> tuple[Any, Any]:
+        return load(folder, plan=plan, dtype="float32", device=self.device)
 
     def text(self, tokens: int) -> TokenStream:
         """What models are judged on."""
@@ -199,7 +208,7 @@ def pair(values: Sequence[float]) -> list[float]:
 
 def judged(subject: Subject, _: Result | None) -> Result:
     """On the text that rivals are judged on."""
-    (model, _), (original, _) = subject.load(), load(subject.original, dtype="float32")
+    (model, _), (original, _) = subject.load(), subject.loaded(subject.original)
     stream = subject.text(subject.setting.sizes.tokens)
     comparison = compare(model, original, stream, window=WINDOW, stride=WINDOW, batch_size=4)
     about = read_manifest(subject.folder).healed or {}
@@ -278,6 +287,7 @@ def tasks(subject: Subject, theirs: Result | None) -> Result:
         out=subject.setting.work / "answers",
         batch_size=32,
         dtype=subject.setting.dtype,
+        device=subject.device,
         step=say,
     )
     accuracy = {name: score.converted for name, score in evaluation.tasks.items()}
@@ -296,7 +306,7 @@ def answers(subject: Subject, theirs: Result | None) -> Result:
         for item in map(json.loads, lines):
             prompt = tokenizer(f"Question: {item['question']}\nAnswer:")["input_ids"]
             answer = tokenizer(f" {item['target']}", add_special_tokens=False)["input_ids"]
-            ids = torch.tensor([prompt + answer])
+            ids = torch.tensor([prompt + answer], device=device_of(model))
             logits = model(ids[:, :-1], logits_to_keep=len(answer)).logits
             nll.append(float(token_scores(logits, ids[:, len(prompt) :]).sum()))
             counts.append(len(answer))
@@ -312,7 +322,7 @@ def answers(subject: Subject, theirs: Result | None) -> Result:
         increase = np.array(nll) - np.array(theirs["items"]["nll"])
         result["increase"] = list(ratio_of_means(increase, weights))
     if subject.variant == "plan":
-        model, _ = load(subject.original, dtype="float32")
+        model, _ = subject.loaded(subject.original)
         with grouped(model, subject.plan, prefill="sequential"), inference(model):
             result["copied_sequential"] = pair(answered(model, tokenizer, copies))
     return result
@@ -330,7 +340,8 @@ def kl_by_position(
     with inference(model, original):
         for start in range(0, len(stream) - own, own):
             tokens = [*stream.prefix, *stream.tokens[start : start + own + 1]]
-            ids, caches, means = torch.tensor([tokens]), [None, None], []
+            ids = torch.tensor([tokens], device=device_of(model))
+            caches, means = [None, None], []
             for position in range(0, window, size):
                 part = ids[:, position : position + size]
                 outputs = [
@@ -357,7 +368,7 @@ def long(subject: Subject, theirs: Result | None) -> Result:
     stream = subject.text(max(sizes.long_windows * sizes.long_window + 1, count * beginning))
     prompts = stream.tokens[: count * beginning].reshape(count, beginning)
     prefix = np.array([stream.prefix] * count, dtype=np.int64).reshape(count, -1)
-    ids = torch.from_numpy(np.concatenate([prefix, prompts], axis=1))
+    ids = torch.from_numpy(np.concatenate([prefix, prompts], axis=1)).to(device_of(model))
     torch.manual_seed(0)
     with inference(model):
         text = model.generate(
@@ -375,7 +386,7 @@ def long(subject: Subject, theirs: Result | None) -> Result:
     result: Result = {"repeated": pair([repeated(row) for row in written])}
     if theirs is None:
         return {**result, "items": {"ids": text[:, len(stream.prefix) :].tolist()}}
-    original, _ = load(subject.original, dtype="float32")
+    original, _ = subject.loaded(subject.original)
     own = np.array(theirs["items"]["ids"])
     texts = TokenStream(own.reshape(-1), "its own text", len(own), 0, stream.prefix)
     window = own.shape[1] + len(stream.prefix)
@@ -386,7 +397,7 @@ def long(subject: Subject, theirs: Result | None) -> Result:
 
 def text(subject: Subject, _: Result | None) -> Result:
     model, tokenizer = subject.load()
-    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]])
+    ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device_of(model))
     with inference(model):
         options = {"do_sample": False, "max_new_tokens": 80, "pad_token_id": 0}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)

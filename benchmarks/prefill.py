@@ -17,7 +17,7 @@ import torch
 
 from abreast.data import HELD_OUT, load_tokens
 from abreast.demo import model_folder
-from abreast.model import cache_name, cache_of
+from abreast.model import cache_name, cache_of, device_of
 from abreast.model.grouping import grouped, load
 from abreast.plan import Plan
 
@@ -84,6 +84,7 @@ def answered(model: torch.nn.Module, tokenizer: object, tasks: list[tuple[str, s
     right = []
     for prompt, answer in tasks:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])  # type: ignore[operator]
+        ids = ids.to(device_of(model))
         out = model.generate(  # type: ignore[operator]
             ids,
             attention_mask=torch.ones_like(ids),

@@ -62,6 +62,7 @@ def measure_row(setting: Setting, name: str) -> Row:
     subject, started = Subject(setting, model, depth), time.monotonic()
     rests_on = hashes(setting, subject.original, KINDS[kind].files)
     results: dict[str, Result] = {}
+    here = hardware(setting.device or ("cuda" if kind == "accelerated" else "cpu"))
     for variant in variants_of(kind, model, depth):
         of = replace(subject, variant=variant)
         basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}
@@ -75,10 +76,13 @@ def measure_row(setting: Setting, name: str) -> Row:
             began = time.monotonic()
             result = KINDS[kind].measure(of, results.get("original"))
             saved = {"basis": basis, "result": result, "minutes": (time.monotonic() - began) / 60}
+            saved["machine"] = hardware(of.device)
             write(file, json.dumps(saved))
         results[variant] = {**saved["result"], "minutes": saved["minutes"]}
+        if (machine := saved.get("machine", here)) != here:
+            results[variant]["machine"] = machine
     short = {v: {k: x for k, x in r.items() if k != "items"} for v, r in results.items()}
-    row = record(name, subject.groups, rests_on, short)
+    row = record(name, subject.groups, rests_on, short, machine=here)
     say(f"{name}: done in {(time.monotonic() - started) / 60:.1f} minutes")
     return save(setting, name, row)
 
@@ -255,7 +259,7 @@ def main() -> None:
         help="rows accelerated: text to train on, or token ids (.npy)",
     )
     parser.add_argument("--minutes", type=float, default=10, help="rows accelerated: of training")
-    parser.add_argument("--device", default="cuda", help="rows accelerated: where")
+    parser.add_argument("--device", help="where. Default: cuda in rows accelerated, else cpu")
     parser.add_argument("--dtype", default="float32", help="rows tasks: of the models")
     parser.add_argument("--take", metavar="OUT", help="what benchmarks/rivals.py left in OUT")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md and README")

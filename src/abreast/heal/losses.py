@@ -72,7 +72,7 @@ class Losses:
                 recorded(self.model, [end]) as ours,
             ):
                 self.model(input_ids=ids, use_cache=False, **keeps_last(self.model, 1))
-            yield gap(ours[end], states[end]) / len(groups)
+            yield self._compiled(gap)(ours[end], states[end]) / len(groups)
 
     def of_model(self, ids: torch.Tensor) -> torch.Tensor:
         """What the recipe's objective says, of the whole model."""
@@ -103,19 +103,23 @@ class Losses:
             ids = self._scored(ids)
             if not is_taught:
                 return next_token_loss(logits, ids)
-            loss = divergence(logits, reference, recipe.temperature)
+            loss = self._compiled(divergence)(logits, reference, recipe.temperature)
             if recipe.lm_weight:
                 loss = loss + next_token_loss(logits, ids) * recipe.lm_weight
             for depth in depths:
                 ours, theirs = (streams[depth][:, self.prefix :] for streams in (states, targets))
                 weight = recipe.hidden_weight / len(depths)
-                loss = loss + gap(ours, theirs).to(loss.device) * weight
+                loss = loss + self._compiled(gap)(ours, theirs).to(loss.device) * weight
         return loss
+
+    def _compiled(self, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return torch.compile(loss, dynamic=False) if self.recipe.compile else loss
 
     @torch.no_grad()
     def held_out(self, ids: torch.Tensor) -> float:
         """KL(original || grouped), or the language-model loss, in nats."""
-        with self._autocast():
+        # Few windows, of which the last are fewer still: not worth a program for every shape.
+        with self._autocast(), torch.compiler.set_stance("force_eager"):
             self.student.eval()
             logits = self._scored(self.model(input_ids=ids, use_cache=False).logits)
             if self.recipe.objective == "lm":

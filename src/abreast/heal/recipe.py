@@ -38,7 +38,7 @@ class Recipe:
     training, evaluations included, that takes the place of `steps`; `steps` then only says how much
     text is read. In either phase the learning rate rises over `warmup`, a fraction of it, then
     falls to zero. betas: AdamW's. clip: largest gradient norm, 0 for none. bf16: None where the
-    device has it natively; the weights keep their dtype. evaluate_every, save_every: steps between
+    device has it natively; the weights keep their dtype. compile: see `heal.compiled`. evaluate_every, save_every: steps between
     held-out evaluations and between checkpoints. patience: stop after this many evaluations of the
     second phase without a new best; the late decay of the learning rate wins much, so keep it high.
     """
@@ -75,6 +75,7 @@ class Recipe:
         "--bf16/--no-bf16",
     )
     checkpointing: bool = option(False, "Recompute activations to save memory.")
+    compile: bool = option(False, "Compile attentions, FFNs and norms; pays on a GPU.")
     shard: bool = option(False, "Shard weights and optimizer state across processes (FSDP).")
     evaluate_every: int = 50
     save_every: int = 50
@@ -146,6 +147,8 @@ class Recipe:
                 "sharding needs several processes, and this is the only one; "
                 "start them with 'accelerate launch' or torchrun, or do without"
             )
+        if self.shard and self.compile:
+            raise AbreastError("sharded layers cannot be compiled; leave --shard or --compile out")
         if self.shard and self.optimizer == "muon":
             raise AbreastError(
                 "Muon needs whole matrices and cannot be sharded; use the optimizer 'adamw'"

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from abreast.errors import AbreastError
+from abreast.heal.compiled import check_compiler, compiled
 from abreast.heal.losses import Losses
 from abreast.heal.recipe import Recipe, check_enough, processes
 from abreast.heal.student import (
@@ -177,7 +178,8 @@ def _prepared(
             wrapped, optimizers = model, optimizers_of(student, recipe)
             if not recipe.shard:
                 wrapped, *optimizers = accelerator.prepare(student, *optimizers)
-            with grouped(model, plan):
+            models = [model] if teacher is None else [model, teacher]
+            with grouped(model, plan), compiled(*models) if recipe.compile else nullcontext():
                 yield _Training(
                     accelerator=accelerator,
                     learning=Losses(model, student, wrapped, teacher, plan, recipe, prefix),
@@ -413,7 +415,8 @@ class _Training:
         """Seconds that a step takes, without the optimisers; its gradients are dropped."""
         self.in_groups = in_groups
         size = min(self.recipe.micro_batch, self.recipe.batch_size)
-        for _ in range(1 if self.device.type == "cpu" else 2):  # the first one warms up
+        warms_up = self.recipe.compile or self.device.type != "cpu"
+        for _ in range(1 + warms_up):
             began = time.monotonic()
             self._backward(self.windows[:size], 1.0)
             self.learning.model.zero_grad(set_to_none=True)
@@ -468,6 +471,8 @@ def _check_training(
     if not plan.groups:
         raise AbreastError("the plan has no groups, so there is nothing to heal; add some")
     recipe.check()
+    if recipe.compile:
+        check_compiler()
     check_enough(tokens, "train")
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_tokens(tokens, vocabulary)

@@ -1,8 +1,8 @@
-"""The four back ends of a benchmark: several models, tasks, batch sizes and contexts.
+"""The five back ends of a benchmark: several models, tasks, batch sizes and contexts.
 
 A back end is a function from a job to results, one for every case as it is finished, so that a
-later failure takes nothing back. `eager` and `compile` run in this process, `tp` in the processes
-of torchrun, `vllm` through vLLM's own benchmark command.
+later failure takes nothing back. `eager`, `cudagraphs` and `compile` run in this process, `tp` in
+the processes of torchrun, `vllm` through vLLM's own benchmark command.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def run(job: Job, *, step: Step = lambda message: None) -> Report:
 
 
 def in_process(job: Job) -> Iterator[BenchResult | Failure]:
-    """Eager or compiled, all models in this process."""
+    """All models in this process."""
     yield from _time_cases(job, _load_models(job))
 
 
@@ -226,6 +226,7 @@ def _vllm_seconds(job: Job, contender: Contender, case: Case) -> float:
 
 BACKENDS: dict[str, Callable[[Job], Iterator[BenchResult | Failure]]] = {
     "eager": in_process,
+    "cudagraphs": in_process,
     "compile": in_process,
     "tp": tensor_parallel,
     "vllm": vllm,
@@ -285,7 +286,7 @@ def _time_cases(
                 rounds=job.rounds,
                 warmup=job.warmup,
                 seed=job.seed,
-                execution="compile" if job.backend == "compile" else "eager",
+                execution="eager" if job.backend == "tp" else job.backend,  # type: ignore[arg-type]
                 backend=_label(job),
                 ranks=job.ranks if job.backend == "tp" else 1,
                 barrier=barrier,

@@ -23,7 +23,7 @@ from abreast.speed.timing import BenchResult, Footprint, Task, time_in_turn, tim
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Execution = Literal["eager", "compile"]
+Execution = Literal["eager", "cudagraphs", "compile"]
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,51 @@ def compiled(model: PreTrainedModel, length: int, task: Task) -> Steps:
     return Steps(prefill, step, cache.reset)
 
 
+def graphed(model: PreTrainedModel, length: int, task: Task) -> Steps:
+    """The model's own kernels with a static cache of `length` tokens; the single-token step is
+    recorded as a CUDA graph once and replayed. Prompts run as they are.
+
+    Raises AbreastError for a model that is not on a CUDA device.
+    """
+    from transformers import StaticCache
+
+    device = device_of(model)
+    if device.type != "cuda":
+        raise AbreastError(f"CUDA graphs need a CUDA device, and the model is on {device}")
+    options, name = keeps_last(model, 1), cache_name(model)
+    cache, graph = StaticCache(config=model.config, max_cache_len=length), torch.cuda.CUDAGraph()
+    ids: list[torch.Tensor] = []  # what the graph reads, and what it writes
+
+    def forward(token: torch.Tensor) -> torch.Tensor:
+        output = model(input_ids=token, **{name: cache}, use_cache=True, **options)
+        return output.logits[:, -1:].argmax(-1)
+
+    def record(token: torch.Tensor) -> None:
+        read, aside = token.clone(), torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):  # what only a first run does must not be recorded
+            forward(read)
+        torch.cuda.current_stream(device).wait_stream(aside)
+        with torch.cuda.graph(graph):
+            ids.extend((read, forward(read)))
+        cache.reset()
+
+    def prefill(prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        if not ids and task != "prefill":
+            record(forward(prompt))
+        return forward(prompt), cache
+
+    def step(token: torch.Tensor, _: Any) -> torch.Tensor:
+        ids[0].copy_(token)
+        graph.replay()
+        return ids[1].clone()  # the next replay overwrites it
+
+    return Steps(prefill, step, cache.reset)
+
+
 EXECUTIONS: dict[str, Callable[[PreTrainedModel, int, Task], Steps]] = {
     "eager": eager,
+    "cudagraphs": graphed,
     "compile": compiled,
 }
 
@@ -162,9 +205,10 @@ def bench(
     generate: both, from the prompt to the last of `new_tokens` tokens; the first of them comes from
     the prefill. tokens_per_second counts generated tokens of all rows.
 
-    execution: "eager" loops over `forward`, "compile" as `compiled`; neither is `generate` or a
-    serving engine: they tell how models compare in this framework on this machine. With several
-    processes (ranks) every one of them calls this; barrier() lets them start together.
+    execution: "eager" loops over `forward`, "cudagraphs" as `graphed`, "compile" as `compiled`;
+    none is `generate` or a serving engine: they tell how models compare in this framework on this
+    machine. With several processes (ranks) every one of them calls this; barrier() lets them start
+    together.
 
     Raises AbreastError for sizes that make no sense or exceed what a model can hold, and for models
     that differ in device, dtype or vocabulary. Running out of memory raises what torch raises.
@@ -172,7 +216,9 @@ def bench(
     if task not in get_args(Task):
         raise AbreastError(f"unknown task '{task}'; choose one of: {', '.join(get_args(Task))}")
     if execution not in EXECUTIONS:
-        raise AbreastError(f"unknown execution '{execution}'; choose eager or compile")
+        raise AbreastError(
+            f"unknown execution '{execution}'; choose one of: {', '.join(EXECUTIONS)}"
+        )
     generated = 0 if task == "prefill" else new_tokens
     if min(batch_size, context) < 1 or (task != "prefill" and generated < 1):
         raise AbreastError("batch size, context and new tokens must all be at least 1")

@@ -25,7 +25,7 @@ from abreast.targets import Unpaired
 MIN_ROUNDS = 6
 ORIGINAL = "original"
 Task = Literal["prefill", "decode", "generate"]
-BackendName = Literal["eager", "compile", "tp", "vllm"]
+BackendName = Literal["eager", "cudagraphs", "compile", "tp", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ class Job:
     contenders: tuple[Contender, ...] = ()
     cases: tuple[Case, ...] = ()
     backend: BackendName = option(
-        "eager", "compile: static cache, CUDA graphs on a GPU; tp: tensor parallel under torchrun."
+        "eager",
+        "cudagraphs: steps replayed on a GPU; compile: torch.compile, on a GPU with CUDA graphs; "
+        "tp: tensor parallel under torchrun.",
     )
     rounds: int = option(20, "Rounds; in each, every model is timed once.")
     warmup: int = option(2, "Warm-up rounds, not counted.")
