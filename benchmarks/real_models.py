@@ -56,14 +56,18 @@ from abreast.rivals import BASELINES_FILE
 from abreast.runs import hardware, read_journal, versions_of
 
 
-def measure_row(setting: Setting, name: str) -> Row:
-    """Measure what is missing of a row, keep it in the work folder, and the whole in `rows`."""
+def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row | None:
+    """Measure what is missing of a row, keep it in the work folder, and the whole in `rows`.
+
+    only: these variants, to go on elsewhere; a row that lacks others is not written.
+    """
     model, depth, kind = every_row()[name]
     subject, started = Subject(setting, model, depth), time.monotonic()
     rests_on = hashes(setting, subject.original, KINDS[kind].files)
     results: dict[str, Result] = {}
     here = hardware(setting.device or ("cuda" if kind == "accelerated" else "cpu"))
-    for variant in variants_of(kind, model, depth):
+    every = variants_of(kind, model, depth)
+    for variant in (v for v in every if v in only or not only):
         of = replace(subject, variant=variant)
         basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}
         basis |= {} if variant == "original" else {"plan": subject.groups}
@@ -81,6 +85,9 @@ def measure_row(setting: Setting, name: str) -> Row:
         results[variant] = {**saved["result"], "minutes": saved["minutes"]}
         if (machine := saved.get("machine", here)) != here:
             results[variant]["machine"] = machine
+    if len(results) < len(every):
+        say(f"{name}: {', '.join(results)} measured, {len(every) - len(results)} to go")
+        return None
     short = {v: {k: x for k, x in r.items() if k != "items"} for v, r in results.items()}
     row = record(name, subject.groups, rests_on, short, machine=here)
     say(f"{name}: done in {(time.monotonic() - started) / 60:.1f} minutes")
@@ -261,6 +268,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="rows accelerated: of training")
     parser.add_argument("--device", help="where. Default: cuda in rows accelerated, else cpu")
     parser.add_argument("--dtype", default="float32", help="rows tasks: of the models")
+    parser.add_argument("--variants", help="only these of a row: original,plan,refit")
     parser.add_argument("--take", metavar="OUT", help="what benchmarks/rivals.py left in OUT")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md and README")
     parser.add_argument("--small", action="store_true", help="try rows; they go to WORK/small")
@@ -293,7 +301,7 @@ def run(setting: Setting, options: argparse.Namespace) -> None:
         if kind == "rivals":
             rivals(setting, model)
         else:
-            measure_row(setting, name)
+            measure_row(setting, name, options.variants.split(",") if options.variants else ())
     if options.page:
         write_pages(read_rows(setting.rows))
     if not (options.row or options.take or options.page):
