@@ -108,17 +108,37 @@ def test_grouped_contender_shares_the_weights_and_leaves_the_original_alone(
     assert difference.abs().max() > 1e-3
 
 
+def test_cuda_graphs_need_a_gpu(tiny_checkpoint):
+    from abreast.errors import AbreastError
+
+    job = job_of(tiny_checkpoint(), backend="cudagraphs", dtype="float32", tasks=("decode",))
+    with pytest.raises(AbreastError, match="CUDA graphs need a CUDA device, .* on cpu"):
+        run(job)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="replays CUDA graphs")
+def test_replayed_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path):
+    convert(tiny_checkpoint(num_layers=4), "1+2", tmp_path / "out")
+    assert_same_tokens(tmp_path / "out", "cudagraphs", "cuda")
+
+
 @pytest.mark.slow
 def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path):
-    from abreast.model.grouping import load
-    from abreast.speed.benchmark import compiled, eager
-
     convert(tiny_checkpoint(num_layers=4), "1+2", tmp_path / "out")
-    model, _ = load(tmp_path / "out", dtype="float32")
-    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert_same_tokens(tmp_path / "out", "compile", "cpu")
+    torch.compiler.reset()
+
+
+def assert_same_tokens(folder, execution, device):
+    from abreast.model.grouping import load
+    from abreast.speed.benchmark import EXECUTIONS
+
+    model, _ = load(folder, dtype="float32", device=device)
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(1)).to(device)
     written = []
     with torch.inference_mode():
-        for make in (eager, compiled):
+        for make in (EXECUTIONS["eager"], EXECUTIONS[execution]):
             steps = make(model, 14, "decode")
             for _ in range(2):  # a second run starts from a clean cache
                 steps.reset()
@@ -128,7 +148,6 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(tiny_checkpoint, tmp_path)
                     token = steps.step(token, cache)
                     tokens.append(token)
                 written.append(torch.cat(tokens, 1))
-    torch.compiler.reset()
     assert all(torch.equal(tokens, written[0]) for tokens in written)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from abreast.plan import Plan
 from abreast.speed.hardware import hardware_of, table
-from abreast.speed.prediction import Setting, forward_cost
+from abreast.speed.prediction import Setting, estimate, forward_cost
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PUBLISHED = runpy.run_path(str(BENCHMARKS / "estimate_published.py"))
@@ -88,3 +89,25 @@ def test_a_device_waits_between_two_graphs():
     seconds = forward_cost(config, None, ideal).seconds
     assert seconds == pytest.approx(1.6e-4 + kernels * table()["gap"] + arithmetic, rel=0.01)
     assert forward_cost(config, None, replace(graphs, runtime="eager")).host > seconds
+
+
+# One H200 (benchmarks/accelerator.py), batch 1, context 128: ms of the original, ratios to it.
+MEASURED = {
+    "SmolLM2-135M": (3.21, {"+": 1.189, "|": 1.169, "~": 1.051}),
+    "Llama-3.2-3B": (4.94, {"+": 1.126, "|": 1.127, "~": 1.018}),
+    "Llama-2-7B": (6.86, {"+": 1.138, "|": 1.131, "~": 1.034}),
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_what_cuda_graphs_gained_on_a_gpu(name):
+    accelerator = runpy.run_path(str(BENCHMARKS / "accelerator.py"))
+    config, (first, last) = accelerator["SHAPES"][name], accelerator["GROUPED"][name]
+    setting = Setting(hardware_of("H200"), context=128, runtime="cudagraphs")
+    original, ratios = MEASURED[name]
+    for sign, measured in ratios.items():
+        text = " ".join(f"{k}{sign}{k + 1}" for k in range(first, last, 2))
+        plan = Plan.parse(text, config["num_hidden_layers"])
+        computed = estimate(config, plan, setting)
+        assert computed.speedup == pytest.approx(measured, abs=0.03)
+        assert 1e3 * computed.original == pytest.approx(original, rel=0.14)

@@ -27,7 +27,7 @@ from abreast.speed.shape import Shape, shape_of
 from abreast.targets import TORCH_TP, VLLM, Unpaired, refusals
 
 Phase = Literal["prefill", "decode"]
-Runtime = Literal["graphs", "eager"]
+Runtime = Literal["graphs", "cudagraphs", "eager"]
 Part = Literal["both", "attention", "ffn"]
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0, "int4": 0.5}
 
@@ -38,7 +38,7 @@ class Setting:
 
     batch: rows. context: tokens in the KV cache (decode) or of the prompt (prefill). runtime:
     "graphs" for a serving engine that replays CUDA graphs, "eager" for PyTorch operation by
-    operation. Raises AbreastError for unknown values, HardwareError for too many ranks.
+    operation, "cudagraphs" for the same operations replayed. Raises AbreastError for unknown values, HardwareError for too many ranks.
     """
 
     hardware: Hardware = field(
