@@ -40,6 +40,7 @@ ENGINES = {
     "llama.cpp": "llama.cpp",
 }
 MISSING = "not measured yet"
+WORDS = 40  # of a text that is shown
 Row = dict[str, Any]
 
 
@@ -282,7 +283,8 @@ def texts(rows: dict[str, Row], model: str) -> str:
             if variant == "original" and any("\n```" in part for part in parts):
                 continue
             name = "original" if variant == "original" else f"{depth}, {VARIANTS[variant]}"
-            written = " ".join(result["text"].split()).replace("```", "'''")
+            words = result["text"].replace("```", "'''").split()
+            written = " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
             parts.append(f"{name}:\n\n```text\n{written}\n```\n")
     return "\n".join(parts)
 
@@ -353,7 +355,11 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
             llamacpp_cells,
         ),
     ),
-    "What they write": (("text",), "The same prompt, decoded greedily.", texts),
+    "What they write": (
+        ("text",),
+        f"The same prompt, decoded greedily; the first {WORDS} words, all 80 tokens in the row.",
+        texts,
+    ),
 }
 
 

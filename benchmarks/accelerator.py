@@ -3,8 +3,9 @@
 Random weights in the shapes of SmolLM2 135M, Llama 3.2 3B and Llama 2 7B, bf16, five pairs, and the
 LP paper's plans 28 -> 23 and 32 -> 25. Original, lp fused, lp grouped in memory (eager only), cqil
 and ff in turns; decode with CUDA graphs, prefill and decode eager and compiled; batch 1, 8 and 64,
-contexts 128, 1024 and 4096. Beside every time per token stands which fraction of the memory-bandwidth floor it reaches: the bytes of
-the weights and the KV cache over the bandwidth that a triad measures on the same device.
+contexts 128, 1024 and 4096. Beside every time per token stands which fraction of the
+memory-bandwidth floor it reaches: the bytes of the weights and the KV cache over the bandwidth that
+a triad measures on the same device.
 
 Results are written after every case, as JSON and as a table in Markdown; the same command goes on
 where it was interrupted. What does not fit into memory is noted and left out.

@@ -216,6 +216,19 @@ def test_a_row_goes_on_and_is_kept(setting: Any, monkeypatch: pytest.MonkeyPatch
         real_models.measure_row(setting, "tiny-5-answers")
 
 
+def test_a_row_in_parts(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import real_models
+
+    monkeypatch.setattr(real_models, "variants_of", lambda *of: ("original", "plan"))
+    name, file = "tiny-5-text", setting.rows / "tiny-5-text.json"
+    monkeypatch.setattr(real_models, "hardware", lambda device: {"cpu": "elsewhere"})
+    assert real_models.measure_row(setting, name, ["original"]) is None and not file.is_file()
+    monkeypatch.setattr(real_models, "hardware", lambda device: {"cpu": "here"})
+    row = real_models.measure_row(setting, name)
+    assert row["machine"] == {"cpu": "here"} and "machine" not in row["results"]["plan"]
+    assert row["results"]["original"]["machine"] == {"cpu": "elsewhere"} and file.is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tasks", "long", "text", "refit", "distilled", "accelerated"])
 def test_other_kinds_of_row(setting: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -458,6 +459,36 @@ def test_recomputing_activations_changes_nothing(pair, tmp_path):
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(one, two, atol=1e-5)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
+def test_compiled_branches_learn_the_same(pair, tmp_path):
+    model, teacher = pair
+    plain = copy.deepcopy(model)
+    how = {"train": "all", "group_share": 0.5, "steps": 4, "bf16": False}
+    ends = [
+        distill(
+            student,
+            PLAN,
+            words(),
+            tmp_path / f"run-{compiles}",
+            recipe=recipe(compile=compiles, **how),
+            teacher=teacher,
+        )
+        for student, compiles in ((plain, False), (model, True))
+    ]
+    torch.compiler.reset()
+    assert ends[1].after == pytest.approx(ends[0].after, rel=1e-3) != ends[0].before
+    assert ends[1].points[-1].loss == pytest.approx(ends[0].points[-1].loss, rel=1e-3)
+    assert not any(part._compiled_call_impl for m in pair for part in m.modules())
+
+
+def test_compiling_without_a_compiler(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(AbreastError, match=r"needs a C\+\+ compiler; install g\+\+"):
+        distill(*pair[:1], PLAN, words(), tmp_path / "run", recipe=recipe(compile=True))
+    assert not (tmp_path / "run").exists()
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_weights(pair, tmp_path):

@@ -112,7 +112,7 @@ def test_cuda_graphs_need_a_gpu(tiny_checkpoint):
     from abreast.errors import AbreastError
 
     job = job_of(tiny_checkpoint(), backend="cudagraphs", dtype="float32", tasks=("decode",))
-    with pytest.raises(AbreastError, match="CUDA graphs need a CUDA device, .* on cpu"):
+    with pytest.raises(AbreastError, match="CUDA graphs need a CUDA device"):
         run(job)
 
 

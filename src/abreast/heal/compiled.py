@@ -18,8 +18,7 @@ from torch import nn
 from abreast.errors import AbreastError
 from abreast.model import branches_of, decoder_layers
 
-# Programs per module class: with and without gradients, per shape of the windows, norms that differ.
-_PROGRAMS = 64
+_PROGRAMS = 64  # of a class: with and without gradients, for every shape of windows and weights
 
 
 def check_compiler() -> None:
@@ -30,7 +29,7 @@ def check_compiler() -> None:
 
 @contextmanager
 def compiled(*models: nn.Module) -> Iterator[None]:
-    """Inside, the branches of these models' layers run compiled, for exactly the shapes they get."""
+    """Inside, the branches of these models' layers run compiled, for exactly the shapes met."""
     parts = [part for model in models for part in _parts(model)]
     with torch._dynamo.config.patch(recompile_limit=_PROGRAMS, accumulated_recompile_limit=1024):
         for part in parts:

@@ -38,9 +38,10 @@ class Recipe:
     training, evaluations included, that takes the place of `steps`; `steps` then only says how much
     text is read. In either phase the learning rate rises over `warmup`, a fraction of it, then
     falls to zero. betas: AdamW's. clip: largest gradient norm, 0 for none. bf16: None where the
-    device has it natively; the weights keep their dtype. compile: see `heal.compiled`. evaluate_every, save_every: steps between
-    held-out evaluations and between checkpoints. patience: stop after this many evaluations of the
-    second phase without a new best; the late decay of the learning rate wins much, so keep it high.
+    device has it natively; the weights keep their dtype. compile: see `heal.compiled`.
+    evaluate_every, save_every: steps between held-out evaluations and between checkpoints.
+    patience: stop after this many evaluations of the second phase without a new best; the late
+    decay of the learning rate wins much, so keep it high.
     """
 
     train: Train = option("groups", "Train adapters, the grouped layers, or the whole model.")
@@ -75,7 +76,7 @@ class Recipe:
         "--bf16/--no-bf16",
     )
     checkpointing: bool = option(False, "Recompute activations to save memory.")
-    compile: bool = option(False, "Compile attentions, FFNs and norms; pays on a GPU.")
+    compile: bool = option(False, "Run attentions, FFNs and norms through torch.compile.")
     shard: bool = option(False, "Shard weights and optimizer state across processes (FSDP).")
     evaluate_every: int = 50
     save_every: int = 50

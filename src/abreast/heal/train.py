@@ -448,7 +448,8 @@ class _Training:
         prefix = self.learning.prefix
         identity: dict[str, Any] = {
             "state format": "safetensors",
-            "recipe": self.recipe.to_dict(),
+            # Earlier versions' runs know no "compile", which changes rounding only.
+            "recipe": {k: v for k, v in self.recipe.to_dict().items() if k != "compile"},
             "plan": self.learning.plan.shorthand,
             "tokens": [tokens_hash(part.numpy()) for part in (self.windows, self.held_out)],
             "weights": start.hexdigest(),

@@ -38,7 +38,8 @@ class Setting:
 
     batch: rows. context: tokens in the KV cache (decode) or of the prompt (prefill). runtime:
     "graphs" for a serving engine that replays CUDA graphs, "eager" for PyTorch operation by
-    operation, "cudagraphs" for the same operations replayed. Raises AbreastError for unknown values, HardwareError for too many ranks.
+    operation, "cudagraphs" for the same operations replayed. Raises AbreastError for unknown
+    values, HardwareError for too many ranks.
     """
 
     hardware: Hardware = field(
