@@ -149,7 +149,11 @@ def measure(model: Path, rows: list[Measured], options: argparse.Namespace) -> d
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     source = open_checkpoint(model)
-    rests_on = {"model": source.sha256, "context": options.context, "rounds": options.rounds}
+    rests_on = {
+        "model": source.weights_sha256,
+        "context": options.context,
+        "rounds": options.rounds,
+    }
     file = out / "buy.json"
     record = read_json(file) if file.is_file() else {}
     if record.get("rests_on") != rests_on:

@@ -132,8 +132,8 @@ def hashes(setting: Setting, model: Path, files: Sequence[str]) -> dict[str, str
 
 @cache
 def hash_of(path: Path) -> str:
-    """Of a checkpoint or a file."""
-    return open_checkpoint(path).sha256 if path.is_dir() else sha256_of(path)
+    """Of a checkpoint's weights, or of a file."""
+    return open_checkpoint(path).weights_sha256 if path.is_dir() else sha256_of(path)
 
 
 def rivals(setting: Setting, model: str) -> None:
@@ -227,7 +227,7 @@ def write_plan(model: str, depth: int, ours: Row, basis: Row, sha256: str) -> No
         PLANS / f"{model}-{depth}.yaml",
         f"# {basis['num_windows'] * basis['window']:,} tokens of wikitext-2 (valid, second half): "
         f"loss {loss}, KL {kl} nats.\n# Searched on the first half. The hash is of the "
-        f"checkpoint that `abreast import` makes of the GGUF file.\n{plan.to_yaml()}",
+        f"weights that `abreast import` makes of the GGUF file.\n{plan.to_yaml()}",
     )
 
 

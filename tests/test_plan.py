@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from abreast.checkpoint import open_checkpoint, plan_for
 from abreast.errors import AbreastError
 from abreast.plan import FOLDER, WIRING_NAMES, Group, Plan, PlanError
 
@@ -246,7 +250,7 @@ def test_a_plan_of_the_package_is_for_one_model_only() -> None:
         Plan.read("smollm2-25", 6)
     plan = Plan.read("smollm2-25", 30)
     with pytest.raises(PlanError, match="made for another model") as caught:
-        plan.check_model("0" * 64, "mine")
+        plan.check_model({"0" * 64}, "mine")
     assert f"--plan '{plan.shorthand}'" in one_line(caught)
 
 
@@ -408,3 +412,21 @@ def test_saving_does_not_write_through_a_link(tmp_path):
 def test_wirings_in_words(name: str, words: str) -> None:
     assert Group.wired((3, 4, 5), name).description.startswith(words)
     assert ("with bypass" in words) == ("with bypass" in Group.wired((3, 4, 5), name).description)
+
+
+def test_a_plan_for_weights_is_for_every_config_beside_them(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_checkpoint(), tmp_path / "model")
+    hashed = open_checkpoint(model)
+    of_weights = Plan.parse("1+2", 6).made_for("mine", None, hashed.weights_sha256)
+    of_all = of_weights.made_for("mine", None, hashed.sha256)
+    assert plan_for(hashed, of_weights) == of_weights and plan_for(hashed, of_all) == of_all
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "transformers_version": "5.17.0"}))
+    assert plan_for(open_checkpoint(model), of_weights) == of_weights
+    with pytest.raises(PlanError, match="made for another model"):
+        plan_for(open_checkpoint(model), of_all)
+    other = open_checkpoint(tiny_checkpoint(seed=1))
+    with pytest.raises(PlanError, match="made for another model"):
+        plan_for(other, of_weights)

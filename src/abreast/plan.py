@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -179,7 +179,8 @@ class Plan(BaseModel):
     """An ordered partition of num_layers layers: the groups; every other layer stands alone.
 
     source, revision and sha256 say what model the plan was made for, and are None where that is
-    unknown. sha256: of config and weights, see `checkpoint.model_hash`; `check_model` compares it.
+    unknown. sha256: of config and weights, see `checkpoint.model_hash`, or, in this package's, of
+    weights alone, see `checkpoint.weights_hash`; `check_model` compares it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -256,10 +257,10 @@ class Plan(BaseModel):
         return cls._build(data, f"plan file '{path}'")
 
     @classmethod
-    def known(cls, sha256: str) -> dict[int, Plan]:
-        """The plans of this package for the model of this hash, by depth."""
+    def known(cls, weights: str) -> dict[int, Plan]:
+        """The plans of this package for the model with weights of this hash, by depth."""
         plans = (cls.load(file) for file in sorted(FOLDER.glob("*.yaml"), reverse=True))
-        return {plan.depth: plan for plan in plans if plan.sha256 == sha256}
+        return {plan.depth: plan for plan in plans if plan.sha256 == weights}
 
     @classmethod
     def read(cls, argument: str, num_layers: int) -> Plan:
@@ -296,9 +297,9 @@ class Plan(BaseModel):
                 "make a plan for this model"
             )
 
-    def check_model(self, sha256: str, model: str) -> None:
-        """Raise PlanError where the plan was made for another model than that of this hash."""
-        if self.sha256 not in (None, sha256):
+    def check_model(self, hashes: Collection[str], model: str) -> None:
+        """Raise PlanError where the plan was made for another model than that of these hashes."""
+        if self.sha256 is not None and self.sha256 not in hashes:
             raise PlanError(
                 f"the plan was made for another model ({self.source or 'unknown'}) than '{model}'; "
                 f"make one for this model, or give its groups alone: --plan '{self.shorthand}'"

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         resolve,
         sha256_of,
         unrecorded,
+        weights_hash,
         write_manifest,
     )
     from abreast.checkpoint.loaded import as_loaded, check_has_layers, unpacked

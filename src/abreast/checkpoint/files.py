@@ -286,6 +286,12 @@ def model_hash(files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{n} {files[n]}\n" for n in names).encode()).hexdigest()
 
 
+def weights_hash(files: Mapping[str, str]) -> str:
+    """As `model_hash`, of the shards alone: every version of transformers writes another config."""
+    names = sorted(name for name in files if name.endswith(".safetensors"))
+    return hashlib.sha256("".join(f"{n} {files[n]}\n" for n in names).encode()).hexdigest()
+
+
 def companions(folder: Path) -> list[str]:
     """Names of the files that travel with the weights: tokenizer, chat templates, those in a folder
     of their own included, generation and processor configs, licence and notices.

@@ -33,6 +33,7 @@ from abreast.checkpoint.files import (
     read_json,
     source_sha256,
     weight_files,
+    weights_hash,
 )
 from abreast.errors import CheckpointError, first_line
 from abreast.families import (
@@ -116,8 +117,17 @@ class Checkpoint:
     @cached_property
     def sha256(self) -> str:
         """Hash of the whole content of the config and every shard, see `model_hash`."""
+        return model_hash(self._hashed)
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash of the whole content of every shard, see `weights_hash`."""
+        return weights_hash(self._hashed)
+
+    @cached_property
+    def _hashed(self) -> dict[str, str]:
         names = ("config.json", *self.shards)
-        return model_hash({name: source_sha256(self.folder / name) for name in names})
+        return {name: source_sha256(self.folder / name) for name in names}
 
 
 def plan_for(checkpoint: Checkpoint, plan: Plan | str) -> Plan:
@@ -129,7 +139,7 @@ def plan_for(checkpoint: Checkpoint, plan: Plan | str) -> Plan:
     plan = Plan.read(plan, num_layers) if isinstance(plan, str) else plan
     plan.check_layers(num_layers)
     if plan.sha256 is not None:
-        plan.check_model(checkpoint.sha256, checkpoint.source)
+        plan.check_model({checkpoint.sha256, checkpoint.weights_sha256}, checkpoint.source)
     return plan
 
 

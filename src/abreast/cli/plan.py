@@ -335,7 +335,7 @@ def _take_known(model: str, out: Path, depth: int | None, revision: str | None) 
     from abreast.checkpoint import open_checkpoint
     from abreast.plan import Plan
 
-    plans = Plan.known(open_checkpoint(model, revision=revision).sha256)
+    plans = Plan.known(open_checkpoint(model, revision=revision).weights_sha256)
     if not plans:
         raise AbreastError(f"this package has no plan for '{model}'; search one without --known")
     if depth not in plans:

@@ -39,6 +39,7 @@ from abreast.checkpoint import (
     model_hash,
     open_checkpoint,
     publish,
+    weights_hash,
     write_manifest,
     write_shards,
 )
@@ -206,8 +207,9 @@ def convert(
                 source_files = inputs.result()
                 source, plan = job.checkpoint, job.plan
                 if healed is None:  # else `heal` has done so with the true original
-                    sha256 = model_hash({name: row["sha256"] for name, row in source_files.items()})
-                    plan.check_model(sha256, source.source)
+                    hashed = {name: row["sha256"] for name, row in source_files.items()}
+                    sha256 = model_hash(hashed)
+                    plan.check_model({sha256, weights_hash(hashed)}, source.source)
                     plan = plan.made_for(source.source, source.revision, sha256)
             except BaseException:
                 stop.set()
