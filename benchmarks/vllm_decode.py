@@ -153,7 +153,7 @@ def forms(model: Any) -> dict[str, int]:
 
     parts = [module for module in model.modules() if isinstance(module, PackedLinear)]
     names = [
-        "packed" if part.each else "weights first" if part.weights_first else "batched"
+        "packed" if part.packed else "weights first" if part.weights_first else "batched"
         for part in parts
     ]
     return dict(collections.Counter(names))

@@ -197,7 +197,6 @@ FOREIGN_OPTIONS = {
     "--max-lora-rank",
     "--flash-attn",
     "--no-repack",
-    "--smoke",
     "--minutes",
 }
 

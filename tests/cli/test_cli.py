@@ -248,7 +248,7 @@ def test_env_says_what_a_bug_report_needs(run):
 
 def test_a_known_plan_is_taken_by_hash(run, demo, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "FOLDER", tmp_path)
-    sha256 = open_checkpoint(demo).sha256
+    sha256 = open_checkpoint(demo).weights_sha256
     for depth, groups in ((14, "2+3 4+5"), (15, "2+3")):
         made = Plan.parse(groups, 16, source="demo", sha256=sha256)
         (tmp_path / f"demo-{depth}.yaml").write_text(made.to_yaml())

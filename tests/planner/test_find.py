@@ -10,7 +10,7 @@ import pytest
 
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
-from abreast.model import load, pace_of
+from abreast.model import Pace
 from abreast.planner import (
     Budget,
     CalibrationSettings,
@@ -216,16 +216,17 @@ def test_searches_on_several_texts(tiny_checkpoint, tmp_path, run):
     assert status == 2 and "name a text of at least" in err and "\n" not in err.strip()
 
 
-def test_minutes_are_those_of_all_searches_and_of_a_window_here(tiny_checkpoint, tmp_path, run):
+def test_minutes_are_those_of_all_searches_and_of_a_window_here(
+    tiny_checkpoint, tmp_path, run, monkeypatch
+):
+    pace = Pace(layers=0.03, logits=0.01)
+    monkeypatch.setattr("abreast.model.pace.pace_of", lambda *arguments: pace)
     model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
     command = ("plan", model, "-o", tmp_path / "run", *SIZES, "--depth", 6, "--dry-run", "--json")
     found = json.loads(run(*command, "--repeat", 1000)[1])
     assert found["searches"] == 1000 and found["least_depth"] == 6
-    pace = pace_of(load(model)[0], WINDOW)
     seconds = 1000 * pace.seconds(WINDOWS, found["likely"], found["scored"])
-    assert found["minutes"] == pytest.approx(
-        seconds / 60, rel=5
-    )  # both are timed, on a busy machine
+    assert found["minutes"] == pytest.approx(seconds / 60, rel=0.01)
     assert pace.seconds(3, 2, 1) == pytest.approx(6 * pace.layers + 3 * pace.logits)
 
 

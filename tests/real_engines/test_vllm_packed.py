@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from abreast.engines.members import MemberLinear
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PROMPTS = [list(range(3, 20)), [5, 99, 7]]
 
 
@@ -33,6 +36,9 @@ def test_every_form_is_the_batched_product(dtype, rows, bias):
     layer.pack()
     packed = large and not layer.weights_first
     assert len(layer.packed) == 3 * packed
+    benchmark = runpy.run_path(str(BENCHMARKS / "vllm_decode.py"))
+    form = "packed" if packed else "weights first" if layer.weights_first else "batched"
+    assert benchmark["forms"](torch.nn.Sequential(layer)) == {form: 1}
     copies = [layer.weight, *(one.weight for one in layer.packed)]
     assert not (packed and sum(copy.numel() for copy in copies))
     for count in (1, 9):
