@@ -40,7 +40,7 @@ ENGINES = {
     "llama.cpp": "llama.cpp",
 }
 MISSING = "not measured yet"
-WORDS = 30  # of a text that is shown
+WORDS = 20  # of a text that is shown
 Row = dict[str, Any]
 
 
