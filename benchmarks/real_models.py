@@ -65,8 +65,8 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row | 
     subject, started = Subject(setting, model, depth), time.monotonic()
     rests_on = hashes(setting, subject.original, KINDS[kind].files)
     results: dict[str, Result] = {}
-    here = hardware(setting.device or ("cuda" if kind == "accelerated" else "cpu"))
     every = variants_of(kind, model, depth)
+    here = hardware(replace(subject, variant=every[-1]).device)
     for variant in (v for v in every if v in only or not only):
         of = replace(subject, variant=variant)
         basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}

@@ -282,13 +282,19 @@ def hash_entry(path: Path, *, stop: threading.Event | None = None) -> dict[str, 
 
 def model_hash(files: Mapping[str, str]) -> str:
     """Hash of a model: of its config and every shard. files: name -> sha256, at least of these."""
-    names = ["config.json", *sorted(name for name in files if name.endswith(".safetensors"))]
-    return hashlib.sha256("".join(f"{n} {files[n]}\n" for n in names).encode()).hexdigest()
+    return _hash_of(["config.json", *_shards(files)], files)
 
 
 def weights_hash(files: Mapping[str, str]) -> str:
     """As `model_hash`, of the shards alone: every version of transformers writes another config."""
-    names = sorted(name for name in files if name.endswith(".safetensors"))
+    return _hash_of(_shards(files), files)
+
+
+def _shards(files: Mapping[str, str]) -> list[str]:
+    return sorted(name for name in files if name.endswith(".safetensors"))
+
+
+def _hash_of(names: list[str], files: Mapping[str, str]) -> str:
     return hashlib.sha256("".join(f"{n} {files[n]}\n" for n in names).encode()).hexdigest()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,7 +114,7 @@ class Losses:
         return loss
 
     def _compiled(self, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        return torch.compile(loss, dynamic=False) if self.recipe.compile else loss
+        return compiled_once(loss) if self.recipe.compile else loss
 
     @torch.no_grad()
     def held_out(self, ids: torch.Tensor) -> float:
@@ -154,6 +155,11 @@ class Losses:
             # The cache would hold the whole model in bfloat16 on every process.
             cache_enabled=not self.recipe.shard,
         )
+
+
+@cache  # asked for every stage of every step
+def compiled_once(loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return torch.compile(loss, dynamic=False)
 
 
 @contextmanager
