@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 export PYTHON VENV
 BIN := $(VENV)/bin
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
 # healing.py trains for hours, buy.py reads what others measured: run them by hand
 BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/buy.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))

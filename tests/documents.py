@@ -182,6 +182,10 @@ ELSEWHERE = {
         "tests/model/test_sharded.py::test_heal_writes_the_checkpoint_that_it_writes_without"
     ),
     "python benchmarks/accelerator.py -o accelerator.json": "needs a GPU",
+    "abreast bench ORIGINAL CONVERTED --backend cudagraphs --device cuda --task decode": (
+        "needs a GPU: tests/speed/test_backends.py"
+        "::test_replayed_steps_give_the_tokens_of_eager_ones"
+    ),
 }
 # Programs that need another environment: their first line -> why, or which test runs them.
 PROGRAMS_ELSEWHERE = {
