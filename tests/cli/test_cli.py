@@ -199,6 +199,19 @@ def test_a_run_is_held_and_goes_on_after_a_kill(
     assert (out / record).is_file() and not [*out.rglob(".*")]
 
 
+@pytest.mark.parametrize("work", ["out.work", "./out.work", "elsewhere"])
+def test_a_folder_that_two_options_name_is_held_once(
+    run, tiny_checkpoint, tmp_path, monkeypatch, work
+):
+    monkeypatch.chdir(tmp_path)
+    model, text = tiny_checkpoint(tokenizer=True), tmp_path / "text"
+    text.write_text("some words. " * 4000)
+    few = ("--method", "refit", "--data", text, "--tokens", 9216, "--window", 64, "--no-plots")
+    status, _, err = run("heal", model, "--plan", "2+3", "-o", "out", "--work", work, *few)
+    assert status == 0, err
+    assert (tmp_path / "out").is_dir()
+
+
 def interruptible() -> None:
     """What a shell starts in the background ignores interrupts, and so do its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -136,11 +136,19 @@ class SettingsCommand(click.Command):
         for entry in self.settings:
             ctx.params[entry.argument] = entry.take(ctx.params)
         first = {os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK")} == {"0"}
-        for option in self.params if first and not ctx.params.get("dry_run") else ():
-            folder = ctx.params.get(str(option.name))
-            if isinstance(option.type, RunFolder) and folder:
-                ctx.with_resource(held(Path(f"{Path(folder)}{option.type.suffix}")))
+        if first and not ctx.params.get("dry_run"):
+            for folder in self._run_folders(ctx.params):
+                ctx.with_resource(held(folder))
         return super().invoke(ctx)
+
+    def _run_folders(self, values: Mapping[str, Any]) -> Iterable[Path]:
+        """Each once, though two options may name it: --work may be the one that --out implies."""
+        named = [
+            Path(f"{Path(value)}{option.type.suffix}")
+            for option in self.params
+            if isinstance(option.type, RunFolder) and (value := values.get(str(option.name)))
+        ]
+        return {os.path.abspath(folder): folder for folder in named}.values()
 
 
 verb = partial(click.command, cls=SettingsCommand, context_settings={"show_default": True})

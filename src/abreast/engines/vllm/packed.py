@@ -32,9 +32,7 @@ class PackedLinear(MemberLinear):
         """Choose the form, once all weights are there; those that are packed are not kept."""
         if not current_platform.is_cpu():
             return
-        if self.weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            self.weights_first = True  # AMX reads rows as they are, if they come first
-        elif self.weight.nbytes > SMALL:
+        if self.weight.nbytes > SMALL or self.weight.dtype == torch.bfloat16:
             biases: Any = [None] * len(self.weight) if self.bias is None else self.bias
             self.packed.extend(map(_packed, self.weight, biases))
             self.weight = nn.Parameter(self.weight.new_empty(0), requires_grad=False)
