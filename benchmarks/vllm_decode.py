@@ -152,11 +152,7 @@ def forms(model: Any) -> dict[str, int]:
     from abreast.engines.vllm.packed import PackedLinear
 
     parts = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    names = [
-        "packed" if part.packed else "weights first" if part.weights_first else "batched"
-        for part in parts
-    ]
-    return dict(collections.Counter(names))
+    return dict(collections.Counter("packed" if part.packed else "batched" for part in parts))
 
 
 def measure(llm: Any, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:

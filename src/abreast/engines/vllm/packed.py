@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from abreast.engines.members import MemberLinear
 
-SMALL = 1 << 20  # bytes: what a core's cache holds, it arranges fast
+SMALL = 1 << 20  # bytes: what a core's cache holds, it arranges fast, but for bfloat16
 
 
 class PackedLinear(MemberLinear):
@@ -26,7 +26,7 @@ class PackedLinear(MemberLinear):
 
     def __init__(self, members: int, rows: int, columns: int, bias: bool) -> None:
         super().__init__(members, rows, columns, bias)
-        self.weights_first, self.packed = False, cast(Any, nn.ModuleList())
+        self.packed = cast(Any, nn.ModuleList())
 
     def pack(self) -> None:
         """Choose the form, once all weights are there; those that are packed are not kept."""
@@ -40,10 +40,7 @@ class PackedLinear(MemberLinear):
     def forward(self, x_PNX: torch.Tensor) -> tuple[torch.Tensor, None]:
         if self.packed:
             return torch.stack(list(self.products(x_PNX))), None
-        if not self.weights_first:
-            return super().forward(x_PNX)
-        out_PNX = torch.bmm(self.weight, x_PNX.transpose(1, 2)).transpose(1, 2)
-        return (out_PNX if self.bias is None else out_PNX + self.bias.unsqueeze(1)), None
+        return super().forward(x_PNX)
 
     def products(self, x_PNX: torch.Tensor) -> Iterator[torch.Tensor]:
         """The members' outputs one by one, [N, out] each, so that what follows may come between."""
