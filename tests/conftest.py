@@ -51,7 +51,7 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def modules_stay() -> None:
-    """A collection of garbage need not visit what imports made: it takes 0.3 s with transformers."""
+    """A collection of garbage that visits what imports made takes 0.3 s with transformers."""
     import transformers.generation  # noqa: F401
 
     gc.collect()

@@ -173,25 +173,22 @@ def evaluate(
                 results.append(compare(loaded, reference, stream, seed=seed, **sizes))
             else:
                 results.append(perplexity(loaded, stream, **sizes))
+    record = {
+        "model": model,
+        "against": against,
+        "plan": plan,
+        "norms": norms,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    by_text = dict(zip(data, results, strict=True))
     if as_json:
-        corpora = [
-            _corpus_record(streams[name], result, per_window)
-            for name, result in zip(data, results, strict=True)
-        ]
-        record = {
-            "model": model,
-            "against": against,
-            "plan": plan,
-            "norms": norms,
-            "dtype": dtype,
-            "seed": seed,
-        }
-        return console.print_json(
-            {**record, **(corpora[0] if len(corpora) == 1 else {"corpora": corpora})}
-        )
+        corpora = [_corpus_record(streams[name], by_text[name], per_window) for name in data]
+        rest = corpora[0] if len(corpora) == 1 else {"corpora": corpora}
+        return console.print_json({**record, **rest})
     if len(results) == 1:
         return console.print_table(_quality_rows(results[0]))
-    _print_corpora(dict(zip(data, results, strict=True)))
+    _print_corpora(by_text)
 
 
 def _corpus_record(

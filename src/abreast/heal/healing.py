@@ -147,10 +147,7 @@ def heal(
         recipe.check_targets({matrix.name.rpartition(".")[2] for matrix in family.matrices})
     plan = plan_for(source, plan)
     plan = plan.made_for(source.source, source.revision, source.sha256)
-    if device == "auto" and (recipe.shard or processes() > 1):
-        raise AbreastError("--device auto is for one process without --shard; name a device")
-    if device == "cuda" and processes() > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = _device_of_rank(device, recipe)
     load_original = partial(load, source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     student, tokenizer = load_original(device=device)
     tensors = all_tensors(family, source.config)
@@ -221,6 +218,15 @@ def heal(
         shutil.move(weights, keep)
     shutil.rmtree(weights if work is not None else folder, ignore_errors=True)
     return healed
+
+
+def _device_of_rank(device: str, recipe: Recipe) -> str:
+    """The device that this process heals on."""
+    if device == "auto" and (recipe.shard or processes() > 1):
+        raise AbreastError("--device auto is for one process without --shard; name a device")
+    if device == "cuda" and processes() > 1:
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return device
 
 
 def _identity(
