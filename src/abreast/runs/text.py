@@ -52,7 +52,7 @@ Role = Literal["calibrate", "judge"]
 Author = Callable[[], "PreTrainedModel"]
 # What the default lets a model write at most: more takes as long as training on it.
 MOST_OWN_TOKENS = 2**17
-ROWS, LEAST_TOKENS, TRIAL = 32, 8, 8  # texts at once, tokens of each; steps timed
+ROWS, LEAST_TOKENS, TIMED = 32, 8, 128  # texts at once, tokens of each; steps timed
 _VERSION = 1
 _BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
     "calibrate": ("The", "In", "It was", "How to", "When", "A", "1.", "I", "There are", "For"),
@@ -429,7 +429,7 @@ def _write(
     else:
         texts = [tokens[:1] for tokens in forced]
         inputs, done = torch.tensor(texts, device=device), 1
-    cache, began = None, time.monotonic()
+    cache, ended, timed = None, list[float](), min(TIMED, (steps - done) // 2)
     options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
     with inference(model):
         for at in range(done, steps):
@@ -452,16 +452,31 @@ def _write(
             if all(text[-1] in ends for text in texts):
                 break
             inputs = torch.tensor([[token] for token in drawn], device=device)
-            if at == done:
-                began = time.monotonic()  # the first step reads the prefix, and warms up
-            elif at == done + TRIAL:
-                seconds = (time.monotonic() - began) / TRIAL * (steps * batches - at)
+            if at <= done + timed:
+                ended.append(time.monotonic())
+            if at == done + timed:
+                seconds = writing_seconds(ended, steps - done) * batches
                 step(f"the model writes its own text, about {_duration(seconds)}")
     closing = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return [
         np.array(text if not closing or text[-1] in ends else text + closing, dtype=np.int32)
         for text in texts
     ]
+
+
+def writing_seconds(ended: Sequence[float], steps: int) -> float:
+    """How long a batch takes, from the seconds at which its first steps ended.
+
+    A step copies the cache, which grows, so each takes longer than the one before: by as much as
+    the later ones took longer than the earlier. The first reads the prefix and warms up.
+    """
+    seconds = np.diff(ended)
+    if not len(seconds):
+        return 0.0
+    few = max(1, len(seconds) // 4)
+    first, last = np.median(seconds[:few]), np.median(seconds[-few:])
+    growth = max(0.0, last - first) / max(1, len(seconds) - few)
+    return float(steps * first + growth * steps * (steps - few) / 2)
 
 
 def _duration(seconds: float) -> str:
