@@ -461,6 +461,21 @@ def test_recomputing_activations_changes_nothing(pair, tmp_path):
     assert not any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
 
 
+@pytest.mark.parametrize(
+    ("given", "device", "windows"),
+    [
+        ({"minutes": 60}, "cpu", 2),  # few steps fit: small ones
+        ({"minutes": 60}, "cuda", 8),
+        ({}, "cpu", 8),
+        ({"minutes": 60, "batch_size": 4}, "cpu", 4),
+    ],
+)
+def test_windows_per_step(given, device, windows, monkeypatch):
+    assert Recipe(**given).suited(device).windows == windows
+    monkeypatch.setenv("WORLD_SIZE", "4")  # which share a batch
+    assert Recipe(**given).suited(device).windows == (8 if windows == 2 else windows)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++")
 def test_compiled_branches_learn_the_same(pair, tmp_path):

@@ -206,7 +206,7 @@ def healing(
     if method != "refit":
         original, _ = load(source.folder, **loading)
         vocabulary = original.get_input_embeddings().weight.shape[0]
-        size = (max(10, 2 * recipe.batch_size), window)
+        size = (max(10, 2 * recipe.windows), window)
         ids = np.random.default_rng(0).integers(vocabulary, size=size)
         rows["training"] = recipe.pace(step_seconds(original, parsed, ids, recipe), window)
     return rows

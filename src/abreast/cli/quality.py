@@ -425,7 +425,7 @@ def heal(
         rows = healing(
             model,
             plan,
-            recipe.suited(),
+            recipe.suited(device),
             method=method,
             window=window,
             revision=revision,

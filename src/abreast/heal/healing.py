@@ -134,7 +134,7 @@ def heal(
     """
     if method not in get_args(Method):
         raise AbreastError(f"method '{method}' is not one of {', '.join(get_args(Method))}")
-    recipe = (recipe or Recipe()).suited()
+    recipe = (recipe or Recipe()).suited(device)
     recipe.check()
     target = Path(out)
     check_free(target)

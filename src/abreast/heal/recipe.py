@@ -55,7 +55,9 @@ class Recipe:
     lm_weight: float = option(0.0, "Weight of the language-model loss beside the KL.")
     steps: int = option(400, "Training steps.")
     minutes: float | None = option(None, "Minutes to train; replaces --steps.")
-    batch_size: int = option(8, "Windows per step.")
+    batch_size: int | None = option(
+        None, "Windows per step. Default: 8, or 2 for --minutes on a CPU."
+    )
     micro_batch: int = option(8, "Windows per forward pass on a device.")
     learning_rate: float = option(1e-4, "Peak learning rate.")
     group_learning_rate: float | None = option(
@@ -85,9 +87,22 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def suited(self) -> Recipe:
-        """This recipe, without its first phase if sharded: FSDP gathers norms for whole passes."""
-        return replace(self, group_share=0.0) if self.shard else self
+    def suited(self, device: str) -> Recipe:
+        """This recipe on a device; without its first phase if sharded: FSDP gathers norms for
+        whole passes.
+
+        A CPU has time for few steps, and in a given time many small ones win more than few large
+        ones (benchmarks/LOG.md).
+        """
+        few = device == "cpu" and self.minutes is not None and processes() == 1
+        windows = self.batch_size if self.batch_size is not None else 2 if few else 8
+        share = 0.0 if self.shard else self.group_share
+        return replace(self, batch_size=windows, group_share=share)
+
+    @property
+    def windows(self) -> int:
+        """Windows per step."""
+        return 8 if self.batch_size is None else self.batch_size
 
     @property
     def is_taught(self) -> bool:
@@ -123,7 +138,7 @@ class Recipe:
                 raise AbreastError(f"{name} '{value}' is not one of {known}")
         counts = ("steps", "batch_size", "micro_batch", "lora_rank", "patience")
         for name in (*counts, "evaluate_every", "save_every"):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise AbreastError(f"{name} is {value}; give at least 1")
         for name in (
             "learning_rate",
@@ -154,9 +169,9 @@ class Recipe:
             raise AbreastError(
                 "Muon needs whole matrices and cannot be sharded; use the optimizer 'adamw'"
             )
-        if self.batch_size % processes():
+        if self.windows % processes():
             raise AbreastError(
-                f"a batch of {self.batch_size} windows cannot be split evenly over {processes()} "
+                f"a batch of {self.windows} windows cannot be split evenly over {processes()} "
                 f"processes; give a multiple of {processes()}"
             )
 
@@ -181,7 +196,7 @@ class Recipe:
             )
             if time
         ]
-        tokens = self.batch_size * window
+        tokens = self.windows * window
         rates = ", ".join(f"{tokens / time:.0f} tokens/s {name}" for name, _, time in phases)
         if self.minutes is None:
             minutes = self.steps / 60 * sum(share * time for _, share, time in phases)

@@ -110,7 +110,7 @@ def healing_text(
     if tokens is None:
         tokens = 0 if method == "distill" else REFIT_TOKENS
         if method != "refit":
-            tokens = max(tokens, setup.recipe.steps * setup.recipe.batch_size * window)
+            tokens = max(tokens, setup.recipe.steps * setup.recipe.windows * window)
         tokens += HELD_OUT_TOKENS
     stream = token_stream(
         data,

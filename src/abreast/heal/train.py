@@ -126,7 +126,7 @@ def distill(
     Raises AbreastError for missing packages, numbers that make no sense, too little text, a plan or
     teacher of another model, or a work folder of another run.
     """
-    recipe = (recipe or Recipe()).suited()
+    recipe = (recipe or Recipe()).suited(model.device.type)
     _check_training(model, plan, tokens, recipe, teacher)
     with _prepared(model, plan, tokens, prefix, recipe, teacher, seed) as training:
         training.on_point = on_point
@@ -244,7 +244,7 @@ class _Training:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.recipe.batch_size * self.windows.shape[1]
+        return self.step * self.recipe.windows * self.windows.shape[1]
 
     @property
     def best_point(self) -> Point:
@@ -385,7 +385,7 @@ class _Training:
         """
         recipe, accelerator = self.recipe, self.accelerator
         torch.manual_seed(self.seed + self.step)  # dropout's, so that none of it need be stored
-        rows = windows_of(self.step, len(self.windows), recipe.batch_size, self.seed)
+        rows = windows_of(self.step, len(self.windows), recipe.windows, self.seed)
         batch = self.windows[rows[accelerator.process_index :: accelerator.num_processes]]
         micro_batches = batch.split(recipe.micro_batch)
         total = 0.0
@@ -414,13 +414,13 @@ class _Training:
     def time_step(self, in_groups: bool) -> float:
         """Seconds that a step takes, without the optimisers; its gradients are dropped."""
         self.in_groups = in_groups
-        size = min(self.recipe.micro_batch, self.recipe.batch_size)
+        size = min(self.recipe.micro_batch, self.recipe.windows)
         warms_up = self.recipe.compile or self.device.type != "cpu"
         for _ in range(1 + warms_up):
             began = time.monotonic()
             self._backward(self.windows[:size], 1.0)
             self.learning.model.zero_grad(set_to_none=True)
-        return (time.monotonic() - began) * self.recipe.batch_size / size
+        return (time.monotonic() - began) * self.recipe.windows / size
 
     def _backward(self, ids: torch.Tensor, weight: float) -> float:
         """Add the gradients of the loss of these windows, times weight; returns the same of it."""
