@@ -37,11 +37,11 @@ class Recipe:
     trains the layers' matrices, in steps of AdamW's size, and AdamW the rest. minutes: wall time of
     training, evaluations included, that takes the place of `steps`; `steps` then only says how much
     text is read. In either phase the learning rate rises over `warmup`, a fraction of it, then
-    falls to zero. batch_size: None for what suits the device. betas: AdamW's. clip: largest gradient norm, 0 for none. bf16: None where the
-    device has it natively; the weights keep their dtype. compile: see `heal.compiled`.
-    evaluate_every, save_every: steps between held-out evaluations and between checkpoints.
-    patience: stop after this many evaluations of the second phase without a new best; the late
-    decay of the learning rate wins much, so keep it high.
+    falls to zero. batch_size: None for what suits the device. betas: AdamW's. clip: largest
+    gradient norm, 0 for none. bf16: None where the device has it natively; the weights keep their
+    dtype. compile: see `heal.compiled`. evaluate_every, save_every: steps between held-out
+    evaluations and between checkpoints. patience: stop after this many evaluations of the second
+    phase without a new best; the late decay of the learning rate wins much, so keep it high.
     """
 
     train: Train = option("groups", "Train adapters, the grouped layers, or the whole model.")
