@@ -35,7 +35,7 @@ def harness(*arguments: str) -> None:
 def test_a_minute_of_damaged_files_and_all_that_ever_failed():
     """The same ones every time, so that a change that breaks nothing does not fail; `make fuzz`
     tries others in every run."""
-    harness("fuzz.py", "--minutes", "1", "--inputs", "400", "--seed", "1")
+    harness("fuzz.py", "--minutes", "1", "--inputs", "1000", "--seed", "1")
 
 
 @pytest.mark.slow

@@ -95,13 +95,13 @@ class Recipe:
         ones (benchmarks/LOG.md).
         """
         few = device == "cpu" and self.minutes is not None and processes() == 1
-        windows = self.batch_size if self.batch_size is not None else 2 if few else 8
+        windows = 2 if few and self.batch_size is None else self.windows
         share = 0.0 if self.shard else self.group_share
         return replace(self, batch_size=windows, group_share=share)
 
     @property
     def windows(self) -> int:
-        """Windows per step."""
+        """Windows per step, 8 where none are given."""
         return 8 if self.batch_size is None else self.batch_size
 
     @property
