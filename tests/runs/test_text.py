@@ -25,8 +25,8 @@ from abreast.model import load
 from abreast.planner import CalibrationSettings, calibrate
 from abreast.report import read_run
 from abreast.report.page import text_rows
-from abreast.runs import text, token_stream
-from abreast.runs.text import ROWS, writing_seconds
+from abreast.runs import own_text, text, token_stream
+from abreast.runs.own_text import ROWS, writing_seconds
 
 WIKITEXT = "hub:Salesforce/wikitext@wikitext-2-raw-v1"
 WINDOW = 32
@@ -143,7 +143,7 @@ def test_what_the_model_wrote_is_read_again(read, tmp_path, monkeypatch):
 def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
     options = {"max_tokens": 3 * ROWS * WINDOW, "folder": tmp_path / "run"}
     whole = read("self", **options | {"folder": None})
-    written, real = [], text._write
+    written, real = [], own_text._write
 
     def broken(*arguments: Any, **options: Any) -> Any:
         written.append(options["first"])
@@ -151,7 +151,7 @@ def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **options)
 
-    monkeypatch.setattr(text, "_write", broken)
+    monkeypatch.setattr(own_text, "_write", broken)
     with pytest.raises(KeyboardInterrupt):
         read("self", **options)
     assert read("self", **options).sha256 == whole.sha256
@@ -176,7 +176,7 @@ def test_without_the_package_it_says_so(read, monkeypatch):
 
 
 def test_it_is_written_at_temperature_1(read):
-    texts = text._write(
+    texts = own_text._write(
         read.original,
         read.tokenizer,
         prefix=(0,),
@@ -197,22 +197,22 @@ def test_it_is_written_at_temperature_1(read):
         assert counts[int(token)] / 2000 == pytest.approx(expected[token], rel=0.25)
     first, other = (
         {read.tokenizer(words, add_special_tokens=False)["input_ids"][0] for words in beginnings}
-        for beginnings in (text._BEGINNINGS["judge"], text._BEGINNINGS["calibrate"])
+        for beginnings in (own_text._BEGINNINGS["judge"], own_text._BEGINNINGS["calibrate"])
     )
     assert {int(t[0]) for t in texts[1::2]} == first != other
 
 
 def test_texts_end_where_the_model_ends_them(read, monkeypatch):
-    rows, real = [], text._write
+    rows, real = [], own_text._write
     spy = lambda *a, **options: (rows.append(options["rows"]), real(*a, **options))[1]  # noqa: E731
-    monkeypatch.setattr(text, "_write", spy)
+    monkeypatch.setattr(own_text, "_write", spy)
     with torch.no_grad():
         read.original.lm_head.weight[2] = 0
         read.original.model.norm.weight *= 0  # all tokens are as likely
     stream = read("self", max_tokens=500, window=128)
     lengths = np.diff([-1, *np.flatnonzero(stream.tokens == 2)])
     assert stream.tokens.max() < len(read.tokenizer)
-    assert len(lengths) and lengths.min() >= text.LEAST_TOKENS and lengths.max() <= 128
+    assert len(lengths) and lengths.min() >= own_text.LEAST_TOKENS and lengths.max() <= 128
     assert rows[0] == 4 and len(rows) > 1 and rows[-1] < 4  # no more than what was missing
 
 

@@ -17,7 +17,7 @@ from abreast.errors import AbreastError
 if TYPE_CHECKING:
     from abreast.data import TokenStream
     from abreast.evaluate import Comparison, Evaluation, Perplexity
-    from abreast.heal import Recipe
+    from abreast.heal import Healed, Recipe
 
 
 @console.verb(name="eval")
@@ -131,21 +131,20 @@ def evaluate(
     notes = list[str]()
     dtype = loading["dtype"] = fitting_dtype(checkpoint, dtype, device, step=notes.append)
     loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
-    reference, reference_tokenizer = None, None
+    reference, reference_tokenizer, author = None, None, None
     if against:
         reference, reference_tokenizer = load(against, revision=against_revision, **loading)
+        author = resolve(against, revision=against_revision)[0]
     if tokenizer is not None and reference_tokenizer is not None:
         check_tokenizers(tokenizer, reference_tokenizer)
-    tokenizer = tokenizer or reference_tokenizer
-
-    author = resolve(against, revision=against_revision)[0] if against else None
     if out is not None:
         check_run(Path(out), "comparison")
 
-    def stream_of(name: str) -> TokenStream:
-        stream = token_stream(
+    # what can be wrong with files comes before minutes of writing
+    streams = {
+        name: token_stream(
             name,
-            tokenizer,
+            tokenizer or reference_tokenizer,
             author or model,
             max_tokens=max_tokens,
             window=window,
@@ -157,38 +156,30 @@ def evaluate(
             folder=Path(out) if out else None,
             step=console.say,
         )
+        for name in sorted(data, key=lambda name: OWN in name)
+    }
+    for stream in streams.values():
         check_length(stream, min(window, max_tokens), loaded)
-        return stream
-
-    # what can be wrong with files comes before minutes of writing
-    streams = {name: stream_of(name) for name in sorted(data, key=lambda name: OWN in name)}
-    sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
     for note in notes:
         console.say(note)
-    results: list[Comparison | Perplexity] = []
-    for stream in map(streams.__getitem__, data):
+    sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
+    results: dict[str, Comparison | Perplexity] = {}
+    for name in data:
+        stream = streams[name]
         with console.progress_bar(f"evaluate on {stream.source}", as_json) as progress:
             sizes["progress"] = progress
             if reference is not None:
-                results.append(compare(loaded, reference, stream, seed=seed, **sizes))
+                results[name] = compare(loaded, reference, stream, seed=seed, **sizes)
             else:
-                results.append(perplexity(loaded, stream, **sizes))
-    record = {
-        "model": model,
-        "against": against,
-        "plan": plan,
-        "norms": norms,
-        "dtype": dtype,
-        "seed": seed,
-    }
-    by_text = dict(zip(data, results, strict=True))
+                results[name] = perplexity(loaded, stream, **sizes)
     if as_json:
-        corpora = [_corpus_record(streams[name], by_text[name], per_window) for name in data]
+        record = {"model": model, "against": against, "plan": plan, "norms": norms}
+        corpora = [_corpus_record(streams[name], results[name], per_window) for name in data]
         rest = corpora[0] if len(corpora) == 1 else {"corpora": corpora}
-        return console.print_json({**record, **rest})
+        return console.print_json({**record, "dtype": dtype, "seed": seed, **rest})
     if len(results) == 1:
-        return console.print_table(_quality_rows(results[0]))
-    _print_corpora(by_text)
+        return console.print_table(_quality_rows(results[data[0]]))
+    _print_corpora(results)
 
 
 def _corpus_record(
@@ -467,9 +458,11 @@ def heal(
         console.say(f"warning: {warning}")
     if as_json:
         return console.print_json(healed.to_dict())
-    rows = {
-        "converted": f"{out}, {healed.depth} stages: {healed.plan}",
-    }
+    console.print_table(_healed_rows(healed))
+
+
+def _healed_rows(healed: Healed) -> dict[str, str]:
+    rows = {"converted": f"{healed.out}, {healed.depth} stages: {healed.plan}"}
     for on in healed.judged:
         part = "held-out part of the healing text" if on.known else "a kind not healed on"
         rows[f"{on.text} ({part})"] = (
@@ -486,4 +479,4 @@ def heal(
             f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens in "
             f"{trained.seconds / 60:.1f} minutes"
         )
-    console.print_table(rows)
+    return rows

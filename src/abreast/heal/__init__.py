@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from abreast.lazy import attach
 
 if TYPE_CHECKING:
-    from abreast.heal.healing import heal
+    from abreast.heal.healing import Healed, heal
     from abreast.heal.least_squares import Refit, memory_needed, moments_pair, solve
     from abreast.heal.recipe import FOLDS, RECIPES, Recipe
     from abreast.heal.setup import REFIT_TOKENS

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         shared_steps,
         split,
     )
+    from abreast.model.reserved import keep_rows, reserve
     from abreast.model.scores import (
         divergence,
         logits_of,

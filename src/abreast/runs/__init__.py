@@ -31,15 +31,7 @@ if TYPE_CHECKING:
         windows_at_once,
     )
     from abreast.runs.options import option
-    from abreast.runs.text import (
-        ROWS,
-        Author,
-        Role,
-        conversations,
-        save_texts,
-        saved_texts,
-        share_written,
-        token_stream,
-    )
+    from abreast.runs.own_text import ROWS, Author, Role, save_texts, saved_texts
+    from abreast.runs.text import conversations, share_written, token_stream
 
 attach(__name__)

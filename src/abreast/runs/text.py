@@ -9,22 +9,17 @@ comes from other modules.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from abreast.checkpoint import open_checkpoint, own_file, read_json, replacing, write
+from abreast.checkpoint import read_json, write
 from abreast.data import (
     AUTO,
     CALIBRATION,
@@ -35,29 +30,17 @@ from abreast.data import (
     DataError,
     Part,
     TokenStream,
-    beginning,
     documents,
     load_tokens,
     prefix_of,
     tokenized,
 )
 from abreast.errors import AbreastError, first_line
-from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
-from abreast.runs.folder import TEXT_FOLDER, check_tokens
+from abreast.runs.folder import TEXT_FOLDER
+from abreast.runs.own_text import Author, Role, own_stream
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Role = Literal["calibrate", "judge"]
-Author = Callable[[], "PreTrainedModel"]
 # What the default lets a model write at most: more takes as long as training on it.
 MOST_OWN_TOKENS = 2**17
-ROWS, LEAST_TOKENS, TIMED = 32, 8, 128  # texts at once, tokens of each; steps timed
-_VERSION = 1
-_BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
-    "calibrate": ("The", "In", "It was", "How to", "When", "A", "1.", "I", "There are", "For"),
-    "judge": ("This", "On", "We", "What is", "After", "An", "-", "You", "She said", "If"),
-}
 
 
 def _silent(message: str) -> None:
@@ -119,7 +102,7 @@ def token_stream(
 
     def stream_of(name: str) -> TokenStream:
         if name == OWN and author is not None:
-            return _own(
+            return own_stream(
                 author,
                 tokenizer,
                 model,
@@ -298,186 +281,3 @@ def _messages(record: Any) -> list[dict[str, Any]]:
         isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
     )
     return messages if well_formed else []
-
-
-def _own(
-    author: Author,
-    tokenizer: Any,
-    model: str | Path,
-    *,
-    prefix: tuple[int, ...],
-    max_tokens: int,
-    length: int,
-    seed: int,
-    role: Role,
-    folder: Path | None,
-    step: Callable[[str], None],
-) -> TokenStream:
-    """Text that the model writes. A later call finds it in the run's folder, or continues it.
-
-    length: tokens of a text, of which at most ROWS are written at a time. The last batch has only
-    as many as are missing, by the mean length so far.
-    """
-    identity = {
-        "version": _VERSION,
-        "model": open_checkpoint(model).sha256,
-        "prefix": list(prefix),
-        "tokens": max_tokens,
-        "length": length,
-        "seed": seed,
-        "role": role,
-    }
-    path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
-    texts = [] if path is None else saved_texts(path, identity)
-    writer = None
-    while (left := max_tokens - sum(map(len, texts))) > 0:
-        writer = writer or author()
-        mean = sum(map(len, texts)) / len(texts) if texts else length
-        rows = min(ROWS, math.ceil(left / mean))
-        texts += _write(
-            writer,
-            tokenizer,
-            prefix=prefix,
-            rows=rows,
-            length=length,
-            first=len(texts),
-            seed=seed,
-            role=role,
-            batches=math.ceil(left / (rows * mean)),
-            step=step,
-        )
-        step = _silent
-        if path is not None:
-            save_texts(path, identity, texts, tokenizer)
-    tokens = np.concatenate(texts)[:max_tokens].astype(np.int64)
-    whole = sum(len(tokenizer.decode(text, skip_special_tokens=True).encode()) for text in texts)
-    size = round(whole * len(tokens) / sum(map(len, texts)))
-    words = tuple(beginning(tokenizer.decode(t[:64], skip_special_tokens=True)) for t in texts[:3])
-    part = Part(OWN, len(tokens), len(texts), size, words)
-    return TokenStream(tokens, OWN, len(texts), size, prefix, (part,))
-
-
-def saved_texts(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:
-    """The texts in a file, token ids each, none where it is damaged or was written otherwise."""
-    try:
-        own_file(path, most=None)
-        with safe_open(path, framework="np") as file:
-            if json.loads((file.metadata() or {})["identity"]) != identity:
-                return []
-            tokens, ends = file.get_tensor("tokens"), file.get_tensor("ends")
-    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
-        return []
-    texts = np.split(tokens, ends) if tokens.ndim == ends.ndim == 1 else []
-    return texts[:-1] if texts and not len(texts[-1]) and all(map(len, texts[:-1])) else []
-
-
-def save_texts(
-    path: Path, identity: dict[str, Any], texts: Sequence[np.ndarray], tokenizer: Any
-) -> None:
-    """Write a file that `saved_texts` reads, and one for people beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ends = np.cumsum([len(text) for text in texts])
-    with replacing(path) as staging:
-        arrays = {"tokens": np.concatenate(texts), "ends": ends}
-        save_file(arrays, staging, metadata={"identity": json.dumps(identity)})
-    pages = (f"--- {n} ---\n{tokenizer.decode(text)}\n" for n, text in enumerate(texts, start=1))
-    write(path.with_suffix(".txt"), "".join(pages))
-
-
-def _write(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    *,
-    prefix: tuple[int, ...],
-    rows: int,
-    length: int,
-    first: int,
-    seed: int,
-    role: Role,
-    batches: int,
-    step: Callable[[str], None],
-) -> list[np.ndarray]:
-    """A batch of texts, int32 each: its first tokens, if any, and what the model continues with.
-
-    They begin with the prefix, or what else begins a text, which is left out of them. Every second
-    one then has a beginning from the list. first: number of the first. batches: still to write.
-    """
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-    start = (
-        prefix
-        or tuple(t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None)[:1]
-    )
-    starts = [
-        tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:length]
-        for words in _BEGINNINGS[role]
-    ]
-    forced = [
-        list(starts[row // 2 % len(starts)]) if row % 2 or not start else []
-        for row in range(first, first + rows)
-    ]
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    check_tokens(np.array([*start, *(t for tokens in starts for t in tokens)]), vocabulary)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    steps = int(max(1, min(length - 1, limit - len(start))))  # room for the end of text
-    digest = hashlib.sha256(f"{seed} {role} {first}".encode()).digest()
-    device = device_of(model)
-    random = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
-    texts: list[list[int]] = [[] for _ in range(rows)]
-    if start:
-        inputs, done = torch.tensor([start] * rows, device=device), 0
-    else:
-        texts = [tokens[:1] for tokens in forced]
-        inputs, done = torch.tensor(texts, device=device), 1
-    cache, ended, timed = None, list[float](), min(TIMED, (steps - done) // 2)
-    options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
-    with inference(model):
-        for at in range(done, steps):
-            out = model(input_ids=inputs, **{name: cache}, **options)
-            cache = cache_of(out)
-            logits = out.logits[:, -1].float()
-            if not logits.max(dim=-1).values.isfinite().all():
-                raise AbreastError(
-                    "the model gives logits that are not finite (NaN or infinite); "
-                    "load it in float32, or check how its weights were made"
-                )
-            logits[:, len(tokenizer) :] = -torch.inf
-            if at < LEAST_TOKENS:  # or a model that has nothing to say would never fill the text
-                logits[:, list(ends)] = -torch.inf
-            drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=random)[:, 0].tolist()
-            drawn = [f[at] if at < len(f) else t for f, t in zip(forced, drawn, strict=True)]
-            for text, token in zip(texts, drawn, strict=True):
-                if not text or text[-1] not in ends:
-                    text.append(token)
-            if all(text[-1] in ends for text in texts):
-                break
-            inputs = torch.tensor([[token] for token in drawn], device=device)
-            if at <= done + timed:
-                ended.append(time.monotonic())
-            if at == done + timed:
-                seconds = writing_seconds(ended, steps - done) * batches
-                step(f"the model writes its own text, about {_duration(seconds)}")
-    closing = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return [
-        np.array(text if not closing or text[-1] in ends else text + closing, dtype=np.int32)
-        for text in texts
-    ]
-
-
-def writing_seconds(ended: Sequence[float], steps: int) -> float:
-    """How long a batch takes, from the seconds at which its first steps ended.
-
-    A step copies the cache, which grows, so each takes longer than the one before: by as much as
-    the later ones took longer than the earlier. The first reads the prefix and warms up.
-    """
-    seconds = np.diff(ended)
-    if not len(seconds):
-        return 0.0
-    few = max(1, len(seconds) // 4)
-    first, last = np.median(seconds[:few]), np.median(seconds[-few:])
-    growth = max(0.0, last - first) / max(1, len(seconds) - few)
-    return float(steps * first + growth * steps * (steps - few) / 2)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

@@ -1,0 +1,272 @@
+"""What a model writes itself, sampled at temperature 1, and the file that keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from abreast.checkpoint import open_checkpoint, own_file, replacing, write
+from abreast.data import OWN, Part, TokenStream, beginning
+from abreast.errors import AbreastError
+from abreast.model import (
+    cache_name,
+    cache_of,
+    device_of,
+    inference,
+    is_native,
+    keep_rows,
+    keeps_last,
+    reserve,
+)
+from abreast.runs.folder import TEXT_FOLDER, check_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Role = Literal["calibrate", "judge"]
+Author = Callable[[], "PreTrainedModel"]
+ROWS, LEAST_TOKENS, TIMED = 64, 8, 128  # texts at once, tokens of each; steps timed
+_VERSION = 1
+_BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
+    "calibrate": ("The", "In", "It was", "How to", "When", "A", "1.", "I", "There are", "For"),
+    "judge": ("This", "On", "We", "What is", "After", "An", "-", "You", "She said", "If"),
+}
+
+
+def own_stream(
+    author: Author,
+    tokenizer: Any,
+    model: str | Path,
+    *,
+    prefix: tuple[int, ...],
+    max_tokens: int,
+    length: int,
+    seed: int,
+    role: Role,
+    folder: Path | None,
+    step: Callable[[str], None],
+) -> TokenStream:
+    """Text that the model writes. A later call finds it in the run's folder, or continues it.
+
+    length: tokens of a text, of which at most ROWS are written at a time. The last batch has only
+    as many as are missing, by the mean length so far.
+    """
+    identity = {
+        "version": _VERSION,
+        "model": open_checkpoint(model).sha256,
+        "prefix": list(prefix),
+        "tokens": max_tokens,
+        "length": length,
+        "seed": seed,
+        "role": role,
+    }
+    path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
+    texts = [] if path is None else saved_texts(path, identity)
+    writer = None
+    while (left := max_tokens - sum(map(len, texts))) > 0:
+        writer = writer or author()
+        mean = sum(map(len, texts)) / len(texts) if texts else length
+        rows = min(ROWS, math.ceil(left / mean))
+        texts += _write(
+            writer,
+            tokenizer,
+            prefix=prefix,
+            rows=rows,
+            length=length,
+            first=len(texts),
+            seed=seed,
+            role=role,
+            batches=math.ceil(left / (rows * mean)),
+            step=step,
+        )
+        step = lambda message: None  # noqa: E731 - told once
+        if path is not None:
+            save_texts(path, identity, texts, tokenizer)
+    tokens = np.concatenate(texts)[:max_tokens].astype(np.int64)
+    whole = sum(len(tokenizer.decode(text, skip_special_tokens=True).encode()) for text in texts)
+    size = round(whole * len(tokens) / sum(map(len, texts)))
+    words = tuple(beginning(tokenizer.decode(t[:64], skip_special_tokens=True)) for t in texts[:3])
+    part = Part(OWN, len(tokens), len(texts), size, words)
+    return TokenStream(tokens, OWN, len(texts), size, prefix, (part,))
+
+
+def saved_texts(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:
+    """The texts in a file, token ids each, none where it is damaged or was written otherwise."""
+    try:
+        own_file(path, most=None)
+        with safe_open(path, framework="np") as file:
+            if json.loads((file.metadata() or {})["identity"]) != identity:
+                return []
+            tokens, ends = file.get_tensor("tokens"), file.get_tensor("ends")
+    except (OSError, SafetensorError, LookupError, ValueError, TypeError):
+        return []
+    texts = np.split(tokens, ends) if tokens.ndim == ends.ndim == 1 else []
+    return texts[:-1] if texts and not len(texts[-1]) and all(map(len, texts[:-1])) else []
+
+
+def save_texts(
+    path: Path, identity: dict[str, Any], texts: Sequence[np.ndarray], tokenizer: Any
+) -> None:
+    """Write a file that `saved_texts` reads, and one for people beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ends = np.cumsum([len(text) for text in texts])
+    with replacing(path) as staging:
+        arrays = {"tokens": np.concatenate(texts), "ends": ends}
+        save_file(arrays, staging, metadata={"identity": json.dumps(identity)})
+    pages = (f"--- {n} ---\n{tokenizer.decode(text)}\n" for n, text in enumerate(texts, start=1))
+    write(path.with_suffix(".txt"), "".join(pages))
+
+
+def _write(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    prefix: tuple[int, ...],
+    rows: int,
+    length: int,
+    first: int,
+    seed: int,
+    role: Role,
+    batches: int,
+    step: Callable[[str], None],
+) -> list[np.ndarray]:
+    """A batch of texts, int32 each: its first tokens, if any, and what the model continues with.
+
+    They begin with the prefix, or what else begins a text, which is left out of them. Every second
+    one then has a beginning from the list. first: number of the first. batches: still to write.
+    """
+    ends = _ends(model, tokenizer)
+    start = (
+        prefix
+        or tuple(
+            token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None
+        )[:1]
+    )
+    forced = [
+        tokens[:length] if row % 2 or not start else []
+        for row, tokens in _beginnings(tokenizer, role, range(first, first + rows))
+    ]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    check_tokens(np.array([*start, *(token for tokens in forced for token in tokens)]), vocabulary)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    steps = int(max(1, min(length - 1, limit - len(start))))  # room for the end of text
+    digest = hashlib.sha256(f"{seed} {role} {first}".encode()).digest()
+    device = device_of(model)
+    random = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    texts: list[list[int]] = [[] for _ in range(rows)] if start else [t[:1] for t in forced]
+    inputs = torch.tensor([start] * rows if start else texts, device=device)
+    done = 0 if start else 1
+    cache, ended, timed = None, list[float](), min(TIMED, (steps - done) // 2)
+    options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
+    reading = list(range(rows))  # the texts that the model still reads
+    with _in_bfloat16(model), inference(model):
+        for at in range(done, steps):
+            out = model(input_ids=inputs, **{name: cache}, **options)
+            if cache is None:
+                reserve(cache_of(out), len(start) + steps)
+            cache = cache_of(out)
+            # a model that has nothing to say would never fill the text
+            barred = list(ends) if at < LEAST_TOKENS else []
+            drawn = _drawn(out.logits[:, -1].float(), len(tokenizer), barred, random)
+            for place, row in enumerate(reading):
+                if at < len(forced[row]):
+                    drawn[place] = forced[row][at]
+                if not texts[row] or texts[row][-1] not in ends:
+                    texts[row].append(drawn[place])
+            going = [place for place, row in enumerate(reading) if texts[row][-1] not in ends]
+            if not going:
+                break
+            if 4 * len(going) <= 3 * len(reading) and keep_rows(
+                cache, torch.tensor(going, device=device)
+            ):
+                reading, drawn = ([these[place] for place in going] for these in (reading, drawn))
+            inputs = torch.tensor(drawn, device=device)[:, None]
+            if at <= done + timed:
+                ended.append(time.monotonic())
+            if at == done + timed:
+                seconds = writing_seconds(ended, steps - done) * batches
+                step(f"the model writes its own text, about {_duration(seconds)}")
+    closing = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return [
+        np.array(text if not closing or text[-1] in ends else text + closing, dtype=np.int32)
+        for text in texts
+    ]
+
+
+def _ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokens that end a text."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+
+
+def _beginnings(tokenizer: Any, role: Role, rows: range) -> Iterator[tuple[int, list[int]]]:
+    """(row, tokens): two rows in a row have the same beginning."""
+    starts = [
+        tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        for words in _BEGINNINGS[role]
+    ]
+    for row in rows:
+        yield row, list(starts[row // 2 % len(starts)])
+
+
+def _drawn(
+    logits: torch.Tensor, known: int, barred: list[int], random: torch.Generator
+) -> list[int]:
+    """A token for each row of logits [rows, vocab], of the first `known` less those barred."""
+    if not logits.max(dim=-1).values.isfinite().all():
+        raise AbreastError(
+            "the model gives logits that are not finite (NaN or infinite); "
+            "load it in float32, or check how its weights were made"
+        )
+    logits[:, known:] = -torch.inf
+    logits[:, barred] = -torch.inf
+    tokens: list[int] = torch.multinomial(logits.softmax(dim=-1), 1, generator=random)[
+        :, 0
+    ].tolist()
+    return tokens
+
+
+@contextmanager
+def _in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a float32 model whose device has bfloat16 natively computes in it."""
+    if model.dtype != torch.float32 or not is_native(torch.bfloat16, device_of(model)):
+        yield
+        return
+    kept = {parameter: parameter.data for parameter in model.parameters()}
+    try:
+        for parameter in kept:
+            parameter.data = parameter.data.to(torch.bfloat16)
+        yield
+    finally:
+        for parameter, data in kept.items():
+            parameter.data = data
+
+
+def writing_seconds(ended: Sequence[float], steps: int) -> float:
+    """How long a batch takes, from the seconds at which its first steps ended.
+
+    A step reads the cache, which grows, so each takes longer than the one before: by as much as the
+    later ones took longer than the earlier. The first reads the prefix and warms up.
+    """
+    seconds = np.diff(ended)
+    if not len(seconds):
+        return 0.0
+    few = max(1, len(seconds) // 4)
+    first, last = np.median(seconds[:few]), np.median(seconds[-few:])
+    growth = max(0.0, last - first) / max(1, len(seconds) - few)
+    return float(steps * first + growth * steps * (steps - few) / 2)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
