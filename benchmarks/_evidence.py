@@ -188,7 +188,7 @@ def long_cells(result: Row) -> list[str]:
 
 def rows_of(rows: dict[str, Row], model: str) -> list[Measured]:
     """What the rows "rivals" of a model hold, refits as rows of their own."""
-    found = []
+    measured = []
     for name, row in rows.items():
         if name.startswith(f"{model}-") and name.endswith("-rivals"):
             for entry in row["results"]["methods"]:
@@ -196,8 +196,8 @@ def rows_of(rows: dict[str, Row], model: str) -> list[Measured]:
                     if (kl := entry[f"{prefix}kl"]) is not None:
                         cost = Cost(*kl, *entry[f"{prefix}loss"], row["tokens"])
                         of = (entry["method"], row["depth"], entry["plan"], cost)
-                        found.append(Measured(*of, refit=bool(prefix)))
-    return found
+                        measured.append(Measured(*of, refit=bool(prefix)))
+    return measured
 
 
 def buy_rows(rows: Iterable[Measured], times: Row) -> list[Measured]:

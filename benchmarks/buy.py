@@ -53,9 +53,9 @@ def in_torch(execution: str) -> Callable[..., Seconds]:
     def timed(folders: Mapping[str, Path], rounds: int, context: int) -> Seconds:
         models = {name: load(folder, dtype="float32")[0] for name, folder in folders.items()}
         sizes: dict[str, Any] = {"context": context, "new_tokens": NEW_TOKENS, "rounds": rounds}
-        found = bench(models, task="decode", execution=execution, **sizes)
+        result = bench(models, task="decode", execution=execution, **sizes)
         torch.compiler.reset()
-        return {name: seconds / NEW_TOKENS for name, seconds in found.seconds.items()}
+        return {name: seconds / NEW_TOKENS for name, seconds in result.seconds.items()}
 
     return timed
 
@@ -169,16 +169,16 @@ def measure(model: Path, rows: list[Measured], options: argparse.Namespace) -> d
         if not here:
             say(f"{name}: not in this environment")
             continue
-        found = record["engines"].setdefault(name, {})
+        timed = record["engines"].setdefault(name, {})
         record.setdefault("versions", {})[name] = versions_of(("torch", "transformers", name))
         for depth in sorted({row.depth for row in rows}, reverse=True):
             if (plans := contenders(rows, depth)) is None:
                 continue
-            ours, cut = plans
-            if found.get(str(depth), {}).get("plan") == ours:
+            ours, shortened = plans
+            if timed.get(str(depth), {}).get("plan") == ours:
                 continue
             plan = Plan.parse(ours, record["layers"])
-            entry: dict[str, Any] = {"plan": ours, "cut": cut}
+            entry: dict[str, Any] = {"plan": ours, "cut": shortened}
             if reason := LOADERS[loader].refusal(source.config, plan):
                 entry["refused"] = reason
             else:
@@ -186,7 +186,7 @@ def measure(model: Path, rows: list[Measured], options: argparse.Namespace) -> d
                 folders = {"original": model}
                 folders |= {
                     "ours": checkpoint(model, ours, out),
-                    "cut": checkpoint(model, cut, out),
+                    "cut": checkpoint(model, shortened, out),
                 }
                 if name == "llama.cpp":  # GGUF files are written beside them
                     folders["original"] = link(model, out)
@@ -194,7 +194,7 @@ def measure(model: Path, rows: list[Measured], options: argparse.Namespace) -> d
                 for key, times in seconds.items():
                     entry[f"{key}_ms"] = 1000 * float(np.median(times))
                     entry[f"{key}_ratio"] = list(ratio_interval(seconds["original"], times))
-            found[str(depth)] = entry
+            timed[str(depth)] = entry
             write(file, json.dumps(record, indent=1) + "\n")
     return record
 
@@ -230,8 +230,8 @@ def results(options: argparse.Namespace) -> list[Measured]:
 
 
 def main() -> None:
-    look = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--out", required=True, help="checkpoints, times and figures")
     parser.add_argument("--results", nargs="*", default=[], help="what plans and rivals lose")

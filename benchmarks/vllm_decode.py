@@ -290,8 +290,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {r['token_ms']:.2f} | {spans[0]} | {r.get('predicted_speedup', '')} "
             f"| {r['prefill_ms']:.1f} | {spans[1]} |"
         )
-    found = {f"{count} {form}" for r in rows for form, count in r.get("forms", {}).items()}
-    lines += ["", f"Members' matrices: {', '.join(sorted(found)) or 'none stand apart'}."]
+    forms = {f"{count} {form}" for r in rows for form, count in r.get("forms", {}).items()}
+    lines += ["", f"Members' matrices: {', '.join(sorted(forms)) or 'none stand apart'}."]
     return "\n".join(lines)
 
 

@@ -43,15 +43,15 @@ def stream_of(options: argparse.Namespace, data: str, windows: int) -> TokenStre
 
 
 def part_of(stream: TokenStream, begin: int, windows: int) -> TokenStream:
-    each = WINDOW - len(stream.prefix)
-    return replace(stream, tokens=stream.tokens[begin * each : (begin + windows) * each])
+    size = WINDOW - len(stream.prefix)
+    return replace(stream, tokens=stream.tokens[begin * size : (begin + windows) * size])
 
 
 def searches(
     options: argparse.Namespace, counts: list[int], depths: list[int], author: Any
 ) -> dict[tuple[int, int], Any]:
     """(windows, number of the text) -> what the search found."""
-    most, found = max(counts), {}
+    most, planned = max(counts), {}
     stream = stream_of(options, options.data, options.repeat * most)
     for number in range(options.repeat):
         before: Calibration | None = None
@@ -64,17 +64,17 @@ def searches(
             if before is not None and new:
                 shutil.copy(before.folder / JOURNAL.format(0), calibration.folder)
             say(f"text {number + 1} of {options.repeat}, {count} windows")
-            place = Path(options.out) / "found" / folder.name
-            place.mkdir(parents=True, exist_ok=True)
+            run = Path(options.out) / "found" / folder.name
+            run.mkdir(parents=True, exist_ok=True)
             budget = Budget(depth=min(depths))
-            found[count, number] = find_plan(calibration, place, budget, step=say)
+            planned[count, number] = find_plan(calibration, run, budget, step=say)
             before = calibration
-    return found
+    return planned
 
 
 def main() -> None:
-    look = argparse.RawTextHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=look)
+    formatter = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("model", nargs="?", default=str(model_folder()))
     parser.add_argument("--data", default="stdlib", help="text to search on")
     parser.add_argument("--judge-data", default="stdlib-train", help="another, to judge on")
@@ -100,14 +100,14 @@ def main() -> None:
         stream=stream_of(options, options.judge_data, options.judge_windows),
         author=lambda: model,
     )
-    found = searches(options, counts, depths, lambda: model)
+    planned = searches(options, counts, depths, lambda: model)
     print(
         "| stages | windows | KL of each search | mean | best to worst | optimism | same groups |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for depth in reversed(depths):
         for count in counts:
-            fronts = [found[count, number].front for number in range(options.repeat)]
+            fronts = [planned[count, number].front for number in range(options.repeat)]
             plans: list[Plan] = [front.best()[depth] for front in fronts]
             held = np.array([cost.kl for cost in score(judge, plans)])
             seen = np.array([front.plans[p].kl for front, p in zip(fronts, plans, strict=True)])

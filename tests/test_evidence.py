@@ -91,11 +91,14 @@ def bought(model: str) -> dict[str, Any]:
     """What benchmarks/buy.py leaves of a model whose layers are all its time."""
     times = {}
     for depth in _evidence.depths(model):
-        cut = 10 * depth / _evidence.MODELS[model][1]
+        cut_ms = 10 * depth / _evidence.MODELS[model][1]
         times[str(depth)] = {
             **{"plan": "1|2:1", "cut": "without 3"},
-            **{"original_ms": 10.0, "ours_ms": cut + 0.1, "cut_ms": cut},
-            **{f"{name}_ratio": [10 / ms] * 3 for name, ms in (("ours", cut + 0.1), ("cut", cut))},
+            **{"original_ms": 10.0, "ours_ms": cut_ms + 0.1, "cut_ms": cut_ms},
+            **{
+                f"{name}_ratio": [10 / ms] * 3
+                for name, ms in (("ours", cut_ms + 0.1), ("cut", cut_ms))
+            },
         }
     refused = {depth: {"plan": "1|2:1", "refused": "it has cqil"} for depth in times}
     return {"date": "2026-11-27", "engines": {"eager": times, "llama.cpp": refused}}
@@ -293,12 +296,12 @@ def test_decode_speed_is_timed_once_per_engine_and_drawn(
 
     model, out = setting.models / "tiny", setting.data / "out"
     numbers = {"kl_stderr": 0.01, "loss_increase": 0.1, "loss_stderr": 0.02, "tokens": 248}
-    found = [("planner", 5, "2+3", 0.1), ("sleb", 5, "without 3", 0.3)]
-    found += [("shortgpt", 5, "without 2", 0.2), ("planner", 4, "1|2 3+4", 0.2)]
-    found += [("sleb", 4, "without 1 3", 0.5), ("contiguous", 4, "1+2 3+4", 0.4)]
+    entries = [("planner", 5, "2+3", 0.1), ("sleb", 5, "without 3", 0.3)]
+    entries += [("shortgpt", 5, "without 2", 0.2), ("planner", 4, "1|2 3+4", 0.2)]
+    entries += [("sleb", 4, "without 1 3", 0.5), ("contiguous", 4, "1+2 3+4", 0.4)]
     plans = [
         {"method": method, "depth": depth, "plan": plan, "kl": kl, **numbers}
-        for method, depth, plan, kl in found
+        for method, depth, plan, kl in entries
     ]
     file = setting.data / "baselines.json"
     file.write_text(json.dumps({"plans": plans}))
@@ -307,8 +310,8 @@ def test_decode_speed_is_timed_once_per_engine_and_drawn(
 
     def time_in(folders: Any, rounds: int, context: int) -> Any:
         models = {name: load(folder)[0] for name, folder in folders.items()}
-        assert {str(each.dtype) for each in models.values()} == {"torch.float32"}
-        timed.append([len(each.model.layers) for each in models.values()])
+        assert {str(model.dtype) for model in models.values()} == {"torch.float32"}
+        timed.append([len(model.model.layers) for model in models.values()])
         if len(timed) == 1:  # the better of two ways to leave a layer out
             left, whole = models["cut"].model.layers, models["original"].model.layers
             for mine, theirs in zip(left, [*whole[:2], *whole[3:]], strict=True):
@@ -339,8 +342,8 @@ def test_engines_of_torch_time_every_contender(setting: Any, engine: str) -> Non
 
     folder = setting.models / "tiny"
     folders = {"original": folder, "ours": buy.checkpoint(folder, "1|2:1 3~4", setting.data)}
-    found = buy.ENGINES[engine][0](folders, 2, 8)
-    assert {name: len(times) for name, times in found.items()} == {"original": 2, "ours": 2}
+    timed = buy.ENGINES[engine][0](folders, 2, 8)
+    assert {name: len(times) for name, times in timed.items()} == {"original": 2, "ours": 2}
 
 
 def test_searches_on_more_windows_go_on_from_those_on_fewer(

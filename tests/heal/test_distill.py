@@ -481,14 +481,14 @@ def test_windows_per_step(given, device, windows, monkeypatch):
 def test_compiled_branches_learn_the_same(pair, tmp_path):
     model, teacher = pair
     plain = copy.deepcopy(model)
-    how = {"train": "all", "group_share": 0.5, "steps": 4, "bf16": False}
+    settings = {"train": "all", "group_share": 0.5, "steps": 4, "bf16": False}
     ends = [
         distill(
             student,
             PLAN,
             words(),
             tmp_path / f"run-{compiles}",
-            recipe=recipe(compile=compiles, **how),
+            recipe=recipe(compile=compiles, **settings),
             teacher=teacher,
         )
         for student, compiles in ((plain, False), (model, True))

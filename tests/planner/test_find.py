@@ -223,10 +223,10 @@ def test_minutes_are_those_of_all_searches_and_of_a_window_here(
     monkeypatch.setattr("abreast.model.pace.pace_of", lambda *arguments: pace)
     model = tiny_checkpoint(num_layers=LAYERS, tokenizer=True)
     command = ("plan", model, "-o", tmp_path / "run", *SIZES, "--depth", 6, "--dry-run", "--json")
-    found = json.loads(run(*command, "--repeat", 1000)[1])
-    assert found["searches"] == 1000 and found["least_depth"] == 6
-    seconds = 1000 * pace.seconds(WINDOWS, found["likely"], found["scored"])
-    assert found["minutes"] == pytest.approx(seconds / 60, rel=0.01)
+    expected = json.loads(run(*command, "--repeat", 1000)[1])
+    assert expected["searches"] == 1000 and expected["least_depth"] == 6
+    seconds = 1000 * pace.seconds(WINDOWS, expected["likely"], expected["scored"])
+    assert expected["minutes"] == pytest.approx(seconds / 60, rel=0.01)
     assert pace.seconds(3, 2, 1) == pytest.approx(6 * pace.layers + 3 * pace.logits)
 
 
@@ -318,16 +318,16 @@ def test_an_interrupted_run_goes_on_with_everything_asked_for(
     (tmp_path / "text.txt").write_text("".join(chr(97 + i * i % 26) for i in range(9000)))
     real = measuring.run_programs
 
-    def found(name, stop=None):
+    def searched(name, stop=None):
         left = [stop]
 
         def until(*args, **options):
-            for each in real(*args, **options):
+            for result in real(*args, **options):
                 if left[0] is not None:
                     left[0] -= 1
                     if left[0] < 0:
                         raise AbreastError("stopped")
-                yield each
+                yield result
 
         monkeypatch.setattr(measuring, "run_programs", until)
         command = ("plan", model, "-o", tmp_path / name, "--data", tmp_path / "text.txt", *SIZES)
@@ -341,10 +341,10 @@ def test_an_interrupted_run_goes_on_with_everything_asked_for(
         rows = [(r["method"], r["plan"], r["refit"], r["kl"]) for r in record["baselines"]]
         return [(s["plan"], s["expected"], s["searched"]) for s in record["searches"]], rows
 
-    whole = found("whole")
+    whole = searched("whole")
     for stop in (3, 20, 60, 60):
-        found("parts", stop)
-    searches, rows = found("parts")
+        searched("parts", stop)
+    searches, rows = searched("parts")
     assert searches == whole[0]
     assert [row[:3] for row in rows] == [row[:3] for row in whole[1]]
     assert [row[3] for row in rows] == pytest.approx([row[3] for row in whole[1]], rel=1e-4)

@@ -207,9 +207,11 @@ def test_only_groups_that_an_engine_loads(tiny_checkpoint, tmp_path):
     assert set(candidates(config, engines=["vllm", "llama.cpp"], **options)) == stock
     with pytest.raises(AbreastError, match=r"llama.cpp loads no such group: cqil groups"):
         candidates(config, engines=["llama.cpp"], wirings=["cqil-full"])
-    with pytest.raises(AbreastError, match="engine 'mxnet' is unknown; choose from transf") as told:
+    with pytest.raises(
+        AbreastError, match="engine 'mxnet' is unknown; choose from transf"
+    ) as refused:
         candidates(config, engines=["mxnet"])
-    assert str(told.value).endswith(", ".join(ENGINES))
+    assert str(refused.value).endswith(", ".join(ENGINES))
     (option,) = [entry for entry in fields(CalibrationSettings) if entry.name == "engines"]
     assert all(name in option.metadata["help"] for name in ENGINES)
 
@@ -245,13 +247,13 @@ def test_every_engine_and_format_is_a_name(family, loads):
         "layer_types": ["full_attention"] * 6,
     }
     config |= {"num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else {}
-    found = {}
+    loadable = {}
     for name in ENGINES:
         with suppress(AbreastError):
             groups = candidates(config, wirings=ALL, engines=[name])
             left = {"cqil-full" if g.bypass else g.wiring for g in groups}
-            found[name] = tuple(wiring for wiring in ALL if wiring in left)
-    assert found == loads
+            loadable[name] = tuple(wiring for wiring in ALL if wiring in left)
+    assert loadable == loads
 
 
 def test_engines_of_several_devices_are_asked_for_them():

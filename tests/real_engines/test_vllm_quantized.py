@@ -94,7 +94,7 @@ def quantized(folder: Path, out: Path, bits: int, group: int | None) -> Path:
 def with_plain(llm: Any, **arguments: Any) -> dict[str, Any]:
     """Answers, and which linear layers of the decoder have plain weights."""
 
-    def look(model: Any) -> list[str]:
+    def plain_modules(model: Any) -> list[str]:
         from abreast.engines.members import MemberLinear
 
         plain = []
@@ -105,7 +105,7 @@ def with_plain(llm: Any, **arguments: Any) -> dict[str, Any]:
                 plain.append(name)
         return plain
 
-    (plain,) = llm.apply_model(look)
+    (plain,) = llm.apply_model(plain_modules)
     return {"answers": generate(llm, **arguments), "plain": plain}
 
 

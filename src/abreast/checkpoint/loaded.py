@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +79,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     config.json does not describe, or the shards lack, raises CheckpointError with its name, and so
     does an adapter, which transformers would add to the weights.
     """
-    source, tensors = checkpoint.source, dict[str, TensorInfo]()
+    source = checkpoint.source
     if (checkpoint.folder / ADAPTER).is_file():
         raise CheckpointError(
             f"'{source}' holds an adapter beside its weights ({ADAPTER}), which transformers adds "
@@ -93,21 +93,7 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
                 f"tensor '{name}' is in {INDEX} but in no shard of '{source}'; download it again"
             )
     known = all_tensors(family, {**config, "tie_word_embeddings": False})
-    prefix = family.layer_prefix.split(".")[0] + "."
-    for stored, tensor in unpacked(checkpoint).items():
-        name = stored
-        for pattern, own in family.renames:
-            name = re.sub(pattern, own, name)
-        short = name.removeprefix(prefix)
-        full = short if short in known else prefix + name if prefix + name in known else name
-        if re.search(r"\.experts\.\d+\.", name):  # of one expert, see `_packed`
-            full = prefix + short.removeprefix(prefix)
-        if full in tensors:
-            raise CheckpointError(
-                f"'{source}' holds tensor '{full}' twice, also as '{tensors[full].name}'; "
-                "nobody can tell which is meant"
-            )
-        tensors[full] = tensor
+    tensors = _named(checkpoint, family, known)
     ahead = tuple(f"{family.layer_prefix}{layer}." for layer in _layers_ahead(config))
     dropped = {n for n in tensors if n.endswith(family.ignore) or (ahead and n.startswith(ahead))}
     tensors = _packed(source, tensors, known)
@@ -117,23 +103,8 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
             f"the weights were quantised ({settings['quant_method']}) and are bfloat16 numbers "
             "now; quantise the result again where that is wanted"
         )
-    if is_tied(config) and (head := tensors.get(family.head)) is not None:
-        if family.embedding not in tensors:
-            tensors[family.embedding] = tensors.pop(family.head)
-        elif not all(tensors[n].file.is_file() for n in (family.head, family.embedding)):
-            warnings.append(
-                f"config.json ties '{head.name}' to the embedding; whether it holds other values "
-                "is seen only when it is downloaded"
-            )
-            dropped.add(family.head)
-        elif _same_values(head, tensors[family.embedding]):
-            dropped.add(family.head)
-        else:
-            config["tie_word_embeddings"] = False
-            warnings.append(
-                f"config.json ties '{head.name}' to the embedding, but it holds other values: it "
-                "stays a head of its own, as in transformers"
-            )
+    if is_tied(config) and family.head in tensors:
+        warnings += _head_of(tensors, family, config, dropped)
     if any(name.startswith(ahead) for name in dropped if ahead):
         warnings.append(
             "the layers that predict further tokens (MTP) are left out, as transformers does"
@@ -150,6 +121,51 @@ def as_loaded(checkpoint: Checkpoint, family: Family) -> Checkpoint:
         dropped=tuple(sorted(dropped)),
         warnings=tuple(warnings),
     )
+
+
+def _named(checkpoint: Checkpoint, family: Family, known: Collection[str]) -> dict[str, TensorInfo]:
+    """The tensors by the model's own names, which are `known`."""
+    tensors: dict[str, TensorInfo] = {}
+    prefix = family.layer_prefix.split(".")[0] + "."
+    for stored, tensor in unpacked(checkpoint).items():
+        name = stored
+        for pattern, own in family.renames:
+            name = re.sub(pattern, own, name)
+        short = name.removeprefix(prefix)
+        full = short if short in known else prefix + name if prefix + name in known else name
+        if re.search(r"\.experts\.\d+\.", name):  # of one expert, see `_packed`
+            full = prefix + short.removeprefix(prefix)
+        if full in tensors:
+            raise CheckpointError(
+                f"'{checkpoint.source}' holds tensor '{full}' twice, also as "
+                f"'{tensors[full].name}'; nobody can tell which is meant"
+            )
+        tensors[full] = tensor
+    return tensors
+
+
+def _head_of(
+    tensors: dict[str, TensorInfo], family: Family, config: dict[str, Any], dropped: set[str]
+) -> list[str]:
+    """Drop, untie or take for the embedding the head of a tied model; what is to be said of it."""
+    head = tensors[family.head]
+    if family.embedding not in tensors:
+        tensors[family.embedding] = tensors.pop(family.head)
+        return []
+    if not all(tensors[name].file.is_file() for name in (family.head, family.embedding)):
+        dropped.add(family.head)
+        return [
+            f"config.json ties '{head.name}' to the embedding; whether it holds other values "
+            "is seen only when it is downloaded"
+        ]
+    if _same_values(head, tensors[family.embedding]):
+        dropped.add(family.head)
+        return []
+    config["tie_word_embeddings"] = False
+    return [
+        f"config.json ties '{head.name}' to the embedding, but it holds other values: it "
+        "stays a head of its own, as in transformers"
+    ]
 
 
 def _layers_ahead(config: Mapping[str, Any]) -> range:

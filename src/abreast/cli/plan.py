@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from abreast.cli import console, tables
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
+    from abreast.optimize import Checks
     from abreast.planner import (
         Budget,
         Calibration,
@@ -56,6 +57,18 @@ effort_option = click.option(
     callback=_take_effort,
     help="How much text and search. Explicit options take precedence. night also heals.",
 )
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a search is to find, and where it goes."""
+
+    model: str
+    out: Path
+    budget: Budget
+    settings: CalibrationSettings
+    search: Search
+    as_json: bool
 
 
 class Texts(NamedTuple):
@@ -147,22 +160,20 @@ def plan(
 
     if known:
         return _take_known(model, Path(out), budget.depth, calibration.revision)
-    calibration = search.wired(calibration)
+    order = Order(model, Path(out), budget, search.wired(calibration), search, as_json)
     if dry_run:
         from abreast.cli.forecast import searching
 
         expected = searching(
-            model, calibration, search, depth=budget.depth, baselines=baselines, repeat=repeat
+            model, order.settings, search, depth=budget.depth, baselines=baselines, repeat=repeat
         )
         return tables.print_expected(expected, as_json)
-    texts = _open(model, Path(out), budget, calibration, search, repeat)
-    planned, rivals = _find(
-        model, Path(out), budget, calibration, search, texts, baselines, as_json
-    )
+    texts = _open(order, repeat)
+    planned, rivals = _find(order, texts, baselines)
     plan_file, reasons = Path(out) / "plan.yaml", Path(out) / "why.md"
     planned.front.stats.on_record(planned.plan).save(plan_file)
     write(reasons, explain(planned.plan, planned.front))
-    searches = _repeated(budget, search, texts, planned, as_json)
+    searches = _repeated(order, texts, planned)
     if as_json:
         record = {"baselines": [row.to_dict() for row in rivals]} if baselines else {}
         record["searches"] = [run.to_dict() for run in searches]
@@ -228,12 +239,13 @@ def optimize(
     costs no more than quantising an 8B model to 3 bits. Every step leaves a file in OUT and is not
     repeated; another budget adds only what is new.
     """
-    from abreast.cli.forecast import forecast, resumed
+    from abreast.cli.forecast import resumed
     from abreast.evaluate import find_tasks
     from abreast.heal import Recipe
-    from abreast.optimize import Checks, Healing, evaluation_text, original_of
+    from abreast.optimize import Checks, Healing, evaluation_text
     from abreast.optimize import optimize as run
     from abreast.report import PAGE, check_extra
+    from abreast.runs import record_environment
 
     if not no_report:
         check_extra()
@@ -244,10 +256,10 @@ def optimize(
     healing = None
     if method is not None:
         healing = Healing(method, calibration.data, recipe=recipe, candidates=candidates)
-    calibration = search.wired(calibration)
-    seed, loaded_tasks = calibration.seed, None
+    order = Order(model, Path(out), budget, search.wired(calibration), search, as_json)
+    loaded_tasks = None
     if tasks is not None:
-        names = tasks.split(",")
+        names, seed = tasks.split(","), calibration.seed
         loaded_tasks = find_tasks(names, num_fewshot=num_fewshot, limit=limit, seed=seed)
     checks = Checks(
         data=eval_data,
@@ -261,28 +273,9 @@ def optimize(
         device=calibration.device,
         revision=calibration.revision,
         trust_remote_code=calibration.trust_remote_code,
-        seed=seed,
+        seed=calibration.seed,
     )
-
-    @cache
-    def author() -> Any:
-        original = original_of(model, checks)
-        expected = forecast(
-            original,
-            model,
-            out,
-            calibration,
-            checks,
-            depth=budget.depth,
-            per_group=search.per_group,
-            held_out_data=search.held_out_data,
-        )
-        if as_json and dry_run:
-            console.print_json(asdict(expected))
-        else:
-            (click.echo if dry_run else console.say)(expected.words)
-        return original
-
+    author = cache(partial(_load_and_forecast, order, checks, dry_run))
     if dry_run:
         author()
         return
@@ -291,25 +284,13 @@ def optimize(
     writer = None if earlier else author
     if eval_data != "auto":  # a file is looked at before a model writes for minutes
         evaluation_text(model, out, checks, writer)
-    texts = _open(model, Path(out), budget, calibration, search, author=writer)
+    texts = _open(order, author=writer)
     evaluation_text(model, out, checks, writer, step=console.say)
     if not earlier:
         author()  # where nothing had to be written
     command = ["abreast", *sys.argv[1:]]
-    planned, rivals = _find(
-        model,
-        Path(out),
-        budget,
-        calibration,
-        search,
-        texts,
-        baselines,
-        as_json,
-        best=candidates,
-        timed=True,
-        rounds=rounds,
-        command=command,
-    )
+    record_environment(order.out, calibration.device, command)
+    planned, rivals = _find(order, texts, baselines, best=candidates, timed=True, rounds=rounds)
     with console.progress_bar("optimize", as_json) as progress:
         result = run(
             model,
@@ -330,6 +311,29 @@ def optimize(
     tables.print_optimized(result, None if no_report else Path(out) / "report" / PAGE)
 
 
+def _load_and_forecast(order: Order, checks: Checks, dry_run: bool) -> Any:
+    """The loaded original, once it has been said how long everything takes."""
+    from abreast.cli.forecast import forecast
+    from abreast.optimize import original_of
+
+    original = original_of(order.model, checks)
+    expected = forecast(
+        original,
+        order.model,
+        order.out,
+        order.settings,
+        checks,
+        depth=order.budget.depth,
+        per_group=order.search.per_group,
+        held_out_data=order.search.held_out_data,
+    )
+    if order.as_json and dry_run:
+        console.print_json(asdict(expected))
+    else:
+        (click.echo if dry_run else console.say)(expected.words)
+    return original
+
+
 def _take_known(model: str, out: Path, depth: int | None, revision: str | None) -> None:
     """Write a plan that comes with the package, if there is one for just this model."""
     from abreast.checkpoint import open_checkpoint
@@ -346,28 +350,21 @@ def _take_known(model: str, out: Path, depth: int | None, revision: str | None) 
     console.print_table({"plan": plans[depth].label, "plan file": str(out / "plan.yaml")})
 
 
-def _open(
-    model: str,
-    out: Path,
-    budget: Budget,
-    settings: CalibrationSettings,
-    search: Search,
-    repeat: int = 1,
-    author: Callable[[], Any] | None = None,
-) -> Texts:
+def _open(order: Order, repeat: int = 1, author: Callable[[], Any] | None = None) -> Texts:
     """The texts of all searches, one loaded model for all; what is wrong with them is said here."""
     from abreast.planner import check_depth, search_texts, task_questions
     from abreast.report import check_drawing
 
+    search, budget = order.search, order.budget
     if search.plots:
         check_drawing()
     pairs: list[tuple[Calibration, Calibration]] = []
     for number in range(repeat):
         pairs.append(
             search_texts(
-                model,
-                out,
-                settings,
+                order.model,
+                order.out,
+                order.settings,
                 search.held_out_data,
                 repeat=repeat,
                 number=number,
@@ -378,81 +375,34 @@ def _open(
         check_depth(pairs[0][0], budget.depth)
     questions = None
     if budget.keep_quality is not None:
-        questions = task_questions(model, out, settings, search.questions, pairs[0][0].load)
+        questions = task_questions(
+            order.model, order.out, order.settings, search.questions, pairs[0][0].load
+        )
     return Texts(pairs, questions)
 
 
 def _find(
-    model: str,
-    out: Path,
-    budget: Budget,
-    settings: CalibrationSettings,
-    search: Search,
+    order: Order,
     texts: Texts,
     compare_baselines: bool,
-    as_json: bool,
     *,
     best: int = 1,
     timed: bool = False,
     rounds: int = 12,
-    command: Sequence[str] | None = None,
 ) -> tuple[Planned, tuple[Measured, ...]]:
-    """Profile where speed matters, search, compare with rivals, draw."""
-    from abreast.planner import (
-        NoisyTiming,
-        estimated_profile,
-        find_plan,
-        keep_accuracy,
-        kind_of,
-        per_engine,
-        profile_here,
-    )
+    """Search, time where a speed is to be predicted, compare with rivals, draw."""
     from abreast.report import draw_front
     from abreast.rivals import compare_rivals
-    from abreast.runs import record_environment
 
-    machine, questions = search.machine, texts.questions
-    calibration, held_out = texts.pairs[0]
+    budget, machine = order.budget, order.search.machine
     words = budget.text if machine is None else budget.text.replace("deepest cut", "fastest plan")
     console.say(f"budget: {words}")
-    if command is not None:
-        record_environment(out, settings.device, command)
-    profile = None
-    groups, revision = calibration.candidates, settings.revision
-    if machine is not None:
-        profile = estimated_profile(
-            model, groups, machine, unpaired=search.unpaired, revision=revision
-        )
-    elif budget.speedup is not None:
-        profile = profile_here(calibration, {*map(kind_of, groups)}, out, step=console.say)
-    with console.progress_bar("plan", as_json) as progress:
-        planned = find_plan(
-            calibration,
-            out,
-            budget,
-            held_out=held_out,
-            profile=profile,
-            best=best,
-            per_group=search.per_group,
-            step=console.say,
-            progress=progress,
-        )
-        if budget.keep_quality is not None and questions is not None:
-            share = budget.keep_quality
-            planned = keep_accuracy(planned, questions, share, step=console.say, progress=progress)
-        if not settings.engines:
-            planned = per_engine(
-                planned, calibration, held_out, step=console.say, progress=progress
-            )
-        if (timed or compare_baselines) and planned.profile is None:
-            chosen = planned.front.best().values()
-            kinds = {kind_of(group) for plan in chosen for group in plan.groups}
-            try:
-                profile = profile_here(calibration, kinds, out, rounds=rounds, step=console.say)
-                planned = replace(planned, profile=profile)
-            except NoisyTiming as error:
-                console.say(f"no speed is predicted: {error}")
-        rows: tuple[Measured, ...] = ()
+    rows: tuple[Measured, ...] = ()
+    calibration, held_out = texts.pairs[0]
+    with console.progress_bar("plan", order.as_json) as progress:
+        planned = _search(order, texts, best, progress)
+        if timed or compare_baselines:
+            planned = _with_profile(planned, calibration, order.out, rounds)
         if compare_baselines:
             front = planned.front
             rows = compare_rivals(
@@ -460,35 +410,95 @@ def _find(
                 front.stats.geometry,
                 calibration,
                 held_out,
-                out,
+                order.out,
                 profile=planned.profile,
                 objective=front.objective,
-                seed=settings.seed,
+                seed=order.settings.seed,
                 step=console.say,
                 progress=progress,
             )
-    if search.plots:
-        draw_front(planned, rows, out)
+    if order.search.plots:
+        draw_front(planned, rows, order.out)
     return planned, rows
 
 
-def _repeated(
-    budget: Budget, search: Search, texts: Texts, planned: Planned, as_json: bool
-) -> list[Planned]:
+def _search(
+    order: Order, texts: Texts, best: int, progress: Callable[[int, int], None] | None
+) -> Planned:
+    """The plan for the budget, by speed where the budget or a machine asks for it."""
+    from abreast.planner import (
+        estimated_profile,
+        find_plan,
+        keep_accuracy,
+        kind_of,
+        per_engine,
+        profile_here,
+    )
+
+    budget, search, settings = order.budget, order.search, order.settings
+    calibration, held_out = texts.pairs[0]
+    profile, groups = None, calibration.candidates
+    if search.machine is not None:
+        profile = estimated_profile(
+            order.model,
+            groups,
+            search.machine,
+            unpaired=search.unpaired,
+            revision=settings.revision,
+        )
+    elif budget.speedup is not None:
+        profile = profile_here(calibration, {*map(kind_of, groups)}, order.out, step=console.say)
+    planned = find_plan(
+        calibration,
+        order.out,
+        budget,
+        held_out=held_out,
+        profile=profile,
+        best=best,
+        per_group=search.per_group,
+        step=console.say,
+        progress=progress,
+    )
+    if budget.keep_quality is not None and texts.questions is not None:
+        planned = keep_accuracy(
+            planned, texts.questions, budget.keep_quality, step=console.say, progress=progress
+        )
+    if not settings.engines:
+        planned = per_engine(planned, calibration, held_out, step=console.say, progress=progress)
+    return planned
+
+
+def _with_profile(planned: Planned, calibration: Calibration, out: Path, rounds: int) -> Planned:
+    """With the speed of the best plans' groups measured here, unless a speed is known."""
+    from abreast.planner import NoisyTiming, kind_of, profile_here
+
+    if planned.profile is not None:
+        return planned
+    plans = planned.front.best().values()
+    kinds = {kind_of(group) for plan in plans for group in plan.groups}
+    try:
+        profile = profile_here(calibration, kinds, out, rounds=rounds, step=console.say)
+    except NoisyTiming as error:
+        console.say(f"no speed is predicted: {error}")
+        return planned
+    return replace(planned, profile=profile)
+
+
+def _repeated(order: Order, texts: Texts, planned: Planned) -> list[Planned]:
     """The first search and the others, on other texts, all judged on the same."""
     from abreast.planner import find_plan
 
-    searches, timed = [planned], budget.speedup is not None
+    searches, timed = [planned], order.budget.speedup is not None
     for number, (calibration, held_out) in enumerate(texts.pairs[1:], start=2):
         console.say(f"search {number} of {len(texts.pairs)}, on another text")
-        with console.progress_bar("plan", as_json) as progress:
+        with console.progress_bar("plan", order.as_json) as progress:
             again = find_plan(
                 calibration,
                 calibration.folder.parent,
-                budget,
+                order.budget,
                 held_out=held_out,
                 profile=planned.profile if timed else planned.front.profile,
-                per_group=search.per_group,
+                per_group=order.search.per_group,
                 step=console.say,
                 progress=progress,
             )

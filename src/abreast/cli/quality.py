@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from click.core import ParameterSource
@@ -92,10 +92,8 @@ def evaluate(
     With --against, also compare MODEL with that model: KL divergence and loss increase with
     standard errors and intervals, or the share of accuracy kept and a paired test.
     """
-    from abreast.checkpoint import open_checkpoint, resolve
-    from abreast.data import OWN, check_tokenizers
-    from abreast.evaluate import check_length, check_stride, compare, perplexity
-    from abreast.model import fitting_dtype, load
+    from abreast.data import OWN
+    from abreast.evaluate import check_length, check_stride
     from abreast.runs import check_run, token_stream
 
     loading: dict[str, Any] = {
@@ -108,9 +106,8 @@ def evaluate(
         raise AbreastError(f"--norms {norms} goes with --plan; give one, or leave it out")
     # A folder has none: then it is the original that comes from the Hub.
     against_revision = revision if os.path.isdir(model) else None
+    loading |= {"plan": plan, "revision": revision, "against_revision": against_revision}
     if tasks is not None:
-        loading |= {"plan": plan, "revision": revision, "batch_size": batch_size}
-        loading["against_revision"] = against_revision
         return _on_tasks(
             model,
             tasks,
@@ -119,6 +116,7 @@ def evaluate(
             against=against,
             add_bos=add_bos,
             out=out,
+            batch_size=batch_size,
             **task_options,
             **loading,
         )
@@ -127,59 +125,93 @@ def evaluate(
             option = name.replace("_", "-")
             raise AbreastError(f"--{option} goes with --tasks; name some, or leave it out")
     check_stride(window, stride)
-    checkpoint = open_checkpoint(model, revision=revision)
-    notes = list[str]()
-    dtype = loading["dtype"] = fitting_dtype(checkpoint, dtype, device, step=notes.append)
-    loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
-    reference, reference_tokenizer, author = None, None, None
-    if against:
-        reference, reference_tokenizer = load(against, revision=against_revision, **loading)
-        author = resolve(against, revision=against_revision)[0]
-    if tokenizer is not None and reference_tokenizer is not None:
-        check_tokenizers(tokenizer, reference_tokenizer)
+    models = _load_models(model, against, **loading)
     if out is not None:
         check_run(Path(out), "comparison")
 
     # what can be wrong with files comes before minutes of writing
-    streams = {
-        name: token_stream(
+    streams: dict[str, TokenStream] = {}
+    for name in sorted(data, key=lambda name: OWN in name):
+        streams[name] = token_stream(
             name,
-            tokenizer or reference_tokenizer,
-            author or model,
+            models.tokenizer,
+            models.author or model,
             max_tokens=max_tokens,
             window=window,
             seed=seed,
             add_bos=add_bos,
             role="judge",
             # no changed model is judged on what it writes itself
-            author=(lambda: reference) if author else None,
+            author=(lambda: models.reference) if models.author else None,
             folder=Path(out) if out else None,
             step=console.say,
         )
-        for name in sorted(data, key=lambda name: OWN in name)
-    }
-    for stream in streams.values():
-        check_length(stream, min(window, max_tokens), loaded)
-    for note in notes:
+        check_length(streams[name], min(window, max_tokens), models.loaded)
+    for note in models.notes:
         console.say(note)
-    sizes: dict[str, Any] = {"window": window, "stride": stride, "batch_size": batch_size}
-    results: dict[str, Comparison | Perplexity] = {}
-    for name in data:
-        stream = streams[name]
-        with console.progress_bar(f"evaluate on {stream.source}", as_json) as progress:
-            sizes["progress"] = progress
-            if reference is not None:
-                results[name] = compare(loaded, reference, stream, seed=seed, **sizes)
-            else:
-                results[name] = perplexity(loaded, stream, **sizes)
+    sizes = {"window": window, "stride": stride, "batch_size": batch_size}
+    results = {name: _on_text(models, streams[name], seed, as_json, sizes) for name in data}
     if as_json:
         record = {"model": model, "against": against, "plan": plan, "norms": norms}
         corpora = [_corpus_record(streams[name], results[name], per_window) for name in data]
         rest = corpora[0] if len(corpora) == 1 else {"corpora": corpora}
-        return console.print_json({**record, "dtype": dtype, "seed": seed, **rest})
+        return console.print_json({**record, "dtype": models.dtype, "seed": seed, **rest})
     if len(results) == 1:
         return console.print_table(_quality_rows(results[data[0]]))
     _print_corpora(results)
+
+
+class _Models(NamedTuple):
+    """What is judged and, if it is compared, with what. author: the folder of the latter."""
+
+    loaded: Any
+    reference: Any
+    tokenizer: Any
+    author: Path | None
+    dtype: str
+    notes: list[str]
+
+
+def _load_models(
+    model: str,
+    against: str | None,
+    *,
+    plan: str | None,
+    revision: str | None,
+    against_revision: str | None,
+    dtype: str,
+    device: str,
+    **loading: Any,
+) -> _Models:
+    from abreast.checkpoint import open_checkpoint, resolve
+    from abreast.data import check_tokenizers
+    from abreast.model import fitting_dtype, load
+
+    notes = list[str]()
+    checkpoint = open_checkpoint(model, revision=revision)
+    dtype = fitting_dtype(checkpoint, dtype, device, step=notes.append)
+    loading |= {"dtype": dtype, "device": device}
+    loaded, tokenizer = load(model, plan=plan, revision=revision, **loading)
+    if not against:
+        return _Models(loaded, None, tokenizer, None, dtype, notes)
+    reference, its_tokenizer = load(against, revision=against_revision, **loading)
+    if tokenizer is not None and its_tokenizer is not None:
+        check_tokenizers(tokenizer, its_tokenizer)
+    author = resolve(against, revision=against_revision)[0]
+    return _Models(loaded, reference, tokenizer or its_tokenizer, author, dtype, notes)
+
+
+def _on_text(
+    models: _Models, stream: TokenStream, seed: int, as_json: bool, sizes: dict[str, Any]
+) -> Comparison | Perplexity:
+    from abreast.evaluate import compare, perplexity
+
+    with console.progress_bar(f"evaluate on {stream.source}", as_json) as progress:
+        if models.reference is None:
+            return perplexity(models.loaded, stream, **sizes, progress=progress)
+        return compare(
+            models.loaded, models.reference, stream, seed=seed, **sizes, progress=progress
+        )
 
 
 def _corpus_record(

@@ -12,7 +12,7 @@ import math
 import platform
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -285,22 +285,13 @@ def prepare(
         warnings += [warning] if warning else []
     if checkpoint.wrapper:
         quantised = frozenset(map(wrapped_name, quantised))
-        rules = [replace(rule, name=wrapped_name(rule.name)) for rule in rules]
-        rules += [TensorRule(name, "copy", (name,)) for name in checkpoint.others]
-        whole = {**checkpoint.tensors, **checkpoint.others}
-        checkpoint = replace(checkpoint, tensors=whole, others={})
+        checkpoint, rules = _with_wrapper(checkpoint, rules)
     new = _new_tensors(rules, checkpoint, cast)
     new |= {name: replace(new[name], dtype="F32") for name in quantised}
     dtypes = {tensor.dtype for name, tensor in new.items() if name not in quantised}
     main = str(DTYPES[next(iter(new.values())).dtype]).removeprefix("torch.")
     folded = sum(tensor.nbytes for tensor in new.values())
-    if joins:
-        new_config = converted_config(config, family, plan, dtype=main, prefill=prefill)
-    else:
-        new_config = mlx_config(config, family, plan, attention_kinds(config), main)
-        new_config |= {"abreast_prefill": prefill} if prefill == "sequential" else {}
-    if checkpoint.wrapper is not None:
-        new_config = wrapped_config(checkpoint.wrapper, new_config)
+    new_config = _config(checkpoint, family, plan, main, prefill, joins)
     if quantised:
         head = wrapped_name(family.head) if checkpoint.wrapper else family.head
         new_config["quantization_config"] = fp8.settings(new, quantised, head)
@@ -331,6 +322,28 @@ def prepare(
         shards=lay_out(written, max_shard_bytes),
         warnings=tuple(warnings),
     )
+
+
+def _with_wrapper(
+    checkpoint: Checkpoint, rules: Sequence[TensorRule]
+) -> tuple[Checkpoint, list[TensorRule]]:
+    """With what lies around the decoder, which is copied."""
+    wrapped = [replace(rule, name=wrapped_name(rule.name)) for rule in rules]
+    copied = [TensorRule(name, "copy", (name,)) for name in checkpoint.others]
+    whole = {**checkpoint.tensors, **checkpoint.others}
+    return replace(checkpoint, tensors=whole, others={}), wrapped + copied
+
+
+def _config(
+    checkpoint: Checkpoint, family: Family, plan: Plan, dtype: str, prefill: str, joins: bool
+) -> dict[str, Any]:
+    config = checkpoint.config
+    if joins:
+        new = converted_config(config, family, plan, dtype=dtype, prefill=prefill)
+    else:
+        new = mlx_config(config, family, plan, attention_kinds(config), dtype)
+        new |= {"abreast_prefill": prefill} if prefill == "sequential" else {}
+    return new if checkpoint.wrapper is None else wrapped_config(checkpoint.wrapper, new)
 
 
 def _cast_name(dtype: str | None) -> str | None:

@@ -170,9 +170,7 @@ def heal(
         setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder)
     )
     if method != "refit" and processes() == 1:
-        times = step_seconds(student, plan, text.train, recipe, len(text.prefix))
-        products = "bfloat16" if computes_bf16(recipe, student.device) else "float32"
-        step(f"training in {products}: {recipe.pace(times, text.train.shape[1])}")
+        _check_pace(setup, text)
     if is_main_process():
         identity = {**_identity(setup, text, method, refit_steps), "dtype": dtype}
         open_run(folder, "heal", json.loads(json.dumps(identity)))
@@ -218,6 +216,14 @@ def heal(
         shutil.move(weights, keep)
     shutil.rmtree(weights if work is not None else folder, ignore_errors=True)
     return healed
+
+
+def _check_pace(setup: Setup, text: HealingText) -> None:
+    """Say how fast training is. Raises AbreastError for too small a budget of minutes."""
+    recipe, model = setup.recipe, setup.model
+    times = step_seconds(model, setup.plan, text.train, recipe, len(text.prefix))
+    products = "bfloat16" if computes_bf16(recipe, model.device) else "float32"
+    setup.step(f"training in {products}: {recipe.pace(times, text.train.shape[1])}")
 
 
 def _device_of_rank(device: str, recipe: Recipe) -> str:

@@ -71,16 +71,16 @@ class _Events:
         self.gr, self.models, self.run = check_gradio(), models, models.run
         self.has_template = bool(getattr(models.tokenizer, "chat_template", None))
 
-    def moved(self, depth: float) -> tuple[Any, str, str]:
+    def depth_changed(self, depth: float) -> tuple[Any, str, str]:
         choices = self.run.at(depth)
         radio = self.gr.Radio(choices=_numbered(choices), value=0, visible=len(choices) > 1)
         return radio, about(self.run, choices[0]), front_picture(self.run, choices[0])
 
-    def picked(self, depth: float, index: int | None) -> tuple[str, str]:
+    def choice_changed(self, depth: float, index: int | None) -> tuple[str, str]:
         choice = self._chosen(depth, index)
         return about(self.run, choice), front_picture(self.run, choice)
 
-    def asked(
+    def prompt_sent(
         self,
         prompt: str,
         depth: float,
@@ -141,11 +141,13 @@ def build_page(models: Models) -> Any:
         depth, way, facts, curve = choice
         private: dict[str, Any] = {"api_visibility": "private"}
         hidden: dict[str, Any] = {"show_progress": "hidden", **private}
-        depth.change(events.moved, depth, [way, facts, curve], trigger_mode="always_last", **hidden)
-        way.input(events.picked, [depth, way], [facts, curve], **hidden)
+        depth.change(
+            events.depth_changed, depth, [way, facts, curve], trigger_mode="always_last", **hidden
+        )
+        way.input(events.choice_changed, [depth, way], [facts, curve], **hidden)
         runs = [
             event(
-                events.asked,
+                events.prompt_sent,
                 [prompt, depth, way, *settings],
                 outputs,
                 concurrency_limit=1,

@@ -179,18 +179,20 @@ def _write(
             # a model that has nothing to say would never fill the text
             barred = list(ends) if at < LEAST_TOKENS else []
             drawn = _drawn(out.logits[:, -1].float(), len(tokenizer), barred, random)
-            for place, row in enumerate(reading):
+            for index, row in enumerate(reading):
                 if at < len(forced[row]):
-                    drawn[place] = forced[row][at]
+                    drawn[index] = forced[row][at]
                 if not texts[row] or texts[row][-1] not in ends:
-                    texts[row].append(drawn[place])
-            going = [place for place, row in enumerate(reading) if texts[row][-1] not in ends]
+                    texts[row].append(drawn[index])
+            going = [index for index, row in enumerate(reading) if texts[row][-1] not in ends]
             if not going:
                 break
             if 4 * len(going) <= 3 * len(reading) and keep_rows(
                 cache, torch.tensor(going, device=device)
             ):
-                reading, drawn = ([these[place] for place in going] for these in (reading, drawn))
+                reading, drawn = (
+                    [per_row[index] for index in going] for per_row in (reading, drawn)
+                )
             inputs = torch.tensor(drawn, device=device)[:, None]
             if at <= done + timed:
                 ended.append(time.monotonic())
@@ -243,13 +245,13 @@ def _in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
     if model.dtype != torch.float32 or not is_native(torch.bfloat16, device_of(model)):
         yield
         return
-    kept = {parameter: parameter.data for parameter in model.parameters()}
+    originals = {parameter: parameter.data for parameter in model.parameters()}
     try:
-        for parameter in kept:
+        for parameter in originals:
             parameter.data = parameter.data.to(torch.bfloat16)
         yield
     finally:
-        for parameter, data in kept.items():
+        for parameter, data in originals.items():
             parameter.data = data
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -226,19 +227,6 @@ def bench(
     prompt = np.random.default_rng(seed).integers(vocabulary, size=(batch_size, context))
     ids = torch.from_numpy(prompt).to(device)
 
-    def synchronize() -> None:
-        if torch.device(device).type != "cpu":
-            # Every device, because one model may be spread over several.
-            for index in range(torch.accelerator.device_count()):
-                torch.accelerator.synchronize(index)
-
-    def together(prepare: Callable[[], None]) -> Callable[[], None]:
-        def prepared() -> None:
-            prepare()
-            barrier()
-
-        return prepared
-
     held: list[Any] = []
     with inference(*models.values()):
         candidates = {}
@@ -249,14 +237,16 @@ def bench(
             {name: candidate.run for name, candidate in candidates.items()},
             rounds=rounds,
             warmup=warmup,
-            prepare={name: together(candidate.prepare) for name, candidate in candidates.items()},
-            synchronize=synchronize,
+            prepare={name: partial(_in_turn, c.prepare, barrier) for name, c in candidates.items()},
+            synchronize=partial(_synchronize, torch.device(device)),
             clock=clock,
             progress=progress,
         )
         # Afterwards: by then everything is compiled, and what only a first run needs is gone.
         memory = {
-            name: _footprint(models[name], together(candidate.prepare), candidate.run, held)
+            name: _footprint(
+                models[name], partial(_in_turn, candidate.prepare, barrier), candidate.run, held
+            )
             for name, candidate in candidates.items()
         }
     return BenchResult(
@@ -277,6 +267,18 @@ def bench(
         ranks=ranks,
         memory=memory,
     )
+
+
+def _in_turn(first: Callable[[], None], then: Callable[[], None]) -> None:
+    first()
+    then()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        # Every device, because one model may be spread over several.
+        for index in range(torch.accelerator.device_count()):
+            torch.accelerator.synchronize(index)
 
 
 def _common_ground(models: Mapping[str, PreTrainedModel], length: int) -> tuple[str, str, int]:
