@@ -59,6 +59,10 @@ class Sizes:
     heal: tuple[tuple[str, Any], ...] = ()
 
 
+# twice as fast compiled; rate and share: benchmarks/LOG.md, 2026-11-28
+FOR_AN_HOUR = Recipe(
+    minutes=60, compile=True, learning_rate=3e-4, group_share=0.1, evaluate_every=100
+)
 LITTLE = (
     *(("data", "stdlib-train"), ("tokens", 6000), ("window", 64)),
     ("recipe", Recipe(steps=2, batch_size=2, micro_batch=2)),
@@ -128,7 +132,7 @@ class Subject:
         if not out.is_dir():
             more: dict[str, Any] = {"method": "refit"}
             if self.variant == "distilled":  # so much is read in an hour here, and no more written
-                more = {"method": "both", "recipe": Recipe(minutes=60), "tokens": 600_000}
+                more = {"method": "both", "recipe": FOR_AN_HOUR, "tokens": 600_000}
             elif self.variant == "accelerated":
                 more = self.with_accelerator()
             more |= {"device": self.device, **dict(self.setting.sizes.heal)}

@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from made_tokenizers import save as save_tokenizer
+from safetensors import safe_open
 
 from abreast.cli.main import cli
 from abreast.convert import convert
@@ -140,6 +141,18 @@ def test_what_the_model_wrote_is_read_again(read, tmp_path, monkeypatch):
     assert read(folder=tmp_path).sha256 == first.sha256 and read.loaded == 4
 
 
+def test_texts_of_the_version_before_serve(read, tmp_path):
+    """An interrupted run of version 1, which drew from the whole distribution, goes on with it."""
+    new = read("self", folder=tmp_path)
+    file = tmp_path / "text" / "calibrate.safetensors"
+    with safe_open(file, framework="np") as saved:
+        identity = json.loads(saved.metadata()["identity"])
+        texts = np.split(saved.get_tensor("tokens"), saved.get_tensor("ends"))[:-1]
+    other = [np.roll(text, 1) for text in texts]
+    own_text.save_texts(file, {**identity, "version": 1}, other, read.tokenizer)
+    assert read("self", folder=tmp_path).sha256 != new.sha256 and read.loaded == 1
+
+
 def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
     options = {"max_tokens": 3 * ROWS * WINDOW, "folder": tmp_path / "run"}
     whole = read("self", **options | {"folder": None})
@@ -175,7 +188,10 @@ def test_without_the_package_it_says_so(read, monkeypatch):
     assert "wikitext-2 needs the package 'datasets'" in read.said[0]
 
 
-def test_it_is_written_at_temperature_1(read):
+@pytest.mark.parametrize("common", [600, 3], ids=["among all", "sorted"])
+def test_it_is_drawn_from_the_nucleus(read, monkeypatch, common):
+    monkeypatch.setattr(own_text, "_COMMON", common)
+    monkeypatch.setattr(own_text, "is_native", lambda dtype, device: False)
     texts = own_text._write(
         read.original,
         read.tokenizer,
@@ -191,8 +207,14 @@ def test_it_is_written_at_temperature_1(read):
     with torch.no_grad():
         logits = read.original(torch.tensor([[0]])).logits[0, -1]
     logits[2], logits[len(read.tokenizer) :] = -torch.inf, -torch.inf
+    expected = np.sort(logits.softmax(-1).numpy())[::-1]
+    outside = expected.cumsum() - expected >= own_text.NUCLEUS
+    least = expected[~outside].min()
     expected = logits.softmax(-1).numpy()
+    expected = np.where(expected >= least, expected, 0)
+    expected /= expected.sum()
     counts = Counter(int(t[0]) for t in texts[::2])
+    assert outside.any() and set(counts) <= {*np.flatnonzero(expected).tolist()}
     for token in expected.argsort()[-5:]:
         assert counts[int(token)] / 2000 == pytest.approx(expected[token], rel=0.25)
     first, other = (
@@ -208,7 +230,7 @@ def test_texts_end_where_the_model_ends_them(read, monkeypatch):
     monkeypatch.setattr(own_text, "_write", spy)
     with torch.no_grad():
         read.original.lm_head.weight[2] = 0
-        read.original.model.norm.weight *= 0  # all tokens are as likely
+        read.original.model.norm.weight *= 0.01  # all tokens are nearly as likely
     stream = read("self", max_tokens=500, window=128)
     lengths = np.diff([-1, *np.flatnonzero(stream.tokens == 2)])
     assert stream.tokens.max() < len(read.tokenizer)
@@ -231,6 +253,16 @@ def test_a_model_is_not_judged_on_its_own_text(read, model, tmp_path, monkeypatc
     by_original = read(role="judge", max_tokens=200)
     assert printed["data"]["sha256"] == by_original.sha256
     assert (tmp_path / "kept" / "text" / "judge.safetensors").is_file()
+
+
+def test_writing_leaves_the_weights_alone(read, monkeypatch):
+    monkeypatch.setattr(own_text, "is_native", lambda dtype, device: True)
+    before = {name: p.clone() for name, p in read.original.float().named_parameters()}
+    computed = []
+    read.original.lm_head.register_forward_hook(lambda *call: computed.append(call[2].dtype))
+    read("self")
+    assert {*computed} == {torch.bfloat16}
+    assert all(torch.equal(p, before[n]) for n, p in read.original.named_parameters())
 
 
 def test_logits_that_are_not_finite_are_named(read):

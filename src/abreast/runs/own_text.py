@@ -1,4 +1,8 @@
-"""What a model writes itself, sampled at temperature 1, and the file that keeps it."""
+"""What a model writes itself, and the file that keeps it.
+
+It is sampled from the nucleus of the model's distribution (arXiv 1904.09751, section 3.1): of the
+whole one, texts of small models drift into what no author writes (benchmarks/LOG.md, 2026-11-28).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +41,11 @@ if TYPE_CHECKING:
 Role = Literal["calibrate", "judge"]
 Author = Callable[[], "PreTrainedModel"]
 ROWS, LEAST_TOKENS, TIMED = 64, 8, 128  # texts at once, tokens of each; steps timed
-_VERSION = 1
+NUCLEUS = 0.95  # of the probability, from which tokens are drawn
+_COMMON = (
+    2048  # tokens among which the nucleus is sought first: sorting all takes as long as a step
+)
+_VERSION = 2
 _BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
     "calibrate": ("The", "In", "It was", "How to", "When", "A", "1.", "I", "There are", "For"),
     "judge": ("This", "On", "We", "What is", "After", "An", "-", "You", "She said", "If"),
@@ -72,7 +80,9 @@ def own_stream(
         "role": role,
     }
     path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
-    texts = [] if path is None else saved_texts(path, identity)
+    texts: list[np.ndarray] = []
+    if path is not None:  # version 1 drew from the whole distribution
+        texts = saved_texts(path, identity) or saved_texts(path, {**identity, "version": 1})
     writer = None
     while (left := max_tokens - sum(map(len, texts))) > 0:
         writer = writer or author()
@@ -225,7 +235,8 @@ def _beginnings(tokenizer: Any, role: Role, rows: range) -> Iterator[tuple[int, 
 def _drawn(
     logits: torch.Tensor, known: int, barred: list[int], random: torch.Generator
 ) -> list[int]:
-    """A token for each row of logits [rows, vocab], of the first `known` less those barred."""
+    """A token for each row of logits [rows, vocab], of the first `known` less those barred, from
+    the nucleus."""
     if not logits.max(dim=-1).values.isfinite().all():
         raise AbreastError(
             "the model gives logits that are not finite (NaN or infinite); "
@@ -233,10 +244,13 @@ def _drawn(
         )
     logits[:, known:] = -torch.inf
     logits[:, barred] = -torch.inf
-    tokens: list[int] = torch.multinomial(logits.softmax(dim=-1), 1, generator=random)[
-        :, 0
-    ].tolist()
-    return tokens
+    probabilities = logits.softmax(dim=-1)
+    likely, tokens = probabilities.topk(min(_COMMON, probabilities.shape[-1]))
+    if (likely.sum(dim=-1) < NUCLEUS).any():
+        likely, tokens = probabilities.sort(dim=-1, descending=True)
+    likely[likely.cumsum(dim=-1) - likely >= NUCLEUS] = 0
+    choice = torch.multinomial(likely, 1, generator=random)
+    return [int(token) for token in tokens.gather(-1, choice)[:, 0].tolist()]
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 The default, ``auto``, is wikitext-2 where it can be had, the training part to calibrate on and the
 test part to judge on; to heal on, half of it is Python's source. Elsewhere it is ``self`` and
-Python's own source, in equal parts: ``self`` is what the model writes, sampled at temperature 1.
-What serves to calibrate begins with other prompts and random numbers than what serves to judge, and
+Python's own source, in equal parts: ``self`` is what the model writes, see own_text.py. What
+serves to calibrate begins with other prompts and random numbers than what serves to judge, and
 comes from other modules.
 """
 
