@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
 Role = Literal["calibrate", "judge"]
 Author = Callable[[], "PreTrainedModel"]
-ROWS, LEAST_TOKENS, TIMED = 64, 8, 128  # texts at once, tokens of each; steps timed
+ROWS, LEAST_ROWS, LEAST_TOKENS, TIMED = 64, 8, 8, 128  # texts at once, tokens of each; steps timed
+MOST_CACHE = 2**32  # bytes that the texts written at once may fill
 NUCLEUS = 0.95  # of the probability, from which tokens are drawn
-_COMMON = (
-    2048  # tokens among which the nucleus is sought first: sorting all takes as long as a step
-)
+# Tokens among which the nucleus is sought first; sorting them all takes as long as a step.
+_COMMON = 2048
 _VERSION = 2
 _BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
     "calibrate": ("The", "In", "It was", "How to", "When", "A", "1.", "I", "There are", "For"),
@@ -67,8 +67,8 @@ def own_stream(
 ) -> TokenStream:
     """Text that the model writes. A later call finds it in the run's folder, or continues it.
 
-    length: tokens of a text, of which at most ROWS are written at a time. The last batch has only
-    as many as are missing, by the mean length so far.
+    length: tokens of a text. The last batch has only as many texts as are missing, by the mean
+    length so far.
     """
     identity = {
         "version": _VERSION,
@@ -87,7 +87,7 @@ def own_stream(
     while (left := max_tokens - sum(map(len, texts))) > 0:
         writer = writer or author()
         mean = sum(map(len, texts)) / len(texts) if texts else length
-        rows = min(ROWS, math.ceil(left / mean))
+        rows = min(_rows_at_once(writer, length), math.ceil(left / mean))
         texts += _write(
             writer,
             tokenizer,
@@ -100,7 +100,7 @@ def own_stream(
             batches=math.ceil(left / (rows * mean)),
             step=step,
         )
-        step = lambda message: None  # noqa: E731 - told once
+        step = _silent
         if path is not None:
             save_texts(path, identity, texts, tokenizer)
     tokens = np.concatenate(texts)[:max_tokens].astype(np.int64)
@@ -109,6 +109,24 @@ def own_stream(
     words = tuple(beginning(tokenizer.decode(t[:64], skip_special_tokens=True)) for t in texts[:3])
     part = Part(OWN, len(tokens), len(texts), size, words)
     return TokenStream(tokens, OWN, len(texts), size, prefix, (part,))
+
+
+def _silent(message: str) -> None:
+    """Says nothing."""
+
+
+def _rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """How many texts of this length the model writes at once, by the size of its cache."""
+    start = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
+    with inference(model):
+        output = model(input_ids=start, use_cache=True, **keeps_last(model, 1))
+    states = [
+        getattr(layer, name, None)
+        for layer in getattr(cache_of(output), "layers", [])
+        for name in ("keys", "values")
+    ]
+    row = length * sum(state.nbytes for state in states if state is not None)
+    return max(LEAST_ROWS, min(ROWS, MOST_CACHE // max(1, row)))
 
 
 def saved_texts(path: Path, identity: dict[str, Any]) -> list[np.ndarray]:

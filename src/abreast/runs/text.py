@@ -43,10 +43,6 @@ from abreast.runs.own_text import Author, Role, own_stream
 MOST_OWN_TOKENS = 2**17
 
 
-def _silent(message: str) -> None:
-    """Says nothing."""
-
-
 def token_stream(
     data: str | TokenStream,
     tokenizer: Any,
@@ -61,7 +57,7 @@ def token_stream(
     folder: Path | None = None,
     option: str = "--data",
     mixed: bool = False,
-    step: Callable[[str], None] = _silent,
+    step: Callable[[str], None] = lambda message: None,
 ) -> TokenStream:
     """`data` itself if it is a stream, else the source, or sources, of this name in tokens.
 
