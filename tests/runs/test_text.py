@@ -196,7 +196,7 @@ def test_it_is_drawn_from_the_nucleus(read, monkeypatch, common):
         read.original,
         read.tokenizer,
         prefix=(0,),
-        rows=4000,
+        rows=20_000,
         length=3,
         first=0,
         seed=0,
@@ -216,7 +216,7 @@ def test_it_is_drawn_from_the_nucleus(read, monkeypatch, common):
     counts = Counter(int(t[0]) for t in texts[::2])
     assert outside.any() and set(counts) <= {*np.flatnonzero(expected).tolist()}
     for token in expected.argsort()[-5:]:
-        assert counts[int(token)] / 2000 == pytest.approx(expected[token], rel=0.25)
+        assert counts[int(token)] / 10_000 == pytest.approx(expected[token], rel=0.25)
     first, other = (
         {read.tokenizer(words, add_special_tokens=False)["input_ids"][0] for words in beginnings}
         for beginnings in (own_text._BEGINNINGS["judge"], own_text._BEGINNINGS["calibrate"])

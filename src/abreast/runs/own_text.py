@@ -44,7 +44,7 @@ ROWS, LEAST_ROWS, LEAST_TOKENS, TIMED = 64, 8, 8, 128  # texts at once, tokens o
 MOST_CACHE = 2**32  # bytes that the texts written at once may fill
 NUCLEUS = 0.95  # of the probability, from which tokens are drawn
 # Tokens among which the nucleus is sought first; sorting them all takes as long as a step.
-_COMMON = 2048
+_COMMON = 1024
 _VERSION = 2
 _BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
     "calibrate": ("The", "In", "It was", "How to", "When", "A", "1.", "I", "There are", "For"),
@@ -264,11 +264,16 @@ def _drawn(
     logits[:, barred] = -torch.inf
     probabilities = logits.softmax(dim=-1)
     likely, tokens = probabilities.topk(min(_COMMON, probabilities.shape[-1]))
-    if (likely.sum(dim=-1) < NUCLEUS).any():
-        likely, tokens = probabilities.sort(dim=-1, descending=True)
+    drawn = _chosen(likely, tokens, random)
+    if (flat := likely.sum(dim=-1) < NUCLEUS).any():
+        drawn[flat] = _chosen(*probabilities[flat].sort(dim=-1, descending=True), random)
+    return [int(token) for token in drawn.tolist()]
+
+
+def _chosen(likely: torch.Tensor, tokens: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """A token of the nucleus per row; likely: the probabilities [rows, n] of `tokens`, falling."""
     likely[likely.cumsum(dim=-1) - likely >= NUCLEUS] = 0
-    choice = torch.multinomial(likely, 1, generator=random)
-    return [int(token) for token in tokens.gather(-1, choice)[:, 0].tolist()]
+    return tokens.gather(-1, torch.multinomial(likely, 1, generator=random))[:, 0]
 
 
 @contextmanager
