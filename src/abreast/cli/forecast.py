@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,7 @@ def forecast(
     )
     written = [tokens * share_written(data, role, Path(out)) for data, role, tokens in texts]
 
+    @cache
     def decode(batch_size: int) -> float:
         """Seconds of a step."""
         timed = bench(
@@ -110,9 +112,12 @@ def forecast(
     step = decode(1)
     decoded = checks.new_tokens * step + 2 * checks.context / window * pace.layers
     profiled = 4 * (PROFILED_TOKENS * step + checks.context / window * pace.layers)
-    batches = [math.ceil(tokens / ROWS / window) * window for tokens in written]
+    writing = 0.0
+    for tokens in filter(None, written):
+        rows = min(ROWS, math.ceil(tokens / window))
+        writing += math.ceil(tokens / (rows * window)) * window * decode(rows)
     return Forecast(
-        text=sum(batches) * decode(ROWS) if any(batches) else 0.0,
+        text=writing,
         search=pace.seconds(settings.num_windows, work.likely, work.scored),
         checks=checks.max_tokens / window * 2 * (pace.layers + pace.logits),
         timing=2 * checks.rounds * (decoded + profiled),
