@@ -15,7 +15,8 @@ SLIDING = {"family": "mistral", "sliding_window": 4}
 
 
 def logits_of_steps(model: Any, ids: torch.Tensor, room: int | None) -> list[torch.Tensor]:
-    """Logits [rows, vocab] token by token; the last row leaves halfway."""
+    """Logits [2, vocab] of the last two rows, token by token; with `room` the first row leaves
+    halfway."""
     cache, logits = None, []
     with torch.inference_mode():
         for step in range(STEPS):
@@ -23,12 +24,11 @@ def logits_of_steps(model: Any, ids: torch.Tensor, room: int | None) -> list[tor
             if cache is None and room is not None:
                 reserve(out.past_key_values, room)
             cache = out.past_key_values
-            logits.append(out.logits[:-1, -1])
+            logits.append(out.logits[-2:, -1])
             if step == STEPS // 2 and room is not None:
-                assert keep_rows(cache, torch.tensor([0, 1]))
-                ids = torch.cat([ids[:2], ids[:1]])[:2]
-                logits[-1] = out.logits[:2, -1]
-    return [rows[:1] for rows in logits]
+                assert keep_rows(cache, torch.tensor([1, 2]))
+                ids = ids[1:]
+    return logits
 
 
 @pytest.mark.parametrize("settings", [{}, SLIDING], ids=["plain", "sliding"])
@@ -38,6 +38,21 @@ def test_in_place_and_copied_caches_give_the_same(tiny_checkpoint, settings, roo
     ids = torch.arange(3 * STEPS).reshape(3, STEPS) * 7 % 50
     pairs = zip(logits_of_steps(model, ids, room), logits_of_steps(model, ids, None), strict=True)
     assert all(torch.allclose(ours, theirs, atol=1e-5) for ours, theirs in pairs)
+
+
+def test_what_others_do_to_the_cache_is_seen(tiny_checkpoint):
+    """Rows in another order, as a beam search has them."""
+    model, _ = load(tiny_checkpoint(), dtype="float32")
+    ids, order = torch.arange(8).reshape(2, 4), torch.tensor([1, 0])
+    last = []
+    for room in (8, None):
+        with torch.inference_mode():
+            cache = model(ids, use_cache=True).past_key_values
+            if room is not None:
+                reserve(cache, room)
+            cache.reorder_cache(order)
+            last.append(model(ids[order], past_key_values=cache, use_cache=True).logits)
+    assert torch.allclose(*last, atol=1e-5)
 
 
 def test_the_cache_is_not_copied(tiny_checkpoint):

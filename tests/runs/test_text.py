@@ -105,7 +105,7 @@ def test_healing_is_on_python_s_source_as_well(read, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("growth", [0.0, 0.001])
 def test_the_time_to_write_counts_that_steps_grow_slower(growth):
-    """Each copies the cache: the first of 1,024 steps may take a sixth of the time of the last."""
+    """Each reads the cache: the first of 1,024 steps may take a sixth of the time of the last."""
     step_seconds = 0.2 + growth * np.arange(1024)
     ended = np.cumsum(step_seconds)[:128]
     assert writing_seconds(ended, 1024) == pytest.approx(step_seconds.sum(), rel=0.03)
@@ -142,7 +142,7 @@ def test_what_the_model_wrote_is_read_again(read, tmp_path, monkeypatch):
 
 
 def test_texts_of_the_version_before_serve(read, tmp_path):
-    """An interrupted run of version 1, which drew from the whole distribution, goes on with it."""
+    """A run of version 1, which drew from the whole distribution, goes on with what it wrote."""
     new = read("self", folder=tmp_path)
     file = tmp_path / "text" / "calibrate.safetensors"
     with safe_open(file, framework="np") as saved:
@@ -151,6 +151,11 @@ def test_texts_of_the_version_before_serve(read, tmp_path):
     other = [np.roll(text, 1) for text in texts]
     own_text.save_texts(file, {**identity, "version": 1}, other, read.tokenizer)
     assert read("self", folder=tmp_path).sha256 != new.sha256 and read.loaded == 1
+    own_text.save_texts(file, {**identity, "version": 1}, other[:1], read.tokenizer)
+    half = read("self", folder=tmp_path)
+    assert (half.tokens[: len(other[0])] == other[0]).all() and read.loaded == 2
+    with safe_open(file, framework="np") as saved:
+        assert json.loads(saved.metadata()["identity"])["version"] == 1
 
 
 def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
@@ -260,7 +265,7 @@ def test_large_caches_leave_room_for_fewer_texts(read, monkeypatch):
     row = 2 * WINDOW * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     for most, rows in ((100 * row, ROWS), (20 * row, 20), (row, own_text.LEAST_ROWS)):
         monkeypatch.setattr(own_text, "MOST_CACHE", most)
-        assert own_text._rows_at_once(read.original.float(), WINDOW) == rows
+        assert own_text.rows_at_once(read.original.float(), WINDOW) == rows
 
 
 def test_writing_leaves_the_weights_alone(read, monkeypatch):
@@ -271,6 +276,29 @@ def test_writing_leaves_the_weights_alone(read, monkeypatch):
     read("self")
     assert torch.bfloat16 in computed
     assert all(torch.equal(p, before[n]) for n, p in read.original.named_parameters())
+
+
+def test_texts_that_ended_leave_the_others_as_they_are(read, monkeypatch):
+    """The same words whether the model goes on reading ended texts or not."""
+    monkeypatch.setattr(own_text, "is_native", lambda dtype, device: False)
+
+    def likeliest(logits: torch.Tensor, known: int, barred: list[int], _: Any) -> list[int]:
+        logits[:, barred] = -torch.inf
+        logits[:, 2] += 2.0  # texts end at different times
+        return logits[:, :known].argmax(dim=-1).tolist()
+
+    monkeypatch.setattr(own_text, "_drawn", likeliest)
+    dropped, keep_rows = list[int](), own_text.keep_rows
+
+    def counted(cache: Any, rows: torch.Tensor) -> bool:
+        dropped.append(len(rows))
+        return keep_rows(cache, rows)
+
+    monkeypatch.setattr(own_text, "keep_rows", counted)
+    fewer = read("self", max_tokens=20 * WINDOW)
+    monkeypatch.setattr(own_text, "keep_rows", lambda cache, rows: False)
+    assert read("self", max_tokens=20 * WINDOW).sha256 == fewer.sha256
+    assert dropped and min(dropped) < 20
 
 
 def test_logits_that_are_not_finite_are_named(read):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from abreast.planner import (
     likely_depth,
 )
 from abreast.rivals import METHODS, work_of
-from abreast.runs import JOURNAL, ROWS, Role, share_written
+from abreast.runs import JOURNAL, Role, in_bfloat16, rows_at_once, share_written
 from abreast.speed import bench
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ def forecast(
     )
     written = [tokens * share_written(data, role, Path(out)) for data, role, tokens in texts]
 
-    @cache
     def decode(batch_size: int) -> float:
         """Seconds of a step."""
         timed = bench(
@@ -114,8 +112,9 @@ def forecast(
     profiled = 4 * (PROFILED_TOKENS * step + checks.context / window * pace.layers)
     writing = 0.0
     for tokens in filter(None, written):
-        rows = min(ROWS, math.ceil(tokens / window))
-        writing += math.ceil(tokens / (rows * window)) * window * decode(rows)
+        rows = min(rows_at_once(original, window), math.ceil(tokens / window))
+        with in_bfloat16(original):
+            writing += math.ceil(tokens / (rows * window)) * window * decode(rows)
     return Forecast(
         text=writing,
         search=pace.seconds(settings.num_windows, work.likely, work.scored),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Calibration,
         CalibrationSettings,
         Planned,
+        Profile,
         Search,
     )
     from abreast.rivals import Measured
@@ -399,8 +400,9 @@ def _find(
     console.say(f"budget: {words}")
     rows: tuple[Measured, ...] = ()
     calibration, held_out = texts.pairs[0]
+    profile = _expected_profile(order, calibration)
     with console.progress_bar("plan", order.as_json) as progress:
-        planned = _search(order, texts, best, progress)
+        planned = _search(order, texts, profile, best, progress)
         if timed or compare_baselines:
             planned = _with_profile(planned, calibration, order.out, rounds)
         if compare_baselines:
@@ -422,32 +424,36 @@ def _find(
     return planned, rows
 
 
-def _search(
-    order: Order, texts: Texts, best: int, progress: Callable[[int, int], None] | None
-) -> Planned:
-    """The plan for the budget, by speed where the budget or a machine asks for it."""
-    from abreast.planner import (
-        estimated_profile,
-        find_plan,
-        keep_accuracy,
-        kind_of,
-        per_engine,
-        profile_here,
-    )
+def _expected_profile(order: Order, calibration: Calibration) -> Profile | None:
+    """Predicted for a machine that is named, measured for a budget of speed, else None."""
+    from abreast.planner import estimated_profile, kind_of, profile_here
 
-    budget, search, settings = order.budget, order.search, order.settings
-    calibration, held_out = texts.pairs[0]
-    profile, groups = None, calibration.candidates
+    search, groups = order.search, calibration.candidates
     if search.machine is not None:
-        profile = estimated_profile(
+        return estimated_profile(
             order.model,
             groups,
             search.machine,
             unpaired=search.unpaired,
-            revision=settings.revision,
+            revision=order.settings.revision,
         )
-    elif budget.speedup is not None:
-        profile = profile_here(calibration, {*map(kind_of, groups)}, order.out, step=console.say)
+    if order.budget.speedup is None:
+        return None
+    return profile_here(calibration, {*map(kind_of, groups)}, order.out, step=console.say)
+
+
+def _search(
+    order: Order,
+    texts: Texts,
+    profile: Profile | None,
+    best: int,
+    progress: Callable[[int, int], None] | None,
+) -> Planned:
+    """The plans within the budget, for each engine where none is named."""
+    from abreast.planner import find_plan, keep_accuracy, per_engine
+
+    budget = order.budget
+    calibration, held_out = texts.pairs[0]
     planned = find_plan(
         calibration,
         order.out,
@@ -455,7 +461,7 @@ def _search(
         held_out=held_out,
         profile=profile,
         best=best,
-        per_group=search.per_group,
+        per_group=order.search.per_group,
         step=console.say,
         progress=progress,
     )
@@ -463,7 +469,7 @@ def _search(
         planned = keep_accuracy(
             planned, texts.questions, budget.keep_quality, step=console.say, progress=progress
         )
-    if not settings.engines:
+    if not order.settings.engines:
         planned = per_engine(planned, calibration, held_out, step=console.say, progress=progress)
     return planned
 

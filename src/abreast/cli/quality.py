@@ -156,7 +156,7 @@ def evaluate(
         corpora = [_corpus_record(streams[name], results[name], per_window) for name in data]
         rest = corpora[0] if len(corpora) == 1 else {"corpora": corpora}
         return console.print_json({**record, "dtype": models.dtype, "seed": seed, **rest})
-    if len(results) == 1:
+    if len(data) == 1:
         return console.print_table(_quality_rows(results[data[0]]))
     _print_corpora(results)
 

@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 class ReservedLayer(DynamicLayer):
     """One layer's keys and values [batch, heads, tokens, head_dim], in memory for `room` tokens.
 
-    More than that, and a cache whose rows were selected, are copied as transformers does.
+    More than that is copied as transformers does. Whatever else it does to a cache leaves keys and
+    values in other memory; the next token then reserves anew.
     """
 
     keys: torch.Tensor
@@ -32,7 +33,7 @@ class ReservedLayer(DynamicLayer):
         if end > self.room:
             keys, values = super().update(*new, *args, **kwargs)
             return keys, values
-        if self.reserved is None:
+        if self.reserved is None or not held or not self._is_view(held):
             if not self.is_initialized:
                 self.lazy_initialization(*new)
             keys, values = (x.new_empty((*x.shape[:2], self.room, x.shape[-1])) for x in new)
@@ -44,9 +45,12 @@ class ReservedLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :end] for room in self.reserved)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.reserved = None
+    def _is_view(self, held: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether these are the beginnings of what is reserved."""
+        return self.reserved is not None and all(
+            one.data_ptr() == room.data_ptr() and one.stride() == room.stride()
+            for one, room in zip(held, self.reserved, strict=True)
+        )
 
 
 def reserve(cache: Any, room: int) -> None:
@@ -60,7 +64,10 @@ def reserve(cache: Any, room: int) -> None:
 
 
 def keep_rows(cache: Any, rows: torch.Tensor) -> bool:
-    """Leave only these rows of a cache; False, and unchanged, for one that holds other state."""
+    """Leave only these rows of a cache; False, and unchanged, for one that holds other state.
+
+    rows: on the CPU, as layers may lie on several devices.
+    """
     known = (ReservedLayer, DynamicSlidingWindowLayer)
     if not all(type(layer) in known for layer in getattr(cache, "layers", [None])):
         return False

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from abreast.model.grouping import device_of, grouped
@@ -147,6 +148,7 @@ class _Divergence(torch.autograd.Function):
         return total * (temperature**2 / count)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *of_loss: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * of_loss[0], None, None

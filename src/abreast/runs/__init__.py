@@ -31,7 +31,14 @@ if TYPE_CHECKING:
         windows_at_once,
     )
     from abreast.runs.options import option
-    from abreast.runs.own_text import ROWS, Author, Role, save_texts, saved_texts
+    from abreast.runs.own_text import (
+        Author,
+        Role,
+        in_bfloat16,
+        rows_at_once,
+        save_texts,
+        saved_texts,
+    )
     from abreast.runs.text import conversations, share_written, token_stream
 
 attach(__name__)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from safetensors.numpy import save_file
 from abreast.checkpoint import open_checkpoint, own_file, replacing, write
 from abreast.data import OWN, Part, TokenStream, beginning
 from abreast.errors import AbreastError
+from abreast.families import FAMILIES
 from abreast.model import (
     cache_name,
     cache_of,
@@ -41,9 +43,9 @@ if TYPE_CHECKING:
 Role = Literal["calibrate", "judge"]
 Author = Callable[[], "PreTrainedModel"]
 ROWS, LEAST_ROWS, LEAST_TOKENS, TIMED = 64, 8, 8, 128  # texts at once, tokens of each; steps timed
-MOST_CACHE = 2**32  # bytes that the texts written at once may fill
+MOST_CACHE = 2**32  # bytes that the texts written at once should fill
 NUCLEUS = 0.95  # of the probability, from which tokens are drawn
-# Tokens among which the nucleus is sought first; sorting them all takes as long as a step.
+# So many tokens usually hold the nucleus; sorting the whole vocabulary takes as long as a step.
 _COMMON = 1024
 _VERSION = 2
 _BEGINNINGS = {  # every second text begins with one of them, the others with what the model likes
@@ -81,13 +83,18 @@ def own_stream(
     }
     path = None if folder is None else folder / TEXT_FOLDER / f"{role}.safetensors"
     texts: list[np.ndarray] = []
-    if path is not None:  # version 1 drew from the whole distribution
-        texts = saved_texts(path, identity) or saved_texts(path, {**identity, "version": 1})
-    writer = None
+    if path is not None and not (texts := saved_texts(path, identity)):
+        # Version 1 drew from the whole distribution. What it began keeps its name.
+        former = {**identity, "version": 1}
+        if texts := saved_texts(path, former):
+            identity = former
+    writer, at_once = None, 0
     while (left := max_tokens - sum(map(len, texts))) > 0:
-        writer = writer or author()
+        if writer is None:
+            writer = author()
+            at_once = rows_at_once(writer, length)
         mean = sum(map(len, texts)) / len(texts) if texts else length
-        rows = min(_rows_at_once(writer, length), math.ceil(left / mean))
+        rows = min(at_once, math.ceil(left / mean))
         texts += _write(
             writer,
             tokenizer,
@@ -115,8 +122,8 @@ def _silent(message: str) -> None:
     """Says nothing."""
 
 
-def _rows_at_once(model: PreTrainedModel, length: int) -> int:
-    """How many texts of this length the model writes at once, by the size of its cache."""
+def rows_at_once(model: PreTrainedModel, length: int) -> int:
+    """How many texts of so many tokens the model writes at once, by the size of its cache."""
     start = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     with inference(model):
         output = model(input_ids=start, use_cache=True, **keeps_last(model, 1))
@@ -181,12 +188,16 @@ def _write(
             token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None
         )[:1]
     )
-    forced = [
-        tokens[:length] if row % 2 or not start else []
-        for row, tokens in _beginnings(tokenizer, role, range(first, first + rows))
+    begins = [
+        list(tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"][:length])
+        for words in _BEGINNINGS[role]
     ]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    check_tokens(np.array([*start, *(token for tokens in forced for token in tokens)]), vocabulary)
+    check_tokens(np.array([*start, *(token for tokens in begins for token in tokens)]), vocabulary)
+    forced = [
+        begins[row // 2 % len(begins)] if row % 2 or not start else []
+        for row in range(first, first + rows)
+    ]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     steps = int(max(1, min(length - 1, limit - len(start))))  # room for the end of text
     digest = hashlib.sha256(f"{seed} {role} {first}".encode()).digest()
@@ -198,7 +209,7 @@ def _write(
     cache, ended, timed = None, list[float](), min(TIMED, (steps - done) // 2)
     options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
     reading = list(range(rows))  # the texts that the model still reads
-    with _in_bfloat16(model), inference(model):
+    with in_bfloat16(model), inference(model):
         for at in range(done, steps):
             out = model(input_ids=inputs, **{name: cache}, **options)
             if cache is None:
@@ -215,9 +226,7 @@ def _write(
             going = [index for index, row in enumerate(reading) if texts[row][-1] not in ends]
             if not going:
                 break
-            if 4 * len(going) <= 3 * len(reading) and keep_rows(
-                cache, torch.tensor(going, device=device)
-            ):
+            if 4 * len(going) <= 3 * len(reading) and keep_rows(cache, torch.tensor(going)):
                 reading, drawn = (
                     [per_row[index] for index in going] for per_row in (reading, drawn)
                 )
@@ -238,16 +247,6 @@ def _ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     """The tokens that end a text."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
-
-
-def _beginnings(tokenizer: Any, role: Role, rows: range) -> Iterator[tuple[int, list[int]]]:
-    """(row, tokens): two rows in a row have the same beginning."""
-    starts = [
-        tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-        for words in _BEGINNINGS[role]
-    ]
-    for row in rows:
-        yield row, list(starts[row // 2 % len(starts)])
 
 
 def _drawn(
@@ -277,19 +276,38 @@ def _chosen(likely: torch.Tensor, tokens: torch.Tensor, random: torch.Generator)
 
 
 @contextmanager
-def _in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, a float32 model whose device has bfloat16 natively computes in it."""
-    if model.dtype != torch.float32 or not is_native(torch.bfloat16, device_of(model)):
+def in_bfloat16(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a float32 model computes in bfloat16 where that is native and there is memory for it.
+
+    Not where layers are offloaded, which are replaced with every pass, nor with recurrent layers,
+    whose states and buffers stay float32.
+    """
+    weights = {parameter: parameter.data for parameter in model.parameters()}
+    device, family = device_of(model), FAMILIES.get(model.config.model_type)
+    if not (
+        {(data.dtype, data.device) for data in weights.values()} == {(torch.float32, device)}
+        and is_native(torch.bfloat16, device)
+        and family is not None
+        and family.matrices
+        and _has_room(sum(data.nbytes for data in weights.values()), device)
+    ):
         yield
         return
-    originals = {parameter: parameter.data for parameter in model.parameters()}
     try:
-        for parameter in originals:
+        for parameter in weights:
             parameter.data = parameter.data.to(torch.bfloat16)
         yield
     finally:
-        for parameter, data in originals.items():
+        for parameter, data in weights.items():
             parameter.data = data
+
+
+def _has_room(size: int, device: torch.device) -> bool:
+    """Whether a copy in half precision of so many bytes fits beside them."""
+    if device.type == "cuda":
+        return size / 2 < 0.8 * torch.cuda.mem_get_info(device)[0]
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return device.type == "cpu" and 1.5 * size < 0.8 * memory
 
 
 def writing_seconds(ended: Sequence[float], steps: int) -> float:
