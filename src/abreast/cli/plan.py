@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -392,6 +392,7 @@ def _find(
     rounds: int = 12,
 ) -> tuple[Planned, tuple[Measured, ...]]:
     """Search, time where a speed is to be predicted, compare with rivals, draw."""
+    from abreast.planner import with_profile
     from abreast.report import draw_front
     from abreast.rivals import compare_rivals
 
@@ -404,7 +405,7 @@ def _find(
     with console.progress_bar("plan", order.as_json) as progress:
         planned = _search(order, texts, profile, best, progress)
         if timed or compare_baselines:
-            planned = _with_profile(planned, calibration, order.out, rounds)
+            planned = with_profile(planned, calibration, order.out, rounds=rounds, step=console.say)
         if compare_baselines:
             front = planned.front
             rows = compare_rivals(
@@ -472,22 +473,6 @@ def _search(
     if not order.settings.engines:
         planned = per_engine(planned, calibration, held_out, step=console.say, progress=progress)
     return planned
-
-
-def _with_profile(planned: Planned, calibration: Calibration, out: Path, rounds: int) -> Planned:
-    """With the speed of the best plans' groups measured here, unless a speed is known."""
-    from abreast.planner import NoisyTiming, kind_of, profile_here
-
-    if planned.profile is not None:
-        return planned
-    plans = planned.front.best().values()
-    kinds = {kind_of(group) for plan in plans for group in plan.groups}
-    try:
-        profile = profile_here(calibration, kinds, out, rounds=rounds, step=console.say)
-    except NoisyTiming as error:
-        console.say(f"no speed is predicted: {error}")
-        return planned
-    return replace(planned, profile=profile)
 
 
 def _repeated(order: Order, texts: Texts, planned: Planned) -> list[Planned]:

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 from click.core import ParameterSource
 
-from abreast.cli import console
+from abreast.cli import console, tables
 from abreast.errors import AbreastError
 
 if TYPE_CHECKING:
     from abreast.data import TokenStream
     from abreast.evaluate import Comparison, Evaluation, Perplexity
-    from abreast.heal import Healed, Recipe
+    from abreast.heal import Recipe
 
 
 @console.verb(name="eval")
@@ -490,25 +490,4 @@ def heal(
         console.say(f"warning: {warning}")
     if as_json:
         return console.print_json(healed.to_dict())
-    console.print_table(_healed_rows(healed))
-
-
-def _healed_rows(healed: Healed) -> dict[str, str]:
-    rows = {"converted": f"{healed.out}, {healed.depth} stages: {healed.plan}"}
-    for on in healed.judged:
-        part = "held-out part of the healing text" if on.known else "a kind not healed on"
-        rows[f"{on.text} ({part})"] = (
-            f"KL {console.with_error(on, 'kl_before', '.4f')} -> "
-            f"{console.with_error(on, 'kl_after', '.4f')}, loss "
-            f"{console.with_error(on, 'loss_before', '+.4f')} -> "
-            f"{console.with_error(on, 'loss_after', '+.4f')} nats, {on.tokens} tokens"
-        )
-    if healed.refit is not None:
-        verdict = "won nothing, undone" if healed.refit.kept else f"{len(healed.refit.fits)} fits"
-        rows["refit"] = f"{verdict}, on {healed.refit.num_tokens} tokens"
-    if (trained := healed.distilled) is not None:
-        rows["training"] = (
-            f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens in "
-            f"{trained.seconds / 60:.1f} minutes"
-        )
-    return rows
+    console.print_table(tables.healed_rows(healed))

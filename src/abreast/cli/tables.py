@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from abreast.cli import console
 
 if TYPE_CHECKING:
+    from abreast.heal import Healed
     from abreast.optimize import Optimized
     from abreast.plan import Plan
     from abreast.planner import Cost, Objective, Planned
@@ -224,3 +225,24 @@ def print_optimized(result: Optimized, report: Path | None) -> None:
     if report is not None:
         rows["report"] = str(report)
     console.print_table(rows)
+
+
+def healed_rows(healed: Healed) -> dict[str, str]:
+    rows = {"converted": f"{healed.out}, {healed.depth} stages: {healed.plan}"}
+    for on in healed.judged:
+        part = "held-out part of the healing text" if on.known else "a kind not healed on"
+        rows[f"{on.text} ({part})"] = (
+            f"KL {console.with_error(on, 'kl_before', '.4f')} -> "
+            f"{console.with_error(on, 'kl_after', '.4f')}, loss "
+            f"{console.with_error(on, 'loss_before', '+.4f')} -> "
+            f"{console.with_error(on, 'loss_after', '+.4f')} nats, {on.tokens} tokens"
+        )
+    if healed.refit is not None:
+        verdict = "won nothing, undone" if healed.refit.kept else f"{len(healed.refit.fits)} fits"
+        rows["refit"] = f"{verdict}, on {healed.refit.num_tokens} tokens"
+    if (trained := healed.distilled) is not None:
+        rows["training"] = (
+            f"{trained.reason}; best after step {trained.best_step}, {trained.tokens} tokens in "
+            f"{trained.seconds / 60:.1f} minutes"
+        )
+    return rows

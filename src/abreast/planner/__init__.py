@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         find_plan,
         keep_accuracy,
         per_engine,
+        with_profile,
     )
     from abreast.planner.front import (
         DEFAULT_KL,

@@ -22,6 +22,7 @@ from abreast.planner.front import (
     Budget,
     Front,
     Profile,
+    kind_of,
     reasons,
     unreachable,
 )
@@ -34,6 +35,7 @@ from abreast.planner.measuring import (
     score,
 )
 from abreast.planner.objective import Cost, Objective
+from abreast.planner.profiling import NoisyTiming, profile_here
 from abreast.planner.search import BEAM, PER_GROUP, additive, refine
 
 
@@ -283,3 +285,27 @@ def per_engine(
         for name, some in loads.items()
     }
     return replace(planned, engines=engines, not_for=reasons)
+
+
+def with_profile(
+    planned: Planned,
+    calibration: Calibration,
+    out: str | Path,
+    *,
+    rounds: int,
+    step: Callable[[str], None] = lambda message: None,
+) -> Planned:
+    """With the speed of the best plans' groups measured here, unless a speed is known.
+
+    step is told where the timings are too noisy for one.
+    """
+    if planned.profile is not None:
+        return planned
+    plans = planned.front.best().values()
+    kinds = {kind_of(group) for plan in plans for group in plan.groups}
+    try:
+        profile = profile_here(calibration, kinds, out, rounds=rounds, step=step)
+    except NoisyTiming as error:
+        step(f"no speed is predicted: {error}")
+        return planned
+    return replace(planned, profile=profile)
