@@ -110,11 +110,16 @@ def forecast(
     step = decode(1)
     decoded = checks.new_tokens * step + 2 * checks.context / window * pace.layers
     profiled = 4 * (PROFILED_TOKENS * step + checks.context / window * pace.layers)
-    writing = 0.0
-    for tokens in filter(None, written):
-        rows = min(rows_at_once(original, window), math.ceil(tokens / window))
+    writing, texts_written = 0.0, [tokens for tokens in written if tokens]
+    if texts_written:
+        at_once = rows_at_once(original, window)
+        rows = [min(at_once, math.ceil(tokens / window)) for tokens in texts_written]
         with in_bfloat16(original):
-            writing += math.ceil(tokens / (rows * window)) * window * decode(rows)
+            seconds = {count: decode(count) for count in {*rows}}
+        writing = sum(
+            math.ceil(tokens / (count * window)) * window * seconds[count]
+            for tokens, count in zip(texts_written, rows, strict=True)
+        )
     return Forecast(
         text=writing,
         search=pace.seconds(settings.num_windows, work.likely, work.scored),

@@ -1,4 +1,4 @@
-"""What the verbs that find and compare plans print."""
+"""What the verbs that find, compare and heal plans print."""
 
 from __future__ import annotations
 
@@ -228,6 +228,7 @@ def print_optimized(result: Optimized, report: Path | None) -> None:
 
 
 def healed_rows(healed: Healed) -> dict[str, str]:
+    """What healing won on each text, and how."""
     rows = {"converted": f"{healed.out}, {healed.depth} stages: {healed.plan}"}
     for on in healed.judged:
         part = "held-out part of the healing text" if on.known else "a kind not healed on"

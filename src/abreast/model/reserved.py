@@ -33,16 +33,17 @@ class ReservedLayer(DynamicLayer):
         if end > self.room:
             keys, values = super().update(*new, *args, **kwargs)
             return keys, values
-        if self.reserved is None or not held or not self._is_view(held):
+        reserved = self.reserved if held and self._is_view(held) else None
+        if reserved is None:
             if not self.is_initialized:
                 self.lazy_initialization(*new)
             keys, values = (x.new_empty((*x.shape[:2], self.room, x.shape[-1])) for x in new)
-            self.reserved = keys, values
-            for room, old in zip(self.reserved, held or (), strict=False):
+            self.reserved = reserved = keys, values
+            for room, old in zip(reserved, held or (), strict=False):
                 room[:, :, :start] = old
-        for room, states in zip(self.reserved, new, strict=True):
+        for room, states in zip(reserved, new, strict=True):
             room[:, :, start:end] = states
-        self.keys, self.values = (room[:, :, :end] for room in self.reserved)
+        self.keys, self.values = (room[:, :, :end] for room in reserved)
         return self.keys, self.values
 
     def _is_view(self, held: tuple[torch.Tensor, torch.Tensor]) -> bool:
