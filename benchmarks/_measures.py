@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from _evidence import DISTILLED, ROWS, TASKS, depths
+from _evidence import DISTILLED, ROWS, TASKS, TRAINED, depths
 from prefill import answered, few_shot
 
 from abreast.checkpoint import open_checkpoint, read_manifest, write
 from abreast.convert import convert
-from abreast.data import TokenStream, load_tokens
+from abreast.data import CALIBRATION, TokenStream, load_tokens
 from abreast.errors import AbreastError
 from abreast.evaluate import Comparison, compare, evaluate_tasks, find_tasks, ratio_of_means
 from abreast.families import family_of
@@ -131,12 +131,16 @@ class Subject:
         out = self.made(self.variant)
         if not out.is_dir():
             more: dict[str, Any] = {"method": "refit"}
-            if self.variant == "distilled":  # so much is read in an hour here, and no more written
-                more = {"method": "both", "recipe": FOR_AN_HOUR, "tokens": 600_000}
+            if self.variant in TRAINED:
+                more = {"method": "both", "recipe": FOR_AN_HOUR, "tokens": 2**18}
             elif self.variant == "accelerated":
                 more = self.with_accelerator()
+            if self.variant.endswith("_wikitext"):
+                more["data"] = f"{self.setting.half(0)},{CALIBRATION}"
             more |= {"device": self.device, **dict(self.setting.sizes.heal)}
-            heal(self.original, self.plan, out, step=say, **more)
+            # what the model writes is the same at every depth
+            texts = self.setting.work / f"{self.model}-written-{more['method']}"
+            heal(self.original, self.plan, out, texts=texts, step=say, **more)
         return out
 
     @property
@@ -483,7 +487,9 @@ class Kind:
 
 KINDS = {
     "refit": Kind(judged, (WIKITEXT,), 12, variants=("refit",)),
-    "distilled": Kind(judged, (WIKITEXT,), 75, variants=("distilled",)),
+    "refit_wikitext": Kind(judged, (WIKITEXT,), 6, variants=("refit_wikitext",)),
+    "distilled": Kind(judged, (WIKITEXT,), 90, variants=("distilled",)),
+    "distilled_wikitext": Kind(judged, (WIKITEXT,), 75, variants=("distilled_wikitext",)),
     "accelerated": Kind(judged, (WIKITEXT,), 15, variants=("accelerated",)),
     "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 15, original=True),
     "answers": Kind(answers, (SUMS,), 4, original=True),

@@ -65,7 +65,9 @@ def made_up(kind: str) -> dict[str, Any]:
             ],
         },
         "refit": {"refit": of},
+        "refit_wikitext": {"refit_wikitext": of},
         "distilled": {"distilled": of},
+        "distilled_wikitext": {"distilled_wikitext": of},
         "accelerated": {"accelerated": of},
         "tasks": {"original": accuracy, "plan": {**accuracy, "above_chance": [0.9, 0.8, 1.0]}},
         "answers": {
@@ -233,7 +235,9 @@ def test_a_row_in_parts(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tasks", "long", "text", "refit", "distilled", "accelerated"])
+@pytest.mark.parametrize(
+    "kind", ["tasks", "long", "text", "refit", "refit_wikitext", "distilled", "accelerated"]
+)
 def test_other_kinds_of_row(setting: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import real_models
 
