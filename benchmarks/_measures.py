@@ -235,7 +235,8 @@ def training(about: Result) -> Result:
     if not trained:
         return {}
     keys = ("tokens", "seconds", "best_step", "reason")
-    text = {key: about["data"][key] for key in ("source", "sha256", "tokens")}
+    text = {key: about["data"][key] for key in ("sha256", "tokens")}
+    text["source"] = ",".join(Path(name).name for name in about["data"]["source"].split(","))
     return {"trained": {key: trained[key] for key in keys}, "recipe": about["recipe"], "text": text}
 
 

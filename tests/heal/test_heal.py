@@ -240,6 +240,17 @@ def test_converted_and_broken_originals_are_refused(tiny_checkpoint, tmp_path):
         quick(broken, tmp_path / "out")
 
 
+def test_a_large_vocabulary_leaves_several_windows_to_judge_by(
+    tiny_checkpoint, tmp_path, monkeypatch
+):
+    """A mean over one window has no error bar, and chance decides whether healing won."""
+    monkeypatch.setattr("abreast.model.scores.KEPT_VALUES", 40 * 128)
+    healed = quick(tiny_checkpoint(), tmp_path / "out", method="refit")
+    for text in healed.judged:
+        assert text.tokens <= 40 and text.kl_after_stderr > 0
+    assert healed.data["held_out_tokens"] >= 2 * healed.data["window"]
+
+
 def test_command_line(tiny_checkpoint, tmp_path):
     out = tmp_path / "out"
     model = tiny_checkpoint(tokenizer=True)

@@ -12,7 +12,7 @@ import torch
 
 from abreast.data import CALIBRATION, HELD_OUT, PROSE, DataError, TokenStream, load_tokens
 from abreast.evaluate import ratio_of_means
-from abreast.model import logits_of, scores_under
+from abreast.model import predictions_of, scores_under
 from abreast.plan import Plan
 
 if TYPE_CHECKING:
@@ -69,25 +69,25 @@ class Judge:
         prefix: int,
         batch_size: int,
     ) -> None:
-        self.model, self.plan, self.prefix = model, plan, prefix
-        self.texts = {name: torch.from_numpy(ids) for name, ids in windows.items()}
+        self.model, self.plan = model, plan
         self.references = {
-            name: logits_of(model, ids, batch_size, prefix) for name, ids in self.texts.items()
+            name: predictions_of(model, torch.from_numpy(ids), batch_size, prefix)
+            for name, ids in windows.items()
         }
 
     def scores(self) -> dict[str, np.ndarray]:
         """`scores_under` of the model as it is, by text."""
         return {
-            name: scores_under(self.model, self.plan, ids, self.references[name], self.prefix)
-            for name, ids in self.texts.items()
+            name: scores_under(self.model, self.plan, reference)
+            for name, reference in self.references.items()
         }
 
     def judged(
         self, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
     ) -> tuple[Judged, ...]:
         rows = []
-        for number, (name, ids) in enumerate(self.texts.items()):
-            counts = np.full(len(ids), ids.shape[1] - max(1, self.prefix))
+        for number, (name, reference) in enumerate(self.references.items()):
+            counts = np.full(len(reference.ids), len(reference.positions))
             figures = [
                 figure
                 for sums in (lambda s: s[:, 2], lambda s: s[:, 0] - s[:, 1])

@@ -52,8 +52,8 @@ from abreast.model import (
     capture,
     decoder_layers,
     inference,
-    logits_of,
     mean_kl,
+    predictions_of,
 )
 from abreast.plan import Group, Plan
 from abreast.runs import check_tokens
@@ -207,13 +207,13 @@ def refit(
     ]
     old = [weight.detach().to("cpu", copy=True) for weight in weights]
     with inference(model):
-        reference = logits_of(model, held_out, batch_size, prefix)
-        kl_before = mean_kl(model, plan, held_out, reference, prefix)
+        reference = predictions_of(model, held_out, batch_size, prefix)
+        kl_before = mean_kl(model, plan, reference)
         try:
             streams = _Streams(model, ids, batch_size)
             named = [(step, matrices[step]) for step in steps]
             fits = _walk(streams, plan, named, progress)
-            kl_after = mean_kl(model, plan, held_out, reference, prefix)
+            kl_after = mean_kl(model, plan, reference)
         except BaseException:
             _restore(weights, old)
             raise

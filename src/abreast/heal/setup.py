@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REFIT_TOKENS = 65_536
-_HELD_OUT_LOGITS = 2**28  # values kept of the original's predictions: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,7 @@ def healing_text(
     size = min(len(stream), tokens)
     window = min(window, max(2, size // 8))
     windows = whole_windows(stream, size // window, window, longest=longest, vocabulary=vocabulary)
-    most = max(1, min(HELD_OUT_TOKENS, _HELD_OUT_LOGITS // vocabulary) // window)
-    num_held_out = max(1, min(most, len(windows) // 10))
+    num_held_out = max(1, min(HELD_OUT_TOKENS // window, len(windows) // 10))
     about = {
         "source": stream.source,
         "sha256": stream.sha256,

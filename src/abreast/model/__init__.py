@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         loaded_dtype,
         named_dtype,
     )
-    from abreast.model.forward import cache_in, cache_name, cache_of, keeps_last
+    from abreast.model.forward import cache_in, cache_name, cache_of, keeps_at, keeps_last
     from abreast.model.grouping import (
         apply,
         branches_of,
@@ -46,10 +46,11 @@ if TYPE_CHECKING:
     )
     from abreast.model.reserved import keep_rows, reserve
     from abreast.model.scores import (
+        Predictions,
         divergence,
-        logits_of,
         mean_kl,
         next_token_loss,
+        predictions_of,
         scores_under,
         token_scores,
         weighted_mean,

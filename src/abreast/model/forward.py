@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 CACHES = ("cache", "past_key_values", "layer_past")  # the first since transformers 5.24
 
@@ -16,13 +19,22 @@ def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)
 
 
-def keeps_last(model: Any, count: int) -> dict[str, int]:
+def keeps_last(model: Any, count: int) -> dict[str, Any]:
     """Arguments of a forward pass that make it compute logits of the last `count` positions only.
 
     Empty for a model class that knows no `logits_to_keep`.
     """
+    return _keeps(model, count)
+
+
+def keeps_at(model: Any, positions: torch.Tensor) -> dict[str, Any]:
+    """The same for some positions, indices [positions] into every sequence."""
+    return _keeps(model, positions)
+
+
+def _keeps(model: Any, which: int | torch.Tensor) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
-    return {"logits_to_keep": count} if "logits_to_keep" in known else {}
+    return {"logits_to_keep": which} if "logits_to_keep" in known else {}
 
 
 def cache_name(model: Any) -> str:

@@ -14,7 +14,7 @@ from abreast.checkpoint import locate, open_checkpoint
 from abreast.model.devices import fitting_dtype
 from abreast.model.forward import keeps_last
 from abreast.model.grouping import device_of, load
-from abreast.model.scores import logits_of, token_scores
+from abreast.model.scores import token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,13 +36,14 @@ def pace_of(model: PreTrainedModel, window: int, rows: int = 1) -> Pace:
     """Time `rows` windows of so many random tokens, run at once and scored against themselves."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.from_numpy(np.random.default_rng(0).integers(vocabulary, size=(rows, window)))
-    logits_of(model, ids[:, :16], rows)  # what only a first pass does
-    begin = time.perf_counter()
+    inputs, options = ids.to(device_of(model)), {"use_cache": False}
     with torch.no_grad():
-        few = model(input_ids=ids.to(device_of(model)), use_cache=False, **keeps_last(model, 1))
+        model(input_ids=inputs[:, :16], **options)  # what only a first pass does
+        begin = time.perf_counter()
+        few = model(input_ids=inputs, **options, **keeps_last(model, 1))
         few.logits.cpu()  # waits for it
-    middle = time.perf_counter()
-    (logits,) = logits_of(model, ids, rows)
+        middle = time.perf_counter()
+        logits = model(input_ids=inputs, **options).logits.cpu()
     token_scores(logits[:, :-1], ids[:, 1:], logits[:, :-1])
     end = time.perf_counter()
     layers = middle - begin

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from abreast.model.forward import keeps_at
 from abreast.model.grouping import device_of, grouped
 from abreast.plan import Plan
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 # vocabulary of 128k would otherwise need 0.5 GiB per 1024 positions for each of them, and a CPU
 # takes half the time for what its caches hold.
 CHUNK_VALUES = {"cpu": 2**20, "other": 2**25}
+KEPT_VALUES = 2**28  # of one model's predictions: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -165,50 +168,57 @@ def weighted_mean(values: Iterable[tuple[float, int]]) -> float:
     return sum(v * w for v, w in pairs) / sum(w for _, w in pairs)
 
 
-@torch.no_grad()
-def logits_of(
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts on windows, to score others against: ids [windows, window].
+
+    positions: in each window, of the tokens that it read last before it predicted. logits: of
+    consecutive windows [few, positions, vocab], on the CPU.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    logits: list[torch.Tensor]
+
+
+def predictions_of(
     model: PreTrainedModel, ids: torch.Tensor, batch_size: int, prefix: int = 0
-) -> list[torch.Tensor]:
-    """Logits [at most batch_size, window, vocab] of windows ids [windows, window], on the CPU.
+) -> Predictions:
+    """Predictions on windows ids [windows, window], of `batch_size` of them at once.
 
-    prefix: tokens at the beginning of every window; there are no logits before its last one's.
+    prefix: tokens at the beginning of every window, which are not predicted; without one the first
+    is not. With a large vocabulary only every so many tokens are, so that what is kept holds at
+    most `KEPT_VALUES`.
     """
-    return [
-        model(input_ids=batch.to(device_of(model)), use_cache=False)
-        .logits[:, max(0, prefix - 1) :]
-        .cpu()
-        for batch in ids.split(batch_size)
-    ]
+    first, last = max(0, prefix - 1), ids.shape[1] - 1
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    every = math.ceil(len(ids) * (last - first) * vocabulary / KEPT_VALUES)
+    positions = torch.arange(first, last, min(every, last - first))
+    logits = [_logits_at(model, batch, positions) for batch in ids.split(batch_size)]
+    return Predictions(ids, positions, logits)
 
 
-def scores_under(
-    model: PreTrainedModel,
-    plan: Plan,
-    ids: torch.Tensor,
-    reference: Sequence[torch.Tensor],
-    prefix: int = 0,
-) -> np.ndarray:
-    """`token_scores` of the model under a plan, summed over each window: float64 [windows, 4].
+@torch.no_grad()
+def _logits_at(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, positions, vocab] of ids [batch, length], on the CPU."""
+    device = device_of(model)
+    only = keeps_at(model, positions.to(device))
+    logits: torch.Tensor = model(input_ids=ids.to(device), use_cache=False, **only).logits
+    return (logits if only else logits[:, positions]).cpu()
 
-    ids: [windows, window]; every window is scored from its token `prefix` on, without a prefix from
-    the second. reference: what `logits_of` gives for them.
-    """
+
+def scores_under(model: PreTrainedModel, plan: Plan, reference: Predictions) -> np.ndarray:
+    """`token_scores` of the model under a plan, summed over each window: float64 [windows, 4]."""
     sums = []
     with grouped(model, plan):
-        for batch, theirs in zip(ids.split([*map(len, reference)]), reference, strict=True):
-            (ours,) = logits_of(model, batch, len(batch), prefix)
-            targets = batch[:, max(1, prefix) :].cpu()
-            sums.append(token_scores(ours[:, :-1], targets, theirs[:, :-1]).sum(1))
+        batches = reference.ids.split([*map(len, reference.logits)])
+        for batch, theirs in zip(batches, reference.logits, strict=True):
+            ours = _logits_at(model, batch, reference.positions)
+            targets = batch[:, reference.positions + 1].cpu()
+            sums.append(token_scores(ours, targets, theirs).sum(1))
     return np.concatenate(sums)
 
 
-def mean_kl(
-    model: PreTrainedModel,
-    plan: Plan,
-    ids: torch.Tensor,
-    reference: Sequence[torch.Tensor],
-    prefix: int = 0,
-) -> float:
-    """Mean KL(reference || model under plan) in nats per token; arguments as `scores_under`."""
-    kl = scores_under(model, plan, ids, reference, prefix)[:, 2]
-    return float(kl.mean()) / (ids.shape[1] - max(1, prefix))
+def mean_kl(model: PreTrainedModel, plan: Plan, reference: Predictions) -> float:
+    """Mean KL(reference || model under plan) in nats per token."""
+    return float(scores_under(model, plan, reference)[:, 2].mean()) / len(reference.positions)
