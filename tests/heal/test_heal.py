@@ -183,6 +183,13 @@ def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, options, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_minutes_are_checked_before_the_model_writes(tiny_checkpoint, tmp_path):
+    model, recipe = tiny_checkpoint(tokenizer=True), replace(SHORT, minutes=1e-6)
+    with pytest.raises(AbreastError, match="give more --minutes"):
+        quick(model, tmp_path / "out", data="self", recipe=recipe)
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_recipe_that_a_family_cannot_take(tiny_checkpoint, tmp_path):
     with pytest.raises(AbreastError, match=r"'q_proj' is no matrix .*--lora-targets .*qkv_proj"):
         quick(tiny_checkpoint("phi3"), tmp_path / "out", recipe=replace(SHORT, **RECIPES["cqil"]))

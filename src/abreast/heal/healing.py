@@ -15,10 +15,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -166,11 +167,12 @@ def heal(
         step=step,
         progress=progress,
     )
+    trains = method != "refit" and processes() == 1
+    check_pace = cache(partial(_check_pace, setup)) if trains else lambda _: None
     text = healing_text(
-        setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder)
+        setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder), check_pace
     )
-    if method != "refit" and processes() == 1:
-        _check_pace(setup, text)
+    check_pace(text.train.shape[1])
     if is_main_process():
         identity = {**_identity(setup, text, method, refit_steps), "dtype": dtype}
         open_run(folder, "heal", json.loads(json.dumps(identity)))
@@ -218,12 +220,17 @@ def heal(
     return healed
 
 
-def _check_pace(setup: Setup, text: HealingText) -> None:
-    """Say how fast training is. Raises AbreastError for too small a budget of minutes."""
+def _check_pace(setup: Setup, window: int) -> None:
+    """Say how fast training is on windows of so many tokens.
+
+    Raises AbreastError for too small a budget of minutes.
+    """
     recipe, model = setup.recipe, setup.model
-    times = step_seconds(model, setup.plan, text.train, recipe, len(text.prefix))
+    size = (10 + recipe.micro_batch, window)
+    ids = np.random.default_rng(0).integers(model.get_input_embeddings().weight.shape[0], size=size)
+    times = step_seconds(model, setup.plan, ids, recipe)
     products = "bfloat16" if computes_bf16(recipe, model.device) else "float32"
-    setup.step(f"training in {products}: {recipe.pace(times, text.train.shape[1])}")
+    setup.step(f"training in {products}: {recipe.pace(times, window)}")
 
 
 def _device_of_rank(device: str, recipe: Recipe) -> str:

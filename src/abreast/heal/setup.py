@@ -100,8 +100,12 @@ def healing_text(
     window: int,
     add_bos: bool | None,
     texts: Path,
+    before_writing: Callable[[int], None],
 ) -> HealingText:
-    """The text to heal on, cut into windows, and what is kept apart to judge by."""
+    """The text to heal on, cut into windows, and what is kept apart to judge by.
+
+    before_writing: is told the tokens of a window before the model writes text, for minutes.
+    """
     config = setup.model.config.get_text_config(decoder=True)
     longest = getattr(config, "max_position_embeddings", None)
     vocabulary = setup.model.get_input_embeddings().weight.shape[0]
@@ -111,6 +115,11 @@ def healing_text(
         if method != "refit":
             tokens = max(tokens, setup.recipe.steps * setup.recipe.windows * window)
         tokens += HELD_OUT_TOKENS
+
+    def author() -> PreTrainedModel:
+        before_writing(window)
+        return setup.model
+
     stream = token_stream(
         data,
         tokenizer,
@@ -120,7 +129,7 @@ def healing_text(
         seed=setup.seed,
         add_bos=add_bos,
         # what several processes write may differ in the last bit, and then in every word
-        author=(lambda: setup.model) if processes() == 1 else None,
+        author=author if processes() == 1 else None,
         folder=texts,
         mixed=True,  # what is fitted on one kind of text helps another little
         step=setup.step,
