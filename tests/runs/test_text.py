@@ -7,6 +7,8 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from safetensors import safe_open
 from abreast.cli.main import cli
 from abreast.convert import convert
 from abreast.data import CALIBRATION, HELD_OUT, load_tokens
+from abreast.engines.vllm import VllmFailure
 from abreast.errors import AbreastError
 from abreast.model import load
 from abreast.planner import CalibrationSettings, calibrate
@@ -163,17 +166,17 @@ def test_interrupted_writing_goes_on(read, tmp_path, monkeypatch):
     whole = read("self", **options | {"folder": None})
     written, real = [], own_text._write
 
-    def broken(*arguments: Any, **options: Any) -> Any:
-        written.append(options["first"])
+    def broken(model: Any, task: Any, **options: Any) -> Any:
+        written.append(task.seeds[0])
         if len(written) == 2:
             raise KeyboardInterrupt
-        return real(*arguments, **options)
+        return real(model, task, **options)
 
     monkeypatch.setattr(own_text, "_write", broken)
     with pytest.raises(KeyboardInterrupt):
         read("self", **options)
     assert read("self", **options).sha256 == whole.sha256
-    assert written[:3] == [0, ROWS, ROWS]
+    assert written[0] != written[1] == written[2]
 
 
 def test_a_run_keeps_to_its_first_default(read, tmp_path, monkeypatch):
@@ -197,18 +200,9 @@ def test_without_the_package_it_says_so(read, monkeypatch):
 def test_it_is_drawn_from_the_nucleus(read, monkeypatch, common):
     monkeypatch.setattr(own_text, "_COMMON", common)
     monkeypatch.setattr(own_text, "is_native", lambda dtype, device: False)
-    texts = own_text._write(
-        read.original,
-        read.tokenizer,
-        prefix=(0,),
-        rows=20_000,
-        length=3,
-        first=0,
-        seed=0,
-        role="judge",
-        batches=1,
-        step=read.said.append,
-    )
+    numbers = {"prefix": (0,), "rows": 20_000, "length": 3, "first": 0, "seed": 0, "role": "judge"}
+    task = own_text.task_of(read.original, read.tokenizer, **numbers)
+    texts = own_text._write(read.original, task, batches=1, step=read.said.append)
     with torch.no_grad():
         logits = read.original(torch.tensor([[0]])).logits[0, -1]
     logits[2], logits[len(read.tokenizer) :] = -torch.inf, -torch.inf
@@ -231,7 +225,7 @@ def test_it_is_drawn_from_the_nucleus(read, monkeypatch, common):
 
 def test_texts_end_where_the_model_ends_them(read, monkeypatch):
     rows, real = [], own_text._write
-    spy = lambda *a, **options: (rows.append(options["rows"]), real(*a, **options))[1]  # noqa: E731
+    spy = lambda m, task, **options: (rows.append(len(task.seeds)), real(m, task, **options))[1]  # noqa: E731
     monkeypatch.setattr(own_text, "_write", spy)
     with torch.no_grad():
         read.original.lm_head.weight[2] = 0
@@ -299,6 +293,64 @@ def test_texts_that_ended_leave_the_others_as_they_are(read, monkeypatch):
     monkeypatch.setattr(own_text, "keep_rows", lambda cache, rows: False)
     assert read("self", max_tokens=20 * WINDOW).sha256 == fewer.sha256
     assert dropped and min(dropped) < 20
+
+
+def in_vllm(monkeypatch: pytest.MonkeyPatch, go_on: Any) -> list[dict[str, Any]]:
+    """vLLM seems to be here, and continues texts with `go_on`; what it was started with."""
+    started: list[dict[str, Any]] = []
+
+    @contextmanager
+    def writer(folder: Path, **options: Any) -> Iterator[Any]:
+        started.append({"folder": folder, **options})
+        yield go_on
+
+    monkeypatch.setattr(own_text, "find_spec", lambda name: name)
+    monkeypatch.setattr(own_text, "writer", writer)
+    monkeypatch.setattr(own_text, "WORTH_VLLM", 100)
+    return started
+
+
+def test_where_vllm_is_it_writes(read, tmp_path, monkeypatch):
+    asked: list[Any] = []
+
+    def go_on(prompts: Any, samplings: Any) -> list[list[int]]:
+        asked.append((prompts, samplings))
+        return [[7] * 9 + [639, 7] for _ in samplings]  # 639 is no token of the tokenizer
+
+    started = in_vllm(monkeypatch, go_on)
+    stream = read("self", folder=tmp_path)
+    assert read("self", folder=tmp_path).sha256 == stream.sha256 and len(started) == 1
+    device = torch.device("cpu")
+    dtype = "bfloat16" if own_text.is_native(torch.bfloat16, device) else "float32"
+    folder = {"folder": read.model, "length": WINDOW, "device": "cpu", "dtype": dtype}
+    assert started == [folder] and read.said == ["the model writes its own text in vLLM"]
+    (prompts, samplings), *_ = asked
+    task = own_text.task_of(
+        read.original,
+        read.tokenizer,
+        prefix=stream.prefix,
+        rows=len(prompts),
+        length=WINDOW - len(stream.prefix),
+        first=0,
+        seed=0,
+        role="calibrate",
+    )
+    assert prompts == [[*task.start, *forced] for forced in task.forced]
+    assert [sampling.seed for sampling in samplings] == task.seeds
+    text = task.forced[1] + [7] * 9 + task.closing
+    assert (own_text._write_in_vllm(go_on, task)[1] == text).all()
+    read("self", max_tokens=99)
+    assert len(started) == 1  # its start would take longer
+
+
+def test_where_vllm_fails_transformers_writes(read, monkeypatch):
+    def go_on(prompts: Any, samplings: Any) -> list[list[int]]:
+        raise VllmFailure("vLLM cannot write: no memory")
+
+    expected = read("self").sha256
+    in_vllm(monkeypatch, go_on)
+    assert read("self").sha256 == expected
+    assert "vLLM cannot write: no memory; so it writes in transformers" in read.said
 
 
 def test_logits_that_are_not_finite_are_named(read):

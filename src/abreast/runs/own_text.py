@@ -2,6 +2,7 @@
 
 It is sampled from the nucleus of the model's distribution (arXiv 1904.09751, section 3.1): of the
 whole one, texts of small models drift into what no author writes (benchmarks/LOG.md, 2026-11-28).
+Long texts are written in vLLM where it is installed, all others in transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +27,8 @@ from safetensors.numpy import save_file
 
 from abreast.checkpoint import open_checkpoint, own_file, replacing, write
 from abreast.data import OWN, Part, TokenStream, beginning
+from abreast.engines.vllm import Continue, Sampling, VllmFailure, writer
+from abreast.engines.vllm.writing import MOST_AT_ONCE
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES
 from abreast.model import (
@@ -44,6 +50,7 @@ Role = Literal["calibrate", "judge"]
 Author = Callable[[], "PreTrainedModel"]
 ROWS, LEAST_ROWS, LEAST_TOKENS, TIMED = 64, 8, 8, 128  # texts at once, tokens of each; steps timed
 MOST_CACHE = 2**32  # bytes that the texts written at once should fill
+WORTH_VLLM = 2**14  # tokens, before which vLLM has not started
 NUCLEUS = 0.95  # of the probability, from which tokens are drawn
 # So many tokens usually hold the nucleus; sorting the whole vocabulary takes as long as a step.
 _COMMON = 1024
@@ -57,7 +64,7 @@ _BEGINNINGS = {  # every second text begins with one of them, the others with wh
 def own_stream(
     author: Author,
     tokenizer: Any,
-    model: str | Path,
+    source: str | Path,
     *,
     prefix: tuple[int, ...],
     max_tokens: int,
@@ -69,12 +76,13 @@ def own_stream(
 ) -> TokenStream:
     """Text that the model writes. A later call finds it in the run's folder, or continues it.
 
-    length: tokens of a text. The last batch has only as many texts as are missing, by the mean
-    length so far.
+    source: folder or name of the model. length: tokens of a text. The last batch has only as many
+    texts as are missing, by the mean length so far.
     """
+    checkpoint = open_checkpoint(source)
     identity = {
         "version": _VERSION,
-        "model": open_checkpoint(model).sha256,
+        "model": checkpoint.sha256,
         "prefix": list(prefix),
         "tokens": max_tokens,
         "length": length,
@@ -88,28 +96,39 @@ def own_stream(
         former = {**identity, "version": 1}
         if texts := saved_texts(path, former):
             identity = former
-    writer, at_once = None, 0
-    while (left := max_tokens - sum(map(len, texts))) > 0:
-        if writer is None:
-            writer = author()
-            at_once = rows_at_once(writer, length)
-        mean = sum(map(len, texts)) / len(texts) if texts else length
-        rows = min(at_once, math.ceil(left / mean))
-        texts += _write(
-            writer,
-            tokenizer,
-            prefix=prefix,
-            rows=rows,
-            length=length,
-            first=len(texts),
-            seed=seed,
-            role=role,
-            batches=math.ceil(left / (rows * mean)),
-            step=step,
-        )
-        step = _silent
-        if path is not None:
-            save_texts(path, identity, texts, tokenizer)
+    with ExitStack() as stack:
+        model, vllm, at_once = None, None, 0
+        while (left := max_tokens - sum(map(len, texts))) > 0:
+            if model is None:
+                model = author()
+                vllm = _in_vllm(model, checkpoint.folder, len(prefix), length, left, stack)
+                at_once = rows_at_once(model, length)
+            mean = sum(map(len, texts)) / len(texts) if texts else length
+            rows = min(MOST_AT_ONCE if vllm else at_once, math.ceil(left / mean))
+            task = task_of(
+                model,
+                tokenizer,
+                prefix=prefix,
+                rows=rows,
+                length=length,
+                first=len(texts),
+                seed=seed,
+                role=role,
+            )
+            if vllm is not None:
+                step("the model writes its own text in vLLM")
+                try:
+                    texts += _write_in_vllm(vllm, task)
+                except VllmFailure as error:
+                    step(f"{error}; so it writes in transformers")
+                    vllm = None
+                    continue
+            else:
+                batches = math.ceil(left / (rows * mean))
+                texts += _write(model, task, batches=batches, step=step)
+            step = _silent
+            if path is not None:
+                save_texts(path, identity, texts, tokenizer)
     tokens = np.concatenate(texts)[:max_tokens].astype(np.int64)
     whole = sum(len(tokenizer.decode(text, skip_special_tokens=True).encode()) for text in texts)
     size = round(whole * len(tokens) / sum(map(len, texts)))
@@ -163,7 +182,35 @@ def save_texts(
     write(path.with_suffix(".txt"), "".join(pages))
 
 
-def _write(
+@dataclass(frozen=True)
+class Task:
+    """Texts that a model writes together.
+
+    start: tokens that it reads before each, which are left out of it. forced: the first tokens of
+    each. steps: most tokens of one, without its end. ends: tokens that end one. closing: what a
+    text without an end gets. known: tokens below this are the tokenizer's. seeds: of each text.
+    """
+
+    start: tuple[int, ...]
+    forced: list[list[int]]
+    steps: int
+    ends: frozenset[int]
+    closing: list[int]
+    known: int
+    seeds: list[int]
+
+    def finished(self, texts: list[list[int]]) -> list[np.ndarray]:
+        """The texts, int32 each, with an end."""
+        return [
+            np.array(
+                text if not self.closing or text[-1] in self.ends else text + self.closing,
+                dtype=np.int32,
+            )
+            for text in texts
+        ]
+
+
+def task_of(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
@@ -173,15 +220,12 @@ def _write(
     first: int,
     seed: int,
     role: Role,
-    batches: int,
-    step: Callable[[str], None],
-) -> list[np.ndarray]:
-    """A batch of texts, int32 each: its first tokens, if any, and what the model continues with.
+) -> Task:
+    """So many texts, the first of this number.
 
-    They begin with the prefix, or what else begins a text, which is left out of them. Every second
-    one then has a beginning from the list. first: number of the first. batches: still to write.
+    They begin with the prefix, or what else begins a text. Every second one then has a beginning
+    from the list.
     """
-    ends = _ends(model, tokenizer)
     start = (
         prefix
         or tuple(
@@ -194,15 +238,56 @@ def _write(
     ]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     check_tokens(np.array([*start, *(token for tokens in begins for token in tokens)]), vocabulary)
-    forced = [
-        begins[row // 2 % len(begins)] if row % 2 or not start else []
-        for row in range(first, first + rows)
-    ]
+    numbers = range(first, first + rows)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    steps = int(max(1, min(length - 1, limit - len(start))))  # room for the end of text
-    digest = hashlib.sha256(f"{seed} {role} {first}".encode()).digest()
+    digests = [hashlib.sha256(f"{seed} {role} {number}".encode()).digest() for number in numbers]
+    return Task(
+        start=start,
+        forced=[begins[n // 2 % len(begins)] if n % 2 or not start else [] for n in numbers],
+        steps=int(max(1, min(length - 1, limit - len(start)))),  # room for the end of text
+        ends=frozenset(_ends(model, tokenizer)),
+        closing=[tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [],
+        known=len(tokenizer),
+        seeds=[int.from_bytes(digest[:7], "big") for digest in digests],
+    )
+
+
+def _in_vllm(
+    model: PreTrainedModel, folder: Path, prefix: int, length: int, tokens: int, stack: ExitStack
+) -> Continue | None:
+    """What continues texts in vLLM; None where there is none, or its start would take longer."""
+    if tokens < WORTH_VLLM or find_spec("vllm") is None:
+        return None
     device = device_of(model)
-    random = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    dtype = "bfloat16" if is_native(torch.bfloat16, device) else "float32"
+    room = max(1, prefix) + length
+    return stack.enter_context(writer(folder, length=room, device=device.type, dtype=dtype))
+
+
+def _write_in_vllm(go_on: Continue, task: Task) -> list[np.ndarray]:
+    """A batch of texts. Raises VllmFailure."""
+    samplings = []
+    for seed, forced in zip(task.seeds, task.forced, strict=True):
+        most = max(1, task.steps - len(forced))
+        least = min(most, max(0, LEAST_TOKENS - len(forced)))
+        samplings.append(Sampling(seed, most, least, NUCLEUS, tuple(task.ends)))
+    written = go_on([[*task.start, *forced] for forced in task.forced], samplings)
+    # tokens of the embedding that no text has, should it ever draw one
+    texts = [
+        [*forced, *takewhile(lambda token: token < task.known, text)]
+        for forced, text in zip(task.forced, written, strict=True)
+    ]
+    return task.finished([text or task.closing for text in texts])
+
+
+def _write(
+    model: PreTrainedModel, task: Task, *, batches: int, step: Callable[[str], None]
+) -> list[np.ndarray]:
+    """A batch of texts, with each other in one pass. batches: still to write."""
+    start, forced, ends, rows = task.start, task.forced, task.ends, len(task.forced)
+    steps = task.steps
+    device = device_of(model)
+    random = torch.Generator(device).manual_seed(task.seeds[0])
     texts: list[list[int]] = [[] for _ in range(rows)] if start else [t[:1] for t in forced]
     inputs = torch.tensor([start] * rows if start else texts, device=device)
     done = 0 if start else 1
@@ -217,7 +302,7 @@ def _write(
             cache = cache_of(out)
             # a model that has nothing to say would never fill the text
             barred = list(ends) if at < LEAST_TOKENS else []
-            drawn = _drawn(out.logits[:, -1].float(), len(tokenizer), barred, random)
+            drawn = _drawn(out.logits[:, -1].float(), task.known, barred, random)
             for index, row in enumerate(reading):
                 if at < len(forced[row]):
                     drawn[index] = forced[row][at]
@@ -236,11 +321,7 @@ def _write(
             if at == done + timed:
                 seconds = writing_seconds(ended, steps - done) * batches
                 step(f"the model writes its own text, about {_duration(seconds)}")
-    closing = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return [
-        np.array(text if not closing or text[-1] in ends else text + closing, dtype=np.int32)
-        for text in texts
-    ]
+    return task.finished(texts)
 
 
 def _ends(model: PreTrainedModel, tokenizer: Any) -> set[int]:

@@ -72,7 +72,7 @@ def latency(
             text=True,
         )
         if process.returncode or not out.is_file():
-            reason = _last_error(process.stderr)
+            reason = last_error(process.stderr)
             if "out of vocabulary" in reason:
                 reason = "its benchmark draws token ids up to 10,000, more than the model knows"
             raise VllmFailure(f"vLLM failed on '{model}': {reason}")
@@ -81,7 +81,7 @@ def latency(
     return float(statistics.median(times))
 
 
-def _last_error(stderr: str) -> str:
+def last_error(stderr: str) -> str:
     """The last error that is not just a report of another process's; out of memory comes first."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(_ERROR, line)]
