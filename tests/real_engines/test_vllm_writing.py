@@ -32,8 +32,9 @@ def test_it_is_what_transformers_writes(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_why_it_cannot_write_is_said() -> None:
+    options = {"length": 32, "at_once": 8, "device": "cuda", "dtype": "float32"}
     with (
-        writer(model_folder(), length=32, device="cuda", dtype="float32") as go_on,
+        writer(model_folder(), **options) as go_on,
         pytest.raises(VllmFailure, match=r"^vLLM cannot write: .*built for cpu, not for cuda$"),
     ):
         go_on([[1]], [Sampling(0, 8, 0, 0.95, (2,))])

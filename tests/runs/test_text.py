@@ -322,8 +322,10 @@ def test_where_vllm_is_it_writes(read, tmp_path, monkeypatch):
     assert read("self", folder=tmp_path).sha256 == stream.sha256 and len(started) == 1
     device = torch.device("cpu")
     dtype = "bfloat16" if own_text.is_native(torch.bfloat16, device) else "float32"
-    folder = {"folder": read.model, "length": WINDOW, "device": "cpu", "dtype": dtype}
-    assert started == [folder] and read.said == ["the model writes its own text in vLLM"]
+    options = {"length": WINDOW, "at_once": 256, "device": "cpu", "dtype": dtype}
+    assert started == [{"folder": read.model, **options}] and read.said == [
+        "the model writes its own text in vLLM"
+    ]
     (prompts, samplings), *_ = asked
     task = own_text.task_of(
         read.original,

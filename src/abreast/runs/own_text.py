@@ -28,7 +28,6 @@ from safetensors.numpy import save_file
 from abreast.checkpoint import open_checkpoint, own_file, replacing, write
 from abreast.data import OWN, Part, TokenStream, beginning
 from abreast.engines.vllm import Continue, Sampling, VllmFailure, writer
-from abreast.engines.vllm.writing import MOST_AT_ONCE
 from abreast.errors import AbreastError
 from abreast.families import FAMILIES
 from abreast.model import (
@@ -50,7 +49,7 @@ Role = Literal["calibrate", "judge"]
 Author = Callable[[], "PreTrainedModel"]
 ROWS, LEAST_ROWS, LEAST_TOKENS, TIMED = 64, 8, 8, 128  # texts at once, tokens of each; steps timed
 MOST_CACHE = 2**32  # bytes that the texts written at once should fill
-WORTH_VLLM = 2**14  # tokens, before which vLLM has not started
+VLLM_ROWS, WORTH_VLLM = 256, 2**14  # texts at once; tokens, before which it has not started
 NUCLEUS = 0.95  # of the probability, from which tokens are drawn
 # So many tokens usually hold the nucleus; sorting the whole vocabulary takes as long as a step.
 _COMMON = 1024
@@ -104,7 +103,7 @@ def own_stream(
                 vllm = _in_vllm(model, checkpoint.folder, len(prefix), length, left, stack)
                 at_once = rows_at_once(model, length)
             mean = sum(map(len, texts)) / len(texts) if texts else length
-            rows = min(MOST_AT_ONCE if vllm else at_once, math.ceil(left / mean))
+            rows = min(VLLM_ROWS if vllm else at_once, math.ceil(left / mean))
             task = task_of(
                 model,
                 tokenizer,
@@ -260,8 +259,8 @@ def _in_vllm(
         return None
     device = device_of(model)
     dtype = "bfloat16" if is_native(torch.bfloat16, device) else "float32"
-    room = max(1, prefix) + length
-    return stack.enter_context(writer(folder, length=room, device=device.type, dtype=dtype))
+    sizes = {"length": max(1, prefix) + length, "at_once": VLLM_ROWS}
+    return stack.enter_context(writer(folder, **sizes, device=device.type, dtype=dtype))
 
 
 def _write_in_vllm(go_on: Continue, task: Task) -> list[np.ndarray]:

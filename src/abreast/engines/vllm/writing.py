@@ -14,7 +14,6 @@ from pathlib import Path
 
 from abreast.engines.vllm.bench import VllmFailure, last_error
 
-MOST_AT_ONCE = 256
 _SHARE = 0.8  # of the device's free memory
 
 
@@ -36,14 +35,18 @@ Continue = Callable[[Sequence[Sequence[int]], Sequence[Sampling]], list[list[int
 
 
 @contextmanager
-def writer(folder: Path, *, length: int, device: str, dtype: str) -> Iterator[Continue]:
+def writer(
+    folder: Path, *, length: int, at_once: int, device: str, dtype: str
+) -> Iterator[Continue]:
     """A function from prompts (token ids) and a sampling for each to what the model goes on with.
 
     folder: a checkpoint that vLLM serves without our plugin. length: tokens of prompt and
-    continuation together. device: "cpu" or "cuda", which vLLM was built for. vLLM starts with the
-    first call. Raises VllmFailure, from the function, with vLLM's last error.
+    continuation together. at_once: most texts that it goes on with together. device: "cpu" or
+    "cuda", which vLLM must be built for. vLLM starts when the context is entered, and the first
+    call waits for it. Raises VllmFailure, from the function, with vLLM's last error.
     """
-    settings = {"model": str(folder), "max_model_len": length, "dtype": dtype, "device": device}
+    settings: dict[str, str | int] = {"model": str(folder), "device": device, "dtype": dtype}
+    settings |= {"max_model_len": length, "max_num_seqs": at_once}
     replies, theirs = os.pipe()
     with tempfile.TemporaryFile("w+") as log, os.fdopen(replies) as lines:
         try:
@@ -96,7 +99,6 @@ def _main() -> None:
         settings["gpu_memory_utilization"] = _SHARE * free / total
     engine = LLM(
         **settings,
-        max_num_seqs=MOST_AT_ONCE,
         skip_tokenizer_init=True,
         enforce_eager=True,  # compiling takes longer than it saves here
     )
