@@ -15,6 +15,10 @@ from pathlib import Path
 from abreast.engines.vllm.bench import VllmFailure, last_error
 
 _SHARE = 0.8  # of the device's free memory
+_SURROUNDINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine ends with the process
+    "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB; else nearly all memory, where there is no GPU
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def writer(
                 stderr=log,
                 pass_fds=(theirs,),
                 text=True,
-                env={"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **os.environ},
+                env={**_SURROUNDINGS, **os.environ},
             )
         finally:
             os.close(theirs)
