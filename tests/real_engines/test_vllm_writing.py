@@ -27,6 +27,7 @@ def test_it_is_what_transformers_writes(monkeypatch: pytest.MonkeyPatch) -> None
     expected = written()
     assert "vLLM" not in " ".join(said)
     monkeypatch.setattr(own_text, "WORTH_VLLM", 1)
+    monkeypatch.setattr(own_text, "VLLM_DEVICES", ("cpu",))
     assert written() == expected
     assert said[-1] == "the model writes its own text in vLLM"
 

@@ -307,6 +307,7 @@ def in_vllm(monkeypatch: pytest.MonkeyPatch, go_on: Any) -> list[dict[str, Any]]
     monkeypatch.setattr(own_text, "find_spec", lambda name: name)
     monkeypatch.setattr(own_text, "writer", writer)
     monkeypatch.setattr(own_text, "WORTH_VLLM", 100)
+    monkeypatch.setattr(own_text, "VLLM_DEVICES", ("cpu",))
     return started
 
 

@@ -2,7 +2,7 @@
 
 It is sampled from the nucleus of the model's distribution (arXiv 1904.09751, section 3.1): of the
 whole one, texts of small models drift into what no author writes (benchmarks/LOG.md, 2026-11-28).
-Long texts are written in vLLM where it is installed, all others in transformers.
+On a GPU, long texts are written in vLLM where it is installed, all others in transformers.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ Author = Callable[[], "PreTrainedModel"]
 ROWS, LEAST_ROWS, LEAST_TOKENS, TIMED = 64, 8, 8, 128  # texts at once, tokens of each; steps timed
 MOST_CACHE = 2**32  # bytes that the texts written at once should fill
 VLLM_ROWS, WORTH_VLLM = 256, 2**14  # texts at once; tokens, before which it has not started
+VLLM_DEVICES = ("cuda",)  # on two cores it takes longer than transformers
 NUCLEUS = 0.95  # of the probability, from which tokens are drawn
 # So many tokens usually hold the nucleus; sorting the whole vocabulary takes as long as a step.
 _COMMON = 1024
@@ -254,10 +255,10 @@ def task_of(
 def _in_vllm(
     model: PreTrainedModel, folder: Path, prefix: int, length: int, tokens: int, stack: ExitStack
 ) -> Continue | None:
-    """What continues texts in vLLM; None where there is none, or its start would take longer."""
-    if tokens < WORTH_VLLM or find_spec("vllm") is None:
-        return None
+    """What continues texts in vLLM; None where there is none, or transformers is as fast."""
     device = device_of(model)
+    if device.type not in VLLM_DEVICES or tokens < WORTH_VLLM or find_spec("vllm") is None:
+        return None
     dtype = "bfloat16" if is_native(torch.bfloat16, device) else "float32"
     sizes = {"length": max(1, prefix) + length, "at_once": VLLM_ROWS}
     return stack.enter_context(writer(folder, **sizes, device=device.type, dtype=dtype))
