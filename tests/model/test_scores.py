@@ -52,7 +52,7 @@ def test_windows_are_judged_at_evenly_spaced_tokens(
     plan, ids = Plan.parse("1+2", model.config.num_hidden_layers), torch.arange(60).reshape(5, 12)
     monkeypatch.setattr(scores, "KEPT_VALUES", kept)
     if not selects:
-        monkeypatch.setattr(scores, "keeps_at", lambda *_: {})
+        monkeypatch.setattr(scores, "keeps", lambda *_: {})
     reference = predictions_of(model, ids, 2, prefix)
     first = max(0, prefix - 1)
     every = 1 if kept == 2**28 else -(-5 * (11 - first) * 61 // kept)

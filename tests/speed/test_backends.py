@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 from abreast.cli.main import cli
 from abreast.convert.rewrite import convert
-from abreast.engines.vllm.bench import _last_error
+from abreast.engines.vllm.bench import last_error
 from abreast.errors import AbreastError
 from abreast.plan import Plan
 from abreast.speed import backends
@@ -488,7 +488,7 @@ def test_the_error_that_ended_vllm_is_found():
         "  Value error, max_model_len (516) is greater than 512 [type=value_error, input_type=X]\n"
         "    For further information visit a page\n"
     )
-    assert _last_error(stderr).startswith("Value error, max_model_len (516) is greater")
-    assert _last_error("RuntimeError: shapes differ\nEngine core failed") == (
+    assert last_error(stderr).startswith("Value error, max_model_len (516) is greater")
+    assert last_error("RuntimeError: shapes differ\nEngine core failed") == (
         "RuntimeError: shapes differ"
     )

@@ -20,7 +20,7 @@ from abreast.checkpoint import finite
 from abreast.data import TokenStream
 from abreast.errors import AbreastError
 from abreast.evaluate.statistics import bootstrap, ratio_of_means
-from abreast.model import device_of, inference, keeps_last, token_scores
+from abreast.model import device_of, inference, keeps, token_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -453,7 +453,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, scored: int) -> torch.Ten
     """Logits that predict the last `scored` tokens of each row, shape [batch, scored, vocab]."""
     # Overlapping windows score only some of their positions, and the head is a large part of the
     # work where the vocabulary is large.
-    options: dict[str, Any] = {"use_cache": False, **keeps_last(model, scored + 1)}
+    options: dict[str, Any] = {"use_cache": False, **keeps(model, scored + 1)}
     logits: torch.Tensor = model(input_ids=ids.to(device_of(model)), **options).logits
     return logits[:, -scored - 1 : -1]
 

@@ -20,7 +20,7 @@ from abreast.model import (
     decoder_layers,
     divergence,
     is_native,
-    keeps_last,
+    keeps,
     next_token_loss,
     remove,
     replaced,
@@ -64,7 +64,7 @@ class Losses:
             running(teacher, range(max(depths))),
             recorded(teacher, depths) as states,
         ):
-            teacher(input_ids=ids, use_cache=False, **keeps_last(teacher, 1))
+            teacher(input_ids=ids, use_cache=False, **keeps(teacher, 1))
         self.student.train()
         for group, (start, end) in ends.items():
             with (
@@ -72,7 +72,7 @@ class Losses:
                 running(self.model, group.layers, states[start]),
                 recorded(self.model, [end]) as ours,
             ):
-                self.model(input_ids=ids, use_cache=False, **keeps_last(self.model, 1))
+                self.model(input_ids=ids, use_cache=False, **keeps(self.model, 1))
             yield self._compiled(gap)(ours[end], states[end]) / len(groups)
 
     def of_model(self, ids: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
         loaded_dtype,
         named_dtype,
     )
-    from abreast.model.forward import cache_in, cache_name, cache_of, keeps_at, keeps_last
+    from abreast.model.forward import cache_in, cache_name, cache_of, keeps
     from abreast.model.grouping import (
         apply,
         branches_of,

@@ -19,20 +19,12 @@ def parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)
 
 
-def keeps_last(model: Any, count: int) -> dict[str, Any]:
-    """Arguments of a forward pass that make it compute logits of the last `count` positions only.
+def keeps(model: Any, which: int | torch.Tensor) -> dict[str, Any]:
+    """Arguments of a forward pass that make it compute only some logits.
 
-    Empty for a model class that knows no `logits_to_keep`.
+    which: so many positions at the end, or indices [positions] into every sequence. Empty for a
+    model class that knows no `logits_to_keep`.
     """
-    return _keeps(model, count)
-
-
-def keeps_at(model: Any, positions: torch.Tensor) -> dict[str, Any]:
-    """The same for some positions, indices [positions] into every sequence."""
-    return _keeps(model, positions)
-
-
-def _keeps(model: Any, which: int | torch.Tensor) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     return {"logits_to_keep": which} if "logits_to_keep" in known else {}
 

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from abreast.model.forward import keeps_at
+from abreast.model.forward import keeps
 from abreast.model.grouping import device_of, grouped
 from abreast.plan import Plan
 
@@ -202,7 +202,7 @@ def predictions_of(
 def _logits_at(model: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits [batch, positions, vocab] of ids [batch, length], on the CPU."""
     device = device_of(model)
-    only = keeps_at(model, positions.to(device))
+    only = keeps(model, positions.to(device))
     logits: torch.Tensor = model(input_ids=ids.to(device), use_cache=False, **only).logits
     return (logits if only else logits[:, positions]).cpu()
 

@@ -19,7 +19,7 @@ from abreast.data import AUTO, CHAT, Part, TokenStream, beginning, prefix_of
 from abreast.errors import AbreastError, first_line
 from abreast.evaluate import find_tasks, ratio_of_means
 from abreast.families import positive
-from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
+from abreast.model import cache_name, cache_of, device_of, inference, keeps
 from abreast.planner.objective import Cost
 from abreast.planner.settings import CalibrationSettings
 from abreast.runs import (
@@ -368,7 +368,7 @@ def _answer(model: PreTrainedModel, tokenizer: Any, prompt: Sequence[int], most:
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     inputs, cache = torch.tensor([prompt], device=device_of(model)), None
-    options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
+    options, name = {"use_cache": True, **keeps(model, 1)}, cache_name(model)
     answer: list[int] = []
     with inference(model):
         while len(answer) < most and not ends.intersection(answer[-1:]):

@@ -28,7 +28,7 @@ from abreast.model import (
     device_of,
     fitting_dtype,
     grouped,
-    keeps_last,
+    keeps,
     load,
 )
 from abreast.plan import Plan
@@ -224,7 +224,7 @@ def _steps(
     models: Models, model: Any, plan: Plan | None, ids: Sequence[int], settings: Settings
 ) -> Iterator[Answer]:
     sampler = Sampler(settings)
-    last, name = keeps_last(model, 1), cache_name(model)
+    last, name = keeps(model, 1), cache_name(model)
     answer, cache = Answer(), None
     inputs = torch.tensor([list(ids)], device=device_of(model))
     while len(answer.tokens) < settings.max_new_tokens and not answer.ended:

@@ -37,7 +37,7 @@ from abreast.model import (
     inference,
     is_native,
     keep_rows,
-    keeps_last,
+    keeps,
     reserve,
 )
 from abreast.runs.folder import TEXT_FOLDER, check_tokens
@@ -145,7 +145,7 @@ def rows_at_once(model: PreTrainedModel, length: int) -> int:
     """How many texts of so many tokens the model writes at once, by the size of its cache."""
     start = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     with inference(model):
-        output = model(input_ids=start, use_cache=True, **keeps_last(model, 1))
+        output = model(input_ids=start, use_cache=True, **keeps(model, 1))
     states = [
         getattr(layer, name, None)
         for layer in getattr(cache_of(output), "layers", [])
@@ -292,7 +292,7 @@ def _write(
     inputs = torch.tensor([start] * rows if start else texts, device=device)
     done = 0 if start else 1
     cache, ended, timed = None, list[float](), min(TIMED, (steps - done) // 2)
-    options, name = {"use_cache": True, **keeps_last(model, 1)}, cache_name(model)
+    options, name = {"use_cache": True, **keeps(model, 1)}, cache_name(model)
     reading = list(range(rows))  # the texts that the model still reads
     with in_bfloat16(model), inference(model):
         for at in range(done, steps):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from abreast.errors import AbreastError
-from abreast.model import cache_name, cache_of, device_of, inference, keeps_last
+from abreast.model import cache_name, cache_of, device_of, inference, keeps
 from abreast.speed.timing import BenchResult, Footprint, Task, time_in_turn, timings
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Steps:
 
 def eager(model: PreTrainedModel, length: int, task: Task) -> Steps:
     """The model as it is, with the cache that it makes itself (sliding where it slides)."""
-    options, name = keeps_last(model, 1), cache_name(model)
+    options, name = keeps(model, 1), cache_name(model)
 
     def prefill(prompt: torch.Tensor) -> tuple[torch.Tensor, Any]:
         output = model(input_ids=prompt, use_cache=True, **options)
@@ -64,7 +64,7 @@ def compiled(model: PreTrainedModel, length: int, task: Task) -> Steps:
     """
     from transformers import StaticCache
 
-    options, name = keeps_last(model, 1), cache_name(model)
+    options, name = keeps(model, 1), cache_name(model)
     cache = StaticCache(config=model.config, max_cache_len=length)
     graphs = device_of(model).type == "cuda"
 
@@ -102,7 +102,7 @@ def graphed(model: PreTrainedModel, length: int, task: Task) -> Steps:
     device = device_of(model)
     if device.type != "cuda":
         raise AbreastError(f"CUDA graphs need a CUDA device, and the model is on {device}")
-    options, name = keeps_last(model, 1), cache_name(model)
+    options, name = keeps(model, 1), cache_name(model)
     cache, graph = StaticCache(config=model.config, max_cache_len=length), torch.cuda.CUDAGraph()
     ids: list[torch.Tensor] = []  # what the graph reads, and what it writes
 
