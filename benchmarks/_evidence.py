@@ -173,9 +173,13 @@ def by_variant(
 
 
 def missing(rows: dict[str, Row], *kinds: str) -> str:
-    """One sentence that names the rows of these kinds which are still to be measured."""
-    names = [f"`{name}`" for name, (_, _, kind) in every_row().items() if kind in kinds]
-    left = [name for name in names if name.strip("`") not in rows]
+    """One sentence that names the rows of these kinds which are still to be measured, or lack
+    variants."""
+    names = [name for name, (_, _, kind) in every_row().items() if kind in kinds]
+    left = [f"`{name}`" for name in names if name not in rows]
+    for name in names:
+        if lacks := rows.get(name, {}).get("lacks"):
+            left.append(f"`{name}` ({', '.join(VARIANTS[variant] for variant in lacks)})")
     return f"Of these {MISSING}: {', '.join(left)}.\n" if left else ""
 
 

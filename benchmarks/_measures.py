@@ -476,13 +476,15 @@ def llamacpp(subject: Subject, _: Result | None) -> Result:
 class Kind:
     """A kind of row. minutes: of one variant, of SmolLM2 on two cores; gemma takes about as long.
 
-    original: it is measured as well, once for all depths. variants: None for all that there are.
+    original: it is measured as well, once for all depths; pairs: and others are paired with its
+    items. variants: None for all that there are.
     """
 
     measure: Callable[[Subject, Result | None], Result]
     files: tuple[str, ...]
     minutes: float
     original: bool = False
+    pairs: bool = False
     variants: tuple[str, ...] | None = None
 
 
@@ -493,8 +495,8 @@ KINDS = {
     "distilled_wikitext": Kind(judged, (WIKITEXT,), 75, variants=("distilled_wikitext",)),
     "accelerated": Kind(judged, (WIKITEXT,), 15, variants=("accelerated",)),
     "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 15, original=True),
-    "answers": Kind(answers, (SUMS,), 4, original=True),
-    "long": Kind(long, (WIKITEXT,), 6, original=True),
+    "answers": Kind(answers, (SUMS,), 4, original=True, pairs=True),
+    "long": Kind(long, (WIKITEXT,), 6, original=True, pairs=True),
     "llamacpp": Kind(llamacpp, (WIKITEXT,), 6, variants=("plan",)),
     "text": Kind(text, (), 0.3, original=True),
 }

@@ -56,10 +56,11 @@ from abreast.rivals import BASELINES_FILE
 from abreast.runs import hardware, read_journal, versions_of
 
 
-def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row | None:
-    """Measure what is missing of a row, keep it in the work folder, and the whole in `rows`.
+def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
+    """Measure what is missing of a row, keep it in the work folder and in `rows`.
 
-    only: these variants, to go on elsewhere; a row that lacks others is not written.
+    only: these variants. The row then says which others it lacks; a later call goes on with it,
+    elsewhere too.
     """
     model, depth, kind = every_row()[name]
     subject, started = Subject(setting, model, depth), time.monotonic()
@@ -67,7 +68,12 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row | 
     results: dict[str, Result] = {}
     every = variants_of(kind, model, depth)
     here = hardware(replace(subject, variant=every[-1]).device)
-    for variant in (v for v in every if v in only or not only):
+    before = unfinished(setting, name, subject.groups, rests_on)
+    for variant in every:
+        if variant in before and variant not in only:
+            results[variant] = before[variant]
+        if variant in results or (only and variant not in only):
+            continue
         of = replace(subject, variant=variant)
         basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}
         basis |= {} if variant == "original" else {"plan": subject.groups}
@@ -82,16 +88,36 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row | 
             saved = {"basis": basis, "result": result, "minutes": (time.monotonic() - began) / 60}
             saved["machine"] = hardware(of.device)
             write(file, json.dumps(saved))
-        results[variant] = {**saved["result"], "minutes": saved["minutes"]}
-        if (machine := saved.get("machine", here)) != here:
-            results[variant]["machine"] = machine
-    if len(results) < len(every):
-        say(f"{name}: {', '.join(results)} measured, {len(every) - len(results)} to go")
-        return None
+        machine = {"machine": saved.get("machine", here)}
+        results[variant] = {**saved["result"], "minutes": saved["minutes"], **machine}
+    for result in results.values():
+        if result["machine"] == here:
+            del result["machine"]
     short = {v: {k: x for k, x in r.items() if k != "items"} for v, r in results.items()}
-    row = record(name, subject.groups, rests_on, short, machine=here)
-    say(f"{name}: done in {(time.monotonic() - started) / 60:.1f} minutes")
+    lacks = [variant for variant in every if variant not in results]
+    more = {"lacks": lacks} if lacks else {}
+    row = record(name, subject.groups, rests_on, short, machine=here, **more)
+    state = f"lacks {', '.join(lacks)}" if lacks else "done"
+    say(f"{name}: {state}, {(time.monotonic() - started) / 60:.1f} minutes")
     return save(setting, name, row)
+
+
+def unfinished(
+    setting: Setting, name: str, plan: str, rests_on: dict[str, str]
+) -> dict[str, Result]:
+    """What a row has that lacks some variants; none of a finished one, or of another plan.
+
+    Not the original's part where others pair with its items, which are not in the row.
+    """
+    row = read_rows(setting.rows).get(name, {})
+    if "lacks" not in row or (row["plan"], row["rests_on"]) != (plan, rests_on):
+        return {}
+    kind = KINDS[every_row()[name][2]]
+    return {
+        variant: {"machine": row["machine"], **result}
+        for variant, result in row["results"].items()
+        if variant != "original" or not kind.pairs
+    }
 
 
 def record(name: str, plan: str, rests_on: dict[str, str], results: Any, **more: Any) -> Row:
@@ -240,7 +266,7 @@ def show(setting: Setting) -> None:
         minutes = 25.0 if kind == "rivals" else 0.0
         if kind != "rivals":
             minutes = KINDS[kind].minutes * len(variants_of(kind, model, depth))
-        state = "missing" if row is None else "done"
+        state = "missing" if row is None else "unfinished" if "lacks" in row else "done"
         if row is not None and row["plan"] != plan:
             state = "of another plan"
         folder, files = setting.models / model, KINDS[kind].files if kind in KINDS else (WIKITEXT,)

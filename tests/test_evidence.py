@@ -227,9 +227,13 @@ def test_a_row_in_parts(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_models, "variants_of", lambda *of: ("original", "plan"))
     name, file = "tiny-5-text", setting.rows / "tiny-5-text.json"
     monkeypatch.setattr(real_models, "hardware", lambda device: {"cpu": "elsewhere"})
-    assert real_models.measure_row(setting, name, ["original"]) is None and not file.is_file()
+    part = real_models.measure_row(setting, name, ["original"])
+    assert part["lacks"] == ["plan"] and list(part["results"]) == ["original"]
+    assert f"`{name}` (plan)" in _evidence.page({name: part})
     monkeypatch.setattr(real_models, "hardware", lambda device: {"cpu": "here"})
+    shutil.rmtree(setting.work / "parts")  # as on another machine
     row = real_models.measure_row(setting, name)
+    assert "lacks" not in row
     assert row["machine"] == {"cpu": "here"} and "machine" not in row["results"]["plan"]
     assert row["results"]["original"]["machine"] == {"cpu": "elsewhere"} and file.is_file()
 
