@@ -7,8 +7,8 @@ export PYTHON VENV
 BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 IN_VLLM := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-vllm/bin/python
-# healing.py trains for hours, buy.py reads what others measured: run them by hand
-BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/buy.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
+# healing.py trains for hours, buy.py reads what others measured, refit_time.py wants a model: by hand
+BENCHMARKS := $(filter-out benchmarks/healing.py benchmarks/buy.py benchmarks/refit_time.py benchmarks/_% benchmarks/vllm_%,$(sort $(wildcard benchmarks/*.py)))
 
 # Without bytecode on disk every process that imports torch would compile it anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -52,6 +52,7 @@ COVERED_BY = {  # module -> its quick tests, those first that notice most per se
     ),
     "abreast.planner.search": ("planner/test_search.py",),
     "abreast.heal.least_squares": ("heal/test_refit.py",),
+    "abreast.heal.ridge": ("heal/test_refit.py",),
     "abreast.evaluate.statistics": ("evaluate/test_evaluate.py", "evaluate/test_harness.py"),
 }
 SPARE_SECONDS = 20  # of CPU beyond three times what the tests take with the true module

@@ -14,16 +14,8 @@ from abreast.demo import model_folder
 from abreast.errors import AbreastError
 from abreast.evaluate.text import compare
 from abreast.heal import least_squares
-from abreast.heal.least_squares import (
-    RIDGES,
-    Moments,
-    _check_memory,
-    _ridge,
-    memory_needed,
-    moments_pair,
-    refit,
-    solve,
-)
+from abreast.heal.least_squares import _check_memory, memory_needed, refit
+from abreast.heal.ridge import RIDGES, Moments, moments_pair, ridge_solution, solve
 from abreast.model.grouping import decoder_layers, grouped, load
 from abreast.plan import Plan
 
@@ -80,7 +72,7 @@ def test_ridge_is_the_least_squares_solution(tokens, inputs, targets, ridge, see
     )
     sums = Moments(inputs, targets, torch.device("cpu"))
     sums.add(u, t)
-    weight = _ridge(sums, start.double(), ridge)
+    weight = ridge_solution(sums, start.double(), ridge)
     rows = np.concatenate([u.double(), math.sqrt(ridge) * np.eye(inputs)])
     right = np.concatenate([t.double(), math.sqrt(ridge) * start.double().T])
     expected = np.linalg.lstsq(rows, right, rcond=None)[0].T

@@ -1,0 +1,62 @@
+"""What refit takes, in forward passes of the original over the same text. Target: at most 20.
+
+    python benchmarks/refit_time.py MODEL PLAN [--tokens 65536]
+
+A pass before and one after it, logits included; the ratio to each. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+
+from abreast.data import CALIBRATION, load_tokens
+from abreast.heal.least_squares import refit
+from abreast.model import inference, load
+from abreast.plan import Plan
+
+WINDOW, BATCH = 1024, 8
+
+
+def forward_seconds(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    start = time.perf_counter()
+    with inference(model):
+        for batch in ids.split(BATCH):
+            model(input_ids=batch, use_cache=False)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("plan")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    options = parser.parse_args()
+    model, tokenizer = load(options.model, dtype="float32")
+    stream = load_tokens(tokenizer, CALIBRATION, max_tokens=options.tokens)
+    tokens: np.ndarray = stream.tokens[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    ids = torch.from_numpy(tokens)
+    before = forward_seconds(model, ids)
+    start = time.perf_counter()
+    done = refit(model, Plan.parse(options.plan, model.config.num_hidden_layers), tokens)
+    seconds = time.perf_counter() - start
+    after = forward_seconds(model, ids)
+    result = {
+        "benchmark": "refit_time",
+        "plan": options.plan,
+        "tokens": done.num_tokens,
+        "refit_s": round(seconds, 1),
+        "forward_s": [round(before, 1), round(after, 1)],
+        "forward_passes": [round(seconds / before, 1), round(seconds / after, 1)],
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
