@@ -12,9 +12,9 @@ Without a row: all rows, what each lacks, and about how many minutes it takes on
 wikitext2-valid.txt, gsm8k.jsonl ({"question", "target"}) and the tasks as JSON Lines ({"question",
 "choices", "answer"}; winogrande with one "_" to fill). A row keeps the hashes of the model and of
 these files; one that rests on others, or on another plan than the package has, is measured again.
-An interrupted row goes on with what --work has. The plan of a depth is the package's; the row
-"rivals" searches where there is none, and --take puts what it found there. Rows of llama.cpp run in
-the environment of `make test-gguf`.
+An interrupted row goes on with what --work has, one that lacks variants with what it holds itself.
+The plan of a depth is the package's; the row "rivals" searches where there is none, and --take puts
+what it found there. Rows of llama.cpp run in the environment of `make test-gguf`.
 """
 
 from __future__ import annotations
