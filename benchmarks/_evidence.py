@@ -43,7 +43,8 @@ ENGINES = {
     "llama.cpp": "llama.cpp",
 }
 MISSING = "not measured yet"
-WORDS = 20  # of a text that is shown
+PROMPT = "The lighthouse at the end of the island was built in"
+WORDS = 8  # of a text that are shown
 Row = dict[str, Any]
 
 
@@ -291,7 +292,7 @@ def texts(rows: dict[str, Row], model: str) -> str:
             if variant == "original" and any("\n```" in part for part in parts):
                 continue
             name = "original" if variant == "original" else f"{depth}, {VARIANTS[variant]}"
-            words = result["text"].replace("```", "'''").split()
+            words = result["text"].removeprefix(PROMPT).replace("```", "'''").split()
             written = " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
             parts.append(f"{name}:\n\n```text\n{written}\n```\n")
     return "\n".join(parts)
@@ -308,7 +309,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         "with the same closed-form refit. *Planner, refit* and "
         "*distilled*: after `heal` on its default text without a network, with 60 minutes of "
         "training; *wikitext*: on its default text with one, for which the first half stands in "
-        "for the training part (half of the text, the other half is Python's source); "
+        "for the training part (half of it; the rest is Python's source); "
         "*accelerated*: with a few minutes of training on a GPU, on other text (see the row).",
         quality,
     ),
@@ -367,7 +368,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     ),
     "What they write": (
         ("text",),
-        f"The same prompt, decoded greedily; the first {WORDS} words, all 80 tokens in the row.",
+        f'"{PROMPT}", continued greedily: {WORDS} words; the row has 80 tokens.',
         texts,
     ),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _evidence import DISTILLED, ROWS, TASKS, TRAINED, depths
+from _evidence import DISTILLED, PROMPT, ROWS, TASKS, TRAINED, depths
 from prefill import answered, few_shot
 
 from abreast.checkpoint import open_checkpoint, read_manifest, write
@@ -39,7 +39,6 @@ from abreast.targets import LLAMACPP, refusals
 
 WIKITEXT, SUMS, WINDOW = "wikitext2-valid.txt", "gsm8k.jsonl", 256
 NORMED = {"arc_challenge", "openbookqa", "piqa", "hellaswag"}  # judged by acc_norm, as is usual
-PROMPT = "The lighthouse at the end of the island was built in"
 Result = dict[str, Any]
 
 
