@@ -272,7 +272,8 @@ def buy(rows: dict[str, Row], model: str) -> str:
 def llamacpp_cells(result: Row) -> list[str]:
     if "kl" not in result:
         return [f"refused: {result['refused']}"]
-    note = f"refused: {result['refused']}; as lp: " if result.get("refused") else ""
+    reason = (result.get("refused") or "").partition(";")[0]
+    note = f"refused: {reason}; as lp: " if reason else ""
     kl = result["kl"]
     return [
         note + groups(result["plan"]),
@@ -353,8 +354,8 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     "Four bits in llama.cpp": (
         ("llamacpp",),
         "Q4_K_M by llama.cpp's quantiser. KL to the original in float32: quantised alone, grouped "
-        "alone, both; *excess* is what both lose beyond the sum. Perplexity on the same text. "
-        "Where llama.cpp refuses the plan, its groups are wired `lp` instead.",
+        "alone, both; *excess* is what both lose beyond the sum. A plan that llama.cpp refuses is "
+        "wired `lp`.",
         lambda rows, model: by_variant(
             rows,
             model,
