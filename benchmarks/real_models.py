@@ -65,13 +65,11 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
     model, depth, kind = every_row()[name]
     subject, started = Subject(setting, model, depth), time.monotonic()
     rests_on = hashes(setting, subject.original, KINDS[kind].files)
-    results: dict[str, Result] = {}
     every = variants_of(kind, model, depth)
     here = hardware(replace(subject, variant=every[-1]).device)
     before = unfinished(setting, name, subject.groups, rests_on)
+    results = {variant: result for variant, result in before.items() if variant not in only}
     for variant in every:
-        if variant in before and variant not in only:
-            results[variant] = before[variant]
         if variant in results or (only and variant not in only):
             continue
         of = replace(subject, variant=variant)
@@ -93,7 +91,8 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
     for result in results.values():
         if result["machine"] == here:
             del result["machine"]
-    short = {v: {k: x for k, x in r.items() if k != "items"} for v, r in results.items()}
+    done = [variant for variant in every if variant in results]
+    short = {v: {k: x for k, x in results[v].items() if k != "items"} for v in done}
     lacks = [variant for variant in every if variant not in results]
     more = {"lacks": lacks} if lacks else {}
     row = record(name, subject.groups, rests_on, short, machine=here, **more)
@@ -105,7 +104,7 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
 def unfinished(
     setting: Setting, name: str, plan: str, rests_on: dict[str, str]
 ) -> dict[str, Result]:
-    """What a row has that lacks some variants; none of a finished one, or of another plan.
+    """What a row has that lacks some variants; none of a finished one, another plan or dtype.
 
     Not the original's part where others pair with its items, which are not in the row.
     """
@@ -116,7 +115,8 @@ def unfinished(
     return {
         variant: {"machine": row["machine"], **result}
         for variant, result in row["results"].items()
-        if variant != "original" or not kind.pairs
+        if (variant != "original" or not kind.pairs)
+        and result.get("dtype", setting.dtype) == setting.dtype
     }
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 
-import numpy as np
 import torch
 
+from abreast.checkpoint import open_checkpoint, plan_for
 from abreast.data import CALIBRATION, load_tokens
+from abreast.errors import AbreastError
 from abreast.heal.least_squares import refit
 from abreast.model import inference, load
-from abreast.plan import Plan
+from abreast.runs import whole_windows
 
 WINDOW, BATCH = 1024, 8
 
@@ -39,17 +41,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65_536)
     options = parser.parse_args()
     model, tokenizer = load(options.model, dtype="float32")
+    plan = plan_for(open_checkpoint(options.model), options.plan)
     stream = load_tokens(tokenizer, CALIBRATION, max_tokens=options.tokens)
-    tokens: np.ndarray = stream.tokens[: len(stream) // WINDOW * WINDOW].reshape(-1, WINDOW)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    count = min(len(stream), options.tokens) // WINDOW
+    tokens = whole_windows(stream, count, WINDOW, longest=None, vocabulary=vocabulary)
     ids = torch.from_numpy(tokens)
     before = forward_seconds(model, ids)
     start = time.perf_counter()
-    done = refit(model, Plan.parse(options.plan, model.config.num_hidden_layers), tokens)
+    done = refit(model, plan, tokens, prefix=len(stream.prefix))
     seconds = time.perf_counter() - start
     after = forward_seconds(model, ids)
     result = {
         "benchmark": "refit_time",
-        "plan": options.plan,
+        "plan": plan.shorthand,
         "tokens": done.num_tokens,
         "refit_s": round(seconds, 1),
         "forward_s": [round(before, 1), round(after, 1)],
@@ -59,4 +64,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AbreastError as error:
+        sys.exit(f"refit_time: {error}")

@@ -232,6 +232,14 @@ def test_a_row_in_parts(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"`{name}` (plan)" in _evidence.page({name: part})
     monkeypatch.setattr(real_models, "hardware", lambda device: {"cpu": "here"})
     shutil.rmtree(setting.work / "parts")  # as on another machine
+    rests_on = part["rests_on"]
+    assert list(real_models.unfinished(setting, name, "2|3:1", rests_on)) == ["original"]
+    assert not real_models.unfinished(setting, name, "2+3", rests_on)
+    part["results"]["original"]["dtype"] = "bfloat16"
+    file.write_text(json.dumps(part), "utf-8")
+    assert not real_models.unfinished(setting, name, "2|3:1", rests_on)
+    del part["results"]["original"]["dtype"]
+    file.write_text(json.dumps(part), "utf-8")
     row = real_models.measure_row(setting, name)
     assert "lacks" not in row
     assert row["machine"] == {"cpu": "here"} and "machine" not in row["results"]["plan"]
