@@ -40,7 +40,10 @@ def test_every_form_is_the_batched_product(dtype, rows, bias):
     form = "packed" if packed else "batched"
     assert benchmark["forms"](torch.nn.Sequential(layer)) == {form: 1}
     copies = [layer.weight, *(one.weight for one in layer.packed)]
-    assert not (packed and sum(copy.numel() for copy in copies))
+    # oneDNN keeps its own copy; where it has no product of float16, vLLM keeps the only one
+    takes = dtype != "float16" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    assert not (packed and takes and sum(copy.numel() for copy in copies))
+    assert sum(copy.numel() for copy in copies) in (0, plain.weight.numel())
     for count in (1, 9):
         x = torch.randn(count, 3, 128, generator=generator).to(plain.weight.dtype).transpose(0, 1)
         torch.testing.assert_close(

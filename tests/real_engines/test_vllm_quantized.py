@@ -179,6 +179,9 @@ def test_members_in_the_transformers_backend(
     assert done["plain"] and all(name.startswith(("1.", "2.")) for name in done["plain"])
 
 
+@pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="on a CPU, vLLM needs AMX for fp8 in blocks"
+)
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_fp8_in_blocks(in_engine, tiny_checkpoint, tmp_path, tensor_parallel):
     """As `convert` writes it, against transformers, which reads it as bfloat16 numbers."""
