@@ -97,8 +97,9 @@ def table(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def short(method: str) -> str:
     """The name in the literature that stands in brackets, or the whole."""
-    named = re.search(r"\((.+)\)", METHODS[method])
-    return named[1] if named else METHODS[method]
+    name = METHODS.get(method, method)
+    named = re.search(r"\((.+)\)", name)
+    return named[1] if named else name
 
 
 def choice(plan: str) -> str:

@@ -75,7 +75,7 @@ class Setting:
 
     text, minutes: what a model is trained on with an accelerator, files of text or of token ids
     (.npy), and for how long. device: None for cuda in rows `accelerated`, the CPU in all others.
-    dtype: of models in rows `tasks`, whose answers are counted; losses are always measured in
+    dtype: of models in rows `tasks`, whose answers are counted; the other rows are measured in
     float32.
     """
 
@@ -87,7 +87,7 @@ class Setting:
     text: tuple[Path, ...] = ()
     minutes: float = 10
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str = "bfloat16"
 
     def half(self, number: int) -> Path:
         """The first (0) or second (1) half of the text, cut at a line's end."""
@@ -493,7 +493,7 @@ KINDS = {
     "distilled": Kind(judged, (WIKITEXT,), 90, variants=("distilled",)),
     "distilled_wikitext": Kind(judged, (WIKITEXT,), 75, variants=("distilled_wikitext",)),
     "accelerated": Kind(judged, (WIKITEXT,), 15, variants=("accelerated",)),
-    "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 15, original=True),
+    "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 5, original=True),
     "answers": Kind(answers, (SUMS,), 4, original=True, pairs=True),
     "long": Kind(long, (WIKITEXT,), 6, original=True, pairs=True),
     "llamacpp": Kind(llamacpp, (WIKITEXT,), 6, variants=("plan",)),

@@ -293,7 +293,7 @@ def main() -> None:
     )
     parser.add_argument("--minutes", type=float, default=10, help="rows accelerated: of training")
     parser.add_argument("--device", help="where. Default: cuda in rows accelerated, else cpu")
-    parser.add_argument("--dtype", default="float32", help="rows tasks: of the models")
+    parser.add_argument("--dtype", default="bfloat16", help="rows tasks: of the models")
     parser.add_argument("--variants", help="only these of a row: original,plan,refit")
     parser.add_argument("--take", metavar="OUT", help="what benchmarks/rivals.py left in OUT")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md and README")

@@ -235,7 +235,7 @@ def test_a_row_in_parts(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rests_on = part["rests_on"]
     assert list(real_models.unfinished(setting, name, "2|3:1", rests_on)) == ["original"]
     assert not real_models.unfinished(setting, name, "2+3", rests_on)
-    part["results"]["original"]["dtype"] = "bfloat16"
+    part["results"]["original"]["dtype"] = "float32"
     file.write_text(json.dumps(part), "utf-8")
     assert not real_models.unfinished(setting, name, "2|3:1", rests_on)
     del part["results"]["original"]["dtype"]

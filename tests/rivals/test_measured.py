@@ -28,10 +28,10 @@ def test_a_rival_at_our_speed_lies_between_its_measured_depths():
 
 def test_a_plan_slower_than_the_original_loses_to_it():
     (pair,) = at_equal_speed([row("planner", 7, 0.3, 0.9), *RIVALS], KL)
-    assert (pair.value, pair.verdict) == (0.0, "worse")
+    assert (pair.rival, pair.value, pair.verdict) == ("original", 0.0, "worse")
     slow = row("sleb", 9, 0.2, 0.95)  # noise has bent the line
     (pair,) = at_equal_speed([row("planner", 7, 0.1, 0.9), *RIVALS, slow], KL)
-    assert (pair.value, pair.verdict) == (0.0, "worse")
+    assert (pair.rival, pair.value, pair.verdict) == ("original", 0.0, "worse")
 
 
 def test_the_best_rival_counts_and_other_plans_abreast_are_none():
@@ -52,6 +52,7 @@ def test_the_best_rival_counts_and_other_plans_abreast_are_none():
             "better buy at depth 9: KL 0.1 against 0.182 of greedy (SLEB) at 1.10x, depth 9. "
             "Layers left out are the better buy at depth 8",
         ),
+        ([row("planner", 8, 0.4, 0.9)], "depth 8: KL 0.4 against 0 of the original at 0.90x"),
         ([row("planner", 8, 0.2, None)], "No decode speed is known"),
         ([row("planner", 8, 0.2, 1.25, refit=True)], "With both sides refitted, layers abreast"),
     ],

@@ -21,6 +21,7 @@ METHODS = {
     "replaceme": "linear map (ReplaceMe)",
     "random": "random",
 }
+ORIGINAL = "original"  # the rival of a plan that is no faster
 LEFT_OUT = ("shortgpt", "angular", "sleb", "replaceme")  # they leave layers out
 
 
@@ -110,7 +111,7 @@ def at_equal_speed(rows: Iterable[Measured], objective: Objective) -> list[AtSpe
     known = [row for row in rows if row.speedup is not None]
     compared = []
     for ours in (row for row in known if row.method == "planner"):
-        lines: dict[str, list[tuple[float, float, float]]] = {}
+        lines = {ORIGINAL: [(1.0, 0.0, 0.0)]}
         for row in known:
             if row.method in LEFT_OUT and row.refit == ours.refit:
                 lines.setdefault(row.method, [(1.0, 0.0, 0.0)]).append(_point(row, objective))
@@ -119,7 +120,7 @@ def at_equal_speed(rows: Iterable[Measured], objective: Objective) -> list[AtSpe
         if not there:
             compared.append(AtSpeed(ours, None, math.nan, math.nan, "unmatched"))
             continue
-        theirs, error, name = min(there)
+        theirs, error, name = min(there, key=lambda at: (*at[:2], at[2] != ORIGINAL))
         margin = 2 * math.hypot(stderr, error)
         verdict = "better" if theirs - value > margin else "even"
         verdict = "worse" if value - theirs > margin else verdict
@@ -187,5 +188,5 @@ def _example(pairs: Sequence[AtSpeed], objective: Objective) -> str:
     ours = objective.value(pair.ours.cost)
     return (
         f"{objective.name} {ours:.3g} against {pair.value:.3g} of "
-        f"{METHODS[str(pair.rival)]} at {pair.ours.speedup:.2f}x, depth {pair.ours.depth}"
+        f"{METHODS.get(str(pair.rival), 'the original')} at {pair.ours.speedup:.2f}x, depth {pair.ours.depth}"
     )
