@@ -183,11 +183,25 @@ def test_bad_input_leaves_nothing_behind(tiny_checkpoint, tmp_path, options, mes
     assert not (tmp_path / "out").exists()
 
 
-def test_minutes_are_checked_before_the_model_writes(tiny_checkpoint, tmp_path):
-    model, recipe = tiny_checkpoint(tokenizer=True), replace(SHORT, minutes=1e-6)
-    with pytest.raises(AbreastError, match="give more --minutes"):
-        quick(model, tmp_path / "out", data="self", recipe=recipe)
-    assert not any(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("words", "recipe", "message"),
+    [
+        (0, replace(SHORT, minutes=1e-6), "give more --minutes"),
+        (4000, replace(SHORT, minutes=1e-6), "give more --minutes"),
+        (40, SHORT, "too little text"),
+    ],
+    ids=["before the model writes", "file", "short file"],
+)
+def test_what_cannot_be_healed_on_leaves_no_folder(
+    tmp_path, tiny_checkpoint, words, recipe, message
+):
+    file, folder = tmp_path / "words.txt", tmp_path / "there"
+    file.write_text("some words of prose " * (words // 4), "utf-8")
+    folder.mkdir()
+    with pytest.raises(AbreastError, match=message):
+        data = str(file) if words else "self"
+        quick(tiny_checkpoint(tokenizer=True), folder / "out", data=data, recipe=recipe)
+    assert not any(folder.iterdir())
 
 
 def test_a_recipe_that_a_family_cannot_take(tiny_checkpoint, tmp_path):

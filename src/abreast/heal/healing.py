@@ -169,10 +169,16 @@ def heal(
     )
     trains = method != "refit" and processes() == 1
     check_pace = cache(partial(_check_pace, setup)) if trains else lambda _: None
-    text = healing_text(
-        setup, data, tokenizer, method, tokens, window, add_bos, Path(texts or folder), check_pace
-    )
-    check_pace(text.train.shape[1])
+    is_new, texts = not folder.exists(), Path(texts or folder)
+    try:
+        text = healing_text(
+            setup, data, tokenizer, method, tokens, window, add_bos, texts, check_pace
+        )
+        check_pace(text.train.shape[1])
+    except AbreastError:
+        if is_new:  # it holds what is known of a text that will not do
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     if is_main_process():
         identity = {**_identity(setup, text, method, refit_steps), "dtype": dtype}
         open_run(folder, "heal", json.loads(json.dumps(identity)))
