@@ -262,6 +262,16 @@ def test_large_caches_leave_room_for_fewer_texts(read, monkeypatch):
         assert own_text.rows_at_once(read.original.float(), WINDOW) == rows
 
 
+def test_caches_of_sliding_layers_are_counted_as_they_grow(tiny_checkpoint, monkeypatch):
+    model, _ = load(tiny_checkpoint("gemma3_text", sliding_window=8), dtype="float32")
+    config = model.config
+    kept = [8 if "sliding" in kind else WINDOW for kind in config.layer_types]
+    assert 0 < kept.count(8) < len(kept)
+    row = 2 * sum(kept) * config.num_key_value_heads * config.head_dim * 4
+    monkeypatch.setattr(own_text, "MOST_CACHE", 20 * row)
+    assert own_text.rows_at_once(model, WINDOW) == 20
+
+
 def test_writing_leaves_the_weights_alone(read, monkeypatch):
     monkeypatch.setattr(own_text, "is_native", lambda dtype, device: True)
     before = {name: p.clone() for name, p in read.original.float().named_parameters()}

@@ -146,12 +146,11 @@ def rows_at_once(model: PreTrainedModel, length: int) -> int:
     start = torch.zeros(1, 1, dtype=torch.long, device=device_of(model))
     with inference(model):
         output = model(input_ids=start, use_cache=True, **keeps(model, 1))
-    states = [
-        getattr(layer, name, None)
-        for layer in getattr(cache_of(output), "layers", [])
-        for name in ("keys", "values")
-    ]
-    row = length * sum(state.nbytes for state in states if state is not None)
+    row = 0
+    for layer in getattr(cache_of(output), "layers", []):
+        states = (getattr(layer, name, None) for name in ("keys", "values"))
+        kept = min(length, getattr(layer, "sliding_window", None) or length)
+        row += kept * sum(state.nbytes for state in states if state is not None)
     return max(LEAST_ROWS, min(ROWS, MOST_CACHE // max(1, row)))
 
 
