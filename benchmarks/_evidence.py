@@ -17,7 +17,7 @@ from abreast.rivals import LEFT_OUT, METHODS, Measured, at_equal_speed, caption
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "real_models"
-PAGE, README = ROOT / "docs" / "evidence.md", ROOT / "README.md"
+PAGE, README, TEXTS = ROOT / "docs" / "evidence.md", ROOT / "README.md", ROWS / "TEXTS.md"
 MARKED = re.compile("(?<=<!-- evidence-table -->\n).*(?=<!-- end of evidence-table -->)", re.DOTALL)
 MODELS = {"smollm2": ("SmolLM2-135M-Instruct", 30), "gemma3": ("gemma-3-270m", 18)}
 SHARES = (0.93, 0.83, 0.73, 0.67)
@@ -54,7 +54,7 @@ ENGINES = {
 }
 MISSING = "not measured yet"
 PROMPT = "The lighthouse at the end of the island was built in"
-WORDS = 8  # of a text that are shown
+WORDS = 40  # of a text that the page shows
 Row = dict[str, Any]
 
 
@@ -296,16 +296,30 @@ def llamacpp_cells(result: Row) -> list[str]:
 
 
 def texts(rows: dict[str, Row], model: str) -> str:
-    parts = []
-    for depth in depths(model):
+    """Paragraphs of the page, at the share at which models are trained as well."""
+    shown = [depth for depth, share in depths(model).items() if share == DISTILLED]
+    return _written(rows, model, shown, WORDS)
+
+
+def _written(
+    rows: dict[str, Row], model: str, shown: Iterable[int], most: int | None = None
+) -> str:
+    """What every variant writes at these depths, the first words of it; the original once."""
+    parts: dict[str, str] = {}
+    for depth in shown:
         row = rows.get(f"{model}-{depth}-text")
         for variant, result in row["results"].items() if row else []:
-            if variant == "original" and any("\n```" in part for part in parts):
-                continue
             name = "original" if variant == "original" else f"{depth}, {VARIANTS[variant]}"
             words = result["text"].removeprefix(PROMPT).replace("```", "'''").split()
-            written = " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
-            parts.append(f"{name}:\n\n```text\n{written}\n```\n")
+            parts[name] = " ".join(words[:most]) + (" ..." if words[:most] < words else "")
+    return "\n".join(f"{name}:\n\n```text\n{text}\n```\n" for name, text in parts.items())
+
+
+def all_texts(rows: dict[str, Row]) -> str:
+    """benchmarks/real_models/TEXTS.md: whole texts, at every depth."""
+    parts = ["# What they write\n", f'"{PROMPT}", continued greedily for 80 tokens.\n']
+    for model, (name, _) in MODELS.items():
+        parts += [f"## {name}\n", _written(rows, model, depths(model))]
     return "\n".join(parts)
 
 
@@ -379,7 +393,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
     ),
     "What they write": (
         ("text",),
-        f'"{PROMPT}", continued greedily: {WORDS} words; the row has 80 tokens.',
+        f'"{PROMPT}", continued greedily. [All depths](../benchmarks/real_models/TEXTS.md).',
         texts,
     ),
 }
@@ -470,5 +484,6 @@ def _accuracy_kept(of: dict[str, Any], variant: str) -> str:
 
 def write_pages(rows: dict[str, Row]) -> None:
     PAGE.write_text(page(rows), encoding="utf-8")
+    TEXTS.write_text(all_texts(rows), encoding="utf-8")
     text = MARKED.sub(lambda _: readme_table(rows), README.read_text("utf-8"))
     README.write_text(text, encoding="utf-8")

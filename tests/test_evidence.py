@@ -32,6 +32,7 @@ def test_the_page_is_what_its_rows_say() -> None:
     rows = _evidence.read_rows()
     hint = "python benchmarks/real_models.py --page"
     assert _evidence.PAGE.read_text("utf-8") == _evidence.page(rows), hint
+    assert _evidence.TEXTS.read_text("utf-8") == _evidence.all_texts(rows), hint
     (table,) = _evidence.MARKED.findall(_evidence.README.read_text("utf-8"))
     assert table == _evidence.readme_table(rows), hint
 
