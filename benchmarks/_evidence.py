@@ -295,6 +295,17 @@ def llamacpp_cells(result: Row) -> list[str]:
     ]
 
 
+def four_bits(rows: dict[str, Row], model: str) -> str:
+    measured = [rows.get(f"{model}-{depth}-llamacpp") for depth in depths(model)]
+    results = [row["results"]["plan"] for row in measured if row]
+    reasons = {None if "kl" in result else result["refused"] for result in results}
+    if len(reasons) == 1 and (reason := reasons.pop()):
+        return f"llama.cpp runs none of these plans: {reason}.\n"
+    headings = ("plan", "KL, Q4", "KL, grouped", "KL, both", "excess")
+    more = ("perplexity, Q4", "perplexity, both", "tokens/s, Q4")
+    return by_variant(rows, model, "llamacpp", (*headings, *more), llamacpp_cells)
+
+
 def texts(rows: dict[str, Row], model: str) -> str:
     """Paragraphs of the page, at the share at which models are trained as well."""
     shown = [depth for depth, share in depths(model).items() if share == DISTILLED]
@@ -380,16 +391,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], str, Any]] = {
         "Q4_K_M by llama.cpp's quantiser. KL to the original in float32: quantised alone, grouped "
         "alone, both; *excess* is what both lose beyond the sum. A plan that llama.cpp refuses is "
         "wired `lp`.",
-        lambda rows, model: by_variant(
-            rows,
-            model,
-            "llamacpp",
-            (
-                *("plan", "KL, Q4", "KL, grouped", "KL, both", "excess"),
-                *("perplexity, Q4", "perplexity, both", "tokens/s, Q4"),
-            ),
-            llamacpp_cells,
-        ),
+        four_bits,
     ),
     "What they write": (
         ("text",),

@@ -137,6 +137,9 @@ def test_a_page_of_every_kind_of_row() -> None:
     of = rows["smollm2-buy"]["engines"]["eager"]["25"]
     of["plan"] = "3|4:1"  # not the plan whose loss is known by now
     assert "at depths 28, 22, 20: KL" in _evidence.page(rows)
+    for depth in _evidence.depths("gemma3"):
+        rows[f"gemma3-{depth}-llamacpp"]["results"] = {"plan": {"refused": "it norms"}}
+    assert "llama.cpp runs none of these plans: it norms.\n" in _evidence.page(rows)
     for line in full.splitlines():  # every line of a table has as many cells as its headings
         if line.startswith("|left"):
             cells = len(re.findall(r"(?<!\\)\|", line))
