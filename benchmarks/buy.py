@@ -9,7 +9,8 @@ layers out at the least KL. What each loses comes from --results: baselines.json
 
 Prints a table and the caption per engine, and draws OUT/buy-ENGINE.png. Engines are those of this
 environment: eager and compile everywhere, vllm in .venv-vllm, llama.cpp in .venv-gguf. What was
-timed is in OUT/buy.json; the same call elsewhere adds its engines, and an interrupted one goes on.
+timed is in OUT/buy.json, or in the row; the same call elsewhere adds its engines, and an
+interrupted one goes on. An entry names its machine where that is not the record's.
 """
 
 from __future__ import annotations
@@ -154,15 +155,15 @@ def measure(model: Path, rows: list[Measured], options: argparse.Namespace) -> d
         "context": options.context,
         "rounds": options.rounds,
     }
-    file = out / "buy.json"
-    record = read_json(file) if file.is_file() else {}
+    file, machine = out / "buy.json", hardware("cpu")
+    known = read_rows().get(f"{options.row}-buy", {})
+    record = read_json(file) if file.is_file() else known
     if record.get("rests_on") != rests_on:
-        record = {"rests_on": rests_on, "engines": {}}
+        record = {"rests_on": rests_on, "engines": {}, "machine": machine}
     record |= {
         "layers": source.config["num_hidden_layers"],
         "command": f"python benchmarks/buy.py {model.name}",
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "machine": hardware("cpu"),
     }
     for name in options.engines.split(",") if options.engines else ENGINES:
         time_in, here, loader = ENGINES[name]
@@ -194,6 +195,8 @@ def measure(model: Path, rows: list[Measured], options: argparse.Namespace) -> d
                 for key, times in seconds.items():
                     entry[f"{key}_ms"] = 1000 * float(np.median(times))
                     entry[f"{key}_ratio"] = list(ratio_interval(seconds["original"], times))
+                if machine != record["machine"]:
+                    entry["machine"] = machine
             timed[str(depth)] = entry
             write(file, json.dumps(record, indent=1) + "\n")
     return record

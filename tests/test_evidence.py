@@ -350,6 +350,14 @@ def test_decode_speed_is_timed_once_per_engine_and_drawn(
     assert all((out / f"buy-{e}.png").read_bytes()[1:4] == b"PNG" for e in ("eager", "llama.cpp"))
     buy.main()
     assert len(timed) == 3 and capsys.readouterr().out == shown
+    record = json.loads((out / "buy.json").read_text("utf-8"))
+    assert "machine" not in record["engines"]["eager"]["5"]
+    del record["engines"]["eager"]["5"]
+    (out / "buy.json").write_text(json.dumps({**record, "machine": {"cpu": "elsewhere"}}), "utf-8")
+    buy.main()
+    again = json.loads((out / "buy.json").read_text("utf-8"))
+    assert again["engines"]["eager"]["5"]["machine"] == record["machine"]
+    assert again["machine"] == {"cpu": "elsewhere"} and capsys.readouterr().out == shown
     monkeypatch.setattr(sys, "argv", [*command[:4]])
     with pytest.raises(SystemExit, match="no results: name "):
         buy.main()
