@@ -493,7 +493,7 @@ KINDS = {
     "distilled": Kind(judged, (WIKITEXT,), 90, variants=("distilled",)),
     "distilled_wikitext": Kind(judged, (WIKITEXT,), 75, variants=("distilled_wikitext",)),
     "accelerated": Kind(judged, (WIKITEXT,), 15, variants=("accelerated",)),
-    "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 5, original=True),
+    "tasks": Kind(tasks, tuple(f"{name}.jsonl" for name in TASKS), 7, original=True),
     "answers": Kind(answers, (SUMS,), 4, original=True, pairs=True),
     "long": Kind(long, (WIKITEXT,), 6, original=True, pairs=True),
     "llamacpp": Kind(llamacpp, (WIKITEXT,), 6, variants=("plan",)),

@@ -198,8 +198,8 @@ def test_what_cannot_be_healed_on_leaves_no_folder(
     file, folder = tmp_path / "words.txt", tmp_path / "there"
     file.write_text("some words of prose " * (words // 4), "utf-8")
     folder.mkdir()
+    data = str(file) if words else "self"
     with pytest.raises(AbreastError, match=message):
-        data = str(file) if words else "self"
         quick(tiny_checkpoint(tokenizer=True), folder / "out", data=data, recipe=recipe)
     assert not any(folder.iterdir())
 

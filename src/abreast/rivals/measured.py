@@ -92,7 +92,8 @@ class Measured:
 class AtSpeed:
     """One of our plans, and the best that layers left out reach at its speed.
 
-    rival: the method, None where none that was measured is as fast. value, stderr: its objective.
+    rival: the method, ORIGINAL where the plan is no faster, None where none that was measured is as
+    fast. value, stderr: its objective.
     """
 
     ours: Measured
@@ -186,7 +187,8 @@ def _example(pairs: Sequence[AtSpeed], objective: Objective) -> str:
     """The deepest cut of the pairs in numbers."""
     pair = pairs[-1]
     ours = objective.value(pair.ours.cost)
+    rival = "the original" if pair.rival == ORIGINAL else METHODS[str(pair.rival)]
     return (
-        f"{objective.name} {ours:.3g} against {pair.value:.3g} of "
-        f"{METHODS.get(str(pair.rival), 'the original')} at {pair.ours.speedup:.2f}x, depth {pair.ours.depth}"
+        f"{objective.name} {ours:.3g} against {pair.value:.3g} of {rival} "
+        f"at {pair.ours.speedup:.2f}x, depth {pair.ours.depth}"
     )
