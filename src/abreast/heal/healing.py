@@ -131,7 +131,7 @@ def heal(
     `out` also holds heal.csv, the curve. Its manifest names the true original as source and says
     under "healed" how it was healed. Where nothing was won on held-out text, the weights are the
     original's. Raises AbreastError for whatever the user can mend; `out` is then absent, and the
-    state in `work` stays.
+    state in `work` stays, except that a new folder goes where the text or the minutes will not do.
     """
     if method not in get_args(Method):
         raise AbreastError(f"method '{method}' is not one of {', '.join(get_args(Method))}")
