@@ -31,6 +31,7 @@ from abreast.data import hub_or_cache
 from abreast.errors import AbreastError, install
 from abreast.evaluate import accuracy
 from abreast.evaluate.accuracy import Answers, Evaluation
+from abreast.evaluate.scoring import score_answers_only
 from abreast.evaluate.statistics import metric_stderr
 from abreast.model import device_of, fitting_dtype, inference, load
 from abreast.plan import Norms, Plan
@@ -269,6 +270,7 @@ class _Subject:
         wrapped._device = device_of(model)  # also of a model that is spread over several
         for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(wrapped, name, functools.partial(getattr(wrapped, name), disable_tqdm=True))
+        score_answers_only(wrapped, self.settings["batch_size"])
         return wrapped
 
     def _open_folder(self, out: Path) -> Path:
