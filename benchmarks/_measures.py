@@ -58,10 +58,8 @@ class Sizes:
     heal: tuple[tuple[str, Any], ...] = ()
 
 
-# twice as fast compiled; rate and share: benchmarks/LOG.md, 2026-11-28
-FOR_AN_HOUR = Recipe(
-    minutes=60, compile=True, learning_rate=3e-4, group_share=0.1, evaluate_every=100
-)
+# twice as fast compiled; share: benchmarks/LOG.md, 2026-11-28
+FOR_AN_HOUR = Recipe(minutes=60, compile=True, group_share=0.1, evaluate_every=100)
 LITTLE = (
     *(("data", "stdlib-train"), ("tokens", 6000), ("window", 64)),
     ("recipe", Recipe(steps=2, batch_size=2, micro_batch=2)),

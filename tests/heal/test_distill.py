@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from abreast.errors import AbreastError
 from abreast.heal import losses, train
@@ -267,6 +268,43 @@ def test_learning_rates():
     assert rates[10:] == pytest.approx([2 * rate for rate in rates[:10]])
     straight = Recipe(**{**RECIPES["cqil"], "learning_rate": 1.0})
     assert [straight.rate_at(n / 4, (n + 1) / 4) for n in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_rates_are_shares_of_the_weights_sizes():
+    """A step that is right for large weights would destroy small ones; adapters begin at zero."""
+    ours = Recipe(group_share=0.0, warmup=0.0)
+    assert ours.is_relative and ours.rate_at(0, 0) == ours.relative_rate
+    for same_for_all in (Recipe(learning_rate=1e-4), Recipe(train="lora")):
+        assert not same_for_all.is_relative
+        assert same_for_all.rate_at(0, 1) == pytest.approx(1e-4)
+    with pytest.raises(AbreastError, match="group_learning_rate is for all weights"):
+        Recipe(group_learning_rate=1e-4).check()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    for parameter, size in zip(model.parameters(), (0.19, 0.0, 0.02), strict=True):
+        nn.init.constant_(parameter, size)
+    (optimizer,) = optimizers_of(model, ours)
+    scales = [group["scale"] for group in optimizer.param_groups]
+    assert scales == pytest.approx([2**-2.5, 1e-3, 2**-5.5], rel=0.03)
+
+
+def test_training_does_not_depend_on_how_a_product_is_split(pair, tmp_path):
+    """v eight times as large and o an eighth is the same model, and learns the same."""
+    model, teacher = pair
+    other = copy.deepcopy(model)
+    for layer in decoder_layers(other):
+        with torch.no_grad():
+            layer.self_attn.v_proj.weight.mul_(8)
+            layer.self_attn.o_proj.weight.div_(8)
+    settings = recipe(learning_rate=None, relative_rate=0.02, clip=0.0, bf16=False)
+    curves = [
+        [point.held_out for point in result.points]
+        for name, student in (("as it is", model), ("split", other))
+        for result in [
+            distill(student, PLAN, words(), tmp_path / name, recipe=settings, teacher=teacher)
+        ]
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    assert curves[0][-1] < 0.9 * curves[0][0]
 
 
 def test_no_clipping(pair, tmp_path):
@@ -625,6 +663,7 @@ WORKER = """
 import json, os, sys
 import numpy as np
 import torch
+from torch import nn
 from abreast.heal.recipe import Recipe
 from abreast.heal.train import distill
 from abreast.model import load

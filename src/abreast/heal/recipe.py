@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from abreast.errors import AbreastError
 from abreast.runs import option
 
+ADAPTERS_RATE = 1e-4
 FOLDS = 3  # of the text, to choose how strongly refit regularises
 Train = Literal["lora", "groups", "all"]
 Objective = Literal["kl", "lm"]
@@ -31,7 +32,10 @@ class Recipe:
     local distillation, arXiv 2411.19146); in the second the whole model learns. train: "lora" for
     adapters of rank lora_rank on the matrices named in lora_targets (empty: all linear ones) of
     lora_layers; "groups" for every weight of the grouped layers; "all" for every weight of the
-    model. group_learning_rate: None for learning_rate; lora_alpha: None for lora_rank.
+    model. learning_rate: the same for all weights; None for relative_rate times the size (RMS) of
+    each, as Adafactor does it (arXiv 1804.04235, section 8), since a step that is right for weights
+    of 0.2 destroys those of 0.02, and for 1e-4 of adapters, which begin at 0. group_learning_rate:
+    None for learning_rate; lora_alpha: None for lora_rank.
     hidden_weight: weight, beside "kl", of the squared distance between the residual streams after
     every stage from the first group on, as a fraction of the original's size. optimizer: "muon"
     trains the layers' matrices, in steps of AdamW's size, and AdamW the rest. minutes: wall time of
@@ -59,7 +63,12 @@ class Recipe:
         None, "Windows per step. Default: 8, or 2 for --minutes on a CPU."
     )
     micro_batch: int = option(8, "Windows per forward pass on a device.")
-    learning_rate: float = option(1e-4, "Peak learning rate.")
+    relative_rate: float = option(
+        1.5e-3, "Peak learning rate, as a share of the size (RMS) of each weight."
+    )
+    learning_rate: float | None = option(
+        None, "Peak learning rate of all weights, instead. Default for adapters: 1e-4."
+    )
     group_learning_rate: float | None = option(
         None, "Peak while each group is trained alone. Default: --learning-rate."
     )
@@ -109,6 +118,11 @@ class Recipe:
         """Whether the original is needed."""
         return self.objective == "kl" or self.group_share > 0
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether learning rates are shares of the weights' sizes."""
+        return self.learning_rate is None and self.train != "lora"
+
     def rate_at(self, begin: float, end: float) -> float:
         """The learning rate of a step that begins and ends when so much of the training is done.
 
@@ -116,7 +130,8 @@ class Recipe:
         """
         first = begin < self.group_share
         start, stop = (0.0, self.group_share) if first else (self.group_share, 1.0)
-        peak = (self.group_learning_rate if first else None) or self.learning_rate
+        usual = self.relative_rate if self.is_relative else self.learning_rate or ADAPTERS_RATE
+        peak = (self.group_learning_rate if first else None) or usual
         begin, end = ((share - start) / (stop - start) for share in (begin, end))
         if begin < self.warmup:
             return peak * min(1.0, end / self.warmup)
@@ -141,6 +156,7 @@ class Recipe:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise AbreastError(f"{name} is {value}; give at least 1")
         for name in (
+            "relative_rate",
             "learning_rate",
             "group_learning_rate",
             "temperature",
@@ -150,6 +166,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise AbreastError(f"{name} is {value}; give a positive number")
+        if self.is_relative and self.group_learning_rate is not None:
+            raise AbreastError("group_learning_rate is for all weights; give learning_rate as well")
         for name in ("hidden_weight", "lm_weight", "weight_decay", "clip"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise AbreastError(f"{name} is {value}; give 0 or more")
@@ -218,7 +236,12 @@ class Recipe:
 # training script, with transformers' betas. Layer Parallelism: the text of its section on training.
 RECIPES: dict[str, dict[str, Any]] = {
     "ours": {},
-    "lp-paper": {"group_share": 0.0, "train": "groups", "objective": "lm"},
+    "lp-paper": {
+        "group_share": 0.0,
+        "train": "groups",
+        "objective": "lm",
+        "learning_rate": 1e-4,
+    },
     "cqil": {
         "group_share": 0.0,
         "train": "lora",

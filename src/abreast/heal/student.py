@@ -12,6 +12,7 @@ hold whole models, of which adapters are a small part and the rest never changes
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -77,23 +78,37 @@ def set_checkpointing(model: PreTrainedModel, on: bool) -> None:
 
 
 def optimizers_of(student: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Optimisers that share the trainable weights; embeddings and head never go to Muon."""
-    rate, decay = recipe.learning_rate, recipe.weight_decay
-    matrices: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    """Optimisers that share the trainable weights; embeddings and head never go to Muon.
+
+    In their groups "scale" is what the recipe's learning rate is multiplied by.
+    """
+    matrices: dict[float, list[nn.Parameter]] = {}
+    rest: dict[float, list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
+            scale = size_of(parameter) if recipe.is_relative else 1.0
             suits = recipe.optimizer == "muon" and parameter.dim() == 2 and ".layers." in name
-            (matrices if suits else rest).append(parameter)
-    optimizers: list[torch.optim.Optimizer] = []
+            (matrices if suits else rest).setdefault(scale, []).append(parameter)
+    decay, optimizers = recipe.weight_decay, list[torch.optim.Optimizer]()
     if rest:
-        optimizers.append(torch.optim.AdamW(rest, lr=rate, betas=recipe.betas, weight_decay=decay))
+        groups = [{"params": weights, "scale": scale} for scale, weights in rest.items()]
+        optimizers.append(torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=decay))
     if matrices:
+        groups = [{"params": weights, "scale": scale} for scale, weights in matrices.items()]
         # Steps of AdamW's size (Moonlight, arXiv 2502.16982, section 2.2): one rate suits both.
         optimizers.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(groups, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
+
+
+def size_of(parameter: nn.Parameter) -> float:
+    """Root mean square, at least 0.001 (Adafactor's), to the nearest power of the root of 2, so
+    that many weights share a call of the optimiser."""
+    mean = float(full(parameter.detach().float().square().mean()))
+    if not math.isfinite(mean):
+        return 1.0  # a broken model is refused before the first step
+    return float(2 ** (round(math.log2(max(mean, 1e-6))) / 2))
 
 
 def shard(model: PreTrainedModel, device: torch.device) -> None:

@@ -406,7 +406,7 @@ class _Training:
         for optimizer in self.optimizers:
             if math.isfinite(total) and math.isfinite(norm):
                 for group in optimizer.param_groups:
-                    group["lr"] = self.rate
+                    group["lr"] = self.rate * group["scale"]
                 optimizer.step()
             optimizer.zero_grad()
         return total, norm
