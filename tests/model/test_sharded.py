@@ -75,7 +75,9 @@ for job in json.loads(sys.argv[1]):
         if job.get("dies_after") == done and RANK:
             os._exit(9)
 
-    recipe = Recipe(**{"learning_rate": 1e-3, **job["recipe"]})
+    adapts = job["recipe"].get("train") == "lora"
+    rate = {"learning_rate": 1e-3} if adapts else {"relative_rate": 0.01}
+    recipe = Recipe(**{**rate, **job["recipe"]})
     try:
         found = distill(model, Plan.parse(job["plan"], 6), tokens, job["out"] + ".work",
                         recipe=recipe, teacher=teacher, progress=progress)

@@ -130,7 +130,7 @@ def shard(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def align(model: PreTrainedModel) -> None:
-    """Give every process the main one's weights, as DDP does: those of refit may differ in bits."""
+    """Give every process the main one's weights: those of refit may differ in bits."""
     for parameter in model.parameters():
         distributed.broadcast(parameter.data, src=0)
 

@@ -170,8 +170,9 @@ def _prepared(
         members = [layer for group in plan.groups for layer in group.layers]
         student = make_trainable(model, members, recipe)
         try:
-            if recipe.shard:
+            if processes() > 1:
                 align(model)
+            if recipe.shard:
                 shard(model, accelerator.device)
                 if teacher is not None:
                     shard(teacher, accelerator.device)
