@@ -126,7 +126,8 @@ class Recipe:
     def rate_at(self, begin: float, end: float) -> float:
         """The learning rate of a step that begins and ends when so much of the training is done.
 
-        The second phase begins where `group_share` is done.
+        A share of the weights' sizes where it `is_relative`. The second phase begins where
+        `group_share` is done.
         """
         first = begin < self.group_share
         start, stop = (0.0, self.group_share) if first else (self.group_share, 1.0)

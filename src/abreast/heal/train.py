@@ -56,7 +56,8 @@ HELD_OUT_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Point:
-    """One line of the curves: the state after `step` steps.
+    """One line of the curves: the state after `step` steps, of which the last had learning_rate
+    (see `Recipe.rate_at`).
 
     loss: mean training loss since the point before (NaN at step 0). held_out: what decides, on
     windows that are not trained on: KL(original || grouped) in nats, or for the objective "lm" the
