@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -74,7 +73,6 @@ def in_turn(token: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
 def in_vllm(folders: Mapping[str, Path], rounds: int, context: int) -> Seconds:
     from vllm_decode import Engine
 
-    os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "0"  # equal layers are then compiled once
     options = {"dtype": "float32", "enforce_eager": False, "slowed": False}
     job = {"batch": 1, "prompt": context, "new_tokens": NEW_TOKENS + 1, "wait": 0.0}
     engines: dict[str, Any] = {}

@@ -663,7 +663,6 @@ WORKER = """
 import json, os, sys
 import numpy as np
 import torch
-from torch import nn
 from abreast.heal.recipe import Recipe
 from abreast.heal.train import distill
 from abreast.model import load

@@ -82,22 +82,26 @@ def optimizers_of(student: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
 
     In their groups "scale" is what the recipe's learning rate is multiplied by.
     """
-    matrices: dict[float, list[nn.Parameter]] = {}
-    rest: dict[float, list[nn.Parameter]] = {}
+    matrices: dict[float, dict[str, Any]] = {}
+    rest: dict[float, dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             scale = size_of(parameter) if recipe.is_relative else 1.0
             suits = recipe.optimizer == "muon" and parameter.dim() == 2 and ".layers." in name
-            (matrices if suits else rest).setdefault(scale, []).append(parameter)
-    decay, optimizers = recipe.weight_decay, list[torch.optim.Optimizer]()
+            groups = matrices if suits else rest
+            groups.setdefault(scale, {"params": [], "scale": scale})["params"].append(parameter)
+    decay = recipe.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
     if rest:
-        groups = [{"params": weights, "scale": scale} for scale, weights in rest.items()]
-        optimizers.append(torch.optim.AdamW(groups, betas=recipe.betas, weight_decay=decay))
+        optimizers.append(
+            torch.optim.AdamW([*rest.values()], betas=recipe.betas, weight_decay=decay)
+        )
     if matrices:
-        groups = [{"params": weights, "scale": scale} for scale, weights in matrices.items()]
         # Steps of AdamW's size (Moonlight, arXiv 2502.16982, section 2.2): one rate suits both.
         optimizers.append(
-            torch.optim.Muon(groups, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon(
+                [*matrices.values()], weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+            )
         )
     return optimizers
 
