@@ -21,6 +21,7 @@ BESIDE_DOCS = (
     "LICENSE",
     "benchmarks/RESULTS.md",
     "benchmarks/LOG.md",
+    "benchmarks/real_models/TEXTS.md",
     "src/abreast/demo_model/README.md",
     "src/abreast/demo_model/loss.png",
     "src/abreast/demo_model/training.log",

@@ -6,8 +6,9 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,24 @@ OWN_HEAD_DIM = {
 }  # do not derive one from the hidden size
 NOT_GIVEN = {"gpt_neox": ("num_key_value_heads", "head_dim"), "stablelm": ("head_dim", "mlp_bias")}
 TinyCheckpoint = Callable[..., Path]
+
+
+def pytest_sessionstart() -> None:
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("runs for over ten minutes"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that waits for ever fails, by name, while its process goes on.
+
+    One that hangs outside Python ends by faulthandler_timeout (pyproject.toml), with its process,
+    and so do those of real engines and models, which may take as long.
+    """
+    signal.alarm(0 if "/real_" in item.nodeid else 600)
+    try:
+        return (yield)
+    finally:
+        signal.alarm(0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -221,9 +240,6 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def run(monkeypatch, capsys):
     """The command in this process: (exit status, stdout, stderr)."""
-    import signal
-    import sys
-
     from abreast.cli.main import main
 
     # main sets both for its own process; here they would outlive the test

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import start
 
 from abreast import plan
 from abreast.checkpoint import held, open_checkpoint
@@ -212,11 +213,6 @@ def test_a_folder_that_two_options_name_is_held_once(
     assert (tmp_path / "out").is_dir()
 
 
-def interruptible() -> None:
-    """What a shell starts in the background ignores interrupts, and so do its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @pytest.mark.slow
 def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     code = (
@@ -226,9 +222,7 @@ def test_interrupted_conversion_leaves_nothing(demo, tmp_path):
     )
     command = [sys.executable, "-c", code, "convert", str(demo), "--plan", "2+3", "-o"]
     for stop, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        child = subprocess.Popen(
-            [*command, str(tmp_path / "out")], stdout=subprocess.PIPE, preexec_fn=interruptible
-        )
+        child = start([*command, str(tmp_path / "out")], stdout=subprocess.PIPE)
         assert child.stdout is not None and child.stdout.readline() == b"ready\n"
         deadline = time.monotonic() + 120
         while not list(tmp_path.iterdir()) and time.monotonic() < deadline:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from playing import served_until_interrupted
+from processes import served_until_interrupted
 
 from abreast.cli.main import cli
 from abreast.errors import AbreastError

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playing import served_until_interrupted
 from playwright.sync_api import expect
+from processes import served_until_interrupted
 
 from abreast.report.answers import open_models
 from abreast.report.playground import build_page, check_gradio, serve
