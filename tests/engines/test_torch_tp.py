@@ -96,9 +96,13 @@ def started(*commands: Sequence[Any], **environment: str) -> Iterator[list[subpr
         yield running
     finally:
         for one in running:
+            one.terminate()  # torchrun ends its ranks, which are in sessions of their own
+        for one in running:
+            with suppress(subprocess.TimeoutExpired):
+                one.communicate(timeout=60)
             with suppress(ProcessLookupError):
                 os.killpg(one.pid, signal.SIGKILL)
-            one.communicate()
+            one.wait()
 
 
 def torchrun(world: int) -> list[Any]:
