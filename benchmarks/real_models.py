@@ -59,8 +59,8 @@ from abreast.runs import hardware, read_journal, versions_of
 def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
     """Measure what is missing of a row, keep it in the work folder and in `rows`.
 
-    only: these variants. The row then says which others it lacks; a later call goes on with it,
-    elsewhere too.
+    only: these variants, and the original. The row then says which others it lacks; a later call
+    goes on with it, elsewhere too.
     """
     model, depth, kind = every_row()[name]
     subject, started = Subject(setting, model, depth), time.monotonic()
@@ -70,7 +70,8 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
     before = unfinished(setting, name, subject.groups, rests_on)
     results = {variant: result for variant, result in before.items() if variant not in only}
     for variant in every:
-        if variant in results or (only and variant not in only):
+        # the original is among all: the others are compared with it
+        if variant in results or (only and variant not in (*only, "original")):
             continue
         of = replace(subject, variant=variant)
         basis = {**rests_on, "sizes": repr(setting.sizes), "dtype": setting.dtype}
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="rows accelerated: of training")
     parser.add_argument("--device", help="where. Default: cuda in rows accelerated, else cpu")
     parser.add_argument("--dtype", default="bfloat16", help="rows tasks: of the models")
-    parser.add_argument("--variants", help="only these of a row: original,plan,refit")
+    parser.add_argument("--variants", help="only the original and these of a row: plan,refit")
     parser.add_argument("--take", metavar="OUT", help="what benchmarks/rivals.py left in OUT")
     parser.add_argument("--page", action="store_true", help="write docs/evidence.md and README")
     parser.add_argument("--small", action="store_true", help="try rows; they go to WORK/small")

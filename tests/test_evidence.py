@@ -206,7 +206,7 @@ def test_a_row_goes_on_and_is_kept(setting: Any, monkeypatch: pytest.MonkeyPatch
     import real_models
 
     monkeypatch.setattr(real_models, "variants_of", lambda *of: ("original", "plan"))
-    row = real_models.measure_row(setting, "tiny-5-answers")
+    row = real_models.measure_row(setting, "tiny-5-answers", ["plan"])  # and what it pairs with
     assert json.loads((setting.rows / "tiny-5-answers.json").read_text("utf-8")) == row
     assert row["plan"] == "2|3:1" and set(row["rests_on"]) == {"model", _measures.SUMS}
     plan, original = row["results"]["plan"], row["results"]["original"]
