@@ -70,7 +70,7 @@ def measure_row(setting: Setting, name: str, only: Sequence[str] = ()) -> Row:
     before = unfinished(setting, name, subject.groups, rests_on)
     results = {variant: result for variant, result in before.items() if variant not in only}
     for variant in every:
-        # the original is among all: the others are compared with it
+        # the others are compared with the original
         if variant in results or (only and variant not in (*only, "original")):
             continue
         of = replace(subject, variant=variant)

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import urllib.request
 from typing import Any
 
@@ -14,8 +13,8 @@ from typing import Any
 def start(command: list[str], **options: Any) -> subprocess.Popen:
     """A process that heeds interrupts, as those that a shell starts in the background do not.
 
-    It takes the signal's handling from this one, since with a preexec_fn the process would be
-    forked from all of this one's threads and could hang, for good.
+    It inherits how this one handles the signal: a preexec_fn would run in a fork of this one, where
+    it can wait for ever for a lock that another thread held.
     """
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -28,8 +27,6 @@ def served_until_interrupted(*arguments: str) -> tuple[int, str]:
     """Exit status, and what the command said from the interrupt on; its page was served before."""
     command = [sys.executable, "-m", "abreast", "play", *arguments, "--no-browser"]
     with start(command, stderr=subprocess.PIPE, text=True) as process:
-        late = threading.Timer(300, process.kill)
-        late.start()
         try:
             lines: list[str] = []
             while not lines or "playground is at" not in lines[-1]:
@@ -42,5 +39,4 @@ def served_until_interrupted(*arguments: str) -> tuple[int, str]:
             said = process.stderr.read()
             return process.wait(30), said
         finally:
-            late.cancel()
             process.kill()
